@@ -1,0 +1,1 @@
+"""Preference losses: pure functions on ``[B]`` tensors. Imports torch only."""
