@@ -1,0 +1,166 @@
+"""What a decoder looks like, read from a Hugging Face `config.json`; the one description all parts share."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.errors import CheckpointError, ConfigError
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1 frequency scaling of the rotary embedding, or linear position interpolation.
+
+    For ``kind == "linear"`` only ``factor`` has a meaning.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Llama or Mistral decoder: pre-norm RMSNorm, SwiGLU, grouped-query attention, rotary embedding."""
+
+    model_type: str
+    vocab_size: int
+    """Rows of the embedding as stored, without padding for tensor parallelism."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """Each token attends to this many newest positions, itself included; None: to all."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
+        """Vocabulary rounded up to a multiple of ``divisible_by * tensor_parallel_size``."""
+        multiple = divisible_by * tensor_parallel_size
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    def num_parameters(self) -> int:
+        """Parameters of the unpadded model, tied embeddings counted once."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = 2 * self.num_query_groups * self.head_dim
+        attention = self.hidden_size * (query + key_value) + query * self.hidden_size
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
+
+
+def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        )
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=float(parameters["factor"]))
+    raise CheckpointError(f"{origin}: rope_type '{kind}' is not supported; supported: default, linear, llama3")
+
+
+def _refuse_unsupported(config: Mapping[str, Any], origin: str) -> str:
+    model_type = str(config.get("model_type"))
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        near = difflib.get_close_matches(model_type, SUPPORTED_MODEL_TYPES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CheckpointError(
+            f"{origin}: model_type '{model_type}' is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}{hint}"
+        )
+    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if config.get(name, expected) != expected:
+            raise CheckpointError(f"{origin}: {name}={config[name]!r} is not supported (only {expected!r})")
+    return model_type
+
+
+def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Architecture:
+    """Read a Hugging Face config; ``origin`` names it in errors.
+
+    Raises:
+        CheckpointError: another family, an unsupported variant, or a missing field.
+    """
+    model_type = _refuse_unsupported(config, origin)
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        theta, scaling = _rope(config, origin)
+        return Architecture(
+            model_type=model_type,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=hidden,
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            sliding_window=_sliding_window(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            initializer_range=float(config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{origin}: the field {error.args[0]} is missing; add it") from None
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    window = config.get("sliding_window")
+    return int(window) if window is not None and config.get("use_sliding_window", True) else None
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """The architecture of a Hugging Face directory.
+
+    Raises:
+        CheckpointError: no readable `config.json`, or one that is not supported.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; give a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from None
+    return architecture_from_hf(config, origin=str(path))
+
+
+def check_architecture(architecture: Architecture) -> None:
+    """Refuse sizes that no layout could run.
+
+    Raises:
+        ConfigError: heads that do not divide into query groups, or a size below 1.
+    """
+    if architecture.num_attention_heads % architecture.num_query_groups:
+        raise ConfigError(
+            f"num_attention_heads={architecture.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={architecture.num_query_groups}; fix the model's config"
+        )
