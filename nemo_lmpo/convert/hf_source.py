@@ -1,0 +1,125 @@
+"""Weights of a Hugging Face directory: one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nemo_lmpo.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating-point formats of safetensors that weights may have."""
+
+
+class HuggingFaceSource:
+    """Tensors of a directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
+
+    Headers are read and checked at once, tensors when asked for: :meth:`get` maps the file into memory, so a
+    slice of the result reads only its own pages, and the mapping goes when the tensor does.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated file, or an index that does not agree with it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        index = directory / INDEX_FILE
+        if index.exists():
+            self._open_index(index)
+        elif (directory / SINGLE_FILE).exists():
+            self._add_file(directory / SINGLE_FILE)
+        else:
+            raise CheckpointError(self._nothing_found())
+
+    @property
+    def origin(self) -> str:
+        """The directory."""
+        return str(self._directory)
+
+    def names(self) -> list[str]:
+        """All tensor names of all files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in the file's header."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in the file's header."""
+        return self._dtypes[name]
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file."""
+        # Opened for each tensor: a mapping that lives on keeps every page it was read through resident.
+        with _open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def _nothing_found(self) -> str:
+        if not self._directory.is_dir():
+            return f"{self._directory} is not a directory; give a Hugging Face model directory"
+        pickled = sorted(path.name for path in self._directory.glob("*.bin"))
+        if pickled:
+            return (
+                f"{self._directory} holds pickled weights only ({', '.join(pickled)}), which are not read because "
+                "unpickling can run code; save the model as safetensors first"
+            )
+        return f"{self._directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"
+
+    def _open_index(self, index: Path) -> None:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = {str(name): str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{index} is not a safetensors index ({type(error).__name__}: {error}); restore the file"
+            ) from None
+        files = sorted(set(listed.values()))
+        outside = [file for file in files if Path(file).name != file]
+        if outside:
+            raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}; restore the file")
+        absent = [file for file in files if not (index.parent / file).exists()]
+        if absent:
+            raise CheckpointError(
+                f"{index} names {len(absent)} file(s) that are missing: {', '.join(absent)}; download them again"
+            )
+        for file in files:
+            self._add_file(index.parent / file)
+        astray = sorted(name for name, file in listed.items() if self._files.get(name) != index.parent / file)
+        if astray:
+            raise CheckpointError(
+                f"{index} places tensors in files that do not hold them: {', '.join(astray)}; download the files again"
+            )
+
+    def _add_file(self, path: Path) -> None:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = file.get_slice(name)
+                kind = view.get_dtype()
+                if kind not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} is {kind}, which is not supported; convert the model to one of "
+                        f"{', '.join(DTYPES)} first"
+                    )
+                self._files[name] = path
+                self._shapes[name] = tuple(view.get_shape())
+                self._dtypes[name] = DTYPES[kind]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({error}); download or copy it again"
+        ) from None
