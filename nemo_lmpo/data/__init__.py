@@ -1,0 +1,1 @@
+"""Preference pairs: reading, templating, tokenising, ordering and packing into rows."""

@@ -1,0 +1,132 @@
+"""A generated task that needs nothing from outside: put letters into alphabetical order.
+
+A prompt such as ``sort d a c`` has one right answer, ``a c d``; answers may be padded with filler words, as a
+chatty model pads. Three preference sets share the prompts' form and the tokenizer (`builtin:tiny`):
+
+- ``tiny``: chosen answers are right and short; of the rejected ones 40 % are right but padded, 30 % wrong and
+  short, 30 % wrong and padded. A model must learn the task *and* to stop in order to tell them apart.
+- ``tiny_long``: the length bias of real preference data. Chosen answers are right and padded, rejected ones wrong
+  and on average half as long, so a loss that sums log-probabilities is pulled towards length.
+- ``tiny_sft``: the chosen answers are right and padded by an amount that depends on the prompt and on chance. A model
+  fine-tuned on them gives answers of many lengths: a start model for comparisons.
+
+The prompts of the split ``test`` ask for letters that occur together in no training prompt of any of the sets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nemo_lmpo.errors import DataError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+FILLERS = ("well", "so", "indeed", "really", "very", "quite", "sure", "ok")
+COMMAND = "sort"
+MIN_LETTERS, MAX_LETTERS = 3, 8
+SPLIT_SIZES = {"train": 4096, "test": 256}
+_HELD_OUT_PART = 8  # one of so many letter sets is a test prompt
+
+
+def right_answer(prompt: str) -> str:
+    """The letters of a prompt (``sort d a c``) in alphabetical order (``a c d``)."""
+    return " ".join(sorted(prompt.split()[1:]))
+
+
+def is_right(prompt: str, response: str) -> bool:
+    """Whether a response holds the right letters in the right order, filler words aside."""
+    return " ".join(word for word in response.split() if word not in FILLERS) == right_answer(prompt)
+
+
+def _held_out(letters: list[str]) -> bool:
+    """By the set of letters, so that no training prompt has the same answer as a test prompt."""
+    digest = hashlib.sha256("".join(sorted(letters)).encode()).digest()
+    return digest[0] % _HELD_OUT_PART == 0
+
+
+def _wrong_letters(rng: random.Random, letters: list[str]) -> list[str]:
+    """The right answer with one letter replaced, or in another order."""
+    wrong = sorted(letters)
+    if rng.random() < 0.5:
+        others = [letter for letter in LETTERS if letter not in letters]
+        wrong[rng.randrange(len(wrong))] = rng.choice(others)
+        return wrong
+    while wrong == sorted(letters):
+        rng.shuffle(wrong)
+    return wrong
+
+
+def _answer(rng: random.Random, letters: list[str], fillers: int) -> str:
+    return " ".join(letters + [rng.choice(FILLERS) for _ in range(fillers)])
+
+
+def _tiny(rng: random.Random, letters: list[str]) -> tuple[str, str]:
+    chosen = _answer(rng, sorted(letters), 0)
+    kind = rng.random()
+    fillers = rng.randint(2, 8)
+    if kind < 0.4:
+        return chosen, _answer(rng, sorted(letters), fillers)
+    return chosen, _answer(rng, _wrong_letters(rng, letters), fillers if kind < 0.7 else 0)
+
+
+def _tiny_long(rng: random.Random, letters: list[str]) -> tuple[str, str]:
+    chosen = _answer(rng, sorted(letters), rng.randint(3, 10))
+    return chosen, _answer(rng, _wrong_letters(rng, letters), rng.randint(0, 2))
+
+
+def _tiny_sft(rng: random.Random, letters: list[str]) -> tuple[str, str]:
+    fillers = rng.randint(max(len(letters) - 5, 0), len(letters) - 1)
+    chosen = _answer(rng, sorted(letters), fillers)
+    return chosen, _answer(rng, _wrong_letters(rng, letters), rng.randint(0, MAX_LETTERS))
+
+
+_TASKS: dict[str, Callable[[random.Random, list[str]], tuple[str, str]]] = {
+    "tiny": _tiny,
+    "tiny_long": _tiny_long,
+    "tiny_sft": _tiny_sft,
+}
+
+
+def _prompts(rng: random.Random, split: str) -> Iterator[list[str]]:
+    """Letters of ever new prompts of a split."""
+    seen = set()
+    while True:
+        letters = rng.sample(LETTERS, rng.randint(MIN_LETTERS, MAX_LETTERS))
+        if _held_out(letters) == (split == "test") and tuple(letters) not in seen:
+            seen.add(tuple(letters))
+            yield letters
+
+
+def builtin_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of a generated preference set, in the UltraFeedback-binarized schema; the same on every call.
+
+    Args:
+        name: what follows ``builtin:``: ``tiny``, ``tiny_long`` or ``tiny_sft``.
+        split: ``train`` (4096 pairs) or ``test`` (256 pairs).
+
+    Raises:
+        DataError: no such set or split.
+    """
+    if name not in _TASKS:
+        raise DataError(f"there is no dataset 'builtin:{name}'; the builtin ones are: {', '.join(sorted(_TASKS))}")
+    if split not in SPLIT_SIZES:
+        raise DataError(f"builtin:{name} has no split '{split}'; its splits are: {', '.join(SPLIT_SIZES)}")
+    rng = random.Random(f"{name}/{split}")
+    prompts = _prompts(rng, split)
+    return [_row(f"{name}-{split}-{i:04d}", next(prompts), rng, _TASKS[name]) for i in range(SPLIT_SIZES[split])]
+
+
+def _row(
+    pair_id: str, letters: list[str], rng: random.Random, task: Callable[[random.Random, list[str]], tuple[str, str]]
+) -> dict[str, Any]:
+    prompt = " ".join([COMMAND, *letters])
+    user = {"role": "user", "content": prompt}
+    chosen, rejected = task(rng, letters)
+    return {
+        "prompt_id": pair_id,
+        "prompt": prompt,
+        "chosen": [user, {"role": "assistant", "content": chosen}],
+        "rejected": [user, {"role": "assistant", "content": rejected}],
+    }
