@@ -1,0 +1,195 @@
+"""Builds megatron-core GPT models from an architecture and a layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_lmpo.architecture import Architecture
+from nemo_lmpo.config import ModelConfig, TrainerConfig
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.model.attention import PackedSDPA
+from nemo_lmpo.model.norm import RMSNorm
+from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.parallel.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations a run uses."""
+
+    transformer_engine: bool
+    attention: str
+    """`sdpa` or `te`."""
+
+
+def choose_kernels(model: ModelConfig, *, use_cuda: bool) -> Kernels:
+    """Resolve `auto` settings.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for where it cannot run.
+    """
+    available = use_cuda and importlib.util.find_spec("transformer_engine") is not None
+    wanted = model.transformer_engine if model.transformer_engine is not None else available
+    if wanted and not available:
+        reason = "it is not installed (pip install 'nemo-lmpo[gpu]')" if use_cuda else "there is no GPU"
+        raise ConfigError(f"model.transformer_engine=true, but {reason}; unset it or set it to false")
+    attention = model.attention_backend
+    if attention not in ("auto", "sdpa", "te"):
+        raise ConfigError(f"model.attention_backend={attention!r} is unknown; choose auto, sdpa or te")
+    if attention == "auto":
+        attention = "sdpa"
+    if attention == "te" and not available:
+        raise ConfigError("model.attention_backend=te needs a GPU and Transformer Engine; set sdpa or auto")
+    return Kernels(wanted, attention)
+
+
+def parameter_dtype(trainer: TrainerConfig) -> torch.dtype:
+    """Dtype of weights and activations for `trainer.precision`."""
+    return torch.bfloat16 if trainer.precision == "bf16" else torch.float32
+
+
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, *, dtype: torch.dtype, use_cuda: bool, kernels: Kernels
+) -> TransformerConfig:
+    """megatron-core's configuration of the decoder for this layout."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    pipelined = model.pipeline_model_parallel_size > 1
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=architecture.initializer_range,
+        window_size=(architecture.sliding_window - 1, 0) if architecture.sliding_window else None,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        # Rows differ in length; megatron-core then refuses its default mixture-of-experts dispatcher even
+        # for dense models.
+        variable_seq_lengths=pipelined,
+        moe_token_dispatcher_type="alltoall",
+        # The interleaved schedule without overlap gives wrong gradients for two stages (measured).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        recompute_granularity=model.activations_checkpoint_granularity,
+        recompute_method=model.activations_checkpoint_method if _recomputes_layers(model) else None,
+        recompute_num_layers=model.activations_checkpoint_num_layers if _recomputes_layers(model) else None,
+        # The loss is a sum over pairs; megatron-core divides gradients by the global number of pairs.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not use_cuda,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=use_cuda,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=use_cuda,
+        apply_rope_fusion=kernels.transformer_engine,
+        deallocate_pipeline_outputs=pipelined,
+    )
+
+
+def _recomputes_layers(model: ModelConfig) -> bool:
+    return model.activations_checkpoint_granularity == "full"
+
+
+def layer_spec(kernels: Kernels) -> ModuleSpec:
+    """Transformer Engine's layers, or megatron-core's own with this project's norm; always packed attention."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_local_spec,
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+    if kernels.transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = _core_attention(kernels)
+    return spec
+
+
+def _core_attention(kernels: Kernels) -> type[torch.nn.Module]:
+    if kernels.attention == "te":
+        from nemo_lmpo.model.te_attention import PackedTEAttention
+
+        return PackedTEAttention
+    return PackedSDPA
+
+
+def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None) -> Any:  # noqa: ANN401
+    """The decoder block's spec: the layers of this stage and the final norm."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    layer = layer_spec(kernels)
+    if kernels.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        final_norm = TENorm
+    else:
+        final_norm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+
+
+def build_model_chunks(
+    architecture: Architecture,
+    model: ModelConfig,
+    *,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    use_cuda: bool,
+    kernels: Kernels,
+) -> list[PackedGPTModel]:
+    """This process's chunks of the model, weights uninitialised: one, or one a virtual pipeline stage."""
+    config = transformer_config(architecture, model, dtype=dtype, use_cuda=use_cuda, kernels=kernels)
+    stages = model.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(stages or 1):
+        stage = vp_stage if stages is not None else None
+        first, last = vp_stage == 0, vp_stage == (stages or 1) - 1
+        chunk = PackedGPTModel(
+            replace(config) if vp_stage else config,
+            block_spec(kernels, config, stage),
+            architecture=architecture,
+            padded_vocab_size=architecture.padded_vocab_size(
+                model.make_vocab_size_divisible_by, model.tensor_model_parallel_size
+            ),
+            pre_process=first and groups.pipeline.rank() == 0,
+            post_process=last and groups.is_last_stage,
+            vp_stage=stage,
+        )
+        chunks.append(chunk.to(dtype).to(_device(use_cuda)))
+    return chunks
+
+
+def _device(use_cuda: bool) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+

@@ -1,0 +1,29 @@
+"""RMSNorm for the local layer spec."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; unlike megatron-core's torch norm it takes part in sequence parallelism.
+
+    Under sequence parallelism each tensor-parallel rank normalises its own part of the sequence, so the
+    weight's gradient is a partial sum; the mark on the weight makes megatron-core add the parts up.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension of ``[..., hidden_size]``; the statistics are taken in float32."""
+        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,106 @@
+"""megatron-core's GPT model on packed rows, ending in hidden states instead of logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from nemo_lmpo.architecture import Architecture
+from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
+from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_logprobs
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class PackedGPTModel(GPTModel):
+    """A GPT model whose forward takes packed rows and gives the last hidden states of its stage.
+
+    Logits are left to :meth:`logprobs`, which computes them at chosen positions only.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: Any,  # noqa: ANN401  (megatron-core takes several kinds of spec)
+        *,
+        architecture: Architecture,
+        padded_vocab_size: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(architecture.rope_theta),
+            vp_stage=vp_stage,
+        )
+        self.architecture = architecture
+        self.rotary_pos_emb = PositionedRotaryEmbedding(architecture)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Run this stage.
+
+        Args:
+            input_ids: ``[1, T / cp]``; used by the first stage.
+            position_ids: ``[1, T / cp]``.
+            attention_mask: attention pieces, ``[N, 6]`` int32 on the CPU.
+            kwargs: megatron-core's further arguments.
+
+        Returns:
+            Hidden states ``[T / cp, 1, hidden_size]``, split over the tensor-parallel group along the first
+            dimension under sequence parallelism.
+        """
+        self.rotary_pos_emb.position_ids = position_ids
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output matrix, ``[padded vocabulary / tp, hidden_size]``."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def select_hidden(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states ``[P, hidden_size]`` at ``positions`` of this rank's part of the row.
+
+        Communicates over the tensor-parallel group: under sequence parallelism an all-gather forward and a
+        reduce-scatter backward, else an all-reduce backward.
+        """
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, group=group)
+            return whole.squeeze(1).index_select(0, positions)
+        # Select before the copy, so that backward adds up only the selected rows over the group.
+        selected = hidden_states.squeeze(1).index_select(0, positions)
+        return copy_to_tensor_model_parallel_region(selected, group=group)
+
+    def logprobs(self, hidden_states: Tensor, positions: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
+        """Natural log-probabilities ``[P]`` float32 of ``targets`` (last stage only).
+
+        Args:
+            hidden_states: what :meth:`forward` gave.
+            positions: ``[P]`` int64, indices into this rank's part of the row.
+            targets: ``[P]`` int64 token ids.
+            chunk_tokens: positions whose logits exist at a time.
+        """
+        weight = self.output_weight()
+        group = self.pg_collection.tp
+        part = VocabularyPart(first=group.rank() * weight.shape[0], vocab_size=self.architecture.vocab_size)
+        selected = self.select_hidden(hidden_states, positions).to(weight.dtype)
+        return vocab_parallel_logprobs(selected, weight, targets, part=part, group=group, chunk_tokens=chunk_tokens)

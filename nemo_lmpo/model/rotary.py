@@ -1,0 +1,54 @@
+"""Rotary embedding by explicit position ids, with Llama-3.1 frequency scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nemo_lmpo.architecture import Architecture, RopeScaling
+
+
+def inverse_frequencies(architecture: Architecture) -> Tensor:
+    """Rotation per position of each channel pair, ``[head_dim / 2]`` float32, in radians."""
+    channels = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
+    frequencies = 1.0 / (architecture.rope_theta**channels)
+    if architecture.rope_scaling is None:
+        return frequencies
+    if architecture.rope_scaling.kind == "linear":
+        return frequencies / architecture.rope_scaling.factor
+    return _scale_like_llama3(frequencies, architecture.rope_scaling)
+
+
+def _scale_like_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow rotations are divided by the factor, fast ones kept, those between interpolated."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+class PositionedRotaryEmbedding(nn.Module):
+    """Takes the place of megatron-core's rotary table, which assumes that position equals index in the row.
+
+    In a packed row it does not: positions start anew with every pair and both responses continue those of
+    their prompt. The caller sets :attr:`position_ids` right before the model's forward.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.inverse_frequencies = inverse_frequencies(architecture)
+        self.position_ids: Tensor | None = None
+
+    def get_rotary_seq_len(self, *args: object, **kwargs: object) -> int:
+        """Part of megatron-core's interface; the length follows from the positions."""
+        return 0
+
+    def forward(self, max_seq_len: int, **_: object) -> Tensor:
+        """Angles ``[T, 1, 1, head_dim]`` float32 of the row's ``T`` positions."""
+        assert self.position_ids is not None, "position_ids are set by the model's forward"
+        positions = self.position_ids.reshape(-1).float()
+        frequencies = self.inverse_frequencies.to(positions.device)
+        angles = torch.outer(positions, frequencies)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

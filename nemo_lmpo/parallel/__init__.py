@@ -1,0 +1,1 @@
+"""Process groups, collectives and vocabulary-parallel log-probabilities."""

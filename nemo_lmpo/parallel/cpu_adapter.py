@@ -1,0 +1,151 @@
+"""Lets megatron-core, which takes CUDA for granted, run on CPU processes with gloo.
+
+Install it only where no GPU is used. Everything it changes is put back by :meth:`CpuAdapter.uninstall`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def _is_cuda(device: Any) -> bool:  # noqa: ANN401  (torch accepts strings, integers and devices)
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in torch calls to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:  # noqa: ANN401  (whatever the wrapped function returns)
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Gradient clipping asserts on this name; the tensor itself stays where it is.
+            return func(*args).replace("torch.", "torch.cuda.")
+        if "device" in kwargs and (_is_cuda(kwargs["device"]) or isinstance(kwargs["device"], int)):
+            kwargs["device"] = _CPU
+        if func is torch.Tensor.to:
+            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """Stands in for a CUDA stream: CPU work is done when the call returns."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+    torch.set_rng_state(state)
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    return [
+        (torch.cuda, "current_device", lambda: _CPU),
+        (torch.cuda, "set_device", nothing),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda, "set_rng_state", _set_rng_state),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "synchronize", nothing),
+        (torch.cuda, "current_stream", lambda *args, **kwargs: _Stream()),
+        (torch.cuda, "empty_cache", nothing),
+        (torch.cuda, "nvtx", _Nvtx()),
+        (megatron_random, "_get_cuda_rng_state", _get_rng_state),
+        (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+
+
+class _Nvtx:
+    """Profiler ranges exist on GPUs only."""
+
+    def range_push(self, *args: object) -> None:
+        """No profiler here."""
+
+    def range_pop(self) -> None:
+        """No profiler here."""
+
+    def range(self, *args: object) -> contextlib.AbstractContextManager[None]:
+        """No profiler here."""
+        return contextlib.nullcontext()
+
+
+class CpuAdapter:
+    """Redirects CUDA calls of torch and megatron-core to the CPU while installed."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Any, str, Any]] = []
+        self._mode: _CudaToCpu | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether calls are redirected now."""
+        return self._mode is not None
+
+    def install(self) -> None:
+        """Redirect; does nothing when installed already.
+
+        Raises:
+            RuntimeError: CUDA is in use in this process, which the adapter would break.
+        """
+        if self.installed:
+            return
+        if torch.cuda.is_initialized():
+            raise RuntimeError("the CPU adapter cannot be installed after CUDA was initialised")
+        for owner, name, replacement in _replacements():
+            self._saved.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, replacement)
+        self._mode = _CudaToCpu()
+        self._mode.__enter__()
+
+    def uninstall(self) -> None:
+        """Put everything back."""
+        if self._mode is None:
+            return
+        self._mode.__exit__(None, None, None)
+        self._mode = None
+        while self._saved:
+            owner, name, original = self._saved.pop()
+            setattr(owner, name, original)
+
+
+ADAPTER = CpuAdapter()
+"""The process's one adapter; torch's function modes nest, so there is never a second."""
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Install the adapter for a block (tests, tools); leaves it as it was before."""
+    was_installed = ADAPTER.installed
+    ADAPTER.install()
+    try:
+        yield
+    finally:
+        if not was_installed:
+            ADAPTER.uninstall()

@@ -1,0 +1,122 @@
+"""Process groups: who this process is, and the groups that the rest of the code communicates over.
+
+The only reader of megatron-core's global parallel state; everything else takes groups as arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_lmpo.config import ModelConfig
+from nemo_lmpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """Place of this process in the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process talks to the user and writes files."""
+        return self.rank == 0
+
+
+def read_launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+    """From torchrun's variables, else from Slurm's (`srun` without torchrun), else a single process.
+
+    Raises:
+        ConfigError: the variables of a launcher are incomplete.
+    """
+    environ = os.environ if environ is None else environ
+    if "WORLD_SIZE" in environ:
+        try:
+            rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"WORLD_SIZE is set but RANK is missing or no number ({error}); use torchrun") from None
+        local_rank = int(environ.get("LOCAL_RANK", 0))
+        return LaunchInfo(rank, world_size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
+    # A step of one task, or a shell inside an allocation, is a single process and needs no rendezvous.
+    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ and "MASTER_ADDR" in environ:
+        world_size = int(environ["SLURM_NTASKS"])
+        nodes = int(environ.get("SLURM_NNODES", "1"))
+        return LaunchInfo(
+            int(environ["SLURM_PROCID"]), world_size, int(environ["SLURM_LOCALID"]), max(world_size // nodes, 1)
+        )
+    return LaunchInfo()
+
+
+def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: int = 30) -> None:
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs; a single process needs no network."""
+    if use_cuda:
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+    backend = "nccl" if use_cuda else "gloo"
+    options: dict[str, object] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if launch.world_size == 1:
+        options["store"] = dist.HashStore()
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups of this process; sizes and ranks follow from them."""
+
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data: dist.ProcessGroup
+    """Replicas that see different pairs."""
+    data_context: dist.ProcessGroup
+    """All ranks that hold the same weights: data- and context-parallel together."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process computes the loss."""
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage."""
+        return dist.get_process_group_ranks(self.pipeline)[-1]
+
+
+def create_groups(model: ModelConfig) -> ParallelGroups:
+    """Lay the job's processes out as tensor, context, data and pipeline groups (megatron-core's order).
+
+    Communicates: creating groups is collective over the whole job.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=model.tensor_model_parallel_size,
+            pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+            context_parallel_size=model.context_parallel_size,
+        )
+    return ParallelGroups(
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def destroy_groups() -> None:
+    """Leave all groups; safe to call when there are none."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
