@@ -1,7 +1,8 @@
 """What goes into a preference loss and what comes out.
 
 A loss is a pure function of :class:`LossInputs`: it keeps no state, reads no globals and communicates with
-nobody. Running statistics are kept by the caller and handed in as numbers.
+nobody. Running statistics are kept by the caller (:class:`nemo_lmpo.loss.margin_stats.RunningStatistics`) and
+handed in as numbers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running statistics as constants for the gradient; ``count`` 0 means that none were taken yet."""
+    """Running statistics as constants for the gradient."""
 
     mean: float = 0.0
     std: float = 1.0
+    """Floored, so that a division by it is safe."""
     count: int = 0
+    """What the statistics rest on: batches (`ema`) or pairs (`cumulative`) that gave a standard deviation,
+    values (`batch_mean`). 0: nothing was taken yet, ``mean`` and ``std`` must not be used."""
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Which running statistics a loss wants, and when the caller must update them.
+
+    ``kind``:
+        ``ema`` (moving averages of batch mean and batch standard deviation, Eq. 21-22), ``cumulative`` (all values
+        seen so far) or ``batch_mean`` (only the values of the last update).
+    ``update``:
+        ``after_step``: once per optimizer step with the values of the whole global batch, after its losses were
+        computed with the statistics of the steps before.
+        ``before_micro_batch``: with the values of every micro-batch of all data-parallel ranks, before its losses.
+        ``before_step``: with the values of the whole global batch, before its losses; needs a forward pass of its
+        own.
+    """
+
+    kind: str
+    update: str
+    momentum: float = 0.9
+    """Weight of the past in an update (`ema`)."""
+    eps: float = 1e-6
+    """The standard deviation handed to losses is at least this."""
+    bias_correction: bool = True
+    """Divide moving averages by the weight they have gathered, as Adam does (`ema`)."""
+    in_evaluation: bool = False
+    """Whether validation batches update the statistics too."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +85,20 @@ class LossOutputs:
 class PreferenceLoss(Protocol):
     """A configured loss."""
 
-    needs_reference: bool
-    """Whether ``reference_*_logps`` must be given."""
+    @property
+    def name(self) -> str:
+        """Its name in the registry."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``reference_*_logps`` must be given."""
+        ...
+
+    @property
+    def statistics(self) -> StatisticsConfig | None:
+        """The running statistics that the caller must keep for it, or None."""
+        ...
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Per-pair losses and metrics."""

@@ -1,0 +1,214 @@
+"""Length-controlled margin-based preference optimization (LMPO), Section 3.3 of the paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss import margins
+from nemo_lmpo.loss.checks import check_choice, check_finite, check_name, check_non_negative, check_positive
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
+from nemo_lmpo.loss.numerics import averages
+
+DEFAULT_LOG_H = 1.4
+DEFAULT_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class LMPOConfig:
+    """Options of LMPO; the defaults are the paper's for Llama-3-Instruct 8B (Table 5).
+
+    Options that default to None belong to one choice of another option and are an error where that choice is not
+    made, so that a setting without effect cannot go unnoticed.
+    """
+
+    name: str = "lmpo"
+    beta: float = 2.5
+    """Scale of the implicit reward ``beta * S / n`` (Eq. 5)."""
+    h: float | None = None
+    """Home advantage (Eq. 10), greater than 0; 1 turns it off. Give this or ``log_h``."""
+    log_h: float | None = None
+    """``ln h``; 0 turns the home advantage off. Neither given: 1.4."""
+    lam: float = 0.2
+    """``lambda``, weight of the normalised margin (Eq. 11)."""
+    compat: str = "paper"
+    """`paper`: the equations as printed. `released_code`: what the authors' trainer does (margin halved and
+    without gradient, statistics from zero without bias correction, updated before use on every micro-batch, in
+    evaluation too)."""
+    margin: str = "power5"
+    """Margin function: `power5` (Eq. 7), `log`, `cube` or `sigmoid` (Section 4.2)."""
+    alpha: float | None = None
+    """Constant of `margin: log`; unset: 5, from the authors' trainer (the paper gives none)."""
+    beta_s: float | None = None
+    """Constant of `margin: sigmoid`; unset: 0.1, from the authors' trainer (the paper gives none)."""
+    average_length_normalization: bool = True
+    """Scale the exponent of ``p`` by ``(n_w + n_l) / (2 n)`` (Eq. 8); off: ``p = exp(S / n)``."""
+    detach_margin: bool | None = None
+    """Whether the margin is a constant for the gradient; unset: as ``compat`` has it (App. A derives it with)."""
+    z_score: bool = True
+    """Normalise the margin by running statistics (Eq. 9); off: ``mbar = m``."""
+    statistics: str = "ema"
+    """`ema` (Eq. 21-22) or `cumulative` (mean and deviation over all pairs so far, Eq. 9 read literally)."""
+    momentum: float | None = None
+    """Weight of the past in `statistics: ema`; unset: 0.9."""
+    std_floor: float = 1e-6
+    """The margin is never divided by less than this."""
+
+    @property
+    def resolved_log_h(self) -> float:
+        """``ln h`` from whichever of the two was given."""
+        if self.log_h is not None:
+            return self.log_h
+        return math.log(self.h) if self.h is not None else DEFAULT_LOG_H
+
+    @property
+    def resolved_detach_margin(self) -> bool:
+        """Whether the margin is a constant for the gradient."""
+        return self.compat == "released_code" if self.detach_margin is None else self.detach_margin
+
+    def validate(self) -> None:
+        """Check every option and every combination.
+
+        Raises:
+            ConfigError: Naming the option, its value and the remedy.
+        """
+        check_name(self.name, "lmpo")
+        check_positive("beta", self.beta)
+        check_non_negative("lam", self.lam)
+        check_positive("std_floor", self.std_floor)
+        check_choice("compat", self.compat, ("paper", "released_code"))
+        check_choice("margin", self.margin, margins.MARGINS)
+        check_choice("statistics", self.statistics, ("ema", "cumulative"))
+        self._validate_home_advantage()
+        self._validate_margin_constants()
+        self._validate_statistics()
+
+    def _validate_home_advantage(self) -> None:
+        if self.h is not None:
+            check_positive("h", self.h)
+        if self.log_h is not None:
+            check_finite("log_h", self.log_h)
+        if self.h is not None and self.log_h is not None and abs(math.log(self.h) - self.log_h) > 1e-6:
+            raise ConfigError(
+                f"loss.h={self.h!r} and loss.log_h={self.log_h!r} disagree: ln h is {math.log(self.h):.6g}. "
+                "Give only one of them (set the other to null)."
+            )
+
+    def _validate_margin_constants(self) -> None:
+        for option, value, margin in (("alpha", self.alpha, "log"), ("beta_s", self.beta_s, "sigmoid")):
+            if value is None:
+                continue
+            check_positive(option, value)
+            if self.margin != margin:
+                raise ConfigError(
+                    f"loss.{option}={value!r}: only loss.margin={margin} uses it, and loss.margin={self.margin}. "
+                    f"Leave it out, or set loss.margin={margin}."
+                )
+
+    def _validate_statistics(self) -> None:
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ConfigError(f"loss.momentum={self.momentum!r}: must be at least 0 and less than 1.")
+        if not self.z_score and (self.statistics != "ema" or self.momentum is not None):
+            option = "momentum" if self.momentum is not None else "statistics"
+            raise ConfigError(
+                f"loss.{option}={getattr(self, option)!r}: loss.z_score=false keeps no statistics. "
+                f"Leave it out, or set loss.z_score=true."
+            )
+        if self.statistics == "cumulative" and self.momentum is not None:
+            raise ConfigError(
+                f"loss.momentum={self.momentum!r}: loss.statistics=cumulative has none. "
+                "Leave it out, or set loss.statistics=ema."
+            )
+        if self.statistics == "cumulative" and self.compat == "released_code":
+            raise ConfigError(
+                "loss.statistics='cumulative': the released code keeps moving averages. "
+                "Set loss.statistics=ema, or loss.compat=paper."
+            )
+
+
+def lmpo_statistics(config: LMPOConfig) -> StatisticsConfig | None:
+    """The running statistics ``a``, ``b`` of the margin that ``config`` asks for (Eq. 20-22)."""
+    if not config.z_score:
+        return None
+    released = config.compat == "released_code"
+    return StatisticsConfig(
+        kind=config.statistics,
+        update="before_micro_batch" if released else "after_step",
+        momentum=DEFAULT_MOMENTUM if config.momentum is None else config.momentum,
+        eps=config.std_floor,
+        bias_correction=not released,
+        in_evaluation=released,
+    )
+
+
+def _probabilities(inputs: LossInputs, config: LMPOConfig) -> tuple[Tensor, Tensor]:
+    """``p_w`` and ``p_l`` ``[B]``: ``exp(S / n * (n_w + n_l) / (2 n))``, Eq. 8."""
+    chosen, rejected = averages(inputs)
+    if config.average_length_normalization:
+        # Each sequence's own length divides: the shorter response's exponent grows, the longer one's shrinks.
+        mean_length = (inputs.chosen_lengths + inputs.rejected_lengths) / 2
+        chosen = chosen * (mean_length / inputs.chosen_lengths)
+        rejected = rejected * (mean_length / inputs.rejected_lengths)
+    return chosen.exp(), rejected.exp()
+
+
+def _margin(p_w: Tensor, p_l: Tensor, config: LMPOConfig) -> Tensor:
+    function = margins.released_margin if config.compat == "released_code" else margins.paper_margin
+    alpha = margins.DEFAULT_ALPHA if config.alpha is None else config.alpha
+    beta_s = margins.DEFAULT_BETA_S if config.beta_s is None else config.beta_s
+    margin = function(config.margin, p_w, p_l, alpha, beta_s)
+    return margin.detach() if config.resolved_detach_margin else margin
+
+
+def lmpo_observe(inputs: LossInputs, config: LMPOConfig) -> Tensor:
+    """The margins ``m`` ``[B]``, detached: what the running statistics are taken of."""
+    return _margin(*_probabilities(inputs, config), config).detach()
+
+
+def lmpo_loss(inputs: LossInputs, config: LMPOConfig) -> LossOutputs:
+    """LMPO per pair (Eq. 7-11), ``[B]``.
+
+    Formula::
+
+        p    = exp(S / n * (n_w + n_l) / (2 n))            Eq. 8
+        m    = (1 - p_w) * (1 - (p_w - p_l)^5)             Eq. 7
+        mbar = (m - a) / b                                 Eq. 9
+        d    = beta S_w / n_w - beta S_l / n_l - lam mbar  Eq. 11
+        loss = softplus(ln h - d)                          Eq. 10: -ln(1 / (1 + h exp(-d)))
+
+    Symbols: ``S`` = ``*_logps``, ``n`` = ``*_lengths``, ``a``, ``b`` = ``inputs.statistics`` (constants for the
+    gradient), ``lambda`` = ``config.lam``, ``h`` = ``exp(config.resolved_log_h)``. While the statistics are empty,
+    ``mbar = 0``; with ``config.z_score`` off, ``mbar = m``.
+
+    Rewards are ``beta * S / n``. Metrics: ``lmpo/margin`` (``m``), ``lmpo/margin_normalized`` (``mbar``),
+    ``lmpo/p_chosen``, ``lmpo/p_rejected``.
+    """
+    average_w, average_l = averages(inputs)
+    p_w, p_l = _probabilities(inputs, config)
+    margin = _margin(p_w, p_l, config)
+    statistics = inputs.statistics
+    if not config.z_score:
+        normalized = margin
+    elif statistics.count == 0:
+        normalized = torch.zeros_like(margin)
+    else:
+        normalized = (margin - statistics.mean) / max(statistics.std, config.std_floor)
+    reward_w, reward_l = config.beta * average_w, config.beta * average_l
+    d = reward_w - reward_l - config.lam * normalized
+    return LossOutputs(
+        # softplus(ln h - d) by its exact identity: torch's softplus turns linear at 20, this one never does.
+        losses=-F.logsigmoid(d - config.resolved_log_h),
+        chosen_rewards=reward_w.detach(),
+        rejected_rewards=reward_l.detach(),
+        metrics={
+            "lmpo/margin": margin.detach(),
+            "lmpo/margin_normalized": normalized.detach(),
+            "lmpo/p_chosen": p_w.detach(),
+            "lmpo/p_rejected": p_l.detach(),
+        },
+    )
