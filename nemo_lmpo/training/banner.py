@@ -1,0 +1,209 @@
+"""What a run says at its start: versions, devices, layout, kernels and sizes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Shown if installed: the name people use, and the distributions that may carry it.
+_PACKAGES = {
+    "nemo_lmpo": ("nemo-lmpo", "nemo_lmpo"),
+    "torch": ("torch",),
+    "megatron-core": ("megatron-core",),
+    "transformer-engine": ("transformer-engine", "transformer_engine"),
+    "nemo": ("nemo-toolkit",),
+    "transformers": ("transformers",),
+    "flash-attention": ("flash-attn", "flash_attn_3", "flash-attn-3"),
+}
+
+
+@dataclass(frozen=True)
+class DetectedKernels:
+    """Kernel packages that are installed: a version, `installed` where there is none, or None."""
+
+    transformer_engine: str | None = None
+    apex: str | None = None
+    flash_attention: str | None = None
+
+
+@dataclass(frozen=True)
+class BannerFacts:
+    """Everything the banner shows."""
+
+    recipe: str
+    run_dir: str
+    devices: str
+    """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 2 threads a process`."""
+    world_size: int
+    parameters: int
+    """Of the whole model."""
+    parameters_per_rank: int
+    total_steps: int
+    global_batch_size: int
+    precision: str
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    virtual_pipeline_parallel: int | None = None
+    context_parallel: int = 1
+    data_parallel: int = 1
+    sequence_parallel: bool = False
+    start_step: int = 0
+    """Finished steps of the checkpoint that is resumed."""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    """What is used for what, from :func:`kernels_in_use`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """From :func:`package_versions`."""
+
+
+def _version(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _package_dirs(name: str) -> list[Path]:
+    """Directories of a top-level package, found without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _detect_transformer_engine() -> str | None:
+    # The `transformer-engine` distribution alone has no torch extension and cannot be used.
+    places = _package_dirs("transformer_engine")
+    has_extension = _has_module("transformer_engine_torch") or any(
+        next(place.rglob("transformer_engine_torch*"), None) for place in places
+    )
+    if not (places and has_extension):
+        return None
+    return _version("transformer-engine", "transformer_engine", "transformer_engine_torch") or "installed"
+
+
+def _detect_apex() -> str | None:
+    # PyPI's `apex` is a web toolkit: NVIDIA's has optimizers, and its fused ones need the extension amp_C.
+    # `find_spec("apex.optimizers")` would import the parent package, so the directory is looked at instead.
+    is_nvidia = any((place / "optimizers").is_dir() for place in _package_dirs("apex"))
+    return (_version("apex") or "installed") if is_nvidia and _has_module("amp_C") else None
+
+
+def detect_kernels() -> DetectedKernels:
+    """Which kernel packages are installed and usable; imports none of them."""
+    has_flash = _has_module("flash_attn") or _has_module("flash_attn_interface")
+    return DetectedKernels(
+        transformer_engine=_detect_transformer_engine(),
+        apex=_detect_apex(),
+        flash_attention=(_version(*_PACKAGES["flash-attention"]) or "installed") if has_flash else None,
+    )
+
+
+def kernels_in_use(
+    detected: DetectedKernels, *, cuda: bool, transformer_engine: bool, attention_backend: str
+) -> dict[str, str]:
+    """What layers, attention and optimizer run on.
+
+    Args:
+        detected: from :func:`detect_kernels`.
+        cuda: whether the run is on GPUs.
+        transformer_engine: whether the model was built from Transformer Engine layers.
+        attention_backend: `te` or `sdpa`, as chosen (not `auto`).
+    """
+    te = f"Transformer Engine {detected.transformer_engine}"
+    attention = "torch SDPA"
+    if attention_backend == "te":
+        flash = f", flash-attention {detected.flash_attention}" if detected.flash_attention else ""
+        attention = f"{te} (cuDNN{flash})"
+    # megatron-core takes the first fused Adam that it can import, in this order.
+    optimizer = "torch AdamW"
+    if cuda and detected.transformer_engine:
+        optimizer = f"{te} FusedAdam"
+    elif cuda and detected.apex:
+        optimizer = f"apex {detected.apex} FusedAdam"
+    return {"layers": te if transformer_engine else "torch", "attention": attention, "optimizer": optimizer}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run stands on, of the installed ones only; read from metadata, nothing is imported."""
+    from nemo_lmpo import __version__
+
+    versions = {name: _version(*distributions) for name, distributions in _PACKAGES.items()}
+    versions["nemo_lmpo"] = __version__  # a source tree that is not installed has no metadata
+    versions["apex"] = _detect_apex()
+    return {name: version for name, version in versions.items() if version}
+
+
+def format_count(number: int) -> str:
+    """A parameter count as people say it: `134.5 M`, `8.03 B`."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f} {unit}" if scaled >= 100 else f"{scaled:.2f} {unit}"
+    return str(number)
+
+
+def _layout(facts: BannerFacts) -> str:
+    # Virtual stages lie inside the pipeline stages and are no factor of the world size.
+    virtual = f" (VPP {facts.virtual_pipeline_parallel})" if facts.virtual_pipeline_parallel else ""
+    parts = [
+        f"TP {facts.tensor_parallel}",
+        f"PP {facts.pipeline_parallel}{virtual}",
+        f"CP {facts.context_parallel}",
+        f"DP {facts.data_parallel}",
+    ]
+    text = " x ".join(parts)
+    noun = "process" if facts.world_size == 1 else "processes"
+    return f"{text} = {facts.world_size} {noun}" + (", sequence parallel" if facts.sequence_parallel else "")
+
+
+def _wrap(items: list[str], width: int) -> list[str]:
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + 2 + len(item) <= width:
+            lines[-1] += ", " + item
+        else:
+            if lines:
+                lines[-1] += ","
+            lines.append(item)
+    return lines
+
+
+def render_banner(facts: BannerFacts, width: int = 100) -> str:
+    """The banner as aligned lines, without a trailing newline."""
+    steps = f"{facts.total_steps:,} of {facts.global_batch_size:,} pairs"
+    if facts.start_step:
+        steps += f", resumed after step {facts.start_step:,}"
+    per_rank = f"{format_count(facts.parameters_per_rank)} a process"
+    rows: list[tuple[str, list[str]]] = [
+        ("recipe", [facts.recipe]),
+        ("run directory", [facts.run_dir]),
+        ("devices", [facts.devices]),
+        ("layout", [_layout(facts)]),
+        ("precision", [facts.precision]),
+        ("parameters", [f"{format_count(facts.parameters)} ({facts.parameters:,}), {per_rank}"]),
+        ("steps", [steps]),
+    ]
+    rows += [(name, [value]) for name, value in facts.kernels.items()]
+    label_width = max(len(label) for label, _ in rows) + 2
+    if facts.versions:
+        items = [f"{name} {version}" for name, version in facts.versions.items()]
+        rows.append(("versions", _wrap(items, width - label_width - 2)))
+    lines = []
+    for label, values in rows:
+        for index, value in enumerate(values):
+            lines.append(f"  {label if index == 0 else '':<{label_width}}{value}")
+    rule = "-" * min(width, max(len(line) for line in lines) + 2)
+    return "\n".join([rule, *lines, rule])
