@@ -1,0 +1,151 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from nemo_lmpo.training.banner import (
+    BannerFacts,
+    DetectedKernels,
+    detect_kernels,
+    format_count,
+    kernels_in_use,
+    package_versions,
+    render_banner,
+)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A directory of made-up packages in front of the installed ones."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def add(*paths):
+        for path in paths:
+            target = tmp_path / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Importing any of these would show.
+            target.write_text("raise RuntimeError('imported')")
+        importlib.invalidate_caches()
+
+    return add
+
+
+def add_distribution(tmp_path, name, version):
+    folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_apex_of_pypi_is_not_nvidias(site, tmp_path):
+    site("apex/__init__.py", "apex/models.py")
+    add_distribution(tmp_path, "apex", "0.9.10.dev0")
+    assert detect_kernels().apex is None
+    assert "apex" not in package_versions()
+
+
+def test_apex_without_its_fused_extension_does_not_count(site):
+    site("apex/__init__.py", "apex/optimizers/__init__.py")
+    assert detect_kernels().apex is None
+
+
+def test_nvidias_apex_is_found_without_importing_it(site, tmp_path):
+    site("apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py")
+    add_distribution(tmp_path, "apex", "0.1")
+    assert detect_kernels().apex == "0.1"
+    assert package_versions()["apex"] == "0.1"
+
+
+def test_transformer_engine_needs_its_torch_extension(site, tmp_path):
+    site("transformer_engine/__init__.py")
+    add_distribution(tmp_path, "transformer-engine", "2.8.0")
+    assert detect_kernels().transformer_engine is None
+    site("transformer_engine_torch.py")
+    assert detect_kernels().transformer_engine == "2.8.0"
+
+
+def test_flash_attention(site, tmp_path):
+    site("flash_attn/__init__.py")
+    assert detect_kernels().flash_attention == "installed"
+    add_distribution(tmp_path, "flash-attn", "2.7.4")
+    assert detect_kernels().flash_attention == "2.7.4"
+
+
+def test_detection_imports_nothing_heavy():
+    program = (
+        "import sys; from nemo_lmpo.training import banner; banner.detect_kernels(); banner.package_versions(); "
+        "print([m for m in ('torch', 'megatron', 'nemo', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_versions_hold_installed_packages_only():
+    versions = package_versions()
+    assert {"nemo_lmpo", "torch", "megatron-core"} <= versions.keys()
+    assert None not in versions.values()
+
+
+@pytest.mark.parametrize(
+    ("detected", "cuda", "te", "backend", "layers", "attention", "optimizer"),
+    [
+        (DetectedKernels(), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
+        (DetectedKernels("2.8", "0.1", None), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
+        (DetectedKernels(None, "0.1", None), True, False, "sdpa", "torch", "torch SDPA", "apex 0.1 FusedAdam"),
+        (
+            DetectedKernels("2.8", "0.1", "2.7"),
+            True,
+            True,
+            "te",
+            "Transformer Engine 2.8",
+            "Transformer Engine 2.8 (cuDNN, flash-attention 2.7)",
+            "Transformer Engine 2.8 FusedAdam",
+        ),
+    ],
+)
+def test_kernels_in_use(detected, cuda, te, backend, layers, attention, optimizer):
+    used = kernels_in_use(detected, cuda=cuda, transformer_engine=te, attention_backend=backend)
+    assert used == {"layers": layers, "attention": attention, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (51_200, "51.20 K"), (134_515_008, "134.5 M"), (8_030_261_248, "8.03 B")]
+)
+def test_counts(number, text):
+    assert format_count(number) == text
+
+
+def test_banner():
+    facts = BannerFacts(
+        recipe="lmpo_llama3_8b",
+        run_dir="runs/lmpo_llama3_8b",
+        devices="8 x NVIDIA A100-SXM4-80GB",
+        world_size=8,
+        parameters=8_030_261_248,
+        parameters_per_rank=2_007_565_312,
+        total_steps=1478,
+        global_batch_size=128,
+        precision="bf16",
+        tensor_parallel=2,
+        pipeline_parallel=2,
+        virtual_pipeline_parallel=4,
+        data_parallel=2,
+        sequence_parallel=True,
+        start_step=100,
+        kernels={"attention": "torch SDPA"},
+        versions={"nemo_lmpo": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1", "nemo": "3.0.0"},
+    )
+    assert render_banner(facts, width=60).splitlines() == [
+        "-" * 60,
+        "  recipe         lmpo_llama3_8b",
+        "  run directory  runs/lmpo_llama3_8b",
+        "  devices        8 x NVIDIA A100-SXM4-80GB",
+        "  layout         TP 2 x PP 2 (VPP 4) x CP 1 x DP 2 = 8 processes, sequence parallel",
+        "  precision      bf16",
+        "  parameters     8.03 B (8,030,261,248), 2.01 B a process",
+        "  steps          1,478 of 128 pairs, resumed after step 100",
+        "  attention      torch SDPA",
+        "  versions       nemo_lmpo 0.1.0, torch 2.13.0,",
+        "                 megatron-core 0.16.1, nemo 3.0.0",
+        "-" * 60,
+    ]

@@ -1,0 +1,260 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_lmpo.config import LoggingConfig, WandbConfig
+from nemo_lmpo.errors import ConfigError, TrainingError
+from nemo_lmpo.training.metrics_log import MetricsLog, encode_number, truncate_metrics
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+def open_log(run_dir, *, resume_step=0, config=QUIET, total_steps=None):
+    return MetricsLog(run_dir, config, config_for_wandb={"name": "t"}, resume_step=resume_step, total_steps=total_steps)
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(entries):
+    return [{name: value for name, value in entry.items() if name != "time"} for entry in entries]
+
+
+def write_steps(log, first, last, validate_every=2):
+    for step in range(first, last + 1):
+        log.log(step, {"loss": 1.0 / step, "lr": 1e-6})
+        if step % validate_every == 0:
+            log.log(step, {"loss": 2.0 / step}, prefix="val/")
+
+
+def test_one_line_a_step_in_the_order_given(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(1, {"rewards/margins": 0.5, "loss": 2.0})
+        log.log(1, {"loss": 3.0}, prefix="val/")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    entries = lines(tmp_path)
+    assert [list(entry) for entry in entries] == [
+        ["step", "time", "rewards/margins", "loss"],
+        ["step", "time", "val/loss"],
+    ]
+    assert without_time(entries) == [{"step": 1, "rewards/margins": 0.5, "loss": 2.0}, {"step": 1, "val/loss": 3.0}]
+    assert entries[0]["time"] > 1.7e9
+
+
+def test_resumed_file_equals_uninterrupted_one(tmp_path):
+    with open_log(tmp_path / "whole") as log:
+        write_steps(log, 1, 8)
+    with open_log(tmp_path / "cut") as log:
+        write_steps(log, 1, 6)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with open_log(tmp_path / "cut", resume_step=3) as log:
+        write_steps(log, 4, 8)
+    assert without_time(lines(tmp_path / "cut")) == without_time(lines(tmp_path / "whole"))
+
+
+def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path):
+    with open_log(tmp_path) as log:
+        write_steps(log, 1, 4)
+    with open_log(tmp_path, resume_step=4) as log:
+        log.log(4, {"loss": 9.0}, prefix="val/")  # a trainer that validates again where it resumes
+        log.log(5, {"loss": 0.2})
+    entries = without_time(lines(tmp_path))
+    assert [entry["step"] for entry in entries] == [1, 2, 2, 3, 4, 4, 5]
+    assert {"step": 4, "val/loss": 0.5} in entries
+
+
+def test_validation_missing_at_the_resume_step_is_written(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 1.0})
+    with open_log(tmp_path, resume_step=1) as log:
+        log.log(1, {"loss": 5.0}, prefix="val/")
+    assert without_time(lines(tmp_path)) == [{"step": 1, "loss": 1.0}, {"step": 1, "val/loss": 5.0}]
+
+
+def test_new_run_removes_lines_of_an_earlier_one(tmp_path):
+    with open_log(tmp_path) as log:
+        write_steps(log, 1, 3)
+    with open_log(tmp_path, resume_step=0):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"step": 3, "loss": 0.1',
+        b'{"step": 3, "loss": 0.1}',
+        b"\xff\xfe",
+        b"[1]\n",
+        b'{"loss": 1}\n',
+        b'{"step": "3"}\n',
+    ],
+    ids=["cut", "no newline", "no text", "no object", "no step", "step is text"],
+)
+def test_broken_last_line_is_removed(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
+    path.write_bytes(good + broken)
+    assert truncate_metrics(path, 10) == set()
+    assert path.read_bytes() == good
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_unchanged_file_is_not_rewritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n')
+    inode = path.stat().st_ino
+    assert truncate_metrics(path, 1) == {""}
+    assert path.stat().st_ino == inode
+
+
+def test_values_that_are_not_finite_are_valid_json(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    entry = json.loads(text, parse_constant=refuse)
+    assert (entry["loss"], entry["grad_norm"], entry["lr"]) == ("NaN", "Infinity", "-Infinity")
+    assert math.isnan(float(entry["loss"]))
+    assert float(entry["grad_norm"]) == math.inf
+
+
+def test_encode_number_takes_what_float_takes():
+    torch = pytest.importorskip("torch")
+    assert encode_number(torch.tensor(1.5)) == 1.5
+    assert encode_number(3) == 3.0
+
+
+def test_killed_process_loses_at_most_the_last_line(tmp_path):
+    program = textwrap.dedent(
+        """
+        import sys
+        from nemo_lmpo.config import LoggingConfig
+        from nemo_lmpo.training.metrics_log import MetricsLog
+        log = MetricsLog(sys.argv[1], LoggingConfig(tensorboard=False), config_for_wandb={}, resume_step=0)
+        for step in range(1, 10**9):
+            log.log(step, {"loss": 0.5})
+            if step == 200:
+                print("ready", flush=True)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        os.kill(process.pid, signal.SIGKILL)
+    truncate_metrics(tmp_path / "metrics.jsonl", 10**9)
+    steps = [entry["step"] for entry in lines(tmp_path)]
+    assert len(steps) >= 200
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_one_clear_error(tmp_path):
+    log = open_log(tmp_path)
+    log._file.close()
+    log._file = open("/dev/full", "ab")  # noqa: PTH123, SIM115
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl.*No space left"):
+        log.log(1, {"loss": 1.0})
+
+
+def test_total_steps_are_kept_for_the_report(tmp_path):
+    open_log(tmp_path, total_steps=478).close()
+    assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 478}
+
+
+def tensorboard_points(run_dir, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tmp_path):
+    config = LoggingConfig(log_interval=2)
+    with open_log(tmp_path, config=config) as log:
+        for step in range(1, 8):
+            log.log(step, {"loss": 10.0 + step})
+    # Steps 1, 2, 4, 6: the first one and every second.
+    assert tensorboard_points(tmp_path, "loss") == [(1, 11.0), (2, 12.0), (4, 14.0), (6, 16.0)]
+    with open_log(tmp_path, config=config, resume_step=3) as log:
+        for step in range(4, 7):
+            log.log(step, {"loss": 20.0 + step})
+        log.log(5, {"loss": 1.0}, prefix="val/")
+    assert tensorboard_points(tmp_path, "loss") == [(1, 11.0), (2, 12.0), (4, 24.0), (6, 26.0)]
+    assert tensorboard_points(tmp_path, "val/loss") == [(5, 1.0)]
+
+
+class FakeRun:
+    def __init__(self):
+        self.logged = []
+        self.finished = False
+
+    def log(self, metrics, step):
+        self.logged.append((step, metrics))
+
+    def finish(self):
+        self.finished = True
+
+
+def install_fake_wandb(monkeypatch, error=None):
+    calls, runs = [], []
+
+    def init(**arguments):
+        if error:
+            raise error
+        calls.append(arguments)
+        runs.append(FakeRun())
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return calls, runs
+
+
+WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
+
+
+def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
+    calls, runs = install_fake_wandb(monkeypatch)
+    with open_log(tmp_path / "r", config=WANDB) as log:
+        log.log(1, {"loss": 1.0})
+        log.log(1, {"loss": 2.0}, prefix="val/")
+    open_log(tmp_path / "r", config=WANDB, resume_step=1).close()
+    assert runs[0].logged == [(1, {"loss": 1.0}), (1, {"val/loss": 2.0})]
+    assert runs[0].finished
+    assert calls[0]["id"] == calls[1]["id"] == (tmp_path / "r" / "wandb_id").read_text().strip()
+    assert (calls[0]["project"], calls[0]["entity"], calls[0]["name"]) == ("p", "e", "r")
+    assert calls[0]["resume"] == "allow"
+    assert calls[0]["config"] == {"name": "t"}
+
+
+def test_missing_wandb_says_what_to_do_and_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"logging\.wandb\.project='p' needs.*pip install 'nemo-lmpo\[wandb\]'"):
+        open_log(tmp_path / "r", config=WANDB)
+    assert not (tmp_path / "r").exists()
+
+
+def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+    install_fake_wandb(monkeypatch, error=RuntimeError("api_key not configured"))
+    with pytest.raises(ConfigError, match=r"api_key not configured.*wandb login"):
+        open_log(tmp_path, config=WANDB)
+
+
+def test_closing_twice_is_fine(tmp_path):
+    log = open_log(tmp_path)
+    log.close()
+    log.close()
