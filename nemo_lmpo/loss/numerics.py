@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,11 @@ def log_ratios(inputs: LossInputs) -> tuple[Tensor, Tensor]:
         chosen - upcast(inputs.reference_chosen_logps).detach(),
         rejected - upcast(inputs.reference_rejected_logps).detach(),
     )
+
+
+def log1mexp(values: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for ``x < 0`` without cancellation at either end (Maechler's split at ``-ln 2``).
+
+    Above the split, where ``exp(x)`` is near 1, ``-expm1(x)`` keeps the digits; below it ``log1p`` does.
+    """
+    return torch.where(values > -math.log(2), torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))

@@ -13,8 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.cpo import CPOConfig, cpo_loss
+from nemo_lmpo.loss.dpo import DPOConfig, dpo_loss
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss, StatisticsConfig
+from nemo_lmpo.loss.ipo import IPOConfig, ipo_loss
+from nemo_lmpo.loss.kto import KTOConfig, kto_loss, kto_observe, kto_statistics
 from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe, lmpo_statistics
+from nemo_lmpo.loss.orpo import ORPOConfig, orpo_loss
+from nemo_lmpo.loss.sft import SFTConfig, sft_loss
+from nemo_lmpo.loss.simpo import SimPOConfig, simpo_loss
+from nemo_lmpo.loss.slic import SLiCConfig, slic_loss
 
 DEFAULT_LOSS = "lmpo"
 
@@ -40,6 +48,14 @@ class LossEntry:
 
 LOSSES: dict[str, LossEntry] = {
     "lmpo": LossEntry(LMPOConfig, lmpo_loss, statistics=lmpo_statistics, observe=lmpo_observe),
+    "sft": LossEntry(SFTConfig, sft_loss),
+    "dpo": LossEntry(DPOConfig, dpo_loss, needs_reference=True),
+    "ipo": LossEntry(IPOConfig, ipo_loss, needs_reference=True),
+    "slic": LossEntry(SLiCConfig, slic_loss),
+    "cpo": LossEntry(CPOConfig, cpo_loss),
+    "kto": LossEntry(KTOConfig, kto_loss, needs_reference=True, statistics=kto_statistics, observe=kto_observe),
+    "orpo": LossEntry(ORPOConfig, orpo_loss),
+    "simpo": LossEntry(SimPOConfig, simpo_loss),
 }
 """Every loss; a new one is a line here."""
 

@@ -1,0 +1,70 @@
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306) on pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_lmpo.loss.checks import check_name, check_positive
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
+from nemo_lmpo.loss.numerics import log_ratios
+
+
+@dataclass(frozen=True)
+class KTOConfig:
+    """Options of KTO."""
+
+    name: str = "kto"
+    beta: float = 0.01
+    """Scale of the log-ratios. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
+    desirable_weight: float = 1.0
+    """Weight of chosen responses (``lambda_D``); 1.0 in SimPO's appendix."""
+    undesirable_weight: float = 1.0
+    """Weight of rejected responses (``lambda_U``); 1.0 in SimPO's appendix."""
+
+    def validate(self) -> None:
+        """Check every option; raises ConfigError."""
+        check_name(self.name, "kto")
+        check_positive("beta", self.beta)
+        check_positive("desirable_weight", self.desirable_weight)
+        check_positive("undesirable_weight", self.undesirable_weight)
+
+
+def kto_statistics(config: KTOConfig) -> StatisticsConfig:
+    """The batch mean behind ``z``: of the whole global batch, before its losses, also in evaluation."""
+    return StatisticsConfig(kind="batch_mean", update="before_step", in_evaluation=True)
+
+
+def kto_observe(inputs: LossInputs, config: KTOConfig) -> Tensor:
+    """Mean log-ratio of the two responses of each pair, ``[B]``, detached; its batch mean estimates the KL."""
+    ratio_w, ratio_l = log_ratios(inputs)
+    return ((ratio_w + ratio_l) / 2).detach()
+
+
+def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
+    """KTO per pair, ``[B]``: the mean of the losses of its two responses.
+
+    Formula, with ``rho = S - S_ref`` and sums ``S``::
+
+        z    = beta max(0, mean over the global batch of (rho_w + rho_l) / 2)
+        loss = (w_D (1 - sigmoid(beta rho_w - z)) + w_U (1 - sigmoid(z - beta rho_l))) / 2
+
+    ``z`` is one reference point for all responses, as in KTO's Eq. 8, and a constant for the gradient; the caller
+    hands its mean in as ``inputs.statistics.mean`` (``count`` 0: ``z = 0``). KTO estimates the KL divergence from
+    responses paired with other prompts, which costs another forward pass each; on pairs the responses themselves
+    serve, chosen and rejected alike (with only one half, ``z`` would follow what the loss itself does to it).
+    Rewards are ``beta rho``.
+    """
+    ratio_w, ratio_l = log_ratios(inputs)
+    z = config.beta * max(0.0, inputs.statistics.mean) if inputs.statistics.count else 0.0
+    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large.
+    desirable = config.desirable_weight * torch.sigmoid(z - config.beta * ratio_w)
+    undesirable = config.undesirable_weight * torch.sigmoid(config.beta * ratio_l - z)
+    return LossOutputs(
+        losses=(desirable + undesirable) / 2,
+        chosen_rewards=config.beta * ratio_w.detach(),
+        rejected_rewards=config.beta * ratio_l.detach(),
+        metrics={"kto/z": torch.full_like(ratio_w, z).detach()},
+    )

@@ -1,0 +1,43 @@
+"""Sequence likelihood calibration, SLiC-HF (Zhao et al. 2023, arXiv:2305.10425)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from nemo_lmpo.loss.checks import check_name, check_non_negative, check_positive
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs
+from nemo_lmpo.loss.numerics import sums
+
+
+@dataclass(frozen=True)
+class SLiCConfig:
+    """Options of SLiC-HF."""
+
+    name: str = "slic"
+    delta: float = 1.0
+    """Wanted distance of the two log-probabilities, in nats. SimPO's appendix searches 0.1, 0.5, 1.0, 2.0."""
+    lam: float = 0.1
+    """``lambda``, weight of the likelihood of the chosen response. SimPO's appendix searches 0.1, 0.5, 1.0, 10.0 and
+    names no winner."""
+
+    def validate(self) -> None:
+        """Check every option; raises ConfigError."""
+        check_name(self.name, "slic")
+        check_positive("delta", self.delta)
+        check_non_negative("lam", self.lam)
+
+
+def slic_loss(inputs: LossInputs, config: SLiCConfig) -> LossOutputs:
+    """SLiC-HF per pair, with the chosen response as the target of its regulariser, ``[B]``.
+
+    Formula: ``max(0, delta - S_w + S_l) - lambda S_w`` with sums ``S`` = ``*_logps``. Rewards are ``S``, what the
+    hinge compares.
+    """
+    sum_w, sum_l = sums(inputs)
+    return LossOutputs(
+        losses=F.relu(config.delta - sum_w + sum_l) - config.lam * sum_w,
+        chosen_rewards=sum_w.detach(),
+        rejected_rewards=sum_l.detach(),
+    )
