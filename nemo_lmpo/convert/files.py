@@ -1,0 +1,155 @@
+"""Read access to the files of a checkpoint, in a directory or inside an uncompressed `.nemo` archive.
+
+Archives are never unpacked: members are read where they lie, so nothing can be written outside, and a large
+checkpoint needs no second copy on disk.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Protocol
+
+from nemo_lmpo.errors import CheckpointError
+
+
+class CheckpointFiles(Protocol):
+    """Named files; names are relative, with forward slashes."""
+
+    @property
+    def origin(self) -> str:
+        """What errors call the place."""
+
+    def names(self) -> list[str]:
+        """All files."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """A seekable stream; close it after use."""
+
+
+@dataclass(frozen=True)
+class FileReference:
+    """One file of a checkpoint, read when needed."""
+
+    files: CheckpointFiles
+    name: str
+
+    def read(self) -> bytes:
+        """The whole content; for small files."""
+        with self.files.open(self.name) as stream:
+            return stream.read()
+
+
+class DirectoryFiles:
+    """The files below a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def origin(self) -> str:
+        """The directory."""
+        return str(self._directory)
+
+    def names(self) -> list[str]:
+        """All files, sub-directories included."""
+        found = (path for path in self._directory.rglob("*") if path.is_file())
+        return sorted(path.relative_to(self._directory).as_posix() for path in found)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A stream of the file."""
+        return (self._directory / name).open("rb")
+
+
+class TarFiles:
+    """The members of an uncompressed tar archive.
+
+    Raises:
+        CheckpointError: not such an archive, cut off, or with members that are not plain files inside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._members: dict[str, tuple[int, int]] = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    self._add(member)
+        except tarfile.TarError as error:
+            raise CheckpointError(self._not_an_archive(error)) from None
+        end = max((offset + size for offset, size in self._members.values()), default=0)
+        if end > path.stat().st_size:
+            raise CheckpointError(f"{path} is cut off: its last member ends beyond the file; copy it again")
+
+    @property
+    def origin(self) -> str:
+        """The archive."""
+        return str(self._path)
+
+    def names(self) -> list[str]:
+        """All members that are files."""
+        return sorted(self._members)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A stream of one member."""
+        offset, size = self._members[name]
+        return io.BufferedReader(_Window(self._path, offset, size))
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise CheckpointError(f"{self._path} holds '{member.name}', a path outside the archive; do not use it")
+        if member.isdir():
+            return
+        if not member.isreg() or member.sparse is not None:
+            raise CheckpointError(
+                f"{self._path} holds '{member.name}', which is no plain file (a link or device); do not use it"
+            )
+        if path.as_posix() in self._members:
+            raise CheckpointError(f"{self._path} holds '{member.name}' twice; do not use it")
+        self._members[path.as_posix()] = (member.offset_data, member.size)
+
+    def _not_an_archive(self, error: Exception) -> str:
+        with self._path.open("rb") as stream:
+            start = stream.read(2)
+        if start == b"\x1f\x8b":
+            return f"{self._path} is a gzip-compressed archive; decompress it first: gzip -dc FILE > OTHER.nemo"
+        return f"{self._path} is not a NeMo file: it is no readable tar archive ({error})"
+
+
+class _Window(io.RawIOBase):
+    """Part of a file as a stream of its own."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset = offset
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + position)
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(view) or 0
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
