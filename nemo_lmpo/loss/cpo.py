@@ -19,7 +19,7 @@ class CPOConfig:
     beta: float = 0.01
     """Scale of the compared log-probabilities. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
     lam: float = 1.0
-    """``lambda``, weight of the likelihood of the chosen response; 1.0 in SimPO's appendix and in CPO's Eq. 6."""
+    """``lambda``, weight of the likelihood of the chosen response; 1.0 in SimPO's appendix."""
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""

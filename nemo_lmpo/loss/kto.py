@@ -51,7 +51,7 @@ def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
         z    = beta max(0, mean over the global batch of (rho_w + rho_l) / 2)
         loss = (w_D (1 - sigmoid(beta rho_w - z)) + w_U (1 - sigmoid(z - beta rho_l))) / 2
 
-    ``z`` is one reference point for all responses, as in KTO's Eq. 8, and a constant for the gradient; the caller
+    ``z`` is one reference point for all responses, as in the KTO paper, and a constant for the gradient; the caller
     hands its mean in as ``inputs.statistics.mean`` (``count`` 0: ``z = 0``). KTO estimates the KL divergence from
     responses paired with other prompts, which costs another forward pass each; on pairs the responses themselves
     serve, chosen and rejected alike (with only one half, ``z`` would follow what the loss itself does to it).

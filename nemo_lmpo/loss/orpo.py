@@ -22,7 +22,7 @@ class ORPOConfig:
 
     name: str = "orpo"
     lam: float = 0.1
-    """``lambda``, weight of the odds-ratio term; 0.1 is ORPO's own value for Mistral 7B (its Section 5.1). SimPO's
+    """``lambda``, weight of the odds-ratio term; 0.1 is ORPO's own value for Mistral 7B. SimPO's
     appendix searches 0.1, 0.5, 1.0, 2.0 and names no winner."""
 
     def validate(self) -> None:
