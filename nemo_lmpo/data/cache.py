@@ -1,0 +1,96 @@
+"""Directories that are built once and then reused, also when several processes want one at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from nemo_lmpo.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/nemo_lmpo`, or `~/.cache/nemo_lmpo`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nemo_lmpo"
+
+
+def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> Path:
+    """The directory ``root/key``, built if it is not there or not usable.
+
+    It appears by one rename after it is complete. One process builds while the others wait; on a file system without
+    locks several may build, and the first one's result stays.
+
+    Args:
+        root: the cache.
+        key: names the content; whatever changes the content changes the key.
+        build: fills the directory it is given.
+        usable: whether a directory found there is whole.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    entry = root / key
+    if usable(entry):
+        return entry
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f"{key}.lock") as locked:
+            if usable(entry):
+                return entry
+            if locked:
+                _remove_leftovers(root, key)
+            _build_entry(entry, build, usable)
+    except OSError as error:
+        raise DataError(
+            f"the cache of tokenised data in {root} cannot be written ({error.strerror or error}); "
+            "free space there or set data.cache_dir to another directory"
+        ) from None
+    return entry
+
+
+def _build_entry(entry: Path, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> None:
+    building = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+    try:
+        build(building)
+        building.chmod(0o755)
+        if entry.exists():  # found unusable
+            shutil.rmtree(entry, ignore_errors=True)
+        try:
+            building.rename(entry)
+        except OSError:
+            # without locks another process can have been faster: its directory is as good as this one
+            if not usable(entry):
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_leftovers(root: Path, key: str) -> None:
+    """What a killed builder left behind; only its own lock's holder may look."""
+    for leftover in root.glob(f"{key}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold a file lock; yields False where the file system has none."""
+    from filelock import FileLock
+
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        logger.warning("no file locks in %s (%s); several processes may tokenise the same data", path.parent, error)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

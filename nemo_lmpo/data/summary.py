@@ -1,0 +1,60 @@
+"""What a run says of its data at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One path: its rows, the pairs they gave, and how many pairs an epoch takes of it."""
+
+    path: str
+    rows: int
+    pairs: int
+    used: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts and lengths of one preference dataset."""
+
+    name: str
+    """`train` or `validation`."""
+    pairs: int
+    """Pairs in an epoch, repeated ones counted each time."""
+    sources: list[SourceSummary]
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows not used, by reason."""
+    prompts_cut: int = 0
+    """Pairs whose prompt lost its beginning."""
+    responses_cut: int = 0
+    """Pairs of which at least one response lost its end."""
+    length_percentiles: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Tokens of `prompt`, `chosen`, `rejected` at the percentiles 50, 90, 99 and 100."""
+
+    def __str__(self) -> str:
+        """A few lines for the console."""
+        lines = [f"{self.name}: {self.pairs} pairs"]
+        lines += [f"  {s.path}: {s.rows} rows, {s.pairs} usable, {s.used} in an epoch" for s in self.sources]
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            lines.append(f"  dropped: {reasons}")
+        if self.prompts_cut or self.responses_cut:
+            lines.append(f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} pairs")
+        lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
+        for part, values in self.length_percentiles.items():
+            lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
+        return "\n".join(lines)
+
+
+def length_percentiles(lengths: np.ndarray) -> dict[str, dict[int, int]]:
+    """Percentiles of ``lengths`` ``[N, 3]`` (prompt, chosen, rejected): lengths that occur, none interpolated."""
+    return {
+        part: {p: int(np.percentile(lengths[:, column], p, method="higher")) for p in PERCENTILES}
+        for column, part in enumerate(("prompt", "chosen", "rejected"))
+    }

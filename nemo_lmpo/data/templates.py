@@ -1,0 +1,52 @@
+"""Chat templates by name, for tokenizers that have none or another one than the data should get."""
+
+from __future__ import annotations
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+# A system text has no place of its own: it goes in front of the first user text.
+MISTRAL = (
+    "{{ bos_token }}"
+    "{% set pending = namespace(system='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% if not loop.first %}{{ raise_exception('a system message must come first') }}{% endif %}"
+    "{% set pending.system = (message['content'] | trim) + '\n\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "[INST] {{ pending.system }}{{ message['content'] | trim }} [/INST]"
+    "{% set pending.system = '' %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' }}{{ message['content'] | trim }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
+    "{% endfor %}"
+)
+
+ZEPHYR = (
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+# Texts as they are: nothing between the prompt and its response, an empty line between earlier turns.
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if not loop.first and not (loop.last and message['role'] == 'assistant') %}{{ '\n\n' }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% endfor %}"
+)
+
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "plain": PLAIN, "zephyr": ZEPHYR}
