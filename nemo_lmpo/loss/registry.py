@@ -119,7 +119,7 @@ def parse_loss(raw: Mapping[str, Any] | None) -> Any:
         raise ConfigError(f"loss={raw!r}: must be a mapping, for example loss.name=lmpo loss.beta=2.5.")
     name = raw.get("name")
     name = DEFAULT_LOSS if name is None else name
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         near = _nearest(str(name), LOSSES)
         raise ConfigError(f"loss.name={name!r}: unknown loss{near}. Known: {', '.join(LOSSES)}.")
     config_type = LOSSES[name].config

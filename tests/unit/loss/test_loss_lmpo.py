@@ -125,9 +125,7 @@ def test_h_and_log_h_are_the_same_number(make_inputs):
 
 def test_without_home_advantage_and_margin_it_is_bradley_terry(make_inputs):
     outputs = lmpo_loss(make_inputs(S_W, S_L, N_W, N_L), LMPOConfig(beta=1.0, log_h=0.0, lam=0.0))
-    expected_losses = [
-        math.log(1 + math.exp(-(w / a - r / b))) for w, r, a, b in zip(S_W, S_L, N_W, N_L, strict=True)
-    ]
+    expected_losses = [math.log(1 + math.exp(-(w / a - r / b))) for w, r, a, b in zip(S_W, S_L, N_W, N_L, strict=True)]
     torch.testing.assert_close(outputs.losses.detach(), torch.tensor(expected_losses, dtype=torch.float64))
 
 

@@ -43,9 +43,7 @@ def test_ema_with_bias_correction_over_three_steps():
     assert running.current() == Statistics(pytest.approx(0.68 / 0.19), pytest.approx(0.29 * math.sqrt(2) / 0.19), 2)
     running.update(torch.tensor([1.0, 1.0, 1.0]))
     # mean: (0.9 * 0.68 + 0.1) / (1 - 0.729) = 0.712 / 0.271; std: 0.9 * 0.29 sqrt(2) / 0.271
-    assert running.current() == Statistics(
-        pytest.approx(0.712 / 0.271), pytest.approx(0.261 * math.sqrt(2) / 0.271), 3
-    )
+    assert running.current() == Statistics(pytest.approx(0.712 / 0.271), pytest.approx(0.261 * math.sqrt(2) / 0.271), 3)
 
 
 def test_one_value_moves_the_mean_only():
