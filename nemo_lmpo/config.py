@@ -117,8 +117,6 @@ class OptimConfig:
     """Shard optimizer state over the data-parallel group."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while backward still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters while forward runs (distributed optimizer)."""
     sched: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 

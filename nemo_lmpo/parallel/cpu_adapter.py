@@ -6,6 +6,7 @@ Install it only where no GPU is used. Everything it changes is put back by :meth
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,32 +54,26 @@ class _Stream:
         """Nothing to wait for."""
 
 
-def _get_rng_state(device: object = None) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
-    torch.set_rng_state(state)
-
-
 def _replacements() -> list[tuple[Any, str, Any]]:
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
+    """Owner, name and replacement; a function object each, because torch.compile's tables refuse aliases."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core reports each missing GPU package
+        # Decorates functions with torch.compile on import, which must not see the replacements.
+        import megatron.core.models.gpt
+        from megatron.core.tensor_parallel import random as megatron_random
 
     return [
         (torch.cuda, "current_device", lambda: _CPU),
-        (torch.cuda, "set_device", nothing),
-        (torch.cuda, "get_rng_state", _get_rng_state),
-        (torch.cuda, "set_rng_state", _set_rng_state),
-        (torch.cuda, "manual_seed", torch.manual_seed),
-        (torch.cuda, "synchronize", nothing),
+        (torch.cuda, "set_device", lambda *args: None),
+        (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.cuda, "current_stream", lambda *args, **kwargs: _Stream()),
-        (torch.cuda, "empty_cache", nothing),
+        (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "nvtx", _Nvtx()),
-        (megatron_random, "_get_cuda_rng_state", _get_rng_state),
-        (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+        (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
     ]
 
 

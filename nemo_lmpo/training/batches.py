@@ -1,0 +1,162 @@
+"""From pairs to this rank's rows: which pairs make a step, and which part of them this process computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_lmpo.config import Config
+from nemo_lmpo.data.packing import build_row, imbalance, plan_rows
+from nemo_lmpo.parallel.context import attention_pieces, local_positions
+from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.types import PackedRow, PairTokens
+
+
+class Pairs(Protocol):
+    """What training needs of a dataset."""
+
+    lengths: np.ndarray
+    """``[N, 3]``: tokens of prompt, chosen and rejected."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> PairTokens: ...
+
+
+@dataclass
+class LocalRow:
+    """A rank's part of a packed row under context parallelism (the whole row without it)."""
+
+    input_ids: Tensor
+    """``[1, T / cp]``."""
+    position_ids: Tensor
+    """``[1, T / cp]``."""
+    pieces: Tensor
+    """``[N, 6]`` int32 on the CPU (see :func:`nemo_lmpo.parallel.context.attention_pieces`)."""
+    predict_positions: Tensor
+    """``[P]`` indices into this part; only of targets predicted here."""
+    target_ids: Tensor
+    """``[P]``."""
+    sequence_index: Tensor
+    """``[P]``."""
+    pair_index: Tensor
+    """``[B]``, of the whole row."""
+    response_lengths: Tensor
+    """``[B, 2]``, of the whole row."""
+    reference_logps: Tensor | None
+    """``[B, 2]``, of the whole row."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in the row, ``B``."""
+        return self.pair_index.numel()
+
+
+def localise(row: PackedRow, *, cp_rank: int, cp_size: int, device: torch.device) -> LocalRow:
+    """Cut out what a context-parallel rank holds, and move it to the device."""
+    pieces = attention_pieces(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
+    held = local_positions(row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
+    place = torch.full((row.num_tokens,), -1, dtype=torch.int64)
+    place[held] = torch.arange(held.numel())
+    local = place[row.predict_positions]
+    here = local >= 0
+    return LocalRow(
+        input_ids=row.input_ids[:, held].to(device),
+        position_ids=row.position_ids[:, held].to(device),
+        pieces=pieces,
+        predict_positions=local[here].to(device),
+        target_ids=row.target_ids[here].to(device),
+        sequence_index=row.sequence_index[here].to(device),
+        pair_index=row.pair_index.to(device),
+        response_lengths=row.response_lengths.to(device),
+        reference_logps=None if row.reference_logps is None else row.reference_logps.to(device),
+    )
+
+
+@dataclass
+class StepBatch:
+    """What this process computes of one step, and what the step is as a whole."""
+
+    rows: list[LocalRow]
+    pair_ids: list[str]
+    """All pairs of the global batch, in its order."""
+    tokens: int
+    """Tokens fed to the model over all ranks, without padding."""
+    attended: int
+    """Query-key pairs that attention computes over all ranks (for the FLOP count)."""
+    imbalance: float
+    """Tokens of the busiest data-parallel rank over the mean."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of the global batch."""
+        return len(self.pair_ids)
+
+
+class BatchBuilder:
+    """Lays chosen pairs into rows for this process. Every rank computes the same plan; nothing is communicated."""
+
+    def __init__(self, config: Config, groups: ParallelGroups, *, device: torch.device, pad_id: int) -> None:
+        self.groups = groups
+        self.device = device
+        self.pad_id = pad_id
+        self.share_prompt = config.data.share_prompt
+        self.row_tokens = config.data.row_tokens or 2 * config.data.max_length
+        self.max_pairs_per_row = config.model.micro_batch_size
+        interleaved = config.model.virtual_pipeline_model_parallel_size is not None
+        self.multiple_of_rows = groups.pipeline.size() if interleaved else 1
+        self.pad_to_multiple = math.lcm(
+            2 * groups.context.size() if groups.context.size() > 1 else 1,
+            groups.context.size() * groups.tensor.size() if config.model.sequence_parallel else 1,
+        )
+
+    def build(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
+        """The step that is made of ``pairs[indices]``."""
+        lengths = pairs.lengths[indices]
+        plan = plan_rows(
+            lengths,
+            dp_size=self.groups.data.size(),
+            row_tokens=self.row_tokens,
+            max_pairs_per_row=self.max_pairs_per_row,
+            share_prompt=self.share_prompt,
+            multiple_of_rows=self.multiple_of_rows,
+        )
+        chosen = [pairs[int(index)] for index in indices]
+        rows = [
+            build_row(
+                [chosen[position] for position in positions],
+                positions,
+                share_prompt=self.share_prompt,
+                pad_to_multiple=self.pad_to_multiple,
+                pad_id=self.pad_id,
+            )
+            for positions in plan[self.groups.data.rank()]
+        ]
+        context = self.groups.context
+        return StepBatch(
+            rows=[localise(row, cp_rank=context.rank(), cp_size=context.size(), device=self.device) for row in rows],
+            pair_ids=[pair.pair_id for pair in chosen],
+            tokens=int(fed_tokens(lengths, share_prompt=self.share_prompt)),
+            attended=int(attended_pairs(lengths, share_prompt=self.share_prompt)),
+            imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
+        )
+
+
+def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:
+    """Tokens that go through the model for pairs of these ``[B, 3]`` lengths, padding not counted."""
+    prompts = lengths[:, 0] * (1 if share_prompt else 2)
+    return int((prompts + lengths[:, 1] - 1 + lengths[:, 2] - 1).sum())
+
+
+def attended_pairs(lengths: np.ndarray, *, share_prompt: bool) -> int:
+    """Query-key pairs under the causal mask: ``n (n + 1) / 2`` a segment, plus its prefix for each query."""
+    prompt = lengths[:, 0].astype(np.int64)
+    responses = lengths[:, 1:].astype(np.int64) - 1
+    within = responses * (responses + 1) // 2 + responses * prompt[:, None]
+    prompts = prompt * (prompt + 1) // 2 * (1 if share_prompt else 2)
+    return int(within.sum() + prompts.sum())

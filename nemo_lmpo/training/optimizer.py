@@ -1,0 +1,123 @@
+"""Data-parallel wrapping, AdamW and the learning-rate schedule, all megatron-core's."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_lmpo.config import OptimConfig, TrainerConfig
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.model.packed_gpt import PackedGPTModel
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def wrap_data_parallel(chunks: list[PackedGPTModel], optim: OptimConfig) -> list[DistributedDataParallel]:
+    """Give each chunk a float32 gradient buffer that is summed over data- and context-parallel ranks."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+    )
+    config = chunks[0].config
+    wrapped = [
+        # Only the first chunk's gradients come last in backward, so only it gains from several buckets.
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    if optim.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW with float32 main parameters; fused on GPUs where Transformer Engine or apex offer it."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            clip_grad=trainer.gradient_clip_val,
+            use_distributed_optimizer=optim.use_distributed_optimizer,
+        ),
+        wrapped,
+    )
+
+
+def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then the configured decay to `min_lr` at the last step.
+
+    Raises:
+        ConfigError: the warm-up leaves no step to train on.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    warmup_steps = math.ceil(optim.sched.warmup_fraction * total_steps)
+    if warmup_steps >= total_steps:
+        # Rounding up may take the only step of a very short run.
+        warmup_steps = total_steps - 1
+    if optim.sched.name not in ("cosine", "linear", "constant"):
+        raise ConfigError(f"optim.sched.name={optim.sched.name!r} is unknown; choose cosine, linear or constant")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.sched.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=total_steps,
+        lr_decay_style=optim.sched.name,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def current_learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate of the next step (ranks without parameters of their own have it too)."""
+    return float(max((group["lr"] for group in optimizer.param_groups), default=math.nan))
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """megatron-core chains one optimizer a kind of parameter; dense models have one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Make the main gradients ready and return their L2 norm over the whole model.
+
+    Communicates over the model-parallel group.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def clip_and_step(optimizer: MegatronOptimizer, norm: float, max_norm: float) -> None:
+    """Scale ready gradients down to ``max_norm`` (0: never) and update the parameters."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    if max_norm > 0:
+        for inner in inner_optimizers(optimizer):
+            parameters = inner.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
+    optimizer.step_with_ready_grads()

@@ -1,0 +1,82 @@
+"""When to stop before the last step: signals from the scheduler, and the time limit."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from nemo_lmpo.errors import ConfigError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Seconds of `DD:HH:MM:SS`, `HH:MM:SS` or `MM:SS`; None stays None.
+
+    Raises:
+        ConfigError: another form.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(:\d+){1,3}", str(text)):
+        raise ConfigError(
+            f"trainer.max_time_per_run={text!r} is not a duration; write DD:HH:MM:SS or HH:MM:SS, as '03:45:00'"
+        )
+    seconds = 0
+    for number, unit in zip(reversed(str(text).split(":")), (1, 60, 3600, 86400), strict=False):
+        seconds += int(number) * unit
+    return float(seconds)
+
+
+class StopWatch:
+    """Collects reasons to stop and lets all ranks agree on them.
+
+    A signal sets a flag only: the step in progress is finished and saved first. The time limit stops early
+    enough for one more step and a save of the length of the longest seen.
+    """
+
+    def __init__(self, max_seconds: float | None, *, started: float) -> None:
+        self.max_seconds = max_seconds
+        self.started = started
+        self.longest_step = 0.0
+        self.longest_save = 0.0
+        self._signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopWatch:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+
+    def _own_reason(self) -> int:
+        """0: none, 1: time limit, else the signal's number plus 1."""
+        if self._signal is not None:
+            return int(self._signal) + 1
+        if self.max_seconds is not None:
+            needed = self.longest_step + self.longest_save
+            if time.time() - self.started + needed >= self.max_seconds:
+                return 1
+        return 0
+
+    def reason(self, device: torch.device) -> str | None:
+        """Why to stop now, the same on all ranks, or None; one all-reduce of a number over all ranks."""
+        code = torch.tensor([self._own_reason()], dtype=torch.int64, device=device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        value = int(code.item())
+        if value == 0:
+            return None
+        return "time limit" if value == 1 else signal.Signals(value - 1).name

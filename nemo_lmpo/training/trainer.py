@@ -1,0 +1,198 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_lmpo.config import Config
+from nemo_lmpo.data.sampler import PairSampler, validation_steps
+from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
+from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress
+from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel
+from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
+from nemo_lmpo.training.pair_table import table_metrics
+from nemo_lmpo.training.stop import StopWatch
+from nemo_lmpo.training.throughput import model_flops, peak_memory_gib, throughput_metrics
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+Listener = Callable[[int, dict[str, float], str], None]
+"""Told of every line of metrics: finished steps, metrics, and the prefix (`val/` or nothing)."""
+
+
+@dataclass
+class FitResult:
+    """How a call of :meth:`PreferenceTrainer.fit` ended."""
+
+    step: int
+    """Finished optimizer steps of the run."""
+    stopped_by: str | None
+    """None: all steps are done; else the signal or `time limit`."""
+
+
+class PreferenceTrainer:
+    """Owns the loop; model, optimizer, data and checkpoints are handed in."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MegatronGPTLMPOModel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        *,
+        train_pairs: Pairs,
+        validation_pairs: Pairs | None,
+        sampler: PairSampler,
+        batches: BatchBuilder,
+        checkpoints: CheckpointManager,
+        total_steps: int,
+        listener: Listener,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.train_pairs = train_pairs
+        self.validation_pairs = validation_pairs
+        self.sampler = sampler
+        self.batches = batches
+        self.checkpoints = checkpoints
+        self.total_steps = total_steps
+        self.listener = listener
+        self.peak_flops = peak_flops
+        self.progress = TrainingProgress()
+        self._saved_step = 0
+        """Newest step that needs no saving; step 0 is the start weights."""
+
+    def resume(self) -> int:
+        """Go on from the newest good checkpoint if there is one; the finished steps."""
+        if self.config.checkpoint.resume:
+            self.progress = self.checkpoints.load_newest()
+            if self.progress.step:
+                self.scheduler.num_steps = 0
+                self.scheduler.step(increment=self.progress.step)
+        self._saved_step = self.progress.step
+        return self.progress.step
+
+    def fit(self, stop: StopWatch) -> FitResult:
+        """Train until all steps are done or there is a reason to stop, saving on the way.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
+        """
+        device = self.batches.device
+        stop.longest_save = self.progress.save_seconds
+        while self.progress.step < self.total_steps:
+            reason = stop.reason(device)
+            if reason is not None:
+                self._save_if_new(stop)
+                self.checkpoints.wait()
+                return FitResult(self.progress.step, reason)
+            started = time.monotonic()
+            metrics = self.train_step(self.progress.step)
+            stop.longest_step = max(stop.longest_step, time.monotonic() - started)
+            self.progress.step += 1
+            self.progress.metrics.update(metrics)
+            self.listener(self.progress.step, metrics, "")
+            self._after_step(stop)
+            self.checkpoints.poll()
+        self._save_if_new(stop)
+        self.checkpoints.wait()
+        return FitResult(self.progress.step, None)
+
+    def _after_step(self, stop: StopWatch) -> None:
+        """Validate and save where it is time."""
+        step = self.progress.step
+        trainer, checkpoint = self.config.trainer, self.config.checkpoint
+        last = step == self.total_steps
+        validated = last or (trainer.val_check_interval > 0 and step % trainer.val_check_interval == 0)
+        if validated and self.validation_pairs is not None:
+            metrics = self.validate()
+            self.progress.metrics.update({f"val/{name}": value for name, value in metrics.items()})
+            self.listener(step, metrics, "val/")
+        due = checkpoint.save_interval > 0 and step % checkpoint.save_interval == 0
+        if due or last or (validated and checkpoint.keep_best > 0):
+            self._save_if_new(stop)
+
+    def _save_if_new(self, stop: StopWatch) -> None:
+        """Save unless this step is saved already."""
+        if self.progress.step == self._saved_step:
+            return
+        statistics = self.model.statistics
+        self.progress.statistics = statistics.state_dict() if statistics is not None else None
+        snapshot = TrainingProgress(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
+        seconds = self.checkpoints.save(snapshot)
+        self.progress.save_seconds = max(self.progress.save_seconds, seconds)
+        stop.longest_save = max(stop.longest_save, seconds)
+        self._saved_step = self.progress.step
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Run optimizer step ``step`` (from 0) and return its metrics."""
+        started = time.monotonic()
+        batch = self.batches.build(self.train_pairs, self.sampler.pairs_of_step(step))
+        self.model.prepare_for_training_step()
+        _, metrics = self.model.get_loss_and_metrics(batch, forward_only=False)
+        self._refuse_not_finite_losses(batch, step)
+        self.model.finish_training_step()
+        norm = gradient_norm(self.optimizer)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient norm of step {step + 1} is {norm}; its pairs: {_shorten(batch.pair_ids)}; lower "
+                f"optim.lr={self.config.optim.lr} or look at these pairs"
+            )
+        metrics["grad_norm"] = norm
+        metrics["lr"] = current_learning_rate(self.optimizer)
+        clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
+        self.scheduler.step(increment=1)
+        metrics.update(self._throughput(batch, time.monotonic() - started))
+        return metrics
+
+    def _refuse_not_finite_losses(self, batch: StepBatch, step: int) -> None:
+        bad = self.model.row_step.table.not_finite()
+        if bad:
+            raise TrainingError(
+                f"the loss of step {step + 1} is not finite for {len(bad)} of {batch.num_pairs} pairs: "
+                f"{_shorten([batch.pair_ids[position] for position in bad])}; remove them or lower "
+                f"optim.lr={self.config.optim.lr}"
+            )
+
+    def _throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
+        flops = model_flops(self.model.architecture, tokens=batch.tokens, attended=batch.attended)
+        return {
+            "epoch": (self.progress.step + 1) / self.sampler.steps_per_epoch,
+            "step_seconds": seconds,
+            "data/imbalance": batch.imbalance,
+            "memory/peak": peak_memory_gib(),
+            **throughput_metrics(
+                pairs=batch.num_pairs,
+                tokens=batch.tokens,
+                seconds=seconds,
+                flops=flops,
+                devices=torch.distributed.get_world_size(),
+                device_peak_flops=self.peak_flops,
+            ),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Metrics over all validation pairs, under names without prefix."""
+        assert self.validation_pairs is not None
+        tables: list[torch.Tensor] = []
+        for indices in validation_steps(len(self.validation_pairs), self.config.model.global_batch_size):
+            batch = self.batches.build(self.validation_pairs, indices)
+            tables.append(self.model.run_batch(batch, forward_only=True).values)
+        return table_metrics(self.model.row_step.columns, torch.cat(tables))
+
+
+def _shorten(names: list[Any], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(name) for name in names[:most]) + more
