@@ -148,6 +148,8 @@ class CheckpointManager:
         self.write_companions = write_companions
         self.state_bytes = state_bytes
         self.layout = layout
+        self.loading: TrainingProgress | None = None
+        """Progress of the checkpoint that is being loaded."""
         self._queue: Any = None
 
     def save(self, progress: TrainingProgress) -> float:
@@ -290,6 +292,7 @@ class CheckpointManager:
         from megatron.core import dist_checkpointing
 
         progress = TrainingProgress(**json.loads((directory / PROGRESS).read_text()))
+        self.loading = progress
         state = dist_checkpointing.load(self.make_state(True), str(directory / STATE))
         self.load_state(state, progress)
         return progress

@@ -55,7 +55,7 @@ class PreferenceTrainer:
         batches: BatchBuilder,
         checkpoints: CheckpointManager,
         total_steps: int,
-        listener: Listener,
+        listener: Listener | None = None,
         peak_flops: float | None = None,
     ) -> None:
         self.config = config
@@ -68,7 +68,7 @@ class PreferenceTrainer:
         self.batches = batches
         self.checkpoints = checkpoints
         self.total_steps = total_steps
-        self.listener = listener
+        self.listener: Listener = listener or (lambda step, metrics, prefix: None)
         self.peak_flops = peak_flops
         self.progress = TrainingProgress()
         self._saved_step = 0

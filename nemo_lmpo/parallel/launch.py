@@ -1,0 +1,48 @@
+"""Place of this process in its job, as the launcher tells it. Imports no torch, so commands can ask early."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_lmpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """Place of this process in the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process talks to the user and writes files."""
+        return self.rank == 0
+
+
+def read_launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+    """From torchrun's variables, else from Slurm's (`srun` without torchrun), else a single process.
+
+    Raises:
+        ConfigError: the variables of a launcher are incomplete.
+    """
+    environ = os.environ if environ is None else environ
+    if "WORLD_SIZE" in environ:
+        try:
+            rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"WORLD_SIZE is set but RANK is missing or no number ({error}); use torchrun") from None
+        local_rank = int(environ.get("LOCAL_RANK", 0))
+        return LaunchInfo(rank, world_size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
+    # A step of one task, or a shell inside an allocation, is a single process and needs no rendezvous.
+    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ and "MASTER_ADDR" in environ:
+        world_size = int(environ["SLURM_NTASKS"])
+        nodes = int(environ.get("SLURM_NNODES", "1"))
+        return LaunchInfo(
+            int(environ["SLURM_PROCID"]), world_size, int(environ["SLURM_LOCALID"]), max(world_size // nodes, 1)
+        )
+    return LaunchInfo()

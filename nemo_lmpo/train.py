@@ -1,0 +1,115 @@
+"""Train a policy on preference pairs: ``python -m nemo_lmpo.train --config-name lmpo_tiny [key=value ...]``.
+
+Kept light: help, typing errors and refused configurations answer before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_lmpo.errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from nemo_lmpo.config import Config
+    from nemo_lmpo.parallel.launch import LaunchInfo
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_lmpo.train",
+        description="Train a policy on preference pairs.",
+        epilog="Overrides are Hydra's: model.tensor_model_parallel_size=2 loss.lam=1.0 data.train.path=pairs.jsonl. "
+        "Repeat the command to resume. With torchrun or srun it runs over several processes.",
+    )
+    parser.add_argument("--config-name", metavar="RECIPE", help="a recipe of the package or of --config-dir")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")
+    parser.add_argument("--list", action="store_true", help="list the recipes and exit")
+    parser.add_argument("--show-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    started = time.time()
+    options = build_parser().parse_args(arguments)
+    show_traceback = any(override.replace(" ", "").lower() == "traceback=true" for override in options.overrides)
+    try:
+        return _run(options, started)
+    except (UserError, TrainingError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201  (the one message of a failed command)
+        return 1
+
+
+def _run(options: argparse.Namespace, started: float) -> int:
+    from nemo_lmpo.errors import ConfigError
+    from nemo_lmpo.recipe import config_as_dict, load_recipe, recipe_names, recipes_dir
+
+    if options.list:
+        folders = [recipes_dir()] + ([options.config_dir] if options.config_dir else [])
+        print("\n".join(name for folder in folders for name in recipe_names(folder)))  # noqa: T201  (the answer)
+        return 0
+    if options.config_name is None:
+        raise ConfigError("--config-name is missing; name a recipe (see --list)")
+    config = load_recipe(options.config_name, options.overrides, config_dir=options.config_dir)
+    if options.show_config:
+        import yaml
+
+        print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201  (the answer)
+        return 0
+    from nemo_lmpo.parallel.launch import read_launch_info
+
+    return _train(config, read_launch_info(), started)
+
+
+def _train(config: Config, launch: LaunchInfo, started: float) -> int:
+    from nemo_lmpo.layout import validate
+    from nemo_lmpo.recipe import config_as_dict
+    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.training.start_weights import find_start
+
+    _start_logging(launch)
+    start = find_start(config.model)
+    world_size = config.trainer.devices * config.trainer.num_nodes if config.dry_run else launch.world_size
+    layout = validate(config, start.architecture, world_size)
+    if config.dry_run:
+        from nemo_lmpo.dry_run import describe
+
+        print(describe(layout))  # noqa: T201  (the answer)
+        return 0
+    run = RunDirectory(config, config_as_dict(config))
+    run.check_owner()
+    if launch.is_main:
+        run.create()
+    from nemo_lmpo.training.session import run_training
+
+    result = run_training(config, start, run, launch, started)
+    if launch.is_main:
+        if result.stopped_by is None:
+            _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
+        else:
+            _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
+    return 0
+
+
+def _start_logging(launch: LaunchInfo) -> None:
+    """The package's messages on rank 0, warnings from everywhere; libraries keep quiet."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("nemo_lmpo").setLevel(logging.INFO if launch.is_main else logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Builds everything a run needs, trains, and cleans up: what `nemo_lmpo.train` calls after validation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_lmpo.architecture import Architecture
+from nemo_lmpo.config import Config
+from nemo_lmpo.convert.hf_source import HuggingFaceSource
+from nemo_lmpo.convert.load import load_model_weights
+from nemo_lmpo.convert.source import random_source
+from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
+from nemo_lmpo.data.sampler import PairSampler
+from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer, padding_id
+from nemo_lmpo.parallel.cpu_adapter import ADAPTER
+from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
+from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.training.batches import BatchBuilder
+from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress
+from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel, nemo_config
+from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
+from nemo_lmpo.training.optimizer_state import load_optimizer_state, optimizer_sharded_state
+from nemo_lmpo.training.random_state import restore_random_state, seed_everything, sharded_random_state
+from nemo_lmpo.training.reporter import Reporter
+from nemo_lmpo.training.run_directory import RunDirectory
+from nemo_lmpo.training.start_weights import StartPoint
+from nemo_lmpo.training.stop import StopWatch, parse_duration
+from nemo_lmpo.training.throughput import peak_flops
+from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[ParallelGroups, torch.device]]:
+    """Process groups and the device for a block; on machines without GPUs through the CPU adapter."""
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    else:
+        device = torch.device("cpu")
+        ADAPTER.install()
+        torch.set_num_threads(threads_per_process(config, launch))
+    start_process_group(launch, use_cuda=use_cuda)
+    try:
+        yield create_groups(config.model), device
+    finally:
+        destroy_groups()
+        if not use_cuda:
+            ADAPTER.uninstall()
+
+
+def threads_per_process(config: Config, launch: LaunchInfo) -> int:
+    """CPU threads for this process: as configured, else the node's cores shared equally."""
+    if config.trainer.num_threads is not None:
+        return config.trainer.num_threads
+    return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+
+
+@dataclass
+class LoadedData:
+    """Tokenizer and tokenised pairs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PreferenceDataset
+    validation: PreferenceDataset | None
+
+
+def load_data(config: Config, start: StartPoint) -> LoadedData:
+    """Tokenise (or read from the cache) what the run trains and validates on."""
+    tokenizer = load_tokenizer(start.tokenizer, trust_remote_code=config.model.trust_remote_code)
+    check_vocabulary(tokenizer, start.architecture.vocab_size)
+    train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train")
+    validation = None
+    if config.data.validation.path is not None:
+        validation = load_preference_dataset(config.data, config.data.validation, tokenizer, name="validation")
+    return LoadedData(tokenizer, train, validation)
+
+
+def load_start_weights(model: MegatronGPTLMPOModel, start: StartPoint, seed: int) -> None:
+    """Fill the policy with the start's weights; each rank reads its own part."""
+    if start.directory is not None:
+        source: Any = HuggingFaceSource(start.directory)
+    else:
+        source = random_source(start.architecture, seed)
+    tensor = model.groups.tensor
+    load_model_weights(
+        list(model.policy), source, start.architecture, tp_rank=tensor.rank(), tp_size=tensor.size()
+    )
+
+
+def total_steps(config: Config, sampler: PairSampler) -> int:
+    """Optimizer steps of the whole run."""
+    return config.trainer.max_steps or config.trainer.max_epochs * sampler.steps_per_epoch
+
+
+class TrainingSession:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        start: StartPoint,
+        run: RunDirectory,
+        launch: LaunchInfo,
+        groups: ParallelGroups,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.start = start
+        self.run = run
+        self.launch = launch
+        self.groups = groups
+        seed_everything(config.model.seed)
+        self.data = load_data(config, start)
+        self.sampler = PairSampler(len(self.data.train), config.model.global_batch_size, config.model.seed)
+        self.total_steps = total_steps(config, self.sampler)
+        self.model = MegatronGPTLMPOModel(
+            nemo_config(config), config=config, architecture=start.architecture, groups=groups, device=device
+        )
+        load_start_weights(self.model, start, config.model.seed)
+        self.optimizer: MegatronOptimizer = build_optimizer(
+            list(self.model.chunks), config.optim, config.trainer, self.model.dtype_of_parameters
+        )
+        self.batches = BatchBuilder(config, groups, device=device, pad_id=padding_id(self.data.tokenizer))
+        self.checkpoints = self._checkpoints()
+
+    def _checkpoints(self) -> CheckpointManager:
+        bytes_a_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12
+        return CheckpointManager(
+            self.run.checkpoints,
+            self.config.checkpoint,
+            make_state=self.sharded_state,
+            load_state=self.load_sharded_state,
+            write_companions=lambda directory: self.run.write_companions(
+                directory, self.start, self.data.tokenizer
+            ),
+            state_bytes=bytes_a_parameter * self.start.architecture.num_parameters(),
+            layout=self.layout(),
+        )
+
+    def layout(self) -> dict[str, int]:
+        """Sizes of the parallel groups, as saved with checkpoints."""
+        return {
+            "tensor": self.groups.tensor.size(),
+            "pipeline": self.groups.pipeline.size(),
+            "context": self.groups.context.size(),
+            "data": self.groups.data.size(),
+            "virtual_pipeline": self.config.model.virtual_pipeline_model_parallel_size or 1,
+        }
+
+    def sharded_state(self, is_loading: bool) -> dict[str, Any]:
+        """Weights, optimizer and random states as megatron-core's sharded state dict."""
+        state: dict[str, Any] = {
+            f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(self.model.policy)
+        }
+        if self.config.checkpoint.save_optimizer:
+            state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=is_loading)
+        if not is_loading or self._same_layout():
+            state["random_state"] = sharded_random_state()
+        return state
+
+    def _same_layout(self) -> bool:
+        return self.checkpoints.loading is not None and self.checkpoints.loading.layout == self.layout()
+
+    def load_sharded_state(self, state: dict[str, Any], progress: TrainingProgress) -> None:
+        """Put a loaded state back into model, optimizer, generators and margin statistics."""
+        for index, chunk in enumerate(self.model.policy):
+            chunk.load_state_dict(
+                {name.removeprefix("model."): tensor for name, tensor in state[f"model{index}"].items()}
+            )
+        if "optimizer" in state:
+            load_optimizer_state(self.optimizer, state["optimizer"], step=progress.step)
+        if "random_state" in state:
+            restore_random_state(state["random_state"])
+        if self.model.statistics is not None and progress.statistics is not None:
+            self.model.statistics.load_state_dict(progress.statistics)
+
+    def train(self, started: float) -> FitResult:
+        """Resume, train, report; ``started`` is when the process began, which time limits count from."""
+        trainer = PreferenceTrainer(
+            self.config,
+            self.model,
+            self.optimizer,
+            build_scheduler(self.optimizer, self.config.optim, self.total_steps),
+            train_pairs=self.data.train,
+            validation_pairs=self.data.validation,
+            sampler=self.sampler,
+            batches=self.batches,
+            checkpoints=self.checkpoints,
+            total_steps=self.total_steps,
+            peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
+        )
+        self.checkpoints.clean()
+        start_step = trainer.resume()
+        reporter = Reporter(self, start_step) if self.launch.is_main else None
+        if reporter is not None:
+            trainer.listener = reporter.listen
+        limit = parse_duration(self.config.trainer.max_time_per_run)
+        try:
+            with StopWatch(limit, started=started) as stop:
+                return trainer.fit(stop)
+        finally:
+            if reporter is not None:
+                reporter.close()
+
+
+def run_training(config: Config, start: StartPoint, run: RunDirectory, launch: LaunchInfo, started: float) -> FitResult:
+    """Train in this process from start to end (or to the first reason to stop)."""
+    with distributed_session(config, launch) as (groups, device):
+        session = TrainingSession(config, start, run, launch, groups, device)
+        result = session.train(started)
+        dist.barrier()
+    return result

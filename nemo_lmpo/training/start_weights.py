@@ -1,0 +1,75 @@
+"""Where a run starts: architecture, weights and tokenizer of `model.restore_from_path`, or random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.architecture import Architecture, architecture_from_hf, read_architecture
+from nemo_lmpo.config import ModelConfig
+from nemo_lmpo.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """What a run starts from; weights are not read yet."""
+
+    architecture: Architecture
+    tokenizer: str
+    """Directory, hub name or `builtin:NAME`."""
+    directory: Path | None
+    """Weights on disk; None: random ones."""
+
+
+def find_start(model: ModelConfig) -> StartPoint:
+    """Resolve the start of a run without reading weights.
+
+    Raises:
+        ConfigError: neither a path nor an architecture is given, or no tokenizer.
+        CheckpointError: the path is no model, or one that is not supported.
+    """
+    if model.restore_from_path is None:
+        return _random_start(model)
+    directory = local_directory(model.restore_from_path)
+    return StartPoint(read_architecture(directory), model.tokenizer or str(directory), directory)
+
+
+def _random_start(model: ModelConfig) -> StartPoint:
+    if model.architecture is None:
+        raise ConfigError(
+            "neither model.restore_from_path nor model.architecture is set; give a model to start from, "
+            "for example model.restore_from_path=meta-llama/Meta-Llama-3-8B-Instruct"
+        )
+    if model.tokenizer is None:
+        raise ConfigError("model.tokenizer is not set, and random weights bring none; give a tokenizer")
+    settings: dict[str, Any] = dict(model.architecture)
+    if "vocab_size" not in settings:
+        # A new model has as many embeddings as its tokenizer has tokens.
+        from nemo_lmpo.data.tokenizer import load_tokenizer
+
+        settings["vocab_size"] = len(load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code))
+    return StartPoint(architecture_from_hf(settings, origin="model.architecture"), model.tokenizer, None)
+
+
+def local_directory(path: str) -> Path:
+    """A directory as it is, or a hub model brought to the local cache.
+
+    Raises:
+        CheckpointError: neither exists.
+    """
+    directory = Path(path).expanduser()
+    if directory.exists():
+        return directory
+    if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        raise CheckpointError(f"model.restore_from_path={path} does not exist; give a model directory or a hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:  # noqa: BLE001  (the hub client raises many kinds)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model.restore_from_path={path} is no local directory and cannot be fetched from the hub ({reason}); "
+            f"give a directory, or log in and check the name"
+        ) from None
