@@ -143,7 +143,7 @@ def test_state_survives_json_and_goes_on_bit_for_bit(config):
 
 def test_state_of_another_kind_or_damaged_is_refused():
     state = updated(EMA, [1.0, 2.0]).state_dict()
-    with pytest.raises(CheckpointError, match="kind 'ema'.*'cumulative'"):
+    with pytest.raises(CheckpointError, match=r"kind 'ema'.*'cumulative'"):
         RunningStatistics(CUMULATIVE).load_state_dict(state)
     for damaged in ({**state, "mean": "x"}, {k: v for k, v in state.items() if k != "spread"}):
         with pytest.raises(CheckpointError, match="damaged"):

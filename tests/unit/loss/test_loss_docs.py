@@ -1,0 +1,69 @@
+"""The documentation of the losses says what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import nemo_lmpo
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss import registry
+from nemo_lmpo.loss.lmpo import DEFAULT_LOG_H, DEFAULT_MOMENTUM, LMPOConfig
+from nemo_lmpo.loss.margins import DEFAULT_ALPHA, DEFAULT_BETA_S
+
+DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
+    module, entry = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_loss.md").read_text(), re.DOTALL)
+    rdpo = types.ModuleType("rdpo")
+    monkeypatch.setitem(sys.modules, "rdpo", rdpo)
+    exec(compile(module, "adding_a_loss.md", "exec", dont_inherit=True), rdpo.__dict__)
+    ((name, line),) = eval("{" + entry.strip() + "}", {**rdpo.__dict__, "LossEntry": registry.LossEntry}).items()
+    monkeypatch.setitem(registry.LOSSES, name, line)
+    loss = registry.build_loss(registry.parse_loss({"name": "rdpo", "beta": 0.1, "alpha": "0.01"}))
+    losses = loss(make_inputs([-6.0], [-20.0], [4.0], [10.0], [-7.0], [-18.5])).losses
+    # 0.1 * (1 + 1.5) + 0.01 * (4 - 10) = 0.19
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(-0.19)))
+    with pytest.raises(ConfigError, match="Options of rdpo: beta, alpha"):
+        registry.parse_loss({"name": "rdpo", "gamma": 1})
+
+
+def test_the_table_lists_every_loss_with_its_defaults():
+    rows = {row[0]: row for row in table_rows((DOCS / "losses.md").read_text().split("## LMPO")[0]) if "`" in row[0]}
+    rows.pop("`loss.name`")
+    assert set(rows) == {f"`{name}`" for name in registry.LOSSES}
+    for name, entry in registry.LOSSES.items():
+        _, _, options, _, reference = rows[f"`{name}`"]
+        assert (reference == "yes") == entry.needs_reference
+        if name == "lmpo":
+            continue
+        given = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
+        defaults = {f.name: str(f.default).lower() for f in dataclasses.fields(entry.config) if f.name != "name"}
+        assert given == defaults
+
+
+def test_the_lmpo_table_lists_every_option():
+    section = (DOCS / "losses.md").read_text().split("## LMPO")[1].split("### ")[0]
+    rows = {name: row[1] for row in table_rows(section)[2:] for name in re.findall(r"`(\w+)`", row[0])}
+    fields = {f.name: f.default for f in dataclasses.fields(LMPOConfig) if f.name != "name"}
+    assert set(rows) == set(fields)
+    conditional = {"alpha": DEFAULT_ALPHA, "beta_s": DEFAULT_BETA_S, "momentum": DEFAULT_MOMENTUM}
+    for name, default in {**fields, **conditional}.items():
+        if isinstance(default, bool | str):
+            assert rows[name].strip("`") == str(default).lower()
+        elif default is not None:
+            assert float(rows[name]) == default
+    assert rows["log_h"] == rows["h"] == f"`log_h` {DEFAULT_LOG_H}"
