@@ -164,3 +164,50 @@ def check_architecture(architecture: Architecture) -> None:
             f"num_attention_heads={architecture.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={architecture.num_query_groups}; fix the model's config"
         )
+
+
+def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
+    """A Hugging Face config of the architecture, the inverse of :func:`architecture_from_hf`.
+
+    Token ids and dtype are not part of an architecture; the caller adds them.
+    """
+    a = architecture
+    config: dict[str, Any] = {
+        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[a.model_type]],
+        "model_type": a.model_type,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_query_groups,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_position_embeddings,
+        "rms_norm_eps": a.rms_norm_eps,
+        "rope_theta": a.rope_theta,
+        "rope_scaling": _rope_scaling_to_hf(a.rope_scaling),
+        "initializer_range": a.initializer_range,
+        "tie_word_embeddings": a.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    if a.model_type == "llama":
+        config.update(attention_bias=False, mlp_bias=False)
+    else:
+        config.update(sliding_window=a.sliding_window)
+    return config
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }

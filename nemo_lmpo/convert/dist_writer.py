@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def write_distributed_checkpoint(
     """
     chunks = list(_chunks(source, architecture, prefix, dtype, progress))
     objects = _extra_states(architecture, prefix)
-    dcp.save({}, storage_writer=_SinkWriter(sink, folder), planner=_Planner(chunks, objects, dtype), no_dist=True)
+    with warnings.catch_warnings():
+        # torch remarks that there is no process group, which is the intent.
+        warnings.simplefilter("ignore")
+        dcp.save({}, storage_writer=_SinkWriter(sink, folder), planner=_Planner(chunks, objects, dtype), no_dist=True)
     with sink.create(f"{folder}/common.pt") as stream:
         torch.save({}, stream)
     with sink.create(f"{folder}/metadata.json") as stream:
@@ -158,7 +162,7 @@ class _Planner(SavePlanner):
         self._objects = objects
         self._properties = TensorProperties(dtype=dtype)
 
-    def set_up_planner(self, *arguments: Any, **keywords: Any) -> None:
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing to set up: the plan does not come from a state dict."""
 
     def create_local_plan(self) -> SavePlan:

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Compare a Hugging Face model with its conversion; see `--help` and docs/conversion.md."""
+
+import sys
+
+from nemo_lmpo.convert_cli import verify
+
+if __name__ == "__main__":
+    sys.exit(verify())
