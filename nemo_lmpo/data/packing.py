@@ -76,8 +76,8 @@ def _check_budget(costs: np.ndarray, row_tokens: int) -> None:
     if len(too_long):
         position = int(too_long[0])
         raise DataError(
-            f"pair {position} of the batch takes {int(costs[position])} tokens, more than data.row_tokens={row_tokens}; "
-            f"raise data.row_tokens or lower data.max_length"
+            f"pair {position} of the batch takes {int(costs[position])} tokens, more than "
+            f"data.row_tokens={row_tokens}; raise data.row_tokens or lower data.max_length"
         )
 
 
@@ -191,7 +191,7 @@ def build_row(
     assert len(pairs) == len(pair_index)
     builder = _RowBuilder()
     for index, pair in enumerate(pairs):
-        assert pair.prompt_ids and pair.chosen_ids and pair.rejected_ids, pair.pair_id
+        assert all((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)), pair.pair_id
         if share_prompt:
             builder.add_pair_sharing_prompt(pair, index)
         else:

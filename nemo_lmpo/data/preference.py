@@ -253,9 +253,9 @@ def _within_budget(part: _Tokenised, config: DataConfig, dropped: dict[str, int]
     if config.on_bad_row == "error":
         first = int(too_long[0])
         raise DataError(
-            f"{part.source.name}: pair {part.table.column('pair_id')[first]} takes {int(costs[first])} tokens, more than "
-            f"data.row_tokens={budget}; raise it (2 * data.max_length always suffices), lower data.max_length, or set "
-            "data.on_bad_row=skip"
+            f"{part.source.name}: pair {part.table.column('pair_id')[first]} takes {int(costs[first])} tokens, "
+            f"more than data.row_tokens={budget}; raise it (2 * data.max_length always suffices), "
+            "lower data.max_length, or set data.on_bad_row=skip"
         )
     dropped["longer than data.row_tokens"] = dropped.get("longer than data.row_tokens", 0) + len(too_long)
     return np.flatnonzero(costs <= budget)

@@ -127,7 +127,7 @@ def _read_jsonl(path: str, file: Path) -> Iterator[RawRow]:
     opener: Callable[..., IO[bytes]] = gzip.open if path.endswith(".gz") else open  # type: ignore[assignment]
     try:
         with opener(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):  # noqa: B007 the number is told when reading breaks
+            for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield RawRow(number, _parse_line(path, number, line))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -5,8 +5,9 @@ chatty model pads. Three preference sets share the prompts' form and the tokeniz
 
 - ``tiny``: chosen answers are right and short; of the rejected ones 40 % are right but padded, 30 % wrong and
   short, 30 % wrong and padded. A model must learn the task *and* to stop in order to tell them apart.
-- ``tiny_long``: the length bias of real preference data. Chosen answers are right and padded, rejected ones wrong
-  and on average half as long, so a loss that sums log-probabilities is pulled towards length.
+- ``tiny_long``: the length bias of real preference data. Chosen answers are right with 2 to 8 filler words; half of
+  the rejected ones are right and half wrong, with 0 to 5 filler words. So longer is better more often than not, and
+  a model that follows the pairs closely becomes wordy.
 - ``tiny_sft``: the chosen answers are right and padded by an amount that depends on the prompt and on chance. A model
   fine-tuned on them gives answers of many lengths: a start model for comparisons.
 
@@ -72,8 +73,12 @@ def _tiny(rng: random.Random, letters: list[str]) -> tuple[str, str]:
 
 
 def _tiny_long(rng: random.Random, letters: list[str]) -> tuple[str, str]:
-    chosen = _answer(rng, sorted(letters), rng.randint(3, 10))
-    return chosen, _answer(rng, _wrong_letters(rng, letters), rng.randint(0, 2))
+    chosen = _answer(rng, sorted(letters), rng.randint(2, 8))
+    while True:
+        answer = sorted(letters) if rng.random() < 0.5 else _wrong_letters(rng, letters)
+        rejected = _answer(rng, answer, rng.randint(0, 5))
+        if rejected != chosen:
+            return chosen, rejected
 
 
 def _tiny_sft(rng: random.Random, letters: list[str]) -> tuple[str, str]:

@@ -46,7 +46,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model.tokenizer={name} cannot be loaded ({first_line}); give a directory with tokenizer.json or a hub name"
+            f"model.tokenizer={name} cannot be loaded ({first_line}); "
+            "give a directory with tokenizer.json or a hub name"
         ) from None
     if tokenizer is None or len(tokenizer) == 0:
         raise ConfigError(f"model.tokenizer={name} holds no vocabulary; the directory needs its tokenizer.json")
