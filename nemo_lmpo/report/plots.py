@@ -1,0 +1,359 @@
+"""Draw charts of one run, or of several for comparison, as PNG pictures.
+
+A faint line has every step, a strong one a Gaussian average that does not lag, dots are validation. Colours
+are those of Okabe and Ito, which people with any colour vision can tell apart. Figures are drawn without
+pyplot: nothing is global, and any thread may draw.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from nemo_lmpo.report.charts import CHARTS, Chart, Curve, Panel
+from nemo_lmpo.report.read import VALIDATION, Run, Series
+
+_WIDTH_INCHES = 5.6
+_PANEL_INCHES = {1: 2.35, 2: 1.95}
+_LOW_PANEL_INCHES = 1.6
+_FRAME_INCHES = 0.75
+_DPI = 180
+# Few colours are in a picture; a palette of so many loses nothing the eye sees and halves the page.
+_PALETTE = 128
+# Room for legends, and about what a letter and a legend's handle take of it.
+_LEGEND_INCHES, _LETTER_INCHES, _HANDLE_INCHES = 4.8, 0.068, 0.42
+_LABEL_LETTERS = 44
+
+# With fewer steps than this a line is easy to follow as it is.
+_SMOOTH_FROM_STEPS = 25
+# A run's line is averaged over about this part of it.
+_SMOOTH_FRACTION = 0.02
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture."""
+
+    name: str
+    background: str
+    text: str
+    muted: str
+    grid: str
+    roles: dict[str, str]
+    runs: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "light",
+    background="#ffffff",
+    text="#1f2328",
+    muted="#59636e",
+    grid="#e4e8ec",
+    roles={
+        "chosen": "#0072b2",
+        "rejected": "#d55e00",
+        "margin": "#00805d",
+        "accuracy": "#aa4a80",
+        "loss": "#6a51a3",
+        "neutral": "#4d5560",
+    },
+    runs=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1f2328"),
+)
+
+DARK = Theme(
+    "dark",
+    background="#161b22",
+    text="#e6edf3",
+    muted="#9da7b3",
+    grid="#2b323b",
+    roles={
+        "chosen": "#56b4e9",
+        "rejected": "#f08a3c",
+        "margin": "#2fc79a",
+        "accuracy": "#e08db9",
+        "loss": "#ab9df2",
+        "neutral": "#c0c8d2",
+    },
+    runs=("#56b4e9", "#e69f00", "#2fc79a", "#e08db9", "#f0703c", "#a5c8ff", "#e6edf3"),
+)
+
+_LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn chart."""
+
+    chart: Chart
+    png: bytes
+    theme: Theme
+
+
+def smoothing_sigma(points: int) -> float:
+    """Standard deviation, in steps, of the average over a line of that many points; 0 for none."""
+    return 0.0 if points < _SMOOTH_FROM_STEPS else max(1.0, points * _SMOOTH_FRACTION)
+
+
+def smooth(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> np.ndarray:
+    """Gaussian average of the finite values from ``low`` to ``high``.
+
+    Values outside of these are left out: one extreme step would bend the line far around it. The line is
+    continued over them, but has a gap where a value is not finite.
+    """
+    raw = np.asarray(values, dtype=float)
+    sigma = smoothing_sigma(len(raw))
+    if sigma == 0.0:
+        return raw
+    half = min(math.ceil(3 * sigma), (len(raw) - 1) // 2)
+    kernel = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
+    used = np.isfinite(raw) & (raw >= low) & (raw <= high)
+    weights = np.convolve(used.astype(float), kernel, mode="same")
+    sums = np.convolve(np.where(used, raw, 0.0), kernel, mode="same")
+    has_value = np.isfinite(raw) & (weights > 0.0)
+    return np.where(has_value, sums / np.where(has_value, weights, 1.0), np.nan)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A curve of one run, ready to draw."""
+
+    color: str
+    style: Any
+    curve: Curve
+    train: Series | None
+    validation: Series | None
+
+
+def _scaled(series: Series | None, scale: float) -> Series | None:
+    return Series(series.steps, [value * scale for value in series.values]) if series is not None else None
+
+
+def _run_look(index: int, theme: Theme) -> tuple[str, Any]:
+    """Colour and dashes of a run among several; more runs than colours go on with other dashes."""
+    turn, color = divmod(index, len(theme.runs))
+    return theme.runs[color], _LINE_STYLES[turn % len(_LINE_STYLES)]
+
+
+def _lines(panel: Panel, runs: Sequence[Run], theme: Theme) -> list[_Line]:
+    lines = []
+    for curve_index, curve in enumerate(panel.curves):
+        for run_index, run in enumerate(runs):
+            train = _scaled(run.metrics.get(curve.metric), curve.scale)
+            validation = _scaled(run.metrics.get(VALIDATION + curve.metric), curve.scale)
+            if train is None and validation is None:
+                continue
+            if len(runs) == 1:
+                color, style = theme.roles[curve.role], _LINE_STYLES[0]
+            else:
+                color, style = _run_look(run_index, theme)
+                # Runs differ by colour, curves of a panel by dashes.
+                style = _LINE_STYLES[curve_index % len(_LINE_STYLES)] if curve_index else style
+            lines.append(_Line(color, style, curve, train, validation))
+    return lines
+
+
+def _draw_line(axes: Any, line: _Line, low: float, high: float) -> None:
+    if line.train is not None:
+        steps, values = line.train.steps, np.asarray(line.train.values)
+        values = np.where(np.isfinite(values), values, np.nan)
+        if line.curve.smooth and smoothing_sigma(len(steps)) > 0.0:
+            axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8, zorder=2)
+            values = smooth(line.train.values, low, high)
+        marker = "." if len(steps) == 1 else None
+        axes.plot(steps, values, color=line.color, linestyle=line.style, linewidth=1.7, marker=marker, zorder=3)
+    if line.validation is not None:
+        series = line.validation.finite()
+        # A run with many validations would otherwise be a string of beads.
+        size = 5.5 if len(series.steps) <= 30 else 3.5
+        axes.plot(
+            series.steps,
+            series.values,
+            linestyle="none",
+            marker="o",
+            markersize=size,
+            color=line.color,
+            markeredgecolor=axes.get_facecolor(),
+            markeredgewidth=0.9,
+            zorder=4,
+        )
+
+
+def _draw_band(axes: Any, panel: Panel, run: Run, theme: Theme) -> Line2D | None:
+    if panel.band is None:
+        return None
+    center, width = run.metrics.get(panel.band[0]), run.metrics.get(panel.band[1])
+    if center is None or width is None or center.steps != width.steps:
+        return None
+    middle, half = np.asarray(center.values), np.asarray(width.values)
+    color = theme.roles["neutral"]
+    axes.fill_between(center.steps, middle - half, middle + half, color=color, alpha=0.16, linewidth=0, zorder=1)
+    return Line2D([], [], color=color, alpha=0.3, linewidth=7, label=panel.band[2])
+
+
+def _limits(panel: Panel, lines: Sequence[_Line]) -> tuple[float, float, list[float]]:
+    """Axis limits that a few extreme steps cannot spoil, and the training values that lie outside of them."""
+    train = [value for line in lines if line.train is not None for value in line.train.finite().values]
+    validation = [value for line in lines if line.validation is not None for value in line.validation.finite().values]
+    low, high = np.percentile(train or validation, [1, 99])
+    low, high = min([low, *validation]), max([high, *validation])
+    spread = high - low or abs(high) or 1.0
+    # What is only a little outside is not extreme.
+    low = min([low, *(value for value in train if value >= low - spread)])
+    high = max([high, *(value for value in train if value <= high + spread)])
+    outside = [value for value in train if value < low or value > high]
+    pad = 0.08 * (high - low or spread)
+    bottom, top = low - pad, high + pad
+    if panel.floor is not None:
+        bottom = max(bottom, panel.floor - 0.02 * (top - panel.floor)) if low >= panel.floor else bottom
+    if panel.ceiling is not None and high <= panel.ceiling:
+        top = min(top, panel.ceiling + 0.02 * (panel.ceiling - bottom))
+    return float(bottom), float(top), outside
+
+
+def _frame(axes: Any, panel: Panel, theme: Theme) -> None:
+    axes.set_facecolor(theme.background)
+    axes.set_ylabel(panel.ylabel, color=theme.text, fontsize=9.5)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.muted, labelsize=9, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(theme.grid)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.get_offset_text().set_color(theme.muted)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _legend_style(labels: Sequence[str], theme: Theme) -> dict[str, Any]:
+    """Common looks, with as many columns as have room."""
+    widths = [len(label) * _LETTER_INCHES + _HANDLE_INCHES for label in labels]
+    in_one_row = sum(widths) <= _LEGEND_INCHES
+    return {
+        "ncols": len(labels) if in_one_row else max(1, int(_LEGEND_INCHES / max(widths))),
+        "frameon": False,
+        "fontsize": 9,
+        "handlelength": 1.6,
+        "columnspacing": 1.3,
+        "labelcolor": theme.text,
+    }
+
+
+def _panel_legend(axes: Any, lines: Sequence[_Line], extra: Sequence[Line2D], theme: Theme, *, several: bool) -> None:
+    """What the lines of a panel are; of several runs only the dashes, as the figure's legend has the colours."""
+    entries: list[Line2D] = []
+    if not several:
+        entries = [Line2D([], [], color=line.color, linewidth=2.2, label=line.curve.label) for line in lines]
+    elif len({line.curve.label for line in lines}) > 1:
+        styles = {line.curve.label: line.style for line in lines}
+        entries = [Line2D([], [], color=theme.muted, linestyle=s, linewidth=1.8, label=n) for n, s in styles.items()]
+    entries += extra
+    if not several and any(line.validation is not None for line in lines):
+        entries.append(_validation_entry(theme))
+    if not entries or (len(entries) == 1 and not several):
+        return  # the axis label already says it
+    style = _legend_style([str(entry.get_label()) for entry in entries], theme)
+    axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, **style)
+
+
+def _validation_entry(theme: Theme) -> Line2D:
+    return Line2D([], [], marker="o", linestyle="none", markersize=5.5, color=theme.muted, label="validation")
+
+
+def _figure_legend(figure: Figure, panels: Sequence[Panel], runs: Sequence[Run], theme: Theme) -> None:
+    """Which run has which colour."""
+    entries = []
+    for index, run in enumerate(runs):
+        color, style = _run_look(index, theme)
+        label = run.label if len(run.label) <= _LABEL_LETTERS else run.label[: _LABEL_LETTERS - 1] + "…"
+        entries.append(Line2D([], [], color=color, linestyle=style, linewidth=2.2, label=label))
+    if any(line.validation is not None for panel in panels for line in _lines(panel, runs, theme)):
+        entries.append(_validation_entry(theme))
+    style = _legend_style([str(entry.get_label()) for entry in entries], theme)
+    figure.legend(handles=entries, loc="outside upper left", **style)
+
+
+def _note_outside(axes: Any, outside: Sequence[float], theme: Theme) -> None:
+    extremes = sorted({min(outside), max(outside)})
+    noun = "step" if len(outside) == 1 else "steps"
+    note = f"{len(outside)} {noun} not shown ({' to '.join(f'{value:.3g}' for value in extremes)})"
+    place = {"transform": axes.transAxes, "ha": "right", "va": "top", "fontsize": 8}
+    axes.text(0.995, 0.985, note, color=theme.muted, **place)
+
+
+def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> None:
+    lines = _lines(panel, runs, theme)
+    bottom, top, outside = _limits(panel, lines)
+    _frame(axes, panel, theme)
+    for line in lines:
+        _draw_line(axes, line, bottom, top)
+    extra = []
+    band = _draw_band(axes, panel, runs[0], theme) if len(runs) == 1 else None
+    if band is not None:
+        extra.append(band)
+        low, high = axes.dataLim.intervaly
+        pad = 0.04 * (high - low)
+        bottom, top = (min(bottom, low - pad), max(top, high + pad)) if not outside else (bottom, top)
+    if panel.reference is not None:
+        level, name = panel.reference
+        dashes: dict[str, Any] = {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+        bottom, top = min(bottom, level - 0.03 * (top - level)), max(top, level + 0.03 * (level - bottom))
+        axes.axhline(level, zorder=1, **dashes)
+        extra.append(Line2D([], [], label=name, **dashes))
+    axes.set_ylim(bottom, top)
+    if outside:
+        _note_outside(axes, outside, theme)
+    _panel_legend(axes, lines, extra, theme, several=len(runs) > 1)
+
+
+def _png(figure: Figure, theme: Theme) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=theme.background)
+    small = io.BytesIO()
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | None:
+    """A chart as PNG; None if no run has any of its metrics.
+
+    Args:
+        chart: what to draw; panels without a metric are left out.
+        runs: one run, drawn in the colours of the series, or several, one colour each.
+        theme: light or dark.
+    """
+    panels = [panel for panel in chart.panels if _lines(panel, runs, theme)]
+    if not panels:
+        return None
+    height = _PANEL_INCHES.get(len(panels), _LOW_PANEL_INCHES) * len(panels) + _FRAME_INCHES
+    with matplotlib.rc_context({"font.family": "sans-serif", "axes.formatter.useoffset": False}):
+        figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, facecolor=theme.background, layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+        for axes, panel in zip(grid[:, 0], panels, strict=True):
+            _draw_panel(axes, panel, runs, theme)
+        last_step = max(run.metrics.last_step for run in runs)
+        grid[-1, 0].set_xlim(0, last_step * 1.015 + 0.5)
+        grid[-1, 0].set_xlabel("optimizer step", color=theme.text, fontsize=9.5)
+        figure.align_ylabels(grid[:, 0])
+        if len(runs) > 1:
+            _figure_legend(figure, panels, runs, theme)
+        return _png(figure, theme)
+
+
+def draw_all(runs: Sequence[Run], theme: Theme = LIGHT, charts: Sequence[Chart] = CHARTS) -> list[Picture]:
+    """All charts for which the runs have metrics."""
+    drawn = ((chart, draw(chart, runs, theme)) for chart in charts)
+    return [Picture(chart, png, theme) for chart, png in drawn if png is not None]

@@ -1,0 +1,155 @@
+"""Read what a run directory says about its run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+VALIDATION = "val/"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the run, by rising step; values may be NaN or infinite."""
+
+    steps: list[int]
+    values: list[float]
+
+    def finite(self) -> Series:
+        """Without values that are not finite."""
+        kept = [(step, value) for step, value in zip(self.steps, self.values, strict=True) if math.isfinite(value)]
+        return Series([step for step, _ in kept], [value for _, value in kept])
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All metrics of a run; names as logged, validation with the prefix `val/`."""
+
+    series: dict[str, Series]
+    last_step: int
+    last_time: float | None = None
+    """Unix seconds of the newest line."""
+
+    def get(self, name: str) -> Series | None:
+        """The metric, or None if the run has no finite value of it."""
+        found = self.series.get(name)
+        return found if found is not None and found.finite().steps else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to report on."""
+
+    label: str
+    metrics: Metrics
+    config: Mapping[str, Any] = field(default_factory=dict)
+    total_steps: int | None = None
+
+    @property
+    def finished(self) -> bool | None:
+        """Whether all steps are done; None if the number of steps is not known."""
+        return None if self.total_steps is None else self.metrics.last_step >= self.total_steps
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    valid = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if valid else None
+
+
+def _number(value: Any) -> float | None:
+    # Values that are not finite are logged as strings; null is what other writers use.
+    if value is None:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a `metrics.jsonl`.
+
+    Broken lines are passed over (a run that is being written, or was killed, may end in one), and of several
+    values of a metric at one step the last counts.
+
+    Raises:
+        UserError: no such file, or no metrics in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the directory of a run that has finished a step")
+    columns: dict[str, dict[int, float]] = {}
+    last_step, last_time, broken = 0, None, 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            entry = _entry(line)
+            if entry is None:
+                broken += 1
+                continue
+            step = entry.pop("step")
+            last_time = _number(entry.pop("time", None)) or last_time
+            last_step = max(last_step, step)
+            for name, value in entry.items():
+                number = _number(value)
+                if number is not None:
+                    columns.setdefault(name, {})[step] = number
+    if broken:
+        _logger.warning("%s: passed over %d broken line(s)", path, broken)
+    if not columns:
+        raise UserError(f"{path} has no metrics; a report needs a run that has finished a step")
+    series = {}
+    for name, values in columns.items():
+        steps = sorted(values)
+        series[name] = Series(steps, [values[step] for step in steps])
+    return Metrics(series, last_step, last_time)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The run's `config.yaml`; empty if it is missing or cannot be read."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return {}
+    from omegaconf import OmegaConf  # here, so that a wrong run directory is answered at once
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # YAML errors have no common class with decoding errors
+        _logger.warning("%s cannot be read (%s); the report goes without it", path, error)
+        return {}
+    return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+
+
+def _total_steps(run_dir: Path, config: Mapping[str, Any]) -> int | None:
+    try:
+        total = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        trainer = config.get("trainer")
+        total = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+    return total if isinstance(total, int) else None
+
+
+def read_run(run_dir: Path, label: str | None = None) -> Run:
+    """Read a run directory; ``label`` is the recipe's name by default.
+
+    Raises:
+        UserError: no such directory, or no metrics in it.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a directory; give the directory of a run, such as runs/RECIPE")
+    metrics = read_metrics(run_dir / METRICS_FILE)
+    config = read_config(run_dir)
+    name = label or str(config.get("name") or run_dir.resolve().name)
+    return Run(name, metrics, config, _total_steps(run_dir, config))

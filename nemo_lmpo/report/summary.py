@@ -1,0 +1,150 @@
+"""What a run came to, in a few numbers: the tables at the top of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nemo_lmpo.report.read import VALIDATION, Run, Series
+
+# Settings that tell one run from another, besides the whole of `loss`.
+_SETTINGS = (
+    "model.restore_from_path",
+    "model.architecture",
+    "data.train.path",
+    "data.train.weights",
+    "data.validation.path",
+    "data.max_length",
+    "data.max_prompt_length",
+    "model.global_batch_size",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.sched.name",
+    "optim.sched.warmup_fraction",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.precision",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.seed",
+)
+_LONGEST_VALUE = 160
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("loss", "loss", _plain),
+    ("rewards/accuracies", "accuracy", _percent),
+    ("rewards/margins", "reward margin", _plain),
+    ("rewards/chosen", "reward, chosen", _plain),
+    ("rewards/rejected", "reward, rejected", _plain),
+    ("logps/chosen", "log-probability a token, chosen", _plain),
+    ("logps/rejected", "log-probability a token, rejected", _plain),
+    ("lmpo/p_chosen", "probability p, chosen", _plain),
+    ("lmpo/p_rejected", "probability p, rejected", _plain),
+)
+
+
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _leaves(prefix: str, value: object) -> list[tuple[str, object]]:
+    if not isinstance(value, Mapping):
+        return [(prefix, value)]
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{prefix}.{key}", inner)]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {inner}" for key, inner in value.items() if not isinstance(inner, Mapping))
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def settings_rows(run: Run) -> list[tuple[str, str]]:
+    """Key settings with their values, the loss's first; unset ones are left out."""
+    loss = _leaves("loss", run.config.get("loss"))
+    others = [(name, _setting(run.config, name)) for name in _SETTINGS]
+    return [(name, _text(value)) for name, value in [*loss, *others] if value is not None]
+
+
+def best_step(run: Run) -> tuple[int, str] | None:
+    """The step whose validation is best, and the metric and end of it that say so; None without validation."""
+    checkpoint = run.config.get("checkpoint")
+    chosen = checkpoint if isinstance(checkpoint, Mapping) else {}
+    name, mode = str(chosen.get("monitor", "val/loss")), str(chosen.get("mode", "min"))
+    series = run.metrics.get(name)
+    if series is None and name != "val/loss":
+        name, mode = "val/loss", "min"
+        series = run.metrics.get(name)
+    if series is None:
+        return None
+    finite = series.finite()
+    pick = max if mode == "max" else min
+    _, step = pick(zip(finite.values, finite.steps, strict=True), key=lambda pair: pair[0])
+    return step, f"{'highest' if mode == 'max' else 'lowest'} {name}"
+
+
+def _at(series: Series | None, step: int) -> float | None:
+    return dict(zip(series.steps, series.values, strict=True)).get(step) if series is not None else None
+
+
+def _mean_of_last(series: Series | None, window: int) -> float | None:
+    values = series.finite().values[-window:] if series is not None else []
+    return sum(values) / len(values) if values else None
+
+
+def metric_rows(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of results.
+
+    Columns: mean over the last tenth of the training steps (20 at most); validation the first time, at the best
+    step, and the last time. A column that would be empty, or repeat another, is left out.
+    """
+    window = max(1, min(20, run.metrics.last_step // 10))
+    noun = f"last {window} steps" if window > 1 else "last step"
+    validated = sorted({step for name, _, _ in _ROWS for step in _validation_steps(run, name)})
+    best = best_step(run)
+    shown: dict[int, list[str]] = {}
+    if validated:
+        shown.setdefault(validated[0], []).append("first")
+        if best is not None:
+            shown.setdefault(best[0], []).append("best")
+        shown.setdefault(validated[-1], []).append("last")
+    if len(validated) == 1:
+        shown = {validated[0]: []}
+    header = ["", f"training, {noun}"]
+    for step, words in sorted(shown.items()):
+        header.append("validation" + (f", {' and '.join(words)}" if words else "") + f" (step {step:,})")
+    rows = []
+    for name, label, form in _ROWS:
+        values = [_mean_of_last(run.metrics.get(name), window)]
+        values += [_at(run.metrics.get(VALIDATION + name), step) for step in sorted(shown)]
+        if any(value is not None for value in values):
+            rows.append([label, *("-" if value is None else form(value) for value in values)])
+    return header, rows
+
+
+def _validation_steps(run: Run, name: str) -> list[int]:
+    series = run.metrics.get(VALIDATION + name)
+    return series.steps if series is not None else []
+
+
+def state_text(run: Run) -> tuple[str, str]:
+    """How far the run is, and a word for its state: `finished`, `unfinished` or `unknown`."""
+    done = f"{run.metrics.last_step:,}"
+    if run.total_steps is None:
+        return f"{done} steps", "unknown"
+    of = f"{done} of {run.total_steps:,} steps"
+    return (f"Finished: {of}", "finished") if run.finished else (f"Not finished: {of}", "unfinished")
