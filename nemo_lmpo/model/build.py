@@ -186,8 +186,30 @@ def build_model_chunks(
             post_process=last and groups.is_last_stage,
             vp_stage=stage,
         )
+        mark_tensor_parallel(chunk)
         chunks.append(chunk.to(dtype).to(_device(use_cuda)))
     return chunks
+
+
+def mark_tensor_parallel(chunk: torch.nn.Module) -> None:
+    """Mark the weights that are split over the tensor-parallel group.
+
+    megatron-core does this while it initialises weights, which is skipped here because they are loaded. Without
+    the mark every rank but the first would leave its part out of the gradient norm.
+    """
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        set_tensor_model_parallel_attributes,
+    )
+
+    split_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        dimension = split_dimension.get(type(module))
+        weight = getattr(module, "weight", None)
+        if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dimension, 1)
 
 
 def _device(use_cuda: bool) -> torch.device:
