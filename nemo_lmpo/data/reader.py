@@ -170,22 +170,27 @@ def _read_parquet(path: str, file: Path) -> Iterator[RawRow]:
 def _saved_dataset(path: str, directory: Path, split: str) -> Source:
     import datasets
 
-    if not any((directory / name).exists() for name in ("state.json", "dataset_dict.json")):
-        raise DataError(
-            f"{path} is a directory that datasets' save_to_disk did not write; "
-            "give such a directory, or the JSONL(.gz) or Parquet files themselves as a list"
-        )
+    folder = directory
     try:
-        loaded = datasets.load_from_disk(str(directory))
+        if (directory / "dataset_dict.json").exists():
+            splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise DataError(f"{path} has no split '{split}'; its splits are: {', '.join(splits)}")
+            folder = directory / split
+        elif not (directory / "state.json").exists():
+            raise DataError(
+                f"{path} is a directory that datasets' save_to_disk did not write; "
+                "give such a directory, or the JSONL(.gz) or Parquet files themselves as a list"
+            )
+        if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            raise DataError(f"{path} holds no rows; give a dataset with preference pairs")
+        loaded = datasets.Dataset.load_from_disk(str(folder))
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+        return _arrow_source(path, directory.name, loaded, _hash_files(files))
+    except DataError:
+        raise
     except Exception as error:  # whatever a damaged directory makes pyarrow, json or datasets raise
         raise DataError(f"{path} is not a readable saved dataset ({_first_line(error)}); save it again") from None
-    folder = directory
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(f"{path} has no split '{split}'; its splits are: {', '.join(loaded)}")
-        loaded, folder = loaded[split], directory / split
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    return _arrow_source(path, directory.name, loaded, _hash_files(files))
 
 
 def _hub_dataset(path: str, split: str) -> Source:

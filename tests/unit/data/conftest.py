@@ -1,7 +1,6 @@
 import gzip
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -60,19 +59,16 @@ def llama3():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    directory = os.environ.get("NEMO_LMPO_SMOLLM2")
-    if not directory or not Path(directory, "tokenizer.json").is_file():
-        pytest.skip("needs SmolLM2 as a Hugging Face directory in the environment variable NEMO_LMPO_SMOLLM2")
-    return load_tokenizer(directory)
+def smollm2(smollm2_dir):
+    return load_tokenizer(str(smollm2_dir))
 
 
 @pytest.fixture(scope="session")
-def real_pairs():
+def real_pairs(shared_dir):
     """Rows of real preference data."""
-    path = Path(__file__).resolve().parents[4] / "shared" / "data" / "alpaca_pairs_train.jsonl.gz"
+    path = shared_dir / "data" / "alpaca_pairs_train.jsonl.gz"
     if not path.is_file():
-        pytest.skip("needs real preference pairs in ../shared/data")
+        pytest.skip(f"needs the preference pairs {path}")
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
@@ -100,14 +96,3 @@ def data_config(tmp_path):
         return DataConfig(train=train, **{**settings, **changes})
 
     return make
-
-
-def message_row(prompt, chosen, rejected, **more):
-    """A row in the UltraFeedback-binarized schema."""
-    user = {"role": "user", "content": prompt}
-    return {
-        "prompt": prompt,
-        "chosen": [user, {"role": "assistant", "content": chosen}],
-        "rejected": [user, {"role": "assistant", "content": rejected}],
-        **more,
-    }

@@ -45,9 +45,9 @@ def test_changing_a_returned_step_changes_nothing_else():
 def test_too_few_pairs_and_wrong_settings():
     with pytest.raises(ConfigError, match=r"model.global_batch_size=8 .* 7 training pairs"):
         PairSampler(7, 8, seed=0)
-    with pytest.raises(ConfigError, match="model.global_batch_size=0"):
+    with pytest.raises(ConfigError, match=r"model.global_batch_size=0"):
         PairSampler(7, 0, seed=0)
-    with pytest.raises(ConfigError, match="model.seed=-1"):
+    with pytest.raises(ConfigError, match=r"model.seed=-1"):
         PairSampler(7, 1, seed=-1)
 
 

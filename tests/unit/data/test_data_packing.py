@@ -67,7 +67,7 @@ def test_reference_logps_only_when_every_pair_has_them():
 
 def visible(row, place):
     """Tokens and positions that the row's place may attend to, by the words of the layout's definition."""
-    (start, length, prefix, prefix_length) = next(s for s in row.segments.tolist() if s[0] <= place < s[0] + s[1])
+    start, _, prefix, prefix_length = next(s for s in row.segments.tolist() if s[0] <= place < s[0] + s[1])
     places = [*range(prefix, prefix + prefix_length), *range(start, place + 1)]
     return row.input_ids[0, places].tolist(), row.position_ids[0, places].tolist()
 
@@ -175,5 +175,5 @@ def test_a_pair_longer_than_the_budget_is_named():
     lengths = np.array([[2, 2, 2], [9, 9, 9]])
     with pytest.raises(DataError, match=r"pair 1 .* 25 tokens.*data.row_tokens=20"):
         plan_rows(lengths, dp_size=1, row_tokens=20, max_pairs_per_row=None, share_prompt=True)
-    with pytest.raises(ConfigError, match="model.micro_batch_size=0"):
+    with pytest.raises(ConfigError, match=r"model.micro_batch_size=0"):
         plan_rows(lengths, dp_size=1, row_tokens=99, max_pairs_per_row=0, share_prompt=True)
