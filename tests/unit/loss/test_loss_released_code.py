@@ -79,6 +79,22 @@ def test_several_micro_batches(make_inputs, margin):
         torch.testing.assert_close(outputs.losses.detach(), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("margin", MARGINS)
+def test_the_margin_itself(make_inputs, margin):
+    # The Z-score cancels any factor of the margin, so the halving shows only without it.
+    pairs = random_pairs(random.Random(12), 5)
+    loss = build_loss(parse_loss({"compat": "released_code", "margin": margin, "z_score": False, "lam": 0.7}))
+    outputs = loss(make_inputs(*zip(*pairs, strict=True)))
+    for (s_w, s_l, n_w, n_l), got, value in zip(
+        pairs, outputs.metrics["lmpo/margin"].tolist(), outputs.losses.tolist(), strict=True
+    ):
+        middle = (n_w + n_l) / 2
+        expected = MARGINS[margin](math.exp(s_w / n_w * middle / n_w), math.exp(s_l / n_l * middle / n_l))
+        assert got == pytest.approx(expected, rel=1e-10)
+        gap = 2.5 * (s_w / n_w - s_l / n_l) - 0.7 * expected
+        assert value == pytest.approx(math.log(1 + math.exp(1.4 - gap)), rel=1e-10)
+
+
 def test_no_gradient_through_the_margin(make_inputs):
     # Without it dL/dS_w = -(1 - e^-L) beta / n_w whatever the margin does.
     loss = build_loss(parse_loss({"compat": "released_code", "lam": 1.0}))
