@@ -210,6 +210,9 @@ def _guarded(work: Callable[[], int]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error}; nothing was left behind\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted; nothing was left behind\n")
         return 130

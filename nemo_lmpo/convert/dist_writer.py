@@ -74,11 +74,20 @@ def write_distributed_checkpoint(
     with warnings.catch_warnings():
         # torch remarks that there is no process group, which is the intent.
         warnings.simplefilter("ignore")
-        dcp.save({}, storage_writer=_SinkWriter(sink, folder), planner=_Planner(chunks, objects, dtype), no_dist=True)
+        _save(_SinkWriter(sink, folder), _Planner(chunks, objects, dtype))
     with sink.create(f"{folder}/common.pt") as stream:
         torch.save({}, stream)
     with sink.create(f"{folder}/metadata.json") as stream:
         stream.write(json.dumps(_BACKEND).encode())
+
+
+def _save(writer: FileSystemWriter, planner: SavePlanner) -> None:
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except dcp.CheckpointException as error:
+        # torch wraps even an interruption; there is one process, so one cause.
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 _BACKEND = {
