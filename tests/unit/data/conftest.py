@@ -1,23 +1,12 @@
 import gzip
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from pair_rows import package_file
 
 from nemo_lmpo.config import DataConfig, DatasetConfig
 from nemo_lmpo.data.tokenizer import load_tokenizer
-
-
-def package_file(package, *parts):
-    """A data file of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    path = Path(folders[0], *parts) if folders else None
-    if path is None or not path.is_file():
-        pytest.skip(f"needs the package {package} (tokenizer file {parts[-1]})")
-    return path
 
 
 @pytest.fixture(scope="session")

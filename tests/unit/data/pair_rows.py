@@ -1,4 +1,9 @@
-"""Rows for tests of the data package."""
+"""Rows and files for tests of the data package."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
 
 
 def message_row(prompt, chosen, rejected, **more):
@@ -10,3 +15,13 @@ def message_row(prompt, chosen, rejected, **more):
         "rejected": [user, {"role": "assistant", "content": rejected}],
         **more,
     }
+
+
+def package_file(package, *parts):
+    """A data file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0], *parts) if folders else None
+    if path is None or not path.is_file():
+        pytest.skip(f"needs the package {package} (tokenizer file {parts[-1]})")
+    return path

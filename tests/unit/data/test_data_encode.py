@@ -1,0 +1,265 @@
+"""Texts to ids, against transformers' own chat tokenisation with real tokenizers, and by hand with a toy one."""
+
+import pytest
+from pair_rows import package_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from nemo_lmpo.data.encode import EncodedRow, PairEncoder
+from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.templates import TEMPLATES
+from nemo_lmpo.errors import ConfigError
+
+USER = {"role": "user", "content": "Hi there"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+HISTORY = [SYSTEM, USER, {"role": "assistant", "content": "Yo."}, {"role": "user", "content": "Go on"}]
+LONG = {"max_length": 4000, "max_prompt_length": 2000}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def encode(tokenizer, template, prompt, chosen="Good.", rejected="Bad", **settings):
+    encoder = PairEncoder(tokenizer, TEMPLATES.get(template, template), **{**LONG, **settings})
+    return encoder.encode([PreferenceRow(prompt, chosen, rejected)])[0]
+
+
+def toy(bos="<s>", eos="</s>", adds_bos=False, more=()):
+    """Byte-level BPE whose only merge is `l` with `d`; ids of characters are easy to check by decoding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*alphabet, "ld"])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[("l", "d")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys(token for token in (bos, eos, *more) if token))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if adds_bos:
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.mark.parametrize("prompt", [[USER], [SYSTEM, USER], HISTORY])
+@pytest.mark.parametrize(
+    ("name", "template", "end", "end_id"),
+    [
+        ("smollm2", None, "<|im_end|>", 2),
+        ("smollm2", "chatml", "<|im_end|>", 2),
+        ("llama3", "llama3", "<|eot_id|>", 128009),
+        ("mistral", "mistral", "</s>", 2),
+        ("mistral", "zephyr", "</s>", 2),
+        ("tiny", None, "<eos>", 2),
+    ],
+)
+def test_ids_are_those_of_the_whole_conversation(name, template, end, end_id, prompt, request):
+    tokenizer = request.getfixturevalue(name)
+    text = TEMPLATES[template] if template else tokenizer.get_chat_template()
+    row = encode(tokenizer, text, prompt, "sort a b", "b a")
+    options = {"chat_template": text, "tokenize": True, "return_dict": False}
+    with_header = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+    # zephyr's template writes no BOS, but the tokenizer puts one in front of any text
+    bos = [tokenizer.bos_token_id] if template == "zephyr" else []
+    assert row.prompt_ids == bos + with_header
+    for ids, response in ((row.chosen_ids, "sort a b"), (row.rejected_ids, "b a")):
+        whole = bos + tokenizer.apply_chat_template([*prompt, said(response)], **options)
+        assert whole[: len(row.prompt_ids) + len(ids)] == row.prompt_ids + ids
+        assert ids[-1] == end_id
+        assert tokenizer.decode(ids).strip() == f"{response}{' ' * (name == 'tiny')}{end}"
+    assert not row.prompt_cut
+    assert not row.response_cut
+
+
+def test_mistral_ids_as_mistral_publishes_them(mistral):
+    row = encode(mistral, "mistral", [{"role": "user", "content": "hi"}])
+    assert row.prompt_ids == [1, 733, 16289, 28793, 12014, 733, 28748, 16289, 28793]
+
+
+def test_mistral_agrees_with_sentencepiece_on_real_text(mistral, real_pairs):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = sentencepiece.SentencePieceProcessor(str(package_file("mistral_common", "data", "tokenizer.model.v1")))
+    texts = ["a    b\n\n  c", "   lead", "x      y            z", "  ", "日本語 😀", "tab\tq"]
+    texts += [row[side][-1]["content"] for row in real_pairs[:150] for side in ("chosen", "rejected")]
+    for text in texts:
+        assert mistral(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
+
+
+def test_real_pairs_have_one_bos_one_end_and_decode_to_their_texts(real_pairs, request):
+    for name, template in (("smollm2", None), ("llama3", "llama3"), ("mistral", "mistral")):
+        tokenizer = request.getfixturevalue(name)
+        encoder = PairEncoder(tokenizer, TEMPLATES[template] if template else tokenizer.get_chat_template(), **LONG)
+        rows = [
+            PreferenceRow(row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
+            for row in real_pairs[:60]
+        ]
+        for row, encoded in zip(rows, encoder.encode(rows), strict=True):
+            assert encoded.prompt_ids[0] == tokenizer.bos_token_id
+            assert encoded.prompt_ids[1] != tokenizer.bos_token_id
+            for ids, text in ((encoded.chosen_ids, row.chosen), (encoded.rejected_ids, row.rejected)):
+                assert ids.count(tokenizer.eos_token_id) == 1
+                assert ids[-1] == tokenizer.eos_token_id
+                assert tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip() == text.strip()
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("emits_bos", [0, 1, 2])
+def test_bos_whatever_template_and_tokenizer_do(adds_bos, emits_bos):
+    tokenizer = toy(adds_bos=adds_bos)
+    template = "{{ bos_token }}" * emits_bos + TEMPLATES["plain"]
+    row = encode(tokenizer, template, [USER])
+    expected = "<s>Hi there" if adds_bos or emits_bos else "Hi there"
+    assert tokenizer.decode(row.prompt_ids) == expected
+    assert tokenizer.bos_token_id not in row.chosen_ids + row.rejected_ids
+
+
+def test_no_bos_for_tokenizers_without_one():
+    row = encode(toy(bos=None), "plain", [USER])
+    assert len(row.prompt_ids) == len("Hi there")
+
+
+def test_turn_marker_that_is_called_bos_is_not_added(smollm2):
+    row = encode(smollm2, "plain", [USER])
+    assert row.prompt_ids == smollm2("Hi there")["input_ids"]
+    assert smollm2.bos_token_id not in row.prompt_ids
+
+
+def test_plain_template_keeps_texts_and_ends_with_eos():
+    tokenizer = toy()
+    row = encode(tokenizer, "plain", HISTORY, " Good.\n", "Bad")
+    assert tokenizer.decode(row.prompt_ids) == "Be kind.\n\nHi there\n\nYo.\n\nGo on"
+    assert tokenizer.decode(row.chosen_ids) == " Good.\n</s>"
+    assert tokenizer.decode(row.rejected_ids) == "Bad</s>"
+
+
+def test_template_whose_end_marker_is_no_token_gets_eos():
+    tokenizer = toy()
+    row = encode(tokenizer, "chatml", [USER])
+    assert tokenizer.decode(row.chosen_ids) == "Good.<|im_end|></s>"
+    with pytest.raises(ConfigError, match="set eos_token"):
+        encode(toy(eos=None), "chatml", [USER])
+    row = encode(toy(more=["<|im_end|>"]), "chatml", [USER])
+    assert toy(more=["<|im_end|>"]).decode(row.chosen_ids) == "Good.<|im_end|>"
+
+
+def test_prompt_and_response_that_would_merge_into_one_token():
+    tokenizer = toy()
+    row = encode(tokenizer, "plain", [{"role": "user", "content": "hel"}], "d!", "p!")
+    assert tokenizer.decode(row.prompt_ids) == "hel"
+    assert tokenizer.decode(row.chosen_ids) == "d!</s>"
+    assert tokenizer.convert_ids_to_tokens(row.chosen_ids) == ["d", "!", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(row.rejected_ids) == ["p", "!", "</s>"]
+
+
+def test_merging_response_gets_no_space_in_front(mistral):
+    row = encode(mistral, "plain", [{"role": "user", "content": "Hello wor"}], "ld!", "k!")
+    assert mistral.decode(row.prompt_ids + row.chosen_ids) == "<s> Hello world!</s>"
+    assert mistral.decode(row.prompt_ids + row.rejected_ids) == "<s> Hello work!</s>"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3"])
+def test_leading_newline_that_merges_with_the_header(name, request):
+    tokenizer = request.getfixturevalue(name)
+    template = tokenizer.get_chat_template() if name == "smollm2" else TEMPLATES["llama3"].replace(" | trim", "")
+    row = encode(tokenizer, template, [USER], "\nGood.", "Bad")
+    alone = tokenizer.apply_chat_template(
+        [USER], chat_template=template, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert row.prompt_ids == alone
+    assert tokenizer.decode(row.chosen_ids) == "\nGood." + tokenizer.eos_token
+
+
+def test_generation_prompt_that_finished_conversations_do_not_have():
+    thinking = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    tokenizer = toy()
+    row = encode(tokenizer, thinking, [USER], " Good. ", "Bad")
+    assert tokenizer.decode(row.prompt_ids) == "[user]Hi there</s>[assistant]"
+    assert tokenizer.decode(row.chosen_ids) == "Good.</s>"
+    assert tokenizer.decode(row.rejected_ids) == "Bad</s>"
+
+
+def test_template_that_takes_a_row_not_at_all():
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATES["plain"]
+    )
+    encoder = PairEncoder(toy(), strict, **LONG)
+    rows = [PreferenceRow([USER], "a", "b"), PreferenceRow([SYSTEM, USER], "a", "b"), PreferenceRow([USER], "c", "d")]
+    good, bad, also_good = encoder.encode(rows)
+    assert isinstance(good, EncodedRow)
+    assert isinstance(also_good, EncodedRow)
+    assert isinstance(bad, RowError)
+    assert bad.reason == "refused by the chat template"
+    assert "no system" in bad.detail
+    mutable = "{{ messages | length }}" + TEMPLATES["plain"]
+    assert "changes the prompt" in encode(toy(), mutable, [USER]).detail
+
+
+def test_templates_that_cannot_be_used_at_all():
+    with pytest.raises(ConfigError, match="cannot render a plain exchange"):
+        encode(toy(), "{{ raise_exception('never') }}", [USER])
+    with pytest.raises(ConfigError, match="cannot render a plain exchange"):
+        encode(toy(), "{% if %}", [USER])
+    with pytest.raises(ConfigError, match="leaves out the assistant's text"):
+        encode(toy(), "{{ messages[0]['content'] }}", [USER])
+
+
+def test_system_prompt_is_for_conversations_without_one():
+    tokenizer = toy()
+    row = encode(tokenizer, "plain", [USER], system_prompt="Short!")
+    assert tokenizer.decode(row.prompt_ids) == "Short!\n\nHi there"
+    row = encode(tokenizer, "plain", [SYSTEM, USER], system_prompt="Short!")
+    assert tokenizer.decode(row.prompt_ids) == "Be kind.\n\nHi there"
+
+
+def test_mistral_template_puts_the_system_text_into_the_first_user_turn():
+    tokenizer = toy()
+    row = encode(tokenizer, "mistral", HISTORY)
+    assert tokenizer.decode(row.prompt_ids) == "<s>[INST] Be kind.\n\nHi there [/INST] Yo.</s>[INST] Go on [/INST]"
+    assert tokenizer.decode(row.chosen_ids) == " Good.</s>"
+
+
+def test_truncation_keeps_the_bos_and_the_end_of_the_prompt():
+    tokenizer = toy(adds_bos=True)
+    row = encode(
+        tokenizer, "plain", [{"role": "user", "content": "abcdefgh"}], "123456", "12", max_prompt_length=5, max_length=9
+    )
+    assert tokenizer.decode(row.prompt_ids) == "<s>efgh"
+    assert tokenizer.decode(row.chosen_ids) == "1234"
+    assert tokenizer.decode(row.rejected_ids) == "12</s>"
+    assert row.prompt_cut
+    assert row.response_cut
+    row = encode(
+        tokenizer, "plain", [{"role": "user", "content": "abcd"}], "1234", "1", max_prompt_length=5, max_length=10
+    )
+    assert tokenizer.decode(row.prompt_ids) == "<s>abcd"
+    assert tokenizer.decode(row.chosen_ids) == "1234</s>"
+    assert not row.prompt_cut
+    assert not row.response_cut
+
+
+def test_truncation_without_a_real_bos(smollm2):
+    row = encode(toy(), "plain", [{"role": "user", "content": "abcdefgh"}], max_prompt_length=5, max_length=50)
+    assert toy().decode(row.prompt_ids) == "defgh"
+    # what SmolLM2 calls BOS opens every turn: it must not stand in front of the middle of one
+    row = encode(smollm2, smollm2.get_chat_template(), [USER], max_prompt_length=7, max_length=50)
+    assert smollm2.decode(row.prompt_ids) == " there<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_rows_that_truncation_makes_useless():
+    bad = encode(toy(), "plain", [USER], "same start, other end", "same start", max_prompt_length=10, max_length=14)
+    assert bad.reason == "equal after truncation"
+    assert "data.max_length=14" in bad.detail
+    assert encode(toy(), "plain", [{"role": "user", "content": ""}]).reason == "empty prompt"
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(10, 10), (10, 11), (10, 0)])
+def test_lengths_that_leave_no_room(length, prompt):
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_length"):
+        encode(toy(), "plain", [USER], max_length=length, max_prompt_length=prompt)

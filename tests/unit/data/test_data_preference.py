@@ -1,0 +1,298 @@
+import json
+import multiprocessing
+import os
+
+import datasets
+import numpy as np
+import pytest
+from pair_rows import message_row
+
+from nemo_lmpo.config import DataConfig, DatasetConfig
+from nemo_lmpo.data import preference
+from nemo_lmpo.data.packing import pair_tokens
+from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.data.tokenizer import load_tokenizer
+from nemo_lmpo.errors import ConfigError, DataError
+
+GOOD = [message_row(f"sort b a {'cdefghij'[i]}", "a b", "b a", prompt_id=f"p{i}") for i in range(8)]
+
+
+def load(config, tokenizer, name="train"):
+    return load_preference_dataset(config, config.train, tokenizer, name=name)
+
+
+@pytest.fixture
+def no_tokenising(monkeypatch):
+    """After calling it, only the cache can give tokenised data."""
+
+    def forbid():
+        monkeypatch.setattr(preference, "tokenise_source", lambda *a, **k: pytest.fail("tokenised again"))
+
+    return forbid
+
+
+def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
+    data = load(data_config(write_jsonl(GOOD)), tiny)
+    assert len(data) == 8
+    pair = data[2]
+    assert pair.pair_id == "p2"
+    assert tiny.decode(pair.prompt_ids) == "<bos> <user> sort b a e <assistant>"
+    assert tiny.decode(pair.chosen_ids) == "a b <eos>"
+    assert tiny.decode(pair.rejected_ids) == "b a <eos>"
+    assert all(type(token) is int for token in pair.prompt_ids)
+    assert data.lengths.tolist() == [[7, 3, 3]] * 8
+    assert [data[i].pair_id for i in range(8)] == data.pair_ids == [f"p{i}" for i in range(8)]
+    example = data.example_text(2)
+    assert "sort b a e" in example
+    assert ">>>a b <eos><<<" in example
+    assert ">>>b a <eos><<<" in example
+
+
+def test_lengths_are_those_of_the_pairs(data_config, tiny):
+    data = load(data_config("builtin:tiny", limit=50), tiny)
+    for index, lengths in enumerate(data.lengths.tolist()):
+        pair = data[index]
+        assert lengths == [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)]
+    assert data.summary.length_percentiles["chosen"][100] == data.lengths[:, 1].max()
+    assert data.summary.length_percentiles["prompt"][50] in data.lengths[:, 0]
+
+
+def test_second_load_comes_from_the_cache(data_config, tiny, write_jsonl, no_tokenising):
+    config = data_config(write_jsonl(GOOD))
+    first = load(config, tiny)
+    no_tokenising()
+    second = load(config, tiny)
+    assert [second[i] for i in range(8)] == [first[i] for i in range(8)]
+    assert second.fingerprint == first.fingerprint
+    assert second.summary == first.summary
+
+
+def test_whatever_changes_the_tokens_changes_the_fingerprint(data_config, tiny, write_jsonl, smollm2):
+    path = write_jsonl(GOOD)
+    prints = [load(data_config(path), tiny).fingerprint]
+    for changes in (
+        {"max_length": 63}, {"max_prompt_length": 31}, {"chat_template": "plain"}, {"system_prompt": "sort"},
+        {"limit": 7}, {"weights": [0.5]}, {"schema": "messages"},
+    ):  # fmt: skip
+        prints.append(load(data_config(path, **changes), tiny).fingerprint)
+    prints.append(load(data_config(path), smollm2).fingerprint)
+    prints.append(load(data_config(write_jsonl([*GOOD[:7], {**GOOD[7], "prompt_id": "new"}])), tiny).fingerprint)
+    assert len(set(prints)) == len(prints)
+
+
+def test_cache_is_readable_with_datasets(data_config, tiny, write_jsonl, tmp_path):
+    load(data_config(write_jsonl(GOOD)), tiny)
+    (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
+    assert datasets.Dataset.from_file(str(stored))["pair_id"] == [f"p{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("damage", ["cut pairs", "no meta", "broken meta", "other count"])
+def test_damaged_cache_is_built_again(data_config, tiny, write_jsonl, tmp_path, damage):
+    config = data_config(write_jsonl(GOOD))
+    data = load(config, tiny)
+    first = [data[i] for i in range(8)]
+    del data  # it maps the file that is about to be damaged
+    (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
+    meta = stored.parent / "meta.json"
+    if damage == "cut pairs":
+        stored.write_bytes(stored.read_bytes()[:400])
+    elif damage == "no meta":
+        meta.unlink()
+    elif damage == "broken meta":
+        meta.write_text("{")
+    else:
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "pairs": 7}))
+    again = load(config, tiny)
+    assert [again[i] for i in range(8)] == first
+
+
+def test_leftovers_of_a_killed_process_are_removed(data_config, tiny, write_jsonl, tmp_path):
+    config = data_config(write_jsonl(GOOD))
+    load(config, tiny)
+    (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
+    leftover = stored.parent.with_name(stored.parent.name + ".tmp-killed")
+    stored.parent.rename(leftover)
+    load(config, tiny)
+    assert not leftover.exists()
+    assert stored.exists()
+
+
+def _load_in_process(config, results, start):
+    start.wait()
+    data = load(config, load_tokenizer("builtin:tiny"))
+    results.put((data.fingerprint, len(data), data[3].chosen_ids))
+
+
+def test_several_processes_at_once(data_config, tmp_path):
+    config = data_config("builtin:tiny")
+    context = multiprocessing.get_context("spawn")
+    results, start = context.Queue(), context.Event()
+    processes = [context.Process(target=_load_in_process, args=(config, results, start)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] == 4096
+    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 2, "one entry and its lock, nothing half-built"
+
+
+def test_cache_that_cannot_be_written(data_config, tiny, write_jsonl, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be written .*data.cache_dir"):
+        load(data_config(write_jsonl(GOOD), cache_dir=str(tmp_path / "file")), tiny)
+
+
+def test_workers_give_what_one_process_gives(data_config, tiny, tmp_path):
+    one = load(data_config("builtin:tiny", limit=700), tiny)
+    two = load(data_config("builtin:tiny", limit=700, num_workers=2, cache_dir=str(tmp_path / "other")), tiny)
+    assert [two[i] for i in range(700)] == [one[i] for i in range(700)]
+
+
+def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
+    path = write_jsonl(
+        [GOOD[0], message_row("sort", "same", "same", prompt_id="x"), "{broken", GOOD[1], {"prompt": "q"}]
+    )
+    with pytest.raises(DataError, match=r"pairs.jsonl line 2: .* are equal \(pair x\); .*data.on_bad_row=skip"):
+        load(data_config(path), tiny)
+    data = load(data_config(path, on_bad_row="skip"), tiny)
+    assert data.pair_ids == ["p0", "p1"]
+    assert data.summary.dropped == {"chosen equals rejected": 1, "broken JSON": 1, "missing field": 1}
+    assert data.summary.sources[0].rows == 5
+    assert "1 chosen equals rejected" in str(data.summary)
+    with pytest.raises(DataError, match="line 2"):  # also when a skipping run has filled the cache
+        load(data_config(path), tiny)
+
+
+def test_broken_json_names_file_and_line(data_config, tiny, write_jsonl):
+    with pytest.raises(DataError, match=r"pairs.jsonl.gz line 3: the JSON is broken: .* column"):
+        load(data_config(write_jsonl([*GOOD[:2], '{"a": '], "pairs.jsonl.gz")), tiny)
+
+
+def test_error_with_workers_is_the_same(data_config, tiny, write_jsonl):
+    rows = [*GOOD] * 100
+    rows[600] = {"prompt": "q"}
+    with pytest.raises(DataError, match="line 601"):
+        load(data_config(write_jsonl(rows), num_workers=2), tiny)
+
+
+def test_no_row_left(data_config, tiny, write_jsonl):
+    same = message_row("sort", "same", "same")
+    with pytest.raises(DataError, match=r"data.train.path=.*no row is left .*2 chosen equals rejected"):
+        load(data_config(write_jsonl([same, same]), on_bad_row="skip"), tiny)
+    with pytest.raises(DataError, match="holds no rows"):
+        load(data_config(write_jsonl(["", ""])), tiny)
+    with pytest.raises(DataError, match="no row is left"):
+        load(data_config("builtin:tiny", weights=[0.0], limit=10), tiny)
+
+
+def test_pair_longer_than_the_row_budget(data_config, tiny, write_jsonl):
+    path = write_jsonl([GOOD[0], message_row("sort b a c d e f g", "a b", "b a", prompt_id="long")])
+    # prompts of 7 and 11 tokens; with 3 + 3 - 2 more: 11 and 15, and 18 and 26 with the prompt twice
+    with pytest.raises(DataError, match=r"pair long takes 15 tokens, more than data.row_tokens=14"):
+        load(data_config(path, row_tokens=14), tiny)
+    data = load(data_config(path, row_tokens=14, on_bad_row="skip"), tiny)
+    assert data.pair_ids == ["p0"]
+    assert data.summary.dropped == {"longer than data.row_tokens": 1}
+    assert len(load(data_config(path, row_tokens=15), tiny)) == 2
+    with pytest.raises(DataError, match="pair p0 takes 18 tokens"):
+        load(data_config(path, row_tokens=15, share_prompt=False), tiny)
+    assert pair_tokens(load(data_config(path), tiny).lengths, False).tolist() == [18, 26]
+
+
+def test_pair_ids(data_config, tiny, write_jsonl):
+    rows = [{**GOOD[i], "prompt_id": None} for i in range(3)]
+    rows[1]["id"] = 77
+    rows.append({**GOOD[3], "prompt_id": "77"})
+    data = load(data_config(write_jsonl(rows)), tiny)
+    assert data.pair_ids == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4"]
+
+
+def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
+    paths = [
+        write_jsonl(GOOD, "a.jsonl"),
+        write_jsonl([{**row, "prompt_id": f"q{i}"} for i, row in enumerate(GOOD)], "b.jsonl"),
+    ]
+    data = load(data_config(paths), tiny)
+    assert data.pair_ids == [f"p{i}" for i in range(8)] + [f"q{i}" for i in range(8)]
+    no_tokenising()  # other weights need no tokenising
+    data = load(data_config(paths, weights=[0.5, 2]), tiny)
+    first = [pair_id for pair_id in data.pair_ids if pair_id.startswith("p")]
+    assert len(first) == len(set(first)) == 4
+    assert sorted(data.pair_ids[4:]) == sorted([f"q{i}" for i in range(8)] * 2)
+    assert [source.used for source in data.summary.sources] == [4, 16]
+    assert load(data_config(paths, weights=[0.5, 2]), tiny).pair_ids == data.pair_ids
+    assert len(load(data_config(paths, weights=[1.25, 0]), tiny)) == 10
+
+
+def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jsonl):
+    paths = [write_jsonl(GOOD[:1], "a.jsonl"), write_jsonl(GOOD[:1], "b.jsonl")]
+    assert load(data_config(paths), tiny).pair_ids == ["p0", f"{paths[1]}:p0"]
+
+
+def test_reference_log_probabilities(data_config, tiny, write_jsonl):
+    path = write_jsonl(GOOD)
+    data = load(data_config(path, weights=[1.5]), tiny)
+    assert data[0].reference_chosen_logp is None
+    ids = [f"p{i}" for i in reversed(range(8))] + ["other"]
+    data.attach_reference(ids, -np.arange(9.0), -10 - np.arange(9.0))
+    for index in range(len(data)):
+        pair = data[index]
+        place = ids.index(pair.pair_id)
+        assert (pair.reference_chosen_logp, pair.reference_rejected_logp) == (-place, -10 - place)
+    with pytest.raises(DataError, match=r"7 pairs have no reference .*first: p1"):
+        load(data_config(path), tiny).attach_reference(["p0"], np.zeros(1), np.zeros(1))
+    values = np.where(np.arange(9) == 2, np.nan, 0.0)
+    with pytest.raises(DataError, match="pair p5 is not finite"):
+        data.attach_reference(ids, values, np.zeros(9))
+
+
+def test_wrong_settings(data_config, tiny, write_jsonl):
+    path = write_jsonl(GOOD)
+    for changes, message in (
+        ({"on_bad_row": "warn"}, r"data.on_bad_row=warn .* error or skip"),
+        ({"schema": "csv"}, r"data.train.schema=csv"),
+        ({"weights": [1, 2]}, r"data.train.weights has 2 values for 1 paths"),
+        ({"weights": [-1]}, r"data.train.weights=\[-1.0\] must"),
+        ({"limit": 0}, r"data.train.limit=0"),
+        ({"row_tokens": 0}, r"data.row_tokens=0"),
+        ({"max_prompt_length": 64}, r"data.max_length=64 leaves no room"),
+        ({"chat_template": "chatlm"}, r"data.chat_template=chatlm .*did you mean 'chatml'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(data_config(path, **changes), tiny)
+    with pytest.raises(ConfigError, match=r"data.validation.path is not set"):
+        load_preference_dataset(DataConfig(), DatasetConfig(), tiny, name="validation")
+    with pytest.raises(ConfigError, match=r"data.train.path holds 3"):
+        load(data_config([path, 3]), tiny)
+    with pytest.raises(DataError, match=r"nothing.jsonl does not exist"):
+        load(data_config("nothing.jsonl"), tiny)
+
+
+def test_default_cache_directory(tiny, write_jsonl, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    config = DataConfig(train=DatasetConfig(path=write_jsonl(GOOD)))
+    load(config, tiny)
+    assert list((tmp_path / "xdg" / "nemo_lmpo" / "pairs").glob("*/pairs.arrow"))
+
+
+def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
+    path = str(shared_dir / "data" / "alpaca_pairs_train.jsonl.gz")
+    data = load(data_config(path, max_length=384, max_prompt_length=128), smollm2)
+    assert len(data) == len(real_pairs)
+    assert data.lengths.sum(axis=0).min() > 0
+    assert (data.lengths[:, 0] + data.lengths[:, 1:].max(axis=1)).max() == 384
+    assert data.lengths[:, 0].max() == 128
+    assert data.summary.prompts_cut == (data.lengths[:, 0] == 128).sum()
+    uncut = next(i for i in range(len(data)) if data.lengths[i].sum() < 384)
+    pair, row = data[uncut], real_pairs[uncut]
+    assert smollm2.decode(pair.chosen_ids) == row["chosen"][-1]["content"] + "<|im_end|>"
+    assert pair.pair_id == row["prompt_id"]
+
+
+def test_the_environment_is_left_alone(data_config, tiny):
+    before = dict(os.environ)
+    load(data_config("builtin:tiny", limit=300), tiny)
+    assert dict(os.environ) == before
