@@ -17,15 +17,15 @@ body { margin: 0 auto; max-width: 1160px; padding: 24px 16px 48px; background: v
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 0 0 4px; }
 p { margin: 4px 0 12px; color: var(--muted); font-size: 0.9rem; }
-.state { display: inline-block; margin: 8px 8px 16px 0; font-weight: 600; }
+.state { display: inline-block; margin: 8px 8px 4px 0; font-weight: 600; }
 .state.finished { color: var(--good); }
 .state.unfinished { color: var(--open); }
-.note { color: var(--muted); font-size: 0.9rem; }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }
-.top { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); align-items: start;
-  margin-bottom: 28px; }
+.note { display: inline-block; color: var(--muted); font-size: 0.9rem; margin-bottom: 16px; }
+.top { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
+  align-items: start; margin-bottom: 28px; }
+.curves { columns: 460px 2; column-gap: 16px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px; min-width: 0; }
-figure { margin: 0; break-inside: avoid; }
+figure { margin: 0 0 16px; break-inside: avoid; }
 figure img { display: block; width: 100%; height: auto; margin-top: 8px; }
 figcaption p { margin: 0; }
 .scroll { overflow-x: auto; }
@@ -33,20 +33,21 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child > * { border-bottom: 0; }
 th { font-weight: 600; }
-thead th { color: var(--muted); font-weight: 500; font-size: 0.82rem; }
-table.numbers td, table.numbers thead th + th { text-align: right; padding-right: 0; padding-left: 14px;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead th { color: var(--muted); font-weight: 500; font-size: 0.82rem; vertical-align: bottom; }
+table.numbers td, table.numbers thead th + th { text-align: right; padding-right: 0; padding-left: 12px; }
+table.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+table.numbers th { font-weight: 500; }
+table.numbers tbody th { white-space: nowrap; }
 table.settings th { font: 0.84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: nowrap; }
-table.settings td { overflow-wrap: anywhere; }
+table.settings th, table.settings td { padding-top: 3px; padding-bottom: 3px; }
+table.settings td { overflow-wrap: anywhere; min-width: 7em; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--muted); font-size: 0.9rem; }
 pre { overflow-x: auto; font: 0.8rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media (max-width: 520px) { body { padding: 16px 10px 32px; } .card { padding: 12px; }
   th, td { padding-right: 10px; } table.numbers { font-size: 0.82rem; }
-  table.numbers td, table.numbers thead th + th { padding-left: 9px; }
-  table.settings tr { display: block; padding: 5px 0; border-bottom: 1px solid var(--line); }
-  table.settings tr:last-child { border-bottom: 0; }
-  table.settings th, table.settings td { display: block; border: 0; padding: 0; } }
+  table.numbers td, table.numbers thead th + th { padding-left: 8px; }
+  table.settings th { font-size: 0.75rem; white-space: normal; overflow-wrap: anywhere; } }
 """
 
 

@@ -67,8 +67,8 @@ def build_page(run: Run, light: Sequence[Picture], dark: Sequence[Picture], conf
         for bright, dim in zip(light, dark, strict=True)
     )
     body = (
-        f'{_header(run)}\n<div class="grid top">{_results(run)}{_settings(run, config_text)}</div>\n'
-        f'<h2>Curves</h2><p>{_how_to_read(run)}</p>\n<div class="grid">{figures}</div>'
+        f'{_header(run)}\n<div class="top">{_results(run)}{_settings(run, config_text)}</div>\n'
+        f'<h2>Curves</h2><p>{_how_to_read(run)}</p>\n<div class="curves">{figures}</div>'
     )
     return html.document(f"{run.label}: report", body)
 

@@ -163,10 +163,14 @@ def _lines(panel: Panel, runs: Sequence[Run], theme: Theme) -> list[_Line]:
     return lines
 
 
+def _finite_or_gap(values: Sequence[float]) -> np.ndarray:
+    raw = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(raw), raw, np.nan)
+
+
 def _draw_line(axes: Any, line: _Line, low: float, high: float) -> None:
     if line.train is not None:
-        steps, values = line.train.steps, np.asarray(line.train.values)
-        values = np.where(np.isfinite(values), values, np.nan)
+        steps, values = line.train.steps, _finite_or_gap(line.train.values)
         if line.curve.smooth and smoothing_sigma(len(steps)) > 0.0:
             axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8, zorder=2)
             values = smooth(line.train.values, low, high)
@@ -189,16 +193,20 @@ def _draw_line(axes: Any, line: _Line, low: float, high: float) -> None:
         )
 
 
-def _draw_band(axes: Any, panel: Panel, run: Run, theme: Theme) -> Line2D | None:
+def _draw_band(axes: Any, panel: Panel, run: Run, theme: Theme) -> tuple[Line2D, float, float] | None:
+    """Draw the panel's band; returns its legend entry and its range, but for its few most extreme steps."""
     if panel.band is None:
         return None
     center, width = run.metrics.get(panel.band[0]), run.metrics.get(panel.band[1])
     if center is None or width is None or center.steps != width.steps:
         return None
-    middle, half = np.asarray(center.values), np.asarray(width.values)
+    middle, half = _finite_or_gap(center.values), _finite_or_gap(width.values)
+    if not np.isfinite(middle - half).any():
+        return None
     color = theme.roles["neutral"]
     axes.fill_between(center.steps, middle - half, middle + half, color=color, alpha=0.16, linewidth=0, zorder=1)
-    return Line2D([], [], color=color, alpha=0.3, linewidth=7, label=panel.band[2])
+    entry = Line2D([], [], color=color, alpha=0.3, linewidth=7, label=panel.band[2])
+    return entry, float(np.nanpercentile(middle - half, 2)), float(np.nanpercentile(middle + half, 98))
 
 
 def _limits(panel: Panel, lines: Sequence[_Line]) -> tuple[float, float, list[float]]:
@@ -288,8 +296,8 @@ def _note_outside(axes: Any, outside: Sequence[float], theme: Theme) -> None:
     extremes = sorted({min(outside), max(outside)})
     noun = "step" if len(outside) == 1 else "steps"
     note = f"{len(outside)} {noun} not shown ({' to '.join(f'{value:.3g}' for value in extremes)})"
-    place = {"transform": axes.transAxes, "ha": "right", "va": "top", "fontsize": 8}
-    axes.text(0.995, 0.985, note, color=theme.muted, **place)
+    place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8}
+    axes.text(1.0, 1.01, note, color=theme.muted, **place)
 
 
 def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> None:
@@ -301,10 +309,10 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> N
     extra = []
     band = _draw_band(axes, panel, runs[0], theme) if len(runs) == 1 else None
     if band is not None:
-        extra.append(band)
-        low, high = axes.dataLim.intervaly
+        entry, low, high = band
+        extra.append(entry)
         pad = 0.04 * (high - low)
-        bottom, top = (min(bottom, low - pad), max(top, high + pad)) if not outside else (bottom, top)
+        bottom, top = min(bottom, low - pad), max(top, high + pad)
     if panel.reference is not None:
         level, name = panel.reference
         dashes: dict[str, Any] = {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (3, 3))}
@@ -317,13 +325,13 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> N
     _panel_legend(axes, lines, extra, theme, several=len(runs) > 1)
 
 
-def _png(figure: Figure, theme: Theme) -> bytes:
+def _png(canvas: FigureCanvasAgg) -> bytes:
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=theme.background)
-    small = io.BytesIO()
-    with Image.open(buffer) as image:
-        image.convert("RGB").quantize(_PALETTE, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    return small.getvalue()
+    image.quantize(_PALETTE, dither=Image.Dither.NONE).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | None:
@@ -340,7 +348,7 @@ def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | Non
     height = _PANEL_INCHES.get(len(panels), _LOW_PANEL_INCHES) * len(panels) + _FRAME_INCHES
     with matplotlib.rc_context({"font.family": "sans-serif", "axes.formatter.useoffset": False}):
         figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, facecolor=theme.background, layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             _draw_panel(axes, panel, runs, theme)
@@ -350,7 +358,7 @@ def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | Non
         figure.align_ylabels(grid[:, 0])
         if len(runs) > 1:
             _figure_legend(figure, panels, runs, theme)
-        return _png(figure, theme)
+        return _png(canvas)
 
 
 def draw_all(runs: Sequence[Run], theme: Theme = LIGHT, charts: Sequence[Chart] = CHARTS) -> list[Picture]:

@@ -24,10 +24,13 @@ _SETTINGS = (
     "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.precision",
+    "model.seed",
+)
+# Shown where the model is split.
+_PARALLEL_SIZES = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.context_parallel_size",
-    "model.seed",
 )
 _LONGEST_VALUE = 160
 
@@ -46,8 +49,8 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rewards/margins", "reward margin", _plain),
     ("rewards/chosen", "reward, chosen", _plain),
     ("rewards/rejected", "reward, rejected", _plain),
-    ("logps/chosen", "log-probability a token, chosen", _plain),
-    ("logps/rejected", "log-probability a token, rejected", _plain),
+    ("logps/chosen", "log-prob., chosen", _plain),
+    ("logps/rejected", "log-prob., rejected", _plain),
     ("lmpo/p_chosen", "probability p, chosen", _plain),
     ("lmpo/p_rejected", "probability p, rejected", _plain),
 )
@@ -77,7 +80,9 @@ def settings_rows(run: Run) -> list[tuple[str, str]]:
     """Key settings with their values, the loss's first; unset ones are left out."""
     loss = _leaves("loss", run.config.get("loss"))
     others = [(name, _setting(run.config, name)) for name in _SETTINGS]
-    return [(name, _text(value)) for name, value in [*loss, *others] if value is not None]
+    sizes = [(name, _setting(run.config, name)) for name in _PARALLEL_SIZES]
+    split = [(name, value) for name, value in sizes if value != 1]
+    return [(name, _text(value)) for name, value in [*loss, *others, *split] if value is not None]
 
 
 def best_step(run: Run) -> tuple[int, str] | None:
@@ -145,6 +150,6 @@ def state_text(run: Run) -> tuple[str, str]:
     """How far the run is, and a word for its state: `finished`, `unfinished` or `unknown`."""
     done = f"{run.metrics.last_step:,}"
     if run.total_steps is None:
-        return f"{done} steps", "unknown"
+        return f"{done} {'step' if done == '1' else 'steps'}", "unknown"
     of = f"{done} of {run.total_steps:,} steps"
     return (f"Finished: {of}", "finished") if run.finished else (f"Not finished: {of}", "unfinished")

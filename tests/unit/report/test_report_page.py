@@ -1,0 +1,186 @@
+import base64
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemo_lmpo.report import write_report
+from nemo_lmpo.report.__main__ import main
+from nemo_lmpo.report.read import read_run
+from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+def test_page_holds_every_picture_and_loads_nothing(example_page):
+    assert example_page.name == "report.html"
+    text = example_page.read_text(encoding="utf-8")
+    files = sorted((example_page.parent / "report").iterdir())
+    assert {file.stem for file in files} == {
+        "logps",
+        "margins",
+        "accuracy",
+        "rewards",
+        "loss",
+        "margin_statistics",
+        "lengths",
+        "logps_sum",
+        "optimization",
+        "throughput",
+    }
+    light = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+    dark = re.findall(r'srcset="data:image/png;base64,([^"]+)"', text)
+    assert sorted(base64.b64decode(data) for data in light) == sorted(file.read_bytes() for file in files)
+    assert len(dark) == len(light) == 10
+    assert all(base64.b64decode(data).startswith(PNG_START) for data in dark)
+    assert not re.search(r'(src|href|srcset)="(?!data:)', text)
+    assert "<script" not in text
+
+
+def test_text_of_the_page(example_page):
+    text = example_page.read_text(encoding="utf-8")
+    assert "<title>lmpo_example: report</title>" in text
+    assert "Finished: 40 of 40 steps" in text
+    assert "Best is the step with the highest val/rewards/accuracies" in text
+    assert "<h2>Log-probabilities of the responses</h2>" in text
+    assert "newest metrics" in text
+
+
+def test_what_the_user_wrote_is_escaped(example_page):
+    text = example_page.read_text(encoding="utf-8")
+    assert "pairs &lt;one&gt; &amp; two.jsonl" in text
+    assert "<one>" not in text
+
+
+def test_results_by_hand(make_run):
+    header, rows = metric_rows(read_run(make_run()))
+    # A tenth of 40 steps is 4. The best accuracy, 0.9, is that of step 20.
+    assert header == [
+        "",
+        "training, last 4 steps",
+        "validation, first (step 10)",
+        "validation, best (step 20)",
+        "validation, last (step 40)",
+    ]
+    by_name = {row[0]: row[1:] for row in rows}
+    # Training: mean of 2/37, 2/38, 2/39, 2/40 = 0.05199. Validation: 3/10, 3/20, 3/40.
+    assert by_name["loss"] == ["0.05199", "0.3", "0.15", "0.075"]
+    # Mean of 0.87, 0.88, 0.89, 0.90.
+    assert by_name["accuracy"] == ["88.5 %", "50.0 %", "90.0 %", "70.0 %"]
+    assert by_name["reward margin"] == ["0.385", "-", "-", "-"]
+
+
+def test_best_by_the_lowest_loss_when_the_config_is_missing(make_run):
+    assert best_step(read_run(make_run(config=None))) == (40, "lowest val/loss")
+
+
+def test_columns_that_would_repeat_are_joined(make_run):
+    header, _ = metric_rows(read_run(make_run(config=None)))
+    assert header[2:] == ["validation, first (step 10)", "validation, best and last (step 40)"]
+    header, _ = metric_rows(read_run(make_run(name="single", validate=(40,))))
+    assert header[2:] == ["validation (step 40)"]
+    run = read_run(make_run(name="none", validate=()))
+    assert metric_rows(run)[0][2:] == []
+    assert best_step(run) is None
+
+
+def test_settings(make_run):
+    rows = settings_rows(read_run(make_run()))
+    assert rows == [
+        ("loss.name", "lmpo"),
+        ("loss.beta", "2"),
+        ("loss.margin.kind", "power5"),
+        ("model.restore_from_path", "org/model"),
+        ("data.train.path", "pairs <one> & two.jsonl"),
+        ("data.max_length", "2048"),
+        ("model.global_batch_size", "128"),
+        ("optim.lr", "6e-07"),
+        ("trainer.precision", "bf16"),
+        ("model.tensor_model_parallel_size", "2"),  # and no size of 1
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "total", "text"),
+    [
+        (40, 40, ("Finished: 40 of 40 steps", "finished")),
+        (12, 1478, ("Not finished: 12 of 1,478 steps", "unfinished")),
+        (12, None, ("12 steps", "unknown")),
+    ],
+)
+def test_state(make_run, steps, total, text):
+    assert state_text(read_run(make_run(steps=steps, total=total, validate=()))) == text
+
+
+def test_report_of_a_single_step_without_config(make_run):
+    run_dir = make_run(steps=1, validate=(), config=None, total=None)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss')
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert ">1 step<" in text
+    assert "Settings" not in text
+
+
+def test_command_writes_where_it_is_told(make_run, tmp_path, capsys):
+    run_dir = make_run(steps=3, validate=())
+    target = tmp_path / "elsewhere" / "page.html"
+    assert main([str(run_dir), "--output", str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    assert target.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert not (run_dir / "report.html").exists()
+    assert [path for path in target.parent.iterdir() if path != target] == []
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "is not a directory"),
+        (lambda path: path.write_text("a file"), "is not a directory"),
+        (lambda path: path.mkdir(), "metrics.jsonl does not exist"),
+        (lambda path: (path.mkdir(), (path / "metrics.jsonl").write_text("")), "has no metrics"),
+    ],
+    ids=["nothing", "a file", "no metrics.jsonl", "empty metrics.jsonl"],
+)
+def test_bad_input_is_one_message_and_exit_1(tmp_path, capsys, prepare, message):
+    target = tmp_path / "run"
+    prepare(target)
+    assert main([str(target)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_page_that_cannot_be_written_is_one_message(make_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(make_run(steps=2, validate=())), "--output", str(tmp_path / "file" / "page.html")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_command_line_starts_fast_and_without_torch(tmp_path):
+    started = time.monotonic()
+    program = (
+        "import sys; sys.argv = ['report', sys.argv[1]]\n"
+        "from nemo_lmpo.report.__main__ import main\n"
+        "code = main(); print(code, [m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
+    )
+    # Drawing needs matplotlib; refusing a wrong directory needs nothing, and nothing ever needs torch.
+    assert result.stdout.split(None, 1)[0] == "1"
+    assert "torch" not in result.stdout
+    assert time.monotonic() - started < 20
+
+
+def test_report_never_imports_torch(make_run):
+    program = (
+        "import sys; from nemo_lmpo.report import write_report; write_report(sys.argv[1])\n"
+        "print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    run_dir = make_run(steps=2, validate=())
+    result = subprocess.run([sys.executable, "-c", program, str(run_dir)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
