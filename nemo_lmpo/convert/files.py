@@ -117,6 +117,8 @@ class TarFiles:
             start = stream.read(2)
         if start == b"\x1f\x8b":
             return f"{self._path} is a gzip-compressed archive; decompress it first: gzip -dc FILE > OTHER.nemo"
+        if "unexpected end" in str(error):
+            return f"{self._path} is cut off in the middle of a member; copy it again"
         return f"{self._path} is not a NeMo file: it is no readable tar archive ({error})"
 
 

@@ -165,7 +165,7 @@ def test_compressed_archive(nemo: Path, tmp_path: Path) -> None:
 def test_cut_off_archive(nemo: Path, tmp_path: Path, part: float) -> None:
     content = nemo.read_bytes()
     (tmp_path / "x.nemo").write_bytes(content[: int(part * len(content))])
-    assert "error" in _error(nemo_to_hf, tmp_path / "x.nemo", tmp_path / "out")
+    assert "is cut off" in _error(nemo_to_hf, tmp_path / "x.nemo", tmp_path / "out")
 
 
 def _special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:

@@ -1,0 +1,222 @@
+"""One process writes a checkpoint; every tensor- and pipeline-parallel layout loads it, on real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_lmpo.architecture import Architecture, RopeScaling
+from nemo_lmpo.config import ModelConfig
+from nemo_lmpo.convert.dist_reader import DistributedCheckpoint
+from nemo_lmpo.convert.dist_writer import write_distributed_checkpoint
+from nemo_lmpo.convert.files import DirectoryFiles
+from nemo_lmpo.convert.load import load_model_weights
+from nemo_lmpo.convert.megatron_source import MegatronSource
+from nemo_lmpo.convert.sinks import DirectorySink
+from nemo_lmpo.convert.source import random_source
+from nemo_lmpo.parallel.cpu_adapter import on_cpu
+from nemo_lmpo.parallel.groups import create_groups
+
+_UNTIED = Architecture(
+    model_type="llama",
+    vocab_size=259,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_layers=4,
+    num_attention_heads=8,
+    num_query_groups=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+)
+_TIED = Architecture(**{**vars(_UNTIED), "tie_word_embeddings": True, "vocab_size": 131})
+_LAYOUTS = {
+    "one": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+}
+
+
+def _run(world_size: int, body: Callable[..., None], tmp_path: Path, *arguments: Any) -> None:
+    """Run ``body`` in forked processes that share a gloo group; any failure fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import megatron.core.dist_checkpointing  # once, before forking
+        import megatron.core.models.gpt  # noqa: F401
+    context = multiprocessing.get_context("fork")
+    failures: Any = context.SimpleQueue()
+
+    def work(rank: int) -> None:
+        try:
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            store = dist.FileStore(str(tmp_path / "store"), world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            with on_cpu():
+                body(*arguments)
+            dist.destroy_process_group()
+        except BaseException:
+            failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+            raise
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert failures.empty(), failures.get()
+    assert not hanging
+    assert [process.exitcode for process in processes] == [0] * world_size
+
+
+def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: int, hf: dict[str, Tensor]) -> Tensor:
+    """A rank's part of a parameter, written down for this test from Megatron's conventions."""
+    a = architecture
+    prefix = f"model.layers.{layer}."
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.chunk(tp, dim=0)[rank]
+
+    if "word_embeddings" in name or "output_layer" in name:
+        tied = a.tie_word_embeddings or "word_embeddings" in name
+        table = hf["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        padded = torch.zeros(-(-a.vocab_size // (128 * tp)) * 128 * tp, a.hidden_size)
+        padded[: a.vocab_size] = table
+        return rows(padded)
+    if "linear_qkv" in name:
+        q, k, v = (hf[prefix + f"self_attn.{part}_proj.weight"] for part in "qkv")
+        per_group = a.num_attention_heads // a.num_query_groups * a.head_dim
+        pieces = []
+        for group in range(a.num_query_groups):
+            pieces.append(q[group * per_group : (group + 1) * per_group])
+            pieces.append(k[group * a.head_dim : (group + 1) * a.head_dim])
+            pieces.append(v[group * a.head_dim : (group + 1) * a.head_dim])
+        return rows(torch.cat(pieces))
+    if "linear_fc1" in name:
+        return torch.cat([rows(hf[prefix + f"mlp.{part}_proj.weight"]) for part in ("gate", "up")])
+    if "linear_proj" in name:
+        return hf[prefix + "self_attn.o_proj.weight"].chunk(tp, dim=1)[rank]
+    if "linear_fc2" in name:
+        return hf[prefix + "mlp.down_proj.weight"].chunk(tp, dim=1)[rank]
+    if "final_layernorm" in name:
+        return hf["model.norm.weight"]
+    return hf[prefix + ("input" if "input" in name else "post_attention") + "_layernorm.weight"]
+
+
+class _OddNorms:
+    """Random start weights whose norms are not all ones, which would hide a mix-up."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._inner = random_source(architecture, 3)
+        self.origin = self._inner.origin
+        self.names, self.shape, self.dtype = self._inner.names, self._inner.shape, self._inner.dtype
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._inner.get(name)
+        return tensor + len(name) + sum(map(ord, name)) / 1000 if tensor.dim() == 1 else tensor
+
+
+def _load_and_compare(layout: dict[str, int], architecture: Architecture, checkpoint: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+
+    config = ModelConfig(**layout, transformer_engine=False)
+    groups = create_groups(config)
+    chunks = build_model_chunks(
+        architecture,
+        config,
+        groups=groups,
+        dtype=torch.float32,
+        use_cuda=False,
+        kernels=choose_kernels(config, use_cuda=False),
+    )
+    tp, rank = groups.tensor.size(), groups.tensor.rank()
+    source = _OddNorms(architecture)
+    hf = {name: source.get(name) for name in source.names()}
+
+    def compare(how: str) -> None:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                layer = 0
+                if ".layers." in name:
+                    number = int(name.split(".layers.")[1].split(".")[0])
+                    layer = chunk.decoder.layers[number].layer_number - 1
+                assert torch.equal(parameter, _expected(name, layer, architecture, tp, rank, hf)), (how, name)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.fill_(float("nan"))
+
+    spoil()
+    load_model_weights(list(chunks), source, architecture, tp_rank=rank, tp_size=tp)  # type: ignore[arg-type]
+    compare("load_model_weights")
+
+    spoil()
+    state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(state, checkpoint)
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict({key.removeprefix("model."): value for key, value in loaded[f"model{index}"].items()})
+    compare("dist_checkpointing.load")
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("architecture", [_UNTIED, _TIED], ids=["untied", "tied"])
+def test_every_layout_loads_what_one_process_wrote(layout: str, architecture: Architecture, tmp_path: Path) -> None:
+    sink = DirectorySink(tmp_path / "nemo")
+    source = _OddNorms(architecture)
+    write_distributed_checkpoint(sink, "model_weights", source, architecture, prefix="model.", dtype=torch.float32)
+    sink.close()
+    sizes = _LAYOUTS[layout]
+    world = sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1)
+    _run(world, _load_and_compare, tmp_path, sizes, architecture, str(tmp_path / "nemo" / "model_weights"))
+
+
+def _load_and_save(layout: dict[str, int], architecture: Architecture, directory: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+
+    config = ModelConfig(**layout, transformer_engine=False)
+    groups = create_groups(config)
+    kernels = choose_kernels(config, use_cuda=False)
+    chunks = build_model_chunks(
+        architecture, config, groups=groups, dtype=torch.float32, use_cuda=False, kernels=kernels
+    )
+    tp, rank = groups.tensor.size(), groups.tensor.rank()
+    load_model_weights(list(chunks), _OddNorms(architecture), architecture, tp_rank=rank, tp_size=tp)  # type: ignore[arg-type]
+    state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
+    dist_checkpointing.save(state, directory)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_pp2", "pp2_vpp2"])
+@pytest.mark.parametrize("architecture", [_UNTIED, _TIED], ids=["untied", "tied"])
+def test_one_process_reads_what_every_layout_saved(layout: str, architecture: Architecture, tmp_path: Path) -> None:
+    """As megatron-core itself saves it: padded vocabulary, chunks by rank, its own metadata classes."""
+    (tmp_path / "state").mkdir()
+    sizes = _LAYOUTS[layout]
+    world = sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1)
+    _run(world, _load_and_save, tmp_path, sizes, architecture, str(tmp_path / "state"))
+    found = MegatronSource(DistributedCheckpoint(DirectoryFiles(tmp_path), "state"), architecture)
+    expected = _OddNorms(architecture)
+    assert found.names() == expected.names()
+    for name in expected.names():
+        assert torch.equal(found.get(name), expected.get(name)), name
