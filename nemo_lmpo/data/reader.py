@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.schema import RowError
 from nemo_lmpo.data.tiny_task import builtin_rows
 from nemo_lmpo.errors import DataError
@@ -197,7 +198,8 @@ def _hub_dataset(path: str, split: str) -> Source:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(path, split=split)
+        with cache_only_without_network():
+            loaded = datasets.load_dataset(path, split=split)
     except Exception as error:  # network, authentication, missing repository or split, unsafe loading script, ...
         raise DataError(
             f"{path} (split '{split}') is no file here and could not be loaded from the hub ({_first_line(error)}); "

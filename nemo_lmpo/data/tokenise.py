@@ -6,10 +6,11 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.reader import RawRow, Source
@@ -18,8 +19,10 @@ from nemo_lmpo.data.store import PairWriter
 from nemo_lmpo.errors import DataError
 
 CHUNK_ROWS = 256
-SMALL_DATA_ROWS = 20_000
-"""Up to so many rows one process is faster than starting several."""
+SMALL_DATA_ROWS = 50_000
+"""Up to so many rows one process suffices: the tokenizer's own threads use the other cores (about a minute)."""
+MOST_WORKERS = 32
+"""Chosen at most when `data.num_workers` is unset: each process takes seconds and memory to start."""
 
 
 @dataclass
@@ -64,25 +67,47 @@ def bad_row_error(source: Source, number: int, detail: str) -> DataError:
 def _encoded_chunks(
     chunks: Iterator[list[RawRow]], job: tuple[PairEncoder, str, str], num_workers: int | None
 ) -> Iterator[_Chunk]:
-    """Chunks in order; in this process while the data is small or one worker is asked for."""
+    """Chunks in order, from this process or from workers; unless told, workers start once the data proves large."""
     if num_workers is None:
-        first = list(islice(chunks, SMALL_DATA_ROWS // CHUNK_ROWS + 1))
-        small = len(first) <= SMALL_DATA_ROWS // CHUNK_ROWS
-        num_workers = 1 if small else len(os.sched_getaffinity(0))
-        chunks = chain(first, chunks)
+        for chunk in islice(chunks, SMALL_DATA_ROWS // CHUNK_ROWS):
+            yield _encode_chunk(chunk, *job)
+        first = next(chunks, None)
+        if first is None:
+            return
+        chunks = chain([first], chunks)
+        num_workers = min(_cpu_cores(), MOST_WORKERS)
     if num_workers <= 1:
         yield from (_encode_chunk(chunk, *job) for chunk in chunks)
-        return
+    else:
+        yield from _encoded_by_workers(chunks, job, num_workers)
+
+
+def _encoded_by_workers(
+    chunks: Iterator[list[RawRow]], job: tuple[PairEncoder, str, str], num_workers: int
+) -> Iterator[_Chunk]:
     # spawn: the parent may already hold threads of torch or of a process group, which do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_workers, initializer=_start_worker, initargs=job) as pool:
-        waiting: deque[Any] = deque()
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=job)
+    try:
+        waiting: deque[Future[_Chunk]] = deque()
         for chunk in chunks:
-            waiting.append(pool.apply_async(_encode_in_worker, (chunk,)))
+            waiting.append(pool.submit(_encode_in_worker, chunk))
             if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that tokenises died (out of memory, or started from a script without "
+            "`if __name__ == '__main__'`); set data.num_workers=1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _worker_job: tuple[PairEncoder, str, str] | None = None

@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_lmpo.report import html
-from nemo_lmpo.report.plots import DARK, LIGHT, Picture, draw_all, smoothing_sigma
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
+
+if TYPE_CHECKING:
+    from nemo_lmpo.report.plots import Picture
 
 REPORT_FILE = "report.html"
 PICTURES_DIR = "report"
@@ -43,6 +46,8 @@ def _settings(run: Run, config_text: str) -> str:
 
 
 def _how_to_read(run: Run) -> str:
+    from nemo_lmpo.report.plots import smoothing_sigma
+
     sigma = smoothing_sigma(run.metrics.last_step)
     if sigma == 0.0:
         return "Lines: training, every step. Dots: validation."
@@ -83,9 +88,25 @@ def _write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_run_report(run_dir: Path, output: Path | None = None) -> Path:
-    """See :func:`nemo_lmpo.report.write_report`."""
+def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
+    """Draw the curves of a run and write its page.
+
+    Args:
+        run_dir: the run's directory; the PNG files go to `report/` in it.
+        output: the page; `report.html` in the run directory by default.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        UserError: no run directory, or no metrics in it.
+        OSError: the files cannot be written.
+    """
+    run_dir = Path(run_dir)
     run = read_run(run_dir)
+    # Imported here, so that a wrong directory is answered before matplotlib is loaded.
+    from nemo_lmpo.report.plots import DARK, LIGHT, draw_all
+
     light, dark = draw_all([run], LIGHT), draw_all([run], DARK)
     config = run_dir / "config.yaml"
     config_text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
@@ -93,7 +114,7 @@ def write_run_report(run_dir: Path, output: Path | None = None) -> Path:
     pictures.mkdir(exist_ok=True)
     for picture in light:
         _write(pictures / f"{picture.chart.name}.png", picture.png)
-    page = output if output is not None else run_dir / REPORT_FILE
+    page = Path(output) if output is not None else run_dir / REPORT_FILE
     page.parent.mkdir(parents=True, exist_ok=True)
     _write(page, build_page(run, light, dark, config_text).encode("utf-8"))
     return page

@@ -83,9 +83,8 @@ class MegatronGPTLMPOModel(ModelPT):
         return sum(parameter.numel() for chunk in self.policy for parameter in chunk.parameters())
 
     def prepare_for_training_step(self) -> None:
-        """Clear the gradient buffers and switch to training mode."""
+        """Clear the gradient buffers."""
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
 
     def get_loss_and_metrics(self, batch: StepBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
@@ -96,7 +95,7 @@ class MegatronGPTLMPOModel(ModelPT):
         """
         table = self.run_batch(batch, forward_only=forward_only)
         metrics = table.metrics()
-        if self.statistics is not None:
+        if self.statistics is not None and self.loss.name == "lmpo":
             current = self.statistics.current()
             metrics["lmpo/mean"], metrics["lmpo/std"] = current.mean, current.std
         if not forward_only:
@@ -129,9 +128,8 @@ class MegatronGPTLMPOModel(ModelPT):
 
         iterators: list[Iterator[LocalRow]] = [iter(rows) for _ in self.chunks]
         context: AbstractContextManager[Any] = torch.no_grad() if forward_only else nullcontext()
-        if forward_only:
-            for chunk in self.chunks:
-                chunk.eval()
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
         with context:
             get_forward_backward_func()(
                 forward_step_func=self.row_step.forward_step,

@@ -94,8 +94,9 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {postfix}",
         )
         self._stack.callback(bar.close)
-        # Messages of other parts would otherwise be drawn into the bar.
-        loggers = [logging.getLogger(), logging.getLogger("nemo_lmpo")]
+        # Messages of other parts would otherwise be drawn into the bar. A logger without handlers of its own is
+        # left alone: it would get one, and print what it passes on to the root a second time.
+        loggers = [logger for logger in (logging.getLogger(), logging.getLogger("nemo_lmpo")) if logger.handlers]
         self._stack.enter_context(logging_redirect_tqdm(loggers=loggers))
         return bar
 

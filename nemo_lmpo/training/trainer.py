@@ -141,6 +141,9 @@ class PreferenceTrainer:
         started = time.monotonic()
         batch = self.batches.build(self.train_pairs, self.sampler.pairs_of_step(step))
         self.model.prepare_for_training_step()
+        # Without main parameters the optimizer leaves the buffer's gradients on the parameters, where backward
+        # would add to them a second time.
+        self.optimizer.zero_grad()
         _, metrics = self.model.get_loss_and_metrics(batch, forward_only=False)
         self._refuse_not_finite_losses(batch, step)
         self.model.finish_training_step()

@@ -8,7 +8,7 @@ import pytest
 from pair_rows import message_row
 
 from nemo_lmpo.config import DataConfig, DatasetConfig
-from nemo_lmpo.data import preference
+from nemo_lmpo.data import preference, tokenise
 from nemo_lmpo.data.packing import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.tokenizer import load_tokenizer
@@ -296,3 +296,27 @@ def test_the_environment_is_left_alone(data_config, tiny):
     before = dict(os.environ)
     load(data_config("builtin:tiny", limit=300), tiny)
     assert dict(os.environ) == before
+
+
+def test_large_data_goes_from_one_process_to_workers(data_config, tiny, monkeypatch, tmp_path):
+    one = load(data_config("builtin:tiny", limit=600), tiny)
+    started = []
+    real = tokenise._encoded_by_workers
+    monkeypatch.setattr(tokenise, "SMALL_DATA_ROWS", 256)
+    monkeypatch.setattr(tokenise, "_cpu_cores", lambda: 2)
+    monkeypatch.setattr(tokenise, "_encoded_by_workers", lambda *args: started.append(args[2]) or real(*args))
+    many = load(data_config("builtin:tiny", limit=600, num_workers=None, cache_dir=str(tmp_path / "other")), tiny)
+    assert started == [2]
+    assert [many[i] for i in range(600)] == [one[i] for i in range(600)]
+    load(data_config("builtin:tiny", limit=256, num_workers=None), tiny)
+    assert started == [2], "no more rows than one process takes: no workers"
+
+
+def _die(chunk):
+    os._exit(1)
+
+
+def test_workers_that_die(data_config, tiny, monkeypatch):
+    monkeypatch.setattr(tokenise, "_encode_in_worker", _die)
+    with pytest.raises(DataError, match=r"process that tokenises died .*data\.num_workers=1"):
+        load(data_config("builtin:tiny", limit=300, num_workers=2), tiny)

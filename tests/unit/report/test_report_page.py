@@ -2,7 +2,6 @@ import base64
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -160,8 +159,7 @@ def test_page_that_cannot_be_written_is_one_message(make_run, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_command_line_starts_fast_and_without_torch(tmp_path):
-    started = time.monotonic()
+def test_wrong_directory_is_answered_without_loading_anything_heavy(tmp_path):
     program = (
         "import sys; sys.argv = ['report', sys.argv[1]]\n"
         "from nemo_lmpo.report.__main__ import main\n"
@@ -170,10 +168,7 @@ def test_command_line_starts_fast_and_without_torch(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
     )
-    # Drawing needs matplotlib; refusing a wrong directory needs nothing, and nothing ever needs torch.
-    assert result.stdout.split(None, 1)[0] == "1"
-    assert "torch" not in result.stdout
-    assert time.monotonic() - started < 20
+    assert result.stdout.strip() == "1 []"
 
 
 def test_report_never_imports_torch(make_run):

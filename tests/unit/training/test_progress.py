@@ -1,5 +1,7 @@
 import io
 import logging
+import sys
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -107,3 +109,24 @@ def test_validation_line(caplog):
     with Progress(LoggingConfig(), total_steps=4, stream=io.StringIO()) as progress:
         progress.validation(2, {"loss": 1.0, "rewards/accuracies": 0.75})
     assert caplog.records[0].message == "validation at step 2/4  loss 1.0000  accuracy 0.750"
+
+
+def test_messages_beside_the_bar_are_printed_once():
+    terminal = Terminal()
+    handler = logging.StreamHandler(sys.stderr)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with redirect_stderr(io.StringIO()) as errors:
+            handler.setStream(sys.stderr)
+            with Progress(LoggingConfig(), total_steps=4, stream=terminal) as progress:
+                progress.validation(2, {"loss": 1.0})
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    shown = errors.getvalue() + terminal.getvalue()
+    assert shown.count("validation at step 2/4") == 1
+    assert handler not in root.handlers
+    assert logging.getLogger("nemo_lmpo").handlers == []
