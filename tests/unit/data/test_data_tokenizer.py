@@ -1,0 +1,107 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from pair_rows import package_file
+
+from nemo_lmpo.data.templates import TEMPLATES
+from nemo_lmpo.data.tokenizer import (
+    chat_template_text,
+    check_vocabulary,
+    load_tokenizer,
+    padding_id,
+    tokenizer_fingerprint,
+)
+from nemo_lmpo.errors import ConfigError
+
+
+def test_directory_loads_as_saved(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tiny.get_vocab()
+
+
+def test_sentencepiece_directory_puts_a_bos_in_front_and_finds_its_template(mistral, tmp_path):
+    assert mistral("hi")["input_ids"] == [1, 12014]
+    assert mistral("hi", add_special_tokens=False)["input_ids"] == [12014]
+    assert (mistral.bos_token, mistral.eos_token, mistral.unk_token) == ("<s>", "</s>", "<unk>")
+    shutil.copy(package_file("mistral_common", "data", "tokenizer.model.v1"), tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "one"}))
+    assert load_tokenizer(str(tmp_path)).get_chat_template() == "one"
+    (tmp_path / "chat_template.jinja").write_text("two")
+    assert load_tokenizer(str(tmp_path)).get_chat_template() == "two"
+    mistral.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    text = "<s>[INST] a    b [/INST] Yo.</s>"
+    assert again(text)["input_ids"] == mistral(text)["input_ids"]
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.tokenizer=.*missing is not a directory"):
+        load_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match="file is not a directory"):
+        load_tokenizer(str(file))
+
+
+def test_llama3_tiktoken_file_is_refused(tmp_path):
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(ConfigError, match=r"not a SentencePiece model .*tiktoken"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_choice_of_template(tiny, tmp_path):
+    assert chat_template_text(None, tiny) == tiny.chat_template
+    for name, text in TEMPLATES.items():
+        assert chat_template_text(name, tiny) == text
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages }}\n")
+    assert chat_template_text(str(file), tiny) == "{{ messages }}\n"
+    file.write_text(" \n")
+    with pytest.raises(ConfigError, match="is an empty file"):
+        chat_template_text(str(file), tiny)
+    with pytest.raises(ConfigError, match=r"neither a readable file .*did you mean 'llama3'"):
+        chat_template_text("lama3", tiny)
+
+
+def test_tokenizer_without_template_names_the_choices(mistral):
+    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template .*plain"):
+        chat_template_text(None, mistral)
+
+
+def test_vocabulary_must_fit_the_model(tiny):
+    check_vocabulary(tiny, 64)
+    check_vocabulary(tiny, 128)
+    with pytest.raises(ConfigError, match=r"ids up to 63, but the model's vocab_size is 63; .*at least 64"):
+        check_vocabulary(tiny, 63)
+
+
+def test_padding_id(tiny, mistral):
+    assert padding_id(tiny) == tiny.pad_token_id == 0
+    assert padding_id(mistral) == mistral.eos_token_id
+
+
+def test_fingerprint_follows_what_decides_ids(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    again.chat_template = "other"
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(load_tokenizer(str(tmp_path)))
+    again.add_tokens(["new"])
+    assert tokenizer_fingerprint(again) != tokenizer_fingerprint(load_tokenizer(str(tmp_path)))
+
+
+def test_importing_the_package_is_cheap():
+    code = (
+        "import sys; import nemo_lmpo.data.preference, nemo_lmpo.data.sampler;"
+        "print([name for name in ('transformers', 'datasets', 'pyarrow', 'sentencepiece') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
