@@ -91,7 +91,7 @@ class Progress:
             desc=description,
             file=stream,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {postfix}",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
         self._stack.callback(bar.close)
         # Messages of other parts would otherwise be drawn into the bar. A logger without handlers of its own is
