@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPACE = "\u2581"
+_PROBES = ("Hello  world, it's 1234.", "   a\n\n b", "caf\u00e9 \u65e5\u672c \U0001f600", "x     y\tz")
 
 
 def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
@@ -31,6 +32,11 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
 
     pieces = _read_pieces(directory / "tokenizer.model")
     backend = _build_backend(pieces)
+    if any(backend.encode(text, add_special_tokens=False).ids != pieces.Encode(text) for text in _PROBES):
+        raise ConfigError(
+            f"{directory / 'tokenizer.model'} is not a BPE model as Llama 2 and Mistral have; "
+            "use a tokenizer directory with tokenizer.json"
+        )
     names = {kind: pieces.IdToPiece(token_id) for kind, token_id in _special_ids(pieces).items()}
     _add_bos(backend, names["bos_token"], pieces.bos_id())
     return PreTrainedTokenizerFast(
@@ -42,8 +48,12 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_pieces(path: Path) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise ConfigError(
+            f"{path} needs the package sentencepiece; install it or use a directory with tokenizer.json"
+        ) from None
     pieces = SentencePieceProcessor()
     try:
         pieces.Load(str(path))

@@ -58,6 +58,28 @@ def test_llama3_tiktoken_file_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe without a space in front"])
+def test_other_sentencepiece_models_are_refused(tmp_path, kind):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"the quick brown fox {i} jumps over the lazy dog, it's number {i}." for i in range(50)))
+    options = {"model_type": "unigram"} if kind == "unigram" else {"model_type": "bpe", "add_dummy_prefix": False}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, hard_vocab_limit=False,
+        minloglevel=2, **options,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="not a BPE model as Llama 2 and Mistral have"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_mistral_v3_file(tmp_path):
+    path = package_file("mistral_common", "data", "mistral_instruct_tokenizer_240323.model.v3")
+    shutil.copy(path, tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(str(tmp_path))
+    # as mistral-common encodes a user's "hi"; the markers are tokens of their own here
+    assert tokenizer("<s>[INST]hi[/INST]", add_special_tokens=False)["input_ids"] == [1, 3, 12782, 4]
+
+
 def test_choice_of_template(tiny, tmp_path):
     assert chat_template_text(None, tiny) == tiny.chat_template
     for name, text in TEMPLATES.items():
