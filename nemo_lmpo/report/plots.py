@@ -37,8 +37,8 @@ _LABEL_LETTERS = 44
 
 # With fewer steps than this a line is easy to follow as it is.
 _SMOOTH_FROM_STEPS = 25
-# A run's line is averaged over about this part of it.
-_SMOOTH_FRACTION = 0.02
+# The average's standard deviation: a part of the run, but never many steps, which would be slow to compute.
+_SMOOTH_FRACTION, _SMOOTH_MOST_STEPS = 0.02, 200.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Picture:
 
 def smoothing_sigma(points: int) -> float:
     """Standard deviation, in steps, of the average over a line of that many points; 0 for none."""
-    return 0.0 if points < _SMOOTH_FROM_STEPS else max(1.0, points * _SMOOTH_FRACTION)
+    return 0.0 if points < _SMOOTH_FROM_STEPS else min(max(1.0, points * _SMOOTH_FRACTION), _SMOOTH_MOST_STEPS)
 
 
 def smooth(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> np.ndarray:

@@ -87,6 +87,7 @@ def test_smoothing_starts_with_enough_steps():
     assert smoothing_sigma(24) == 0.0
     assert smoothing_sigma(25) == 1.0
     assert smoothing_sigma(500) == 10.0  # a fiftieth
+    assert smoothing_sigma(10**6) == 200.0
     np.testing.assert_array_equal(smooth([1.0, 5.0, 2.0]), [1.0, 5.0, 2.0])
 
 
