@@ -34,6 +34,8 @@ _PALETTE = 128
 # Room for legends, and about what a letter and a legend's handle take of it.
 _LEGEND_INCHES, _LETTER_INCHES, _HANDLE_INCHES = 4.8, 0.068, 0.42
 _LABEL_LETTERS = 44
+# Values this many times the usual range (1st to 99th percentile) away from it are left out of a panel.
+_EXTREME_SPREADS = 3.0
 
 # With fewer steps than this a line is easy to follow as it is.
 _SMOOTH_FROM_STEPS = 25
@@ -216,11 +218,12 @@ def _limits(panel: Panel, lines: Sequence[_Line]) -> tuple[float, float, list[fl
     low, high = np.percentile(train or validation, [1, 99])
     low, high = min([low, *validation]), max([high, *validation])
     spread = high - low or abs(high) or 1.0
-    # What is only a little outside is not extreme.
+    # A steep start of a long run is no outlier; what lies further off than this would flatten all the rest.
+    spread *= _EXTREME_SPREADS
     low = min([low, *(value for value in train if value >= low - spread)])
     high = max([high, *(value for value in train if value <= high + spread)])
     outside = [value for value in train if value < low or value > high]
-    pad = 0.08 * (high - low or spread)
+    pad = 0.08 * (high - low or spread / _EXTREME_SPREADS)
     bottom, top = low - pad, high + pad
     if panel.floor is not None:
         bottom = max(bottom, panel.floor - 0.02 * (top - panel.floor)) if low >= panel.floor else bottom
