@@ -60,6 +60,8 @@ class PairEncoder:
         self.max_prompt_length = max_prompt_length
         self.chat = ChatFormat(tokenizer, template, system_prompt)
         self._bos = tokenizer.bos_token_id
+        end = [tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
+        self._end = end[-1]
         self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
@@ -82,8 +84,10 @@ class PairEncoder:
         responses = []
         for text, prompt, ids in zip(texts, prompts, whole, strict=True):
             response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._alone(text[side])
-            if self.chat.append_eos and response[-1:] != [self.tokenizer.eos_token_id]:
-                response = [*response, self.tokenizer.eos_token_id]
+            if self.chat.append_eos:
+                response = [*response, self._end]
+            while response[-2:] == [self._end, self._end]:  # the data's text ended with the token already
+                response = response[:-1]
             responses.append(response)
         return responses
 

@@ -185,6 +185,10 @@ def _messages(value: Any, name: str) -> list[Message]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RowError("not text", f"{where} is {_kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError("not text", f"{where} holds half a surrogate pair, which is no character") from None
     return value
 
 

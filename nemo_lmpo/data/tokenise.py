@@ -153,6 +153,6 @@ def _pair_id(raw: RawRow, short_name: str) -> str:
     if isinstance(raw.value, Mapping):
         for name in ("prompt_id", "id"):
             value = raw.value.get(name)
-            if isinstance(value, str | int) and str(value).strip():
-                return str(value)
+            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+                return str(value).encode(errors="replace").decode()  # an id need not be valid text
     return f"{short_name}:{raw.number}"

@@ -146,6 +146,13 @@ def test_template_whose_end_marker_is_no_token_gets_eos():
     assert toy(more=["<|im_end|>"]).decode(row.chosen_ids) == "Good.<|im_end|>"
 
 
+@pytest.mark.parametrize("template", ["plain", "zephyr", "mistral"])
+def test_end_token_that_the_text_has_already_is_not_doubled(template):
+    row = encode(toy(), template, [USER], "Good.</s>", "Bad")
+    assert toy().decode(row.chosen_ids).strip() == "Good.</s>"
+    assert toy().decode(row.rejected_ids).strip() == "Bad</s>"
+
+
 def test_prompt_and_response_that_would_merge_into_one_token():
     tokenizer = toy()
     row = encode(tokenizer, "plain", [{"role": "user", "content": "hel"}], "d!", "p!")

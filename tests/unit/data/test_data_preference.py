@@ -206,8 +206,9 @@ def test_pair_ids(data_config, tiny, write_jsonl):
     rows = [{**GOOD[i], "prompt_id": None} for i in range(3)]
     rows[1]["id"] = 77
     rows.append({**GOOD[3], "prompt_id": "77"})
+    rows += [{**GOOD[4], "prompt_id": "\ud800"}, {**GOOD[5], "prompt_id": True, "id": ""}]
     data = load(data_config(write_jsonl(rows)), tiny)
-    assert data.pair_ids == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4"]
+    assert data.pair_ids == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4", "?", "pairs.jsonl:6"]
 
 
 def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):

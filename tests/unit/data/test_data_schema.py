@@ -61,6 +61,7 @@ def test_strings_are_left_as_they_are():
         (message_row("Q", "same", "same"), "chosen equals rejected", "equal"),
         ({"prompt": "Q", "chosen": "same ", "rejected": " same"}, "chosen equals rejected", "equal"),
         ({"prompt": "Q", "chosen": 3, "rejected": "bad"}, "not text", "'chosen' is of type int"),
+        ({"prompt": "Q", "chosen": "a \ud800", "rejected": "b"}, "not text", "surrogate"),
         ({"prompt": {"a": 1}, "chosen": "good", "rejected": "bad"}, "not text", "'prompt' is of type dict"),
         (
             {"prompt": "Q", "chosen": [USER, said(7)], "rejected": [USER, said("b")]},
