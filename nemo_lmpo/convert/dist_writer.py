@@ -33,6 +33,8 @@ from nemo_lmpo.convert.source import TensorSource
 Progress = Callable[[str], None]
 """Called with the name of every tensor that is done."""
 
+_VOCABULARY_BLOCK_BYTES = 64 * 1024 * 1024
+
 _LAYER_EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -66,7 +68,7 @@ def write_distributed_checkpoint(
 ) -> None:
     """Write all tensors of ``source`` into ``folder`` of ``sink``, with ``prefix`` before the keys.
 
-    One stored chunk (a layer's matrix, or the embedding) is in memory at a time. Vocabulary padding is not
+    One stored chunk (a layer's matrix, or a block of the vocabulary) is in memory at a time. Vocabulary padding is not
     stored: loading a padded model fills it with zeros.
     """
     chunks = list(_chunks(source, architecture, prefix, dtype, progress))
@@ -106,50 +108,65 @@ def _chunks(
         layers = architecture.num_layers if rule.per_layer else 1
         for layer in range(layers):
             lead, at = ((layers,), (layer,)) if rule.per_layer else ((), ())
-            for names, part, row in _pieces(rule, layer, architecture):
-                sizes = part[:1] + shape[1:]
+            for piece in _pieces(rule, layer, architecture, dtype):
                 yield _Chunk(
                     key=prefix + rule.megatron,
                     size=(*lead, *shape),
-                    offsets=(*at, row, *(0 for _ in shape[1:])),
-                    sizes=(*(1 for _ in lead), *sizes),
-                    make=_maker(source, architecture, rule, names, sizes, dtype, progress),
+                    offsets=(*at, piece.row, *(0 for _ in shape[1:])),
+                    sizes=(*(1 for _ in lead), *piece.shape),
+                    make=_maker(source, architecture, rule, piece, dtype, progress),
                 )
 
 
-def _pieces(
-    rule: Rule, layer: int, architecture: Architecture
-) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], int]]:
-    """Hugging Face names, shape and first row of each stored piece; gate and up are stored apart."""
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a parameter (of one layer) that are stored together, and the tensors they come from."""
+
+    names: tuple[str, ...]
+    row: int
+    shape: tuple[int, ...]
+    first: int | None = None
+    """For a piece of one tensor: the first row to take from it."""
+    ends_tensor: bool = True
+
+
+def _pieces(rule: Rule, layer: int, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
+    """Gate and up apart, as NeMo stores them; the vocabulary in blocks, which keeps memory small."""
     names = rule.hf_names(layer)
-    if rule.layout is not Layout.GATE_UP:
-        yield names, megatron_shape(rule, architecture), 0
-        return
-    row = 0
-    for name, shape in zip(names, part_shapes(rule, architecture), strict=True):
-        yield (name,), shape, row
-        row += shape[0]
+    if rule.layout is Layout.GATE_UP:
+        row = 0
+        for name, shape in zip(names, part_shapes(rule, architecture), strict=True):
+            yield _Piece((name,), row, shape, first=0)
+            row += shape[0]
+    elif rule.layout is Layout.VOCABULARY:
+        rows, columns = part_shapes(rule, architecture)[0]
+        block = max(1, _VOCABULARY_BLOCK_BYTES // (columns * dtype.itemsize))
+        for row in range(0, rows, block):
+            taken = min(block, rows - row)
+            yield _Piece(names, row, (taken, columns), first=row, ends_tensor=row + taken == rows)
+    else:
+        yield _Piece(names, 0, megatron_shape(rule, architecture))
 
 
 def _maker(
     source: TensorSource,
     architecture: Architecture,
     rule: Rule,
-    names: tuple[str, ...],
-    sizes: tuple[int, ...],
+    piece: _Piece,
     dtype: torch.dtype,
     progress: Progress,
 ) -> Callable[[], Tensor]:
     def make() -> Tensor:
-        out = torch.empty(sizes, dtype=dtype)
-        parts = [source.get(name) for name in names]
-        if len(names) == len(rule.hf):
+        out = torch.empty(piece.shape, dtype=dtype)
+        parts = [source.get(name) for name in piece.names]
+        if piece.first is None:
             fill(out, rule, parts, architecture)
         else:
-            out.copy_(parts[0])
-        for name in names:
-            progress(name)
-        return out if not rule.per_layer else out.unsqueeze(0)
+            out.copy_(parts[0][piece.first : piece.first + piece.shape[0]])
+        if piece.ends_tensor:
+            for name in piece.names:
+                progress(name)
+        return out.unsqueeze(0) if rule.per_layer else out
 
     return make
 

@@ -29,7 +29,7 @@ def local_model(name: str) -> tuple[Path, str | None]:
     from nemo_lmpo.convert.tokenizer_files import TOKENIZER_PATTERNS
 
     try:
-        patterns = ["*.safetensors", "model.safetensors.index.json", *TOKENIZER_PATTERNS]
+        patterns = ["model*.safetensors", "model.safetensors.index.json", *TOKENIZER_PATTERNS]
         return Path(snapshot_download(name, allow_patterns=patterns)), name
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.config import Config
-from nemo_lmpo.data.packing import build_row, imbalance, plan_rows
+from nemo_lmpo.data.packing import build_row, imbalance, pair_tokens, plan_rows
 from nemo_lmpo.parallel.context import attention_pieces, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.types import PackedRow, PairTokens
@@ -87,6 +87,8 @@ class StepBatch:
     """All pairs of the global batch, in its order."""
     tokens: int
     """Tokens fed to the model over all ranks, without padding."""
+    predicted: int
+    """Response tokens over all ranks: positions that meet the vocabulary matrix."""
     attended: int
     """Query-key pairs that attention computes over all ranks (for the FLOP count)."""
     imbalance: float
@@ -141,16 +143,16 @@ class BatchBuilder:
         return StepBatch(
             rows=[localise(row, cp_rank=context.rank(), cp_size=context.size(), device=self.device) for row in rows],
             pair_ids=[pair.pair_id for pair in chosen],
-            tokens=int(fed_tokens(lengths, share_prompt=self.share_prompt)),
-            attended=int(attended_pairs(lengths, share_prompt=self.share_prompt)),
+            tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
+            predicted=int(lengths[:, 1:].sum()),
+            attended=attended_pairs(lengths, share_prompt=self.share_prompt),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
         )
 
 
 def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:
     """Tokens that go through the model for pairs of these ``[B, 3]`` lengths, padding not counted."""
-    prompts = lengths[:, 0] * (1 if share_prompt else 2)
-    return int((prompts + lengths[:, 1] - 1 + lengths[:, 2] - 1).sum())
+    return int(pair_tokens(lengths, share_prompt).sum())
 
 
 def attended_pairs(lengths: np.ndarray, *, share_prompt: bool) -> int:

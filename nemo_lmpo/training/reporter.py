@@ -57,7 +57,7 @@ class Reporter:
 
             try:
                 _logger.info("report: %s", write_report(self.run.path))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 _logger.info("no report: %s", error)
 
 

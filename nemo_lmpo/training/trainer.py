@@ -170,7 +170,12 @@ class PreferenceTrainer:
             )
 
     def _throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
-        flops = model_flops(self.model.architecture, tokens=batch.tokens, attended=batch.attended)
+        flops = model_flops(
+            self.model.architecture,
+            tokens=batch.tokens,
+            predicted_tokens=batch.predicted,
+            attended=batch.attended,
+        )
         return {
             "epoch": (self.progress.step + 1) / self.sampler.steps_per_epoch,
             "step_seconds": seconds,
