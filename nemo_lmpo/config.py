@@ -47,6 +47,8 @@ class ModelConfig:
     """For `full`: layers a recomputed unit (`uniform`), or recomputed layers a stage (`block`)."""
     logprob_chunk_tokens: int = 1024
     """Predicting positions whose logits exist at a time."""
+    reference_in_memory: bool = False
+    """Keep the reference model of DPO, IPO or KTO in memory, instead of computing its log-probabilities before."""
     seed: int = 42
     """Random start weights and the order of the data."""
 

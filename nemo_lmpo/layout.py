@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from nemo_lmpo.architecture import Architecture, check_architecture
 from nemo_lmpo.config import Config
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.registry import LOSSES
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,15 @@ def _choices(layout: Layout) -> Iterator[str]:
             yield f"{name}={value!r} is unknown; choose {', '.join(allowed)}"
 
 
+def _reference(layout: Layout) -> Iterator[str]:
+    config = layout.config
+    if config.model.reference_in_memory and not LOSSES[config.loss.name].needs_reference:
+        yield (
+            f"model.reference_in_memory=true, but loss.name={config.loss.name} compares with no reference model; "
+            f"remove it"
+        )
+
+
 def _numbers(layout: Layout) -> Iterator[str]:
     config = layout.config
     for name, value in (
@@ -202,6 +212,7 @@ RULES: tuple[Callable[[Layout], Iterator[str]], ...] = (
     _recompute,
     _lengths,
     _choices,
+    _reference,
     _numbers,
 )
 

@@ -47,6 +47,13 @@ class ModelFiles:
         found = self.side_files.get(name)
         return found.read() if isinstance(found, FileReference) else found
 
+    def save_side_files(self, directory: Path) -> None:
+        """Write config, tokenizer and the like where `transformers` can load them."""
+        for name in self.side_files:
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.side_file(name) or b"")
+
 
 def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> ModelFiles:
     """Open ``path`` and check names and shapes of all tensors, without reading them.

@@ -23,6 +23,8 @@ def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: 
     options: dict[str, object] = {"timeout": timedelta(minutes=timeout_minutes)}
     if launch.world_size == 1:
         options["store"] = dist.HashStore()
+    elif launch.store_path is not None:
+        options["store"] = dist.FileStore(launch.store_path, launch.world_size)
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)  # type: ignore[arg-type]
 
 

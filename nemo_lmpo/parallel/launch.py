@@ -17,6 +17,8 @@ class LaunchInfo:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    store_path: str | None = None
+    """A file through which processes of one machine find each other; None: `MASTER_ADDR` and `MASTER_PORT`."""
 
     @property
     def is_main(self) -> bool:

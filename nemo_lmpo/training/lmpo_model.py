@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from nemo_lmpo.training.batches import LocalRow, StepBatch
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_table import OBSERVED, PairTable
 from nemo_lmpo.training.step import RowStep
+
+if TYPE_CHECKING:
+    from nemo_lmpo.training.reference import FrozenReference
 
 
 def nemo_config(config: Config) -> DictConfig:
@@ -69,6 +72,8 @@ class MegatronGPTLMPOModel(ModelPT):
             kernels=self.kernels,
         )
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
+        self.reference: FrozenReference | None = None
+        """Set where `model.reference_in_memory` is."""
         self.row_step = RowStep(
             self.loss, self.statistics, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
         )
@@ -107,10 +112,12 @@ class MegatronGPTLMPOModel(ModelPT):
 
         Communicates: whatever the layout's schedule does, then the sharing of the table.
         """
+        if self.reference is not None:
+            self.reference.attach(batch)
         if self.statistics is not None and self.statistics.config.update == "before_step":
             self._observe_batch(batch)
         self.row_step.begin(batch.num_pairs, training=not forward_only)
-        self._run_schedule(batch.rows, forward_only=forward_only)
+        self.run_schedule(batch.rows, forward_only=forward_only)
         self.row_step.table.share(self.groups)
         self._share_statistics()
         return self.row_step.table
@@ -119,22 +126,38 @@ class MegatronGPTLMPOModel(ModelPT):
         """Take the global batch's statistic in a forward pass of its own, before the losses that need it."""
         assert self.statistics is not None
         self.row_step.begin(batch.num_pairs, training=False)
-        self._run_schedule(batch.rows, forward_only=True)
+        self.run_schedule(batch.rows, forward_only=True)
         self.row_step.table.share(self.groups)
         self.statistics.update(self.row_step.table.column(OBSERVED))
 
-    def _run_schedule(self, rows: list[LocalRow], *, forward_only: bool) -> None:
+    def run_schedule(
+        self,
+        rows: list[LocalRow],
+        *,
+        forward_only: bool,
+        row_step: RowStep | None = None,
+        chunks: list[Any] | None = None,
+    ) -> None:
+        """Send rows through the pipeline.
+
+        Args:
+            rows: this rank's rows.
+            forward_only: without gradients.
+            row_step: what to do with each row; the policy's loss by default.
+            chunks: other model chunks of the same layout than the policy's.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        iterators: list[Iterator[LocalRow]] = [iter(rows) for _ in self.chunks]
+        model = list(self.chunks) if chunks is None else chunks
+        iterators: list[Iterator[LocalRow]] = [iter(rows) for _ in model]
         context: AbstractContextManager[Any] = torch.no_grad() if forward_only else nullcontext()
-        for chunk in self.chunks:
+        for chunk in model:
             chunk.train(not forward_only)
         with context:
             get_forward_backward_func()(
-                forward_step_func=self.row_step.forward_step,
+                forward_step_func=(row_step or self.row_step).forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=list(self.chunks),
+                model=model,
                 num_microbatches=len(rows),
                 # Rows bring their own length; megatron-core ignores this one.
                 seq_length=max(row.input_ids.numel() for row in rows),

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "model.activations_checkpoint_method",
     "model.activations_checkpoint_num_layers",
     "model.logprob_chunk_tokens",
+    "model.reference_in_memory",
     "optim.use_distributed_optimizer",
     "optim.overlap_grad_reduce",
 )

@@ -31,6 +31,7 @@ from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel, nemo_config
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from nemo_lmpo.training.random_state import restore_random_state, seed_everything, sharded_random_state
+from nemo_lmpo.training.reference import FrozenReference, ReferenceLogps
 from nemo_lmpo.training.reporter import Reporter
 from nemo_lmpo.training.run_directory import RunDirectory
 from nemo_lmpo.training.start_weights import StartPoint
@@ -41,6 +42,8 @@ from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from transformers import PreTrainedTokenizerBase
+
+    from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 _logger = logging.getLogger(__name__)
 
@@ -91,15 +94,14 @@ def load_data(config: Config, start: StartPoint) -> LoadedData:
     return LoadedData(tokenizer, train, validation)
 
 
-def load_start_weights(model: MegatronGPTLMPOModel, start: StartPoint, seed: int) -> None:
-    """Fill the policy with the start's weights; each rank reads its own part."""
+def load_start_weights(chunks: list[PackedGPTModel], groups: ParallelGroups, start: StartPoint, seed: int) -> None:
+    """Fill a model with the start's weights; each rank reads its own part."""
     if start.directory is not None:
         source: Any = HuggingFaceSource(start.directory)
     else:
         source = random_source(start.architecture, seed)
-    tensor = model.groups.tensor
     load_model_weights(
-        list(model.policy), source, start.architecture, tp_rank=tensor.rank(), tp_size=tensor.size()
+        list(chunks), source, start.architecture, tp_rank=groups.tensor.rank(), tp_size=groups.tensor.size()
     )
 
 
@@ -132,12 +134,27 @@ class TrainingSession:
         self.model = MegatronGPTLMPOModel(
             nemo_config(config), config=config, architecture=start.architecture, groups=groups, device=device
         )
-        load_start_weights(self.model, start, config.model.seed)
+        load_start_weights(self.model.policy, groups, start, config.model.seed)
         self.optimizer: MegatronOptimizer = build_optimizer(
             list(self.model.chunks), config.optim, config.trainer, self.model.dtype_of_parameters
         )
         self.batches = BatchBuilder(config, groups, device=device, pad_id=padding_id(self.data.tokenizer))
+        if self.model.loss.needs_reference:
+            self._prepare_reference()
         self.checkpoints = self._checkpoints()
+
+    def _prepare_reference(self) -> None:
+        """A frozen second model, or log-probabilities of all pairs; the policy still has the start weights."""
+        if self.config.model.reference_in_memory:
+            self.model.reference = FrozenReference(
+                self.model,
+                lambda chunks: load_start_weights(chunks, self.groups, self.start, self.config.model.seed),
+            )
+            return
+        reference = ReferenceLogps(self.config, self.start, self.data.tokenizer, self.model, self.batches)
+        reference.attach(self.data.train, "train")
+        if self.data.validation is not None:
+            reference.attach(self.data.validation, "validation")
 
     def _checkpoints(self) -> CheckpointManager:
         bytes_a_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12

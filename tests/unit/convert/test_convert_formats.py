@@ -15,13 +15,14 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from nemo_lmpo.architecture import architecture_from_hf, architecture_to_hf, read_architecture
+from nemo_lmpo.architecture import RopeScaling, architecture_from_hf, architecture_to_hf, read_architecture
 from nemo_lmpo.convert.dist_writer import write_distributed_checkpoint
 from nemo_lmpo.convert.hf_source import HuggingFaceSource
 from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert.nemo_config import architecture_from_nemo, nemo_config
+from nemo_lmpo.convert.nemo_config import architecture_from_nemo, architecture_from_nemo2, nemo_config
 from nemo_lmpo.convert.sinks import DirectorySink
 from nemo_lmpo.convert_cli import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.errors import CheckpointError
 
 
 def _convert_back(source: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
@@ -279,3 +280,56 @@ def test_unpickling_of_plan_records_is_inert(tmp_path: Path) -> None:
     found = read_metadata(io.BytesIO(content), "test")
     assert found.state_dict_metadata == metadata.state_dict_metadata
     assert found.storage_data == metadata.storage_data
+
+
+def _nemo2(**config: object) -> dict[str, object]:
+    base = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "seq_length": 512}
+    return {
+        "_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel",
+        "config": {**base, "layernorm_epsilon": 1e-5, "rotary_base": 5e5, "vocab_size": 300, **config},
+    }
+
+
+def test_nemo2_settings() -> None:
+    scaled = architecture_from_nemo2(
+        _nemo2(scale_factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, old_context_len=8192), 384, "model.yaml"
+    )
+    assert scaled.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    assert (scaled.vocab_size, scaled.num_query_groups, scaled.head_dim) == (300, 4, 16)
+    mistral = {
+        **_nemo2(window_size=[64, 0], vocab_size=None, kv_channels=24, share_embeddings_and_output_weights=True),
+        "_target_": "nemo.collections.llm.gpt.model.mistral.MistralModel",
+    }
+    found = architecture_from_nemo2(mistral, 384, "model.yaml")
+    assert (found.model_type, found.sliding_window, found.vocab_size, found.head_dim) == ("mistral", 64, 384, 24)
+    assert found.tie_word_embeddings
+    linear = architecture_from_nemo2(_nemo2(seq_len_interpolation_factor=4.0), 384, "model.yaml")
+    assert linear.rope_scaling == RopeScaling("linear", 4.0)
+
+
+def test_other_nemo_models_are_refused() -> None:
+    gemma = {**_nemo2(), "_target_": "nemo.collections.llm.gpt.model.gemma.GemmaModel"}
+    with pytest.raises(CheckpointError, match="GemmaModel' is not supported; supported: LlamaModel, MistralModel"):
+        architecture_from_nemo2(gemma, 300, "model.yaml")
+    config = nemo_config(architecture_from_hf(tiny.config("llama3").to_dict()), "bf16", {})
+    for name, value in (
+        ("activation", "gelu"),
+        ("normalization", "layernorm1p"),
+        ("bias", True),
+        ("num_moe_experts", 8),
+    ):
+        with pytest.raises(CheckpointError, match="supported"):
+            architecture_from_nemo({**config, name: value}, 259, "model_config.yaml")
+    for name in ("num_layers", "max_position_embeddings"):
+        broken = {key: value for key, value in config.items() if key != name}
+        with pytest.raises(CheckpointError, match=f"the field {name} is missing"):
+            architecture_from_nemo(broken, 259, "model_config.yaml")
+
+
+def test_tokenizer_from_elsewhere(shared_dir: Path, tmp_path: Path) -> None:
+    other = tiny.save("llama2", tmp_path / "other")
+    sample = shared_dir / "nemo_ckpts" / "nemo2_llama_bf16"
+    _convert_back(sample, tmp_path / "hf", "--tokenizer", str(other))
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "hf" / "tokenizer.model").exists()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 512

@@ -1,0 +1,72 @@
+"""What the layout tests run in their workers: the real training session on the tiny recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_lmpo.parallel.launch import LaunchInfo
+
+COMMON = (
+    "model.architecture.hidden_size=64",
+    "model.architecture.intermediate_size=128",
+    "model.global_batch_size=12",
+    "data.row_tokens=160",
+    "data.validation.limit=10",
+    "trainer.max_steps=3",
+    "trainer.val_check_interval=0",
+    "checkpoint.save_interval=0",
+    "optim.sched.warmup_fraction=0",
+    # Adam divides by the gradient's size: with the default 1e-8, a gradient that is rounding noise would move its
+    # weight as far as a real one.
+    "optim.eps=1e-5",
+    "logging.tensorboard=false",
+    "logging.report=false",
+    "logging.progress_bar=false",
+)
+
+
+def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Train; the margin statistics that this rank ends with."""
+    from nemo_lmpo.layout import validate
+    from nemo_lmpo.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.training.start_weights import find_start
+
+    config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", *overrides])
+    start = find_start(config.model)
+    validate(config, start.architecture, launch.world_size)
+    run = RunDirectory(config, config_as_dict(config))
+    run.check_owner()
+    if launch.is_main:
+        run.create()
+    with distributed_session(config, launch) as (groups, device):
+        session = TrainingSession(config, start, run, launch, groups, device)
+        session.train(time.time())
+        assert session.model.statistics is not None
+        return session.model.statistics.state_dict()
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without what depends on the clock or the machine."""
+    volatile = ("time", "step_seconds", "pairs_per_second", "tokens_per_second", "memory/peak", "data/imbalance")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in volatile} for line in lines]
+
+
+def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights as Hugging Face tensors, whole, whatever layout wrote them."""
+    from nemo_lmpo.architecture import architecture_from_hf
+    from nemo_lmpo.convert.dist_reader import DistributedCheckpoint
+    from nemo_lmpo.convert.files import DirectoryFiles
+    from nemo_lmpo.convert.megatron_source import MegatronSource
+
+    directory = run_dir / "checkpoints" / f"step_{step:07d}"
+    architecture = architecture_from_hf(json.loads((directory / "architecture.json").read_text()))
+    source = MegatronSource(DistributedCheckpoint(DirectoryFiles(directory), "state"), architecture)
+    return {name: source.get(name) for name in source.names()}
