@@ -26,9 +26,7 @@ class Layout:
     def model_parallel_size(self) -> int:
         """Processes that share one copy of the data."""
         model = self.config.model
-        return (
-            model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-        )
+        return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:

@@ -23,13 +23,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from nemo_lmpo.config import CheckpointConfig
-from nemo_lmpo.errors import CheckpointError, TrainingError
+from nemo_lmpo.errors import TrainingError, UserError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -90,7 +91,7 @@ def write_manifest(directory: Path) -> None:
     write_json(directory / MANIFEST, {"files": files})
 
 
-def write_json(path: Path, content: Any) -> None:  # noqa: ANN401
+def write_json(path: Path, content: Any) -> None:
     """Write and bring to the disk."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -98,7 +99,7 @@ def write_json(path: Path, content: Any) -> None:  # noqa: ANN401
         os.fsync(file.fileno())
 
 
-def on_main_rank(action: Callable[[], Any]) -> Any:  # noqa: ANN401
+def on_main_rank(action: Callable[[], Any]) -> Any:
     """Run ``action`` on rank 0 and give every rank its result, or raise its user error on every rank.
 
     Communicates: one object broadcast over all ranks. A rank that failed alone would leave the others waiting.
@@ -107,7 +108,7 @@ def on_main_rank(action: Callable[[], Any]) -> Any:  # noqa: ANN401
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except (CheckpointError, TrainingError, OSError) as error:
+        except (UserError, TrainingError, OSError) as error:
             outcome[1] = error
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
@@ -184,7 +185,7 @@ class CheckpointManager:
             raise _save_error(final, error) from error
         return time.monotonic() - started
 
-    def _write_state(self, directory: Path) -> Any:  # noqa: ANN401
+    def _write_state(self, directory: Path) -> Any:
         from megatron.core import dist_checkpointing
 
         return dist_checkpointing.save(
@@ -218,7 +219,7 @@ class CheckpointManager:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _async_queue(self) -> Any:  # noqa: ANN401
+    def _async_queue(self) -> Any:
         if self._queue is None:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -278,7 +279,7 @@ class CheckpointManager:
         """
         for step in reversed(on_main_rank(lambda: saved_steps(self.root))):
             directory = step_directory(self.root, step)
-            damage = on_main_rank(lambda directory=directory: find_damage(directory))
+            damage = on_main_rank(partial(find_damage, directory))
             if damage is None:
                 try:
                     return self._load(directory)

@@ -23,7 +23,7 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import LocalRow, StepBatch
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_table import OBSERVED, PairTable
-from nemo_lmpo.training.step import RowStep
+from nemo_lmpo.training.step import RowStep, unwrap
 
 if TYPE_CHECKING:
     from nemo_lmpo.training.reference import FrozenReference
@@ -81,7 +81,7 @@ class MegatronGPTLMPOModel(ModelPT):
     @property
     def policy(self) -> list[PackedGPTModel]:
         """The model chunks of this process without wrappers."""
-        return [chunk.module for chunk in self.chunks]
+        return [unwrap(chunk) for chunk in self.chunks]
 
     def num_local_parameters(self) -> int:
         """Parameters that this process holds."""
@@ -90,7 +90,7 @@ class MegatronGPTLMPOModel(ModelPT):
     def prepare_for_training_step(self) -> None:
         """Clear the gradient buffers."""
         for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
 
     def get_loss_and_metrics(self, batch: StepBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
         """Mean loss over the global batch and its metrics, the same on every rank.

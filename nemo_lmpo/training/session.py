@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.architecture import Architecture
 from nemo_lmpo.config import Config
 from nemo_lmpo.convert.hf_source import HuggingFaceSource
 from nemo_lmpo.convert.load import load_model_weights
@@ -163,9 +160,7 @@ class TrainingSession:
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
-            write_companions=lambda directory: self.run.write_companions(
-                directory, self.start, self.data.tokenizer
-            ),
+            write_companions=lambda directory: self.run.write_companions(directory, self.start, self.data.tokenizer),
             state_bytes=bytes_a_parameter * self.start.architecture.num_parameters(),
             layout=self.layout(),
         )

@@ -1,0 +1,214 @@
+"""Log-probabilities under a frozen reference model, which DPO, IPO and KTO compare with.
+
+The reference is the model that training starts from. Usually its log-probabilities are computed once before
+training, with the policy itself while it still holds the start weights, and kept on disk; then no second model is
+in memory. With `model.reference_in_memory` a second, frozen model computes them for every batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_lmpo.config import Config
+from nemo_lmpo.data.cache import cached_directory, default_cache_dir
+from nemo_lmpo.data.preference import PreferenceDataset
+from nemo_lmpo.data.sampler import validation_steps
+from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
+from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.model.build import build_model_chunks
+from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.checkpoint import on_main_rank
+from nemo_lmpo.training.start_weights import StartPoint
+from nemo_lmpo.training.step import RowStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_lmpo.model.packed_gpt import PackedGPTModel
+    from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel
+
+VERSION = 1
+"""Raised whenever the same weights and pairs would give other log-probabilities than before."""
+LOGPS_FILE = "logps.npy"
+META_FILE = "meta.json"
+_HASH_CHUNK = 16 * 1024 * 1024
+
+_logger = logging.getLogger(__name__)
+
+
+class ResponseSums:
+    """Sums of response log-probabilities under a model's present weights, in the model's own layout."""
+
+    def __init__(self, model: MegatronGPTLMPOModel, chunks: list[Any] | None = None) -> None:
+        """Prepare for ``chunks`` of the same layout as ``model``; by default for its policy."""
+        self.model = model
+        self.chunks = chunks
+        # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
+        self.row_step = RowStep(
+            build_loss(parse_loss({"name": "sft"})),
+            None,
+            model.groups,
+            chunk_tokens=model.config.model.logprob_chunk_tokens,
+            device=model.target_device,
+        )
+
+    def __call__(self, batch: StepBatch) -> Tensor:
+        """Chosen and rejected sums of the whole global batch on every rank, ``[pairs, 2]`` float64."""
+        self.row_step.begin(batch.num_pairs, training=False)
+        self.model.run_schedule(batch.rows, forward_only=True, row_step=self.row_step, chunks=self.chunks)
+        table = self.row_step.table
+        table.share(self.model.groups)
+        return torch.stack([table.column("logps/chosen_sum"), table.column("logps/rejected_sum")], dim=1)
+
+
+class FrozenReference:
+    """A second model in memory that never changes."""
+
+    def __init__(self, model: MegatronGPTLMPOModel, load: Callable[[list[PackedGPTModel]], None]) -> None:
+        """Build a model like the policy; ``load`` fills it with the start weights."""
+        chunks = build_model_chunks(
+            model.architecture,
+            model.config.model,
+            groups=model.groups,
+            dtype=model.dtype_of_parameters,
+            use_cuda=model.target_device.type == "cuda",
+            kernels=model.kernels,
+        )
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        load(chunks)
+        self._sums = ResponseSums(model, list(chunks))
+
+    def attach(self, batch: StepBatch) -> None:
+        """Give every row of the batch its reference log-probabilities; one forward pass."""
+        sums = self._sums(batch).float()
+        for row in batch.rows:
+            row.reference_logps = sums[row.pair_index]
+
+
+@dataclass(frozen=True)
+class ReferenceKey:
+    """Everything that decides the reference log-probabilities of a dataset, but for rounding."""
+
+    weights: str
+    data: str
+    tokenizer: str
+    precision: str
+    version: int = VERSION
+
+    def digest(self) -> str:
+        """The cache entry's name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def weights_fingerprint(start: StartPoint, seed: int) -> str:
+    """A hash over the content of the start's weight files, or of what random weights are made from."""
+    digest = hashlib.sha256(repr(start.architecture).encode())
+    if start.directory is None:
+        digest.update(f"random {seed}".encode())
+        return digest.hexdigest()
+    # The path is no part of it: a copied model is the same model.
+    for path in sorted(start.directory.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ReferenceLogps:
+    """Computes reference log-probabilities before training, or takes them from the cache.
+
+    Only rank 0 touches the cache; the other ranks get the values from it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        start: StartPoint,
+        tokenizer: PreTrainedTokenizerBase,
+        model: MegatronGPTLMPOModel,
+        batches: BatchBuilder,
+    ) -> None:
+        """Take what computing needs; ``model`` must still hold the start weights."""
+        self.config = config
+        self.model = model
+        self.batches = batches
+        root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
+        self.root = root / "reference"
+        self.weights: str = on_main_rank(lambda: weights_fingerprint(start, config.model.seed))
+        self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
+
+    def attach(self, dataset: PreferenceDataset, name: str) -> None:
+        """Give every pair of ``dataset`` its reference log-probabilities.
+
+        Communicates: the layout's own when they are computed, and a broadcast over all ranks.
+        """
+        key = ReferenceKey(self.weights, dataset.fingerprint, self.tokenizer, self.config.trainer.precision)
+        entry = self.root / key.digest()
+        values = on_main_rank(lambda: read_entry(entry, key, len(dataset)))
+        if values is None:
+            values = self._compute(dataset, name)
+            on_main_rank(lambda: self._keep(entry, key, values))
+        else:
+            _logger.info("reference log-probabilities of %d %s pairs: from %s", len(dataset), name, entry)
+        dataset.attach_reference(dataset.pair_ids, values[:, 0], values[:, 1])
+
+    def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
+        _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
+        sums = ResponseSums(self.model)
+        size = self.config.model.global_batch_size
+        # Pairs of similar length together: fewer rows, and no order has to be kept here.
+        order = np.argsort(dataset.lengths.sum(axis=1), kind="stable")
+        values = np.zeros((len(dataset), 2))
+        hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
+        with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
+            for step in validation_steps(len(dataset), size):
+                indices = order[step]
+                values[indices] = sums(self.batches.build(dataset, indices)).cpu().numpy()
+                bar.update(len(indices))
+        return values
+
+    def _keep(self, entry: Path, key: ReferenceKey, values: np.ndarray) -> None:
+        cached_directory(
+            entry.parent,
+            entry.name,
+            lambda directory: write_entry(directory, key, values),
+            usable=lambda directory: read_entry(directory, key, len(values)) is not None,
+        )
+
+
+def write_entry(directory: Path, key: ReferenceKey, values: np.ndarray) -> None:
+    """Write ``[pairs, 2]`` values and what they belong to."""
+    path = directory / LOGPS_FILE
+    np.save(path, values, allow_pickle=False)
+    meta = {**asdict(key), "pairs": len(values), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (directory / META_FILE).write_text(json.dumps(meta, indent=1))
+
+
+def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | None:
+    """The values of a cache entry ``[pairs, 2]``; None if it is absent, damaged, or of something else."""
+    path = directory / LOGPS_FILE
+    try:
+        meta = json.loads((directory / META_FILE).read_text())
+        if hashlib.sha256(path.read_bytes()).hexdigest() != meta.pop("sha256"):
+            return None
+        if meta != {**asdict(key), "pairs": pairs}:
+            return None
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    usable = values.shape == (pairs, 2) and np.isfinite(values).all()
+    return values if usable else None
