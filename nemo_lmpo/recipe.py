@@ -109,7 +109,7 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     return config
 
 
-def _fill(cls: type[Any], raw: Any, *, prefix: str) -> Any:  # noqa: ANN401
+def _fill(cls: type[Any], raw: Any, *, prefix: str) -> Any:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')}={raw!r} is not a group of settings; known: {', '.join(_names(cls))}")
     hints = typing.get_type_hints(cls)
@@ -144,7 +144,7 @@ def _unknown(path: str, key: str, cls: type[Any]) -> ConfigError:
     return ConfigError(f"unknown key {path}{hint}")
 
 
-def _convert(path: str, value: Any, hint: Any) -> Any:  # noqa: ANN401
+def _convert(path: str, value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -161,7 +161,7 @@ def _convert(path: str, value: Any, hint: Any) -> Any:  # noqa: ANN401
     raise ConfigError(f"{path}={value!r} is not {_describe(options)}")
 
 
-def _as_type(value: Any, option: Any) -> tuple[Any] | None:  # noqa: ANN401
+def _as_type(value: Any, option: Any) -> tuple[Any] | None:
     """The value as that type in a tuple of one, or None if it does not fit."""
     origin = typing.get_origin(option) or option
     if option is bool:
@@ -189,7 +189,11 @@ def _as_type(value: Any, option: Any) -> tuple[Any] | None:  # noqa: ANN401
 
 def _describe(options: Sequence[Any]) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    named = [words.get(option) or ("a list" if typing.get_origin(option) is list else "a group") for option in options if option is not type(None)]
+    named = [
+        words.get(option) or ("a list" if typing.get_origin(option) is list else "a group")
+        for option in options
+        if option is not type(None)
+    ]
     return " or ".join(dict.fromkeys(named))
 
 

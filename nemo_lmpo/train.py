@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show_traceback:
             traceback.print_exc()
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)  # noqa: T201  (the one message of a failed command)
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201
         return 1
 
 
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace, started: float) -> int:
 
     if options.list:
         folders = [recipes_dir()] + ([options.config_dir] if options.config_dir else [])
-        print("\n".join(name for folder in folders for name in recipe_names(folder)))  # noqa: T201  (the answer)
+        print("\n".join(name for folder in folders for name in recipe_names(folder)))  # noqa: T201
         return 0
     if options.config_name is None:
         raise ConfigError("--config-name is missing; name a recipe (see --list)")
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace, started: float) -> int:
     if options.show_config:
         import yaml
 
-        print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201  (the answer)
+        print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201
         return 0
     from nemo_lmpo.parallel.launch import read_launch_info
 
@@ -88,7 +88,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     if config.dry_run:
         from nemo_lmpo.dry_run import describe
 
-        print(describe(layout))  # noqa: T201  (the answer)
+        print(describe(layout))  # noqa: T201
         return 0
     run = RunDirectory(config, config_as_dict(config))
     run.check_owner()
@@ -101,7 +101,9 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
         if result.stopped_by is None:
             _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
         else:
-            _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
+            _logger.info(
+                "stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step
+            )
     return 0
 
 

@@ -85,15 +85,19 @@ class PackedSDPA(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         queries, keys = query.shape[1], key.shape[1]
-        options = {"scale": self.softmax_scale, "enable_gqa": query.shape[0] != key.shape[0]}
-        query, key, value = query[None], key[None], value[None]
+        causal, mask = queries == keys, None
         if self.window is not None and keys > self.window:
-            mask = lower_right_mask(queries, keys, self.window, query.device)
-            return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)[0]
-        if queries == keys:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, **options)[0]
-        if query.is_cuda:  # reaches the flash kernel, which an explicit mask does not
-            mask = causal_lower_right(queries, keys)
-        else:
-            mask = lower_right_mask(queries, keys, None, query.device)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)[0]
+            causal, mask = False, lower_right_mask(queries, keys, self.window, query.device)
+        elif not causal:
+            # The bias object reaches the flash kernel on GPUs, which an explicit mask does not.
+            on_gpu = query.is_cuda
+            mask = causal_lower_right(queries, keys) if on_gpu else lower_right_mask(queries, keys, None, query.device)
+        return scaled_dot_product_attention(
+            query[None],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )[0]

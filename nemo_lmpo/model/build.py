@@ -144,7 +144,7 @@ def _core_attention(kernels: Kernels) -> type[torch.nn.Module]:
     return PackedSDPA
 
 
-def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None) -> Any:  # noqa: ANN401
+def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None) -> Any:
     """The decoder block's spec: the layers of this stage and the final norm."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -214,4 +214,3 @@ def mark_tensor_parallel(chunk: torch.nn.Module) -> None:
 
 def _device(use_cuda: bool) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
-

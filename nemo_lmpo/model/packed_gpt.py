@@ -28,7 +28,7 @@ class PackedGPTModel(GPTModel):
     def __init__(
         self,
         config: TransformerConfig,
-        spec: Any,  # noqa: ANN401  (megatron-core takes several kinds of spec)
+        spec: Any,
         *,
         architecture: Architecture,
         padded_vocab_size: int,
@@ -51,7 +51,7 @@ class PackedGPTModel(GPTModel):
         self.architecture = architecture
         self.rotary_pos_emb = PositionedRotaryEmbedding(architecture)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
         """Run this stage.
 
         Args:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 
 
-def _is_cuda(device: Any) -> bool:  # noqa: ANN401  (torch accepts strings, integers and devices)
+def _is_cuda(device: Any) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
@@ -27,7 +27,7 @@ class _CudaToCpu(TorchFunctionMode):
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:  # noqa: ANN401  (whatever the wrapped function returns)
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
@@ -59,7 +59,6 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core reports each missing GPU package
         # Decorates functions with torch.compile on import, which must not see the replacements.
-        import megatron.core.models.gpt
         from megatron.core.tensor_parallel import random as megatron_random
 
     return [

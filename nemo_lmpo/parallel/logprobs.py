@@ -45,7 +45,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401  (torch's context object takes any attribute)
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -80,7 +80,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return sums[1] - log_normaliser
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, log_normaliser, owned, safe_targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are added up in float32: in bfloat16 the sum over many chunks would lose small gradients.

@@ -18,10 +18,13 @@ from torch import Tensor
 from nemo_lmpo.training.optimizer import inner_optimizers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+_RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
-def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:  # noqa: ANN401
+def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """The optimizer's tensors as a sharded state dict.
 
     Args:
@@ -45,7 +48,7 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
     return state
 
 
-def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], *, step: int) -> None:  # noqa: ANN401
+def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], *, step: int) -> None:
     """Put tensors that were read back into the optimizer, and set its step count."""
     for index, inner in enumerate(inner_optimizers(optimizer)):
         if getattr(inner, "is_stub_optimizer", False):
@@ -62,19 +65,19 @@ def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], *, step: int) -
         _set_step(inner, step)
 
 
-def _is_distributed(inner: Any) -> bool:  # noqa: ANN401
+def _is_distributed(inner: Any) -> bool:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     return isinstance(inner, DistributedOptimizer)
 
 
-def _make_state(inner: Any) -> None:  # noqa: ANN401
+def _make_state(inner: Any) -> None:
     """Allocate moments that the first step would allocate."""
     inner.init_state_fn(inner.optimizer, inner.config)
 
 
-def _set_step(inner: Any, step: int) -> None:  # noqa: ANN401
-    """torch keeps the count with each parameter, the fused optimizers with each group."""
+def _set_step(inner: Any, step: int) -> None:
+    """Torch keeps the count with each parameter, the fused optimizers with each group."""
     for group in inner.optimizer.param_groups:
         if "step" in group or not isinstance(inner.optimizer, torch.optim.AdamW):
             group["step"] = step
@@ -83,7 +86,7 @@ def _set_step(inner: Any, step: int) -> None:  # noqa: ANN401
                 inner.optimizer.state[parameter]["step"] = torch.tensor(float(step))
 
 
-def _plain_parameters(inner: Any) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:  # noqa: ANN401
+def _plain_parameters(inner: Any) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Model parameter, main parameter (the same one in float32) and state, of a non-distributed optimizer."""
     model_of_main: dict[int, Tensor] = {}
     for model_group, main_group in zip(
@@ -103,7 +106,7 @@ def _sharded_parameters(model_state: dict[str, Any]) -> dict[int, Any]:
     return {id(entry.data): entry for entry in nested_values(sharded)}
 
 
-def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:  # noqa: ANN401
+def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
     by_identity = _sharded_parameters(model_state)
@@ -119,7 +122,7 @@ def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str,
     return result
 
 
-def _distributed_state(inner: Any, model_state: dict[str, Any], is_loading: bool) -> dict[int, dict[str, Any]]:  # noqa: ANN401
+def _distributed_state(inner: Any, model_state: dict[str, Any], is_loading: bool) -> dict[int, dict[str, Any]]:
     """The format of a plain optimizer: a tensor a parameter, and no main copy where the model is in float32."""
     state = inner.sharded_param_state_fully_reshardable(model_state, is_loading, _RESHARDABLE)
     keeps_main = inner.config.bf16
@@ -133,7 +136,7 @@ def _distributed_state(inner: Any, model_state: dict[str, Any], is_loading: bool
     return result
 
 
-def _load_distributed(inner: Any, tensors: dict[int, dict[str, Tensor]]) -> None:  # noqa: ANN401
+def _load_distributed(inner: Any, tensors: dict[int, dict[str, Tensor]]) -> None:
     for state in inner.optimizer.state.values():
         state.pop("step", None)  # the loader below wants tensors of the parameter's shape only
     parameters = [parameter for buffer in inner.buffers for parameter in buffer.param_index_map]

@@ -50,7 +50,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def sharded_random_state() -> Any:  # noqa: ANN401
+def sharded_random_state() -> Any:
     """This rank's state as one object of a distributed checkpoint that has an object a rank."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

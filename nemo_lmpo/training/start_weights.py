@@ -67,7 +67,7 @@ def local_directory(path: str) -> Path:
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except Exception as error:  # noqa: BLE001  (the hub client raises many kinds)
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"model.restore_from_path={path} is no local directory and cannot be fetched from the hub ({reason}); "

@@ -69,7 +69,7 @@ class RowStep:
         self.global_pairs = num_pairs
         self.training = training
 
-    def forward_step(self, rows: Iterator[LocalRow], model: Any) -> tuple[Tensor, LossFunction]:  # noqa: ANN401
+    def forward_step(self, rows: Iterator[LocalRow], model: Any) -> tuple[Tensor, LossFunction]:
         """Forward one row through this stage.
 
         Args:
@@ -81,7 +81,7 @@ class RowStep:
         """
         row = next(rows)
         hidden = model(row.input_ids, row.position_ids, row.pieces)
-        return hidden, partial(self.loss_of_row, row=row, model=_unwrap(model))
+        return hidden, partial(self.loss_of_row, row=row, model=unwrap(model))
 
     def loss_of_row(
         self, hidden: Tensor, *, row: LocalRow, model: PackedGPTModel
@@ -147,7 +147,8 @@ def gather_uneven(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _unwrap(model: Any) -> PackedGPTModel:  # noqa: ANN401
+def unwrap(model: Any) -> PackedGPTModel:
+    """The model inside distributed wrappers."""
     while not isinstance(model, PackedGPTModel):
         model = model.module
     return model

@@ -1,0 +1,61 @@
+# Everything runs in a virtual environment of its own, made on first use; see README.md for plain pip commands.
+PYTHON ?= python3
+VENV ?= .venv
+LATEST_PYTHON ?= python3.12
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/lmpo_tiny
+
+.PHONY: help install demo test test-unit test-distributed test-slurm test-latest lint format typecheck benchmark wheel clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+install: $(STAMP)  ## make the environment
+
+demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two cores)
+	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
+
+test: $(STAMP)  ## all tests that run on this machine
+	$(BIN)/python -m pytest
+
+test-unit: $(STAMP)  ## tests without further processes
+	$(BIN)/python -m pytest tests/unit
+
+test-distributed: $(STAMP)  ## layouts over several processes
+	$(BIN)/python -m pytest tests/distributed
+
+test-slurm: $(STAMP)  ## templates on a local Slurm (Debian, root)
+	$(BIN)/python -m pytest tests/slurm
+
+test-latest:  ## unit and distributed tests on Python 3.12 with the newest engine
+	$(LATEST_PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade pip
+	.venv-latest/bin/python -m pip install --quiet -c constraints-latest.txt -e '.[test]'
+	.venv-latest/bin/python -m pytest tests/unit tests/distributed
+
+lint: $(STAMP)  ## style, types, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh; else echo "shellcheck is not installed; skipped"; fi
+
+format: $(STAMP)  ## rewrite to the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP)  ## packed training against a padded transformers loop (set MODEL and DATA)
+	$(BIN)/python benchmarks/train_throughput.py --model $(MODEL) --data $(DATA)
+
+wheel: $(STAMP)  ## build the wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean:  ## remove environments, builds and caches, not runs
+	rm -rf .venv .venv-latest build dist .pytest_cache .mypy_cache .ruff_cache
