@@ -202,9 +202,9 @@ class TrainingSession:
         if self.model.statistics is not None and progress.statistics is not None:
             self.model.statistics.load_state_dict(progress.statistics)
 
-    def train(self, started: float) -> FitResult:
-        """Resume, train, report; ``started`` is when the process began, which time limits count from."""
-        trainer = PreferenceTrainer(
+    def trainer(self) -> PreferenceTrainer:
+        """The loop over this session's model and data, at step 0."""
+        return PreferenceTrainer(
             self.config,
             self.model,
             self.optimizer,
@@ -217,6 +217,10 @@ class TrainingSession:
             total_steps=self.total_steps,
             peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
         )
+
+    def train(self, started: float) -> FitResult:
+        """Resume, train, report; ``started`` is when the process began, which time limits count from."""
+        trainer = self.trainer()
         self.checkpoints.clean()
         start_step = trainer.resume()
         reporter = Reporter(self, start_step) if self.launch.is_main else None
