@@ -127,7 +127,8 @@ def megatron_model(files: ModelFiles) -> Iterator[PackedGPTModel]:
     from nemo_lmpo.config import ModelConfig
     from nemo_lmpo.convert.load import load_model_weights
     from nemo_lmpo.parallel.cpu_adapter import on_cpu
-    from nemo_lmpo.parallel.groups import LaunchInfo, create_groups, destroy_groups, start_process_group
+    from nemo_lmpo.parallel.groups import create_groups, destroy_groups, start_process_group
+    from nemo_lmpo.parallel.launch import LaunchInfo
 
     if dist.is_initialized():
         raise RuntimeError("a verification needs a process without a process group")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_lmpo.architecture import Architecture, RopeScaling
@@ -24,7 +22,9 @@ from nemo_lmpo.convert.megatron_source import MegatronSource
 from nemo_lmpo.convert.sinks import DirectorySink
 from nemo_lmpo.convert.source import random_source
 from nemo_lmpo.parallel.cpu_adapter import on_cpu
-from nemo_lmpo.parallel.groups import create_groups
+from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
+from nemo_lmpo.parallel.launch import LaunchInfo
+from tests.distributed.workers import run_workers
 
 _UNTIED = Architecture(
     model_type="llama",
@@ -50,39 +50,28 @@ _LAYOUTS = {
 }
 
 
-def _run(world_size: int, body: Callable[..., None], tmp_path: Path, *arguments: Any) -> None:
-    """Run ``body`` in forked processes that share a gloo group; any failure fails the test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.dist_checkpointing  # once, before forking
-        import megatron.core.models.gpt  # noqa: F401
-    context = multiprocessing.get_context("fork")
-    failures: Any = context.SimpleQueue()
-
-    def work(rank: int) -> None:
+@contextmanager
+def _joined(launch: LaunchInfo) -> Iterator[None]:
+    """This worker's place in a gloo group, with megatron-core on the CPU."""
+    warnings.simplefilter("ignore")
+    with on_cpu():
+        start_process_group(launch, use_cuda=False)
         try:
-            warnings.simplefilter("ignore")
-            torch.set_num_threads(1)
-            store = dist.FileStore(str(tmp_path / "store"), world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            with on_cpu():
-                body(*arguments)
-            dist.destroy_process_group()
-        except BaseException:
-            failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-            raise
+            yield
+        finally:
+            destroy_groups()
 
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert failures.empty(), failures.get()
-    assert not hanging
-    assert [process.exitcode for process in processes] == [0] * world_size
+
+def _chunks(layout: dict[str, int], architecture: Architecture) -> tuple[list[Any], ParallelGroups]:
+    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+
+    config = ModelConfig(**layout, transformer_engine=False)  # type: ignore[arg-type]
+    groups = create_groups(config)
+    kernels = choose_kernels(config, use_cuda=False)
+    chunks = build_model_chunks(
+        architecture, config, groups=groups, dtype=torch.float32, use_cuda=False, kernels=kernels
+    )
+    return list(chunks), groups
 
 
 def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: int, hf: dict[str, Tensor]) -> Tensor:
@@ -132,50 +121,43 @@ class _OddNorms:
         return tensor + len(name) + sum(map(ord, name)) / 1000 if tensor.dim() == 1 else tensor
 
 
-def _load_and_compare(layout: dict[str, int], architecture: Architecture, checkpoint: str) -> None:
+def _load_and_compare(launch: LaunchInfo, layout: dict[str, int], architecture: Architecture, checkpoint: str) -> None:
     from megatron.core import dist_checkpointing
 
-    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+    with _joined(launch):
+        chunks, groups = _chunks(layout, architecture)
+        tp, rank = groups.tensor.size(), groups.tensor.rank()
+        source = _OddNorms(architecture)
+        _spoil(chunks)
+        load_model_weights(chunks, source, architecture, tp_rank=rank, tp_size=tp)
+        _compare(chunks, architecture, tp, rank)
 
-    config = ModelConfig(**layout, transformer_engine=False)
-    groups = create_groups(config)
-    chunks = build_model_chunks(
-        architecture,
-        config,
-        groups=groups,
-        dtype=torch.float32,
-        use_cuda=False,
-        kernels=choose_kernels(config, use_cuda=False),
-    )
-    tp, rank = groups.tensor.size(), groups.tensor.rank()
+        _spoil(chunks)
+        state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
+        loaded = dist_checkpointing.load(state, checkpoint)
+        for index, chunk in enumerate(chunks):
+            found = {key.removeprefix("model."): value for key, value in loaded[f"model{index}"].items()}
+            chunk.load_state_dict(found)
+        _compare(chunks, architecture, tp, rank)
+
+
+def _spoil(chunks: list[Any]) -> None:
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+
+
+def _compare(chunks: list[Any], architecture: Architecture, tp: int, rank: int) -> None:
     source = _OddNorms(architecture)
     hf = {name: source.get(name) for name in source.names()}
-
-    def compare(how: str) -> None:
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                layer = 0
-                if ".layers." in name:
-                    number = int(name.split(".layers.")[1].split(".")[0])
-                    layer = chunk.decoder.layers[number].layer_number - 1
-                assert torch.equal(parameter, _expected(name, layer, architecture, tp, rank, hf)), (how, name)
-
-    def spoil() -> None:
-        with torch.no_grad():
-            for chunk in chunks:
-                for parameter in chunk.parameters():
-                    parameter.fill_(float("nan"))
-
-    spoil()
-    load_model_weights(list(chunks), source, architecture, tp_rank=rank, tp_size=tp)  # type: ignore[arg-type]
-    compare("load_model_weights")
-
-    spoil()
-    state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
-    loaded = dist_checkpointing.load(state, checkpoint)
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict({key.removeprefix("model."): value for key, value in loaded[f"model{index}"].items()})
-    compare("dist_checkpointing.load")
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            layer = 0
+            if ".layers." in name:
+                number = int(name.split(".layers.")[1].split(".")[0])
+                layer = chunk.decoder.layers[number].layer_number - 1
+            assert torch.equal(parameter, _expected(name, layer, architecture, tp, rank, hf)), name
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
@@ -187,24 +169,18 @@ def test_every_layout_loads_what_one_process_wrote(layout: str, architecture: Ar
     sink.close()
     sizes = _LAYOUTS[layout]
     world = sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1)
-    _run(world, _load_and_compare, tmp_path, sizes, architecture, str(tmp_path / "nemo" / "model_weights"))
+    run_workers(world, _load_and_compare, sizes, architecture, str(tmp_path / "nemo" / "model_weights"))
 
 
-def _load_and_save(layout: dict[str, int], architecture: Architecture, directory: str) -> None:
+def _load_and_save(launch: LaunchInfo, layout: dict[str, int], architecture: Architecture, directory: str) -> None:
     from megatron.core import dist_checkpointing
 
-    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
-
-    config = ModelConfig(**layout, transformer_engine=False)
-    groups = create_groups(config)
-    kernels = choose_kernels(config, use_cuda=False)
-    chunks = build_model_chunks(
-        architecture, config, groups=groups, dtype=torch.float32, use_cuda=False, kernels=kernels
-    )
-    tp, rank = groups.tensor.size(), groups.tensor.rank()
-    load_model_weights(list(chunks), _OddNorms(architecture), architecture, tp_rank=rank, tp_size=tp)  # type: ignore[arg-type]
-    state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
-    dist_checkpointing.save(state, directory)
+    with _joined(launch):
+        chunks, groups = _chunks(layout, architecture)
+        tp, rank = groups.tensor.size(), groups.tensor.rank()
+        load_model_weights(chunks, _OddNorms(architecture), architecture, tp_rank=rank, tp_size=tp)
+        state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
+        dist_checkpointing.save(state, directory)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2", "pp2_vpp2"])
@@ -214,7 +190,7 @@ def test_one_process_reads_what_every_layout_saved(layout: str, architecture: Ar
     (tmp_path / "state").mkdir()
     sizes = _LAYOUTS[layout]
     world = sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1)
-    _run(world, _load_and_save, tmp_path, sizes, architecture, str(tmp_path / "state"))
+    run_workers(world, _load_and_save, sizes, architecture, str(tmp_path / "state"))
     found = MegatronSource(DistributedCheckpoint(DirectoryFiles(tmp_path), "state"), architecture)
     expected = _OddNorms(architecture)
     assert found.names() == expected.names()
