@@ -17,7 +17,8 @@ class ModelConfig:
     restore_from_path: str | None = None
     """Starting weights: a Hugging Face directory or hub name, a `.nemo` file, or a checkpoint of this project."""
     architecture: dict[str, Any] | None = None
-    """A Hugging Face style config (`model_type`, `hidden_size`, ...) for a model with random weights."""
+    """A Hugging Face style config (`model_type`, `hidden_size`, ...) for a model with random weights; beside
+    `restore_from_path`, what is expected there."""
     tokenizer: str | None = None
     """Tokenizer directory, hub name, or `builtin:NAME`; unset: the one beside the starting weights."""
     trust_remote_code: bool = False

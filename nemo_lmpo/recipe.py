@@ -16,10 +16,12 @@ from typing import Any
 
 from nemo_lmpo.config import Config
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.registry import parse_loss
+from nemo_lmpo.loss.registry import DEFAULT_LOSS, parse_loss
 
-GROUPS = ("model", "data", "loss", "optim", "trainer", "checkpoint", "logging")
+GROUPS = ("model", "data", "loss", "optim", "trainer", "checkpoint", "logging", "setting")
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
+_LOSS_CHOICE = re.compile(r"^\+{0,2}loss=([\w/-]+)$")
+_LOSS_OPTION = re.compile(r"^\+{0,2}loss\.(\w+)=(.*)$")
 
 
 def recipes_dir() -> Path:
@@ -49,7 +51,48 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, config_dir: Path | 
 
 
 def compose(name: str, overrides: Sequence[str], *, config_dir: Path | None) -> dict[str, Any]:
-    """Hydra's composition of a recipe as plain values, keys not checked yet."""
+    """A recipe as plain values, keys not checked yet.
+
+    Choosing another loss, as `loss=simpo` or `loss.name=simpo`, leaves the recipe's loss options behind: they belong
+    to the recipe's own loss.
+    """
+    files = [found[1] for override in overrides if (found := _LOSS_CHOICE.match(override))]
+    given = dict(found.groups() for override in overrides if (found := _LOSS_OPTION.match(override)))
+    rest = [override for override in overrides if not _LOSS_CHOICE.match(override)]
+    plain = _compose(name, rest, config_dir)
+    if files:
+        chosen = _loss_file(files[-1], config_dir)
+    elif "name" in given:
+        own = _compose(name, [override for override in rest if not _LOSS_OPTION.match(override)], config_dir)
+        if plain["loss"]["name"] == (own.get("loss") or {}).get("name", DEFAULT_LOSS):
+            return plain
+        chosen = {}
+    else:
+        return plain
+    plain["loss"] = {**chosen, **{option: plain["loss"][option] for option in given}}
+    return plain
+
+
+def _loss_file(choice: str, config_dir: Path | None) -> dict[str, Any]:
+    """A file of the group `loss`."""
+    import yaml
+
+    folders = [recipes_dir() / "loss"] if config_dir is None else [config_dir / "loss", recipes_dir() / "loss"]
+    for folder in folders:
+        path = folder / f"{choice}.yaml"
+        if path.is_file():
+            try:
+                return dict(yaml.safe_load(path.read_text()))
+            except (yaml.YAMLError, TypeError, ValueError):
+                raise ConfigError(f"{path} holds no options of a loss; write them as `name: simpo`") from None
+    known = sorted({known for folder in folders for known in recipe_names(folder)})
+    near = difflib.get_close_matches(choice, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"loss={choice} is no file of the group loss{hint} Known: {', '.join(known)}")
+
+
+def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> dict[str, Any]:
+    """Hydra's composition."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra

@@ -82,7 +82,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     from nemo_lmpo.training.start_weights import find_start
 
     _start_logging(launch)
-    start = find_start(config.model)
+    start = find_start(config.model, fetch=not config.dry_run)
     world_size = config.trainer.devices * config.trainer.num_nodes if config.dry_run else launch.world_size
     layout = validate(config, start.architecture, world_size)
     if config.dry_run:

@@ -22,17 +22,58 @@ class StartPoint:
     """Weights on disk; None: random ones."""
 
 
-def find_start(model: ModelConfig) -> StartPoint:
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "max_position_embeddings",
+)
+"""What decides whether a layout fits a model."""
+
+
+def find_start(model: ModelConfig, *, fetch: bool = True) -> StartPoint:
     """Resolve the start of a run without reading weights.
 
+    A `model.architecture` beside `model.restore_from_path` is the one that is expected there.
+
+    Args:
+        model: says where.
+        fetch: bring hub models to this machine; without, the expected architecture is taken for theirs.
+
     Raises:
-        ConfigError: neither a path nor an architecture is given, or no tokenizer.
+        ConfigError: neither a path nor an architecture is given, no tokenizer, or another model than expected.
         CheckpointError: the path is no model, or one that is not supported.
     """
     if model.restore_from_path is None:
         return _random_start(model)
-    directory = local_directory(model.restore_from_path)
-    return StartPoint(read_architecture(directory), model.tokenizer or str(directory), directory)
+    path = model.restore_from_path
+    if not fetch and model.architecture is not None and not Path(path).expanduser().exists():
+        return StartPoint(_expected(model.architecture), model.tokenizer or path, None)
+    directory = local_directory(path)
+    found = read_architecture(directory)
+    if model.architecture is not None:
+        _refuse_other_sizes(found, _expected(model.architecture), path)
+    return StartPoint(found, model.tokenizer or str(directory), directory)
+
+
+def _expected(architecture: dict[str, Any]) -> Architecture:
+    return architecture_from_hf(architecture, origin="model.architecture")
+
+
+def _refuse_other_sizes(found: Architecture, expected: Architecture, path: str) -> None:
+    differing = [
+        f"{name} {getattr(found, name)} instead of {getattr(expected, name)}"
+        for name in SIZES
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"model.restore_from_path={path} is another model than the recipe is laid out for "
+            f"({'; '.join(differing)}); set model.architecture=null if you mean it"
+        )
 
 
 def _random_start(model: ModelConfig) -> StartPoint:
