@@ -1,0 +1,147 @@
+"""The reference model of DPO, IPO and KTO: computed before training and cached, or in memory."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from nemo_lmpo.data.sampler import PairSampler
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.layout import validate
+from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.recipe import config_as_dict, load_recipe
+from nemo_lmpo.training.reference import ReferenceKey, read_entry, weights_fingerprint, write_entry
+from nemo_lmpo.training.run_directory import RunDirectory
+from nemo_lmpo.training.session import TrainingSession, distributed_session
+from nemo_lmpo.training.start_weights import find_start
+
+OVERRIDES = [
+    "model.global_batch_size=8",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_hidden_layers=2",
+    "data.train.limit=24",
+    "data.validation.limit=10",
+    "trainer.max_steps=3",
+    "trainer.num_threads=1",
+    "checkpoint.save_interval=1",
+    "logging.tensorboard=false",
+    "logging.report=false",
+    "logging.progress_bar=false",
+]
+
+
+class Trainer:
+    """Trains in this process and keeps the metrics of steps."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path = tmp_path
+
+    def config(self, *overrides, recipe="dpo_tiny", run="run"):
+        where = [f"run_dir={self.tmp_path / run}", f"data.cache_dir={self.tmp_path / 'cache'}"]
+        return load_recipe(recipe, [*OVERRIDES, *where, *overrides])
+
+    def train(self, *overrides, **names):
+        config = self.config(*overrides, **names)
+        start = find_start(config.model)
+        run = RunDirectory(config, config_as_dict(config))
+        run.create()
+        with distributed_session(config, LaunchInfo()) as (groups, device):
+            session = TrainingSession(config, start, run, LaunchInfo(), groups, device)
+            self.pairs = [session.data.train[index] for index in range(len(session.data.train))]
+            session.train(0.0)
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line for line in lines if "loss" in line}
+
+    def entries(self):
+        return sorted(path for path in (self.tmp_path / "cache" / "reference").glob("*") if path.is_dir())
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return Trainer(tmp_path)
+
+
+def test_first_step_starts_at_the_reference(trainer):
+    first = trainer.train()[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+    of_step = PairSampler(24, 8, seed=42).pairs_of_step(0)
+    sums = [trainer.pairs[index].reference_chosen_logp for index in of_step]
+    assert first["logps/chosen_sum"] == pytest.approx(np.mean(sums), rel=1e-6)
+    assert len(trainer.entries()) == 2  # training and validation
+
+
+@pytest.mark.parametrize("recipe", ["dpo_tiny", "ipo_tiny", "kto_tiny"])
+def test_in_memory_is_the_same(trainer, recipe):
+    cached = trainer.train(recipe=recipe)
+    in_memory = trainer.train("model.reference_in_memory=true", recipe=recipe, run="other")
+    for step in (1, 2, 3):
+        assert in_memory[step]["loss"] == pytest.approx(cached[step]["loss"], abs=1e-6)
+        assert in_memory[step]["rewards/chosen"] == pytest.approx(cached[step]["rewards/chosen"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["false", "true"])
+def test_resume_goes_on_with_the_start_as_reference(trainer, kind, monkeypatch):
+    override = f"model.reference_in_memory={kind}"
+    whole = trainer.train(override, run="whole")
+    trainer.train(override, "trainer.max_steps=3", "checkpoint.keep_last=3", run="cut")
+    shutil.rmtree(trainer.tmp_path / "cut" / "checkpoints" / "step_0000003")
+    monkeypatch.setattr("nemo_lmpo.training.reference.ReferenceLogps._compute", _must_not_run)
+    resumed = trainer.train(override, "checkpoint.keep_last=3", run="cut")
+    assert resumed[3]["loss"] == whole[3]["loss"]
+    assert resumed[3]["rewards/chosen"] == whole[3]["rewards/chosen"] != 0.0
+
+
+def _must_not_run(*arguments):
+    raise AssertionError("the cache was not used")
+
+
+def test_other_weights_or_data_or_precision_are_computed_anew(trainer):
+    trainer.train()
+    before = trainer.entries()
+    trainer.train(run="again")
+    assert trainer.entries() == before
+    trainer.train("model.seed=7", run="weights")
+    assert len(trainer.entries()) == len(before) + 2
+    trainer.train("data.train.limit=16", run="data")
+    assert len(trainer.entries()) == len(before) + 3
+    trainer.train("trainer.precision=bf16", run="precision")
+    assert len(trainer.entries()) == len(before) + 5
+
+
+KEY = ReferenceKey("w", "d", "t", "32")
+
+
+def test_entry_round_trip_and_damage(tmp_path):
+    values = np.array([[-1.5, -2.25], [-3.0, -0.125]])
+    write_entry(tmp_path, KEY, values)
+    np.testing.assert_array_equal(read_entry(tmp_path, KEY, 2), values)
+    assert read_entry(tmp_path, KEY, 3) is None
+    assert read_entry(tmp_path, dataclasses.replace(KEY, weights="other"), 2) is None
+    content = bytearray((tmp_path / "logps.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "logps.npy").write_bytes(bytes(content))
+    assert read_entry(tmp_path, KEY, 2) is None
+    assert read_entry(tmp_path / "nothing", KEY, 2) is None
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    config = load_recipe("lmpo_tiny").model
+    start = find_start(config)
+    assert weights_fingerprint(start, 1) != weights_fingerprint(start, 2)
+    places = []
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        places.append(weights_fingerprint(dataclasses.replace(start, directory=tmp_path / name), 1))
+    assert places[0] == places[1] != places[2]
+
+
+def test_reference_in_memory_without_reference_is_refused():
+    config = load_recipe("lmpo_tiny", ["model.reference_in_memory=true"])
+    with pytest.raises(ConfigError, match=r"loss\.name=lmpo compares with no reference model"):
+        validate(config, find_start(config.model).architecture, 1)
