@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, read_batch_job, stopped
 from nemo_lmpo.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options, started)
     except (UserError, TrainingError) as error:
+        leave_outcome(OUTCOME_REFUSED)
         if show_traceback:
             traceback.print_exc()
         for line in str(error).splitlines():
@@ -94,13 +96,17 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     run.check_owner()
     if launch.is_main:
         run.create()
+        if (job := read_batch_job()) is not None:
+            job.record(run.path)
     from nemo_lmpo.training.session import run_training
 
     result = run_training(config, start, run, launch, started)
     if launch.is_main:
         if result.stopped_by is None:
+            leave_outcome(OUTCOME_DONE)
             _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
         else:
+            leave_outcome(stopped(result.stopped_by))
             _logger.info(
                 "stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step
             )

@@ -40,11 +40,20 @@ def read_launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
             raise ConfigError(f"WORLD_SIZE is set but RANK is missing or no number ({error}); use torchrun") from None
         local_rank = int(environ.get("LOCAL_RANK", 0))
         return LaunchInfo(rank, world_size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", world_size)))
-    # A step of one task, or a shell inside an allocation, is a single process and needs no rendezvous.
-    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ and "MASTER_ADDR" in environ:
-        world_size = int(environ["SLURM_NTASKS"])
-        nodes = int(environ.get("SLURM_NNODES", "1"))
-        return LaunchInfo(
-            int(environ["SLURM_PROCID"]), world_size, int(environ["SLURM_LOCALID"]), max(world_size // nodes, 1)
-        )
+    # Only srun sets this. A shell inside an allocation, or a step of one task, is a single process.
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        return _from_srun(environ, tasks)
     return LaunchInfo()
+
+
+def _from_srun(environ: Mapping[str, str], tasks: int) -> LaunchInfo:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID") if name not in environ]
+    if missing:
+        # Each task alone would train the same run and overwrite the others' files.
+        raise ConfigError(
+            f"srun started {tasks} tasks, but {', '.join(missing)} is not set; submit slurm/train.sbatch, export the "
+            f"first node's name and a free port, or use torchrun"
+        )
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return LaunchInfo(int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"]), max(tasks // nodes, 1))

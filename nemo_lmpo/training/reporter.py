@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemo_lmpo.batch_job import read_batch_job
 from nemo_lmpo.recipe import config_as_dict
 from nemo_lmpo.training.banner import BannerFacts, detect_kernels, kernels_in_use, package_versions, render_banner
 from nemo_lmpo.training.metrics_log import MetricsLog
@@ -25,6 +26,8 @@ class Reporter:
         config = session.config
         self.run = session.run
         self.draw_report = config.logging.report
+        job = read_batch_job()
+        self._job_metrics = {} if job is None else {"job/restarts": float(job.restarts)}
         self.log = MetricsLog(
             session.run.path,
             config.logging,
@@ -41,7 +44,7 @@ class Reporter:
 
     def listen(self, step: int, metrics: dict[str, float], prefix: str) -> None:
         """One line of metrics."""
-        self.log.log(step, metrics, prefix=prefix)
+        self.log.log(step, metrics if prefix else {**metrics, **self._job_metrics}, prefix=prefix)
         if prefix:
             self.progress.validation(step, metrics)
         else:

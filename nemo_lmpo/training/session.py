@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from nemo_lmpo.batch_job import read_batch_job
 from nemo_lmpo.config import Config
 from nemo_lmpo.convert.hf_source import HuggingFaceSource
 from nemo_lmpo.convert.load import load_model_weights
@@ -227,8 +228,9 @@ class TrainingSession:
         if reporter is not None:
             trainer.listener = reporter.listen
         limit = parse_duration(self.config.trainer.max_time_per_run)
+        job = read_batch_job()
         try:
-            with StopWatch(limit, started=started) as stop:
+            with StopWatch(limit, started=started, stop_at=job.stop_at if job else None) as stop:
                 return trainer.fit(stop)
         finally:
             if reporter is not None:

@@ -37,13 +37,21 @@ class StopWatch:
     """Collects reasons to stop and lets all ranks agree on them.
 
     A signal sets a flag only: the step in progress is finished and saved first. The time limit stops early
-    enough for one more step and a save of the length of the longest seen.
+    enough for one more step and a save of the length of the longest seen, and a validation where one is next.
     """
 
-    def __init__(self, max_seconds: float | None, *, started: float) -> None:
-        self.max_seconds = max_seconds
-        self.started = started
+    def __init__(self, max_seconds: float | None, *, started: float, stop_at: float | None = None) -> None:
+        """Set the limits.
+
+        Args:
+            max_seconds: time from ``started`` on; None: no limit.
+            started: unix time.
+            stop_at: unix time at which a batch job wants everything saved; None: no such time.
+        """
+        own_end = None if max_seconds is None else started + max_seconds
+        self.ends_at = min((end for end in (own_end, stop_at) if end is not None), default=None)
         self.longest_step = 0.0
+        self.longest_validation = 0.0
         self.longest_save = 0.0
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
@@ -61,19 +69,22 @@ class StopWatch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
 
-    def _own_reason(self) -> int:
+    def _own_reason(self, validates: bool) -> int:
         """0: none, 1: time limit, else the signal's number plus 1."""
         if self._signal is not None:
             return int(self._signal) + 1
-        if self.max_seconds is not None:
-            needed = self.longest_step + self.longest_save
-            if time.time() - self.started + needed >= self.max_seconds:
+        if self.ends_at is not None:
+            needed = self.longest_step + self.longest_save + (self.longest_validation if validates else 0.0)
+            if time.time() + needed >= self.ends_at:
                 return 1
         return 0
 
-    def reason(self, device: torch.device) -> str | None:
-        """Why to stop now, the same on all ranks, or None; one all-reduce of a number over all ranks."""
-        code = torch.tensor([self._own_reason()], dtype=torch.int64, device=device)
+    def reason(self, device: torch.device, *, validates: bool = False) -> str | None:
+        """Why to stop now, the same on all ranks, or None; one all-reduce of a number over all ranks.
+
+        ``validates`` tells whether a validation follows the next step.
+        """
+        code = torch.tensor([self._own_reason(validates)], dtype=torch.int64, device=device)
         if dist.get_world_size() > 1:
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
         value = int(code.item())

@@ -93,7 +93,7 @@ class PreferenceTrainer:
         device = self.batches.device
         stop.longest_save = self.progress.save_seconds
         while self.progress.step < self.total_steps:
-            reason = stop.reason(device)
+            reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
             if reason is not None:
                 self._save_if_new(stop)
                 self.checkpoints.wait()
@@ -113,16 +113,23 @@ class PreferenceTrainer:
     def _after_step(self, stop: StopWatch) -> None:
         """Validate and save where it is time."""
         step = self.progress.step
-        trainer, checkpoint = self.config.trainer, self.config.checkpoint
+        checkpoint = self.config.checkpoint
         last = step == self.total_steps
-        validated = last or (trainer.val_check_interval > 0 and step % trainer.val_check_interval == 0)
+        validated = self._validates(step)
         if validated and self.validation_pairs is not None:
+            started = time.monotonic()
             metrics = self.validate()
+            stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
             self.progress.metrics.update({f"val/{name}": value for name, value in metrics.items()})
             self.listener(step, metrics, "val/")
         due = checkpoint.save_interval > 0 and step % checkpoint.save_interval == 0
         if due or last or (validated and checkpoint.keep_best > 0):
             self._save_if_new(stop)
+
+    def _validates(self, step: int) -> bool:
+        """Whether a validation belongs after ``step`` finished steps."""
+        interval = self.config.trainer.val_check_interval
+        return step == self.total_steps or (interval > 0 and step % interval == 0)
 
     def _save_if_new(self, stop: StopWatch) -> None:
         """Save unless this step is saved already."""
