@@ -1,0 +1,23 @@
+#!/bin/bash
+# What srun starts: `task.sh rank COMMAND...` one process of a run, `task.sh node COMMAND...` torchrun on a node,
+# which starts as many ranks as NEMO_LMPO_RANKS_PER_NODE. Runs inside the container, if there is one.
+set -u
+
+# A request to save must not kill a process that is still importing; the trainer listens as soon as it can, and
+# torchrun never does.
+trap '' USR1
+
+kind=$1
+shift
+if [ "$kind" = node ]; then
+    exec "$NEMO_LMPO_PYTHON" -m torch.distributed.run --nnodes="$NEMO_LMPO_NODES" --node-rank="$SLURM_NODEID" \
+        --nproc-per-node="$NEMO_LMPO_RANKS_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+        --max-restarts=0 --no-python bash "$0" rank "$@"
+fi
+
+log=$NEMO_LMPO_JOB_DIR/rank-${RANK:-${SLURM_PROCID:-0}}.log
+# Straight into the file, without a pipe in between: the last words of a killed process are not lost, and signals
+# reach the process itself.
+exec >>"$log" 2>&1
+echo "=== rank ${RANK:-${SLURM_PROCID:-0}} on $(hostname), restart ${SLURM_RESTART_COUNT:-0}"
+exec "$@"
