@@ -45,10 +45,11 @@ def verify_models(
     tensors_only: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Verification:
-    """Compare all tensors (rounded to the narrower of the two dtypes) and, in float32, the logits.
+    """Compare all tensors and, computed in float32, the logits.
 
-    The largest absolute difference of each must not exceed ``tolerance``. Models run one after the other, so
-    memory holds one of them in float32.
+    The largest absolute difference of each must not exceed ``tolerance``. If the two are stored in different
+    dtypes, the weights of both are rounded to the narrower one first. Models run one after the other, so memory
+    holds one of them in float32.
 
     Raises:
         CheckpointError: the two are different models.
@@ -59,13 +60,14 @@ def verify_models(
         f"tensors: {tensors.num_tensors} compared, {tensors.num_different} differ, "
         f"largest difference {tensors.largest:.3g}" + (f" ({tensors.name})" if tensors.num_different else "")
     ]
+    if narrow is not None:
+        lines.insert(0, f"dtypes differ: the weights of both models are rounded to {narrow}".replace("torch.", ""))
     passed = tensors.largest <= tolerance
     if not tensors_only:
         prompts = prompt_ids(reference)
-        expected = transformers_logits(Path(reference.origin), prompts)
-        if narrow is not None and narrow != reference.source.dtype(reference.source.names()[0]):
-            lines.append(f"logits: the conversion rounded the weights to {narrow}, which the difference includes")
+        expected = transformers_logits(Path(reference.origin), prompts, rounded_to=narrow)
         with megatron_model(converted) as model:
+            _round(model, narrow)
             differences = [
                 float((model_logits(model, ids) - logits).abs().max())
                 for ids, logits in zip(prompts, expected, strict=True)
@@ -79,10 +81,19 @@ def verify_models(
 
 
 def _narrower(reference: ModelFiles, converted: ModelFiles) -> torch.dtype | None:
-    """The converted model's dtype if it is the narrower one, which the reference must be rounded to."""
+    """The dtype that one of the two was rounded to; None if they are stored alike."""
     name = reference.source.names()[0]
-    before, after = reference.source.dtype(name), converted.source.dtype(name)
-    return after if before != after and after.itemsize <= before.itemsize else None
+    left, right = reference.source.dtype(name), converted.source.dtype(name)
+    if left == right:
+        return None
+    return right if right.itemsize <= left.itemsize else left
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
 
 
 def prompt_ids(model: ModelFiles) -> list[list[int]]:
@@ -99,8 +110,12 @@ def prompt_ids(model: ModelFiles) -> list[list[int]]:
 
 
 @torch.no_grad()
-def transformers_logits(directory: Path, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits ``[tokens, vocabulary]`` float32 of each prompt, by `transformers`.
+def transformers_logits(
+    directory: Path, prompts: list[list[int]], *, rounded_to: torch.dtype | None = None
+) -> list[Tensor]:
+    """Logits ``[tokens, vocabulary]`` of each prompt, by `transformers` in float32.
+
+    With ``rounded_to``, the weights are rounded to that dtype first.
 
     Raises:
         CheckpointError: `transformers` cannot load the directory.
@@ -115,7 +130,7 @@ def transformers_logits(directory: Path, prompts: list[list[int]]) -> list[Tenso
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {directory} ({error}); check its config.json") from None
-    model.eval()
+    _round(model.eval(), rounded_to)
     return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in prompts]
 
 

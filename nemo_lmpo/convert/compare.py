@@ -32,7 +32,7 @@ def compare_tensors(
     dtype: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Difference:
-    """Compare all tensors; with ``dtype``, those of ``reference`` are rounded to it first.
+    """Compare all tensors; with ``dtype``, both sides are rounded to it first.
 
     A NaN on one side only, or at different places, counts as an infinite difference.
 
@@ -75,7 +75,7 @@ def _largest_difference(left: torch.Tensor, right: torch.Tensor, dtype: torch.dt
     for start in range(0, left.numel(), _BLOCK_ELEMENTS):
         a, b = left[start : start + _BLOCK_ELEMENTS], right[start : start + _BLOCK_ELEMENTS]
         if dtype is not None:
-            a = a.to(dtype)
+            a, b = a.to(dtype), b.to(dtype)
         a, b = a.double(), b.double()
         if not torch.equal(a.isnan(), b.isnan()):
             return float("inf")

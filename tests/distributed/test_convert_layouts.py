@@ -196,3 +196,25 @@ def test_one_process_reads_what_every_layout_saved(layout: str, architecture: Ar
     assert found.names() == expected.names()
     for name in expected.names():
         assert torch.equal(found.get(name), expected.get(name)), name
+
+
+def test_trained_model_generates_with_transformers(tmp_path: Path) -> None:
+    """Train two ways parallel, export in one process: the result loads with both Auto classes and generates."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_lmpo.convert_cli import nemo_to_hf
+    from tests.distributed.training_runs import train
+
+    overrides = ("model.tensor_model_parallel_size=2", "trainer.max_steps=1")
+    run_workers(2, train, str(tmp_path / "run"), overrides)
+    step = tmp_path / "run" / "checkpoints" / "step_0000001"
+    assert nemo_to_hf(["--input", str(step), "--output", str(tmp_path / "hf"), "--verify", "--quiet"]) == 0
+    model, information = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not information["missing_keys"]
+    assert not information["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > prompt["input_ids"].shape[1]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert_cli import hf_to_nemo, verify
+from nemo_lmpo.convert_cli import hf_to_nemo, nemo_to_hf, verify
 from nemo_lmpo.verify import megatron_model, model_logits
 
 
@@ -22,6 +22,16 @@ def test_logits_agree(family: str, tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "0 differ" in printed
     assert "passed: tolerance 0.0001" in printed
+
+
+def test_verification_after_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny.save("llama2", tmp_path / "hf")
+    common = ["--quiet", "--verify", "--dtype", "bf16"]
+    assert hf_to_nemo(["--input", str(source), "--output", str(tmp_path / "m.nemo"), *common]) == 0
+    assert "rounded to bfloat16" in capsys.readouterr().out
+    assert hf_to_nemo(["--input", str(source), "--output", str(tmp_path / "wide.nemo"), "--quiet"]) == 0
+    assert nemo_to_hf(["--input", str(tmp_path / "wide.nemo"), "--output", str(tmp_path / "b"), *common]) == 0
+    assert "0 differ" in capsys.readouterr().out
 
 
 def test_verification_fails_on_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
