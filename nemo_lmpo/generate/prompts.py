@@ -1,0 +1,90 @@
+"""Prompts from a file, and as token ids exactly as training renders them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_lmpo.data.schema import ROLES, Message
+from nemo_lmpo.errors import DataError
+
+if TYPE_CHECKING:
+    from nemo_lmpo.data.encode import PairEncoder
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file."""
+
+    place: str
+    """File and line, for errors."""
+    given: Any
+    """The `prompt` field as it was."""
+    messages: list[Message]
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Read a JSON Lines file whose lines have a `prompt`: a text, or messages of which the last is the user's.
+
+    Raises:
+        DataError: the file is missing, empty or no JSON Lines; names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"--prompts {path} cannot be read ({reason}); give a JSON Lines file") from None
+    prompts = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise DataError(f'--prompts {path} holds no prompts; write lines such as {{"prompt": "Hello"}}')
+    return prompts[:limit]
+
+
+def _prompt(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON ({error}); write one object a line") from None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise DataError(f'{place} has no field `prompt`; write lines such as {{"prompt": "Hello"}}')
+    return Prompt(place, row["prompt"], _messages(row["prompt"], place))
+
+
+def _messages(prompt: Any, place: str) -> list[Message]:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    fine = isinstance(prompt, list) and all(
+        isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+    if not fine:
+        raise DataError(
+            f"{place}: `prompt` is neither text nor a list of messages; messages have `content` and a `role` of "
+            f"{', '.join(ROLES)}"
+        )
+    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise DataError(f"{place}: the prompt does not end with a text of the user; add one")
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+def encode_prompts(prompts: Sequence[Prompt], encoder: PairEncoder) -> list[list[int]]:
+    """Token ids of each prompt, up to where its response begins.
+
+    The prompts are encoded as those of preference pairs, by the same code, so a model sees what it was trained on.
+
+    Raises:
+        DataError: the chat template refuses a prompt.
+    """
+    from nemo_lmpo.data.schema import PreferenceRow, RowError
+
+    # The responses stand for any: a prompt's ids do not depend on them.
+    encoded = encoder.encode([PreferenceRow(prompt.messages, "a", "b") for prompt in prompts])
+    ids = []
+    for prompt, row in zip(prompts, encoded, strict=True):
+        if isinstance(row, RowError):
+            raise DataError(f"{prompt.place}: {row.detail}")
+        ids.append(row.prompt_ids)
+    return ids

@@ -1,0 +1,192 @@
+"""Generation: exact, from every form of a model, with prompts as in training."""
+
+import json
+
+import pytest
+import torch
+
+from nemo_lmpo.convert.conversion import plan, write_huggingface
+from nemo_lmpo.convert.model_files import open_model
+from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
+from nemo_lmpo.generate.__main__ import main
+from nemo_lmpo.generate.engine import Sampling, load_generator, newest_checkpoint
+from nemo_lmpo.generate.in_process import save_policy
+from nemo_lmpo.generate.prompts import Prompt, encode_prompts, read_prompts
+from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.recipe import config_as_dict, load_recipe
+from nemo_lmpo.training.run_directory import RunDirectory
+from nemo_lmpo.training.session import TrainingSession, distributed_session
+from nemo_lmpo.training.start_weights import find_start
+
+OVERRIDES = [
+    "model.global_batch_size=16",
+    "model.architecture.hidden_size=64",
+    "model.architecture.intermediate_size=128",
+    "model.architecture.num_hidden_layers=2",
+    "data.train.limit=64",
+    "data.validation.path=null",
+    "optim.lr=3e-3",
+    "trainer.max_steps=12",
+    "trainer.num_threads=1",
+    "checkpoint.save_interval=0",
+    "logging.tensorboard=false",
+    "logging.report=false",
+    "logging.progress_bar=false",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, the ids of its prompts, and the policy as saved from the process that trained it."""
+    root = tmp_path_factory.mktemp("generate")
+    config = load_recipe("sft_tiny", [*OVERRIDES, f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}"])
+    start = find_start(config.model)
+    directory = RunDirectory(config, config_as_dict(config))
+    directory.create()
+    with distributed_session(config, LaunchInfo()) as (groups, device):
+        session = TrainingSession(config, start, directory, LaunchInfo(), groups, device)
+        session.train(0.0)
+        save_policy(session.model, session.data.tokenizer, root / "policy")
+        pairs = [session.data.train[index] for index in range(6)]
+        texts = [row.split("<user>")[1].split("<assistant>")[0].strip() for row in map(_prompt_text(session), pairs)]
+    return root, [pair.prompt_ids for pair in pairs], texts
+
+
+def _prompt_text(session):
+    return lambda pair: session.data.tokenizer.decode(pair.prompt_ids)
+
+
+def greedy_by_hand(generator, prompt, most):
+    """The definition: the likeliest next token, one at a time, no cache and no padding."""
+    ids = list(prompt)
+    for _ in range(most):
+        with torch.inference_mode():
+            logits = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] in generator.stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+def test_greedy_is_the_likeliest_token_each_time(run):
+    root, prompts, _ = run
+    generator = load_generator(root / "run")
+    responses = generator.respond(prompts, Sampling(max_new_tokens=12, batch_size=4))
+    assert [response.token_ids for response in responses] == [greedy_by_hand(generator, ids, 12) for ids in prompts]
+    for response in responses:
+        assert response.finished == (response.token_ids[-1] in generator.stop_ids)
+        assert "<" not in response.text  # special tokens are no text
+
+
+def test_every_form_of_the_model_answers_alike(run):
+    root, prompts, _ = run
+    write_huggingface(plan(open_model(newest_checkpoint(root / "run")), root / "hf"))
+    sampling = Sampling(max_new_tokens=10)
+    forms = [root / "run", newest_checkpoint(root / "run"), root / "hf", root / "policy"]
+    answers = [load_generator(form).respond(prompts, sampling) for form in forms]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_sampling_repeats_with_its_seed_only(run):
+    root, prompts, _ = run
+    generator = load_generator(root / "run")
+
+    def sample(seed):
+        return generator.respond(prompts, Sampling(max_new_tokens=12, temperature=2.0, seed=seed))
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_temperature_near_zero_is_greedy(run):
+    root, prompts, _ = run
+    generator = load_generator(root / "run")
+    cold = generator.respond(prompts, Sampling(max_new_tokens=8, temperature=1e-4))
+    assert cold == generator.respond(prompts, Sampling(max_new_tokens=8))
+
+
+def test_prompts_are_encoded_as_in_training(run):
+    root, ids, texts = run
+    generator = load_generator(root / "run")
+    prompts = [Prompt("here", text, [{"role": "user", "content": text}]) for text in texts]
+    assert encode_prompts(prompts, generator.encoder) == ids
+
+
+def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
+    root, _, texts = run
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    messages = [{"role": "user", "content": texts[1]}]
+    prompts.write_text(json.dumps({"prompt": texts[0]}) + "\n\n" + json.dumps({"prompt": messages, "x": 1}) + "\n")
+    common = ["--checkpoint", str(root / "run"), "--prompts", str(prompts), "--max-new-tokens", "5", "--quiet"]
+    assert main([*common, "--output", str(output)]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [texts[0], messages]
+    assert all(1 <= line["tokens"] <= 5 for line in lines)
+    assert main([*common, "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\n{nope', "line 2 is not JSON"),
+        ('{"question": "a"}', "line 1 has no field `prompt`"),
+        ('{"prompt": 3}', "neither text nor a list of messages"),
+        ('{"prompt": [{"role": "usr", "content": "a"}]}', "`role` of system, user, assistant"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}', "does not end with a text of the user"),
+        ('{"prompt": " "}', "does not end with a text of the user"),
+    ],
+)
+def test_bad_prompts_name_the_line(tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompts(path)
+
+
+def test_bad_prompts_file(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_prompts(tmp_path / "nothing.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_prompts(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"temperature": -1.0}, "--temperature -1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k -1"),
+        ({"top_p": 0.5}, "no effect without --temperature"),
+    ],
+)
+def test_bad_sampling_names_the_option(values, option):
+    with pytest.raises(ConfigError, match=option):
+        Sampling(**values).validate()
+
+
+def test_bad_checkpoints(tmp_path, run):
+    with pytest.raises(CheckpointError, match="is no model"):
+        load_generator(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_generator(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            load_generator(run[0] / "run", device="cuda")
+
+
+def test_too_long_for_the_positions(run):
+    root, prompts, _ = run
+    with pytest.raises(DataError, match="more than the model's 128 positions"):
+        load_generator(root / "run").respond(prompts, Sampling(max_new_tokens=128))
+
+
+def test_command_reports_errors_in_one_line(tmp_path, capsys):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    assert main(["--checkpoint", str(tmp_path / "none"), "--prompts", str(prompts)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
