@@ -55,7 +55,9 @@ def find_start(model: ModelConfig, *, fetch: bool = True) -> StartPoint:
     directory = local_directory(path)
     found = read_architecture(directory)
     if model.architecture is not None:
-        _refuse_other_sizes(found, _expected(model.architecture), path)
+        # A recipe may leave the vocabulary to the tokenizer.
+        expected = _expected({"vocab_size": found.vocab_size, **model.architecture})
+        _refuse_other_sizes(found, expected, path)
     return StartPoint(found, model.tokenizer or str(directory), directory)
 
 

@@ -47,6 +47,7 @@ def test_every_group_file_is_used_or_can_be_chosen():
 def test_all_settings_and_methods_of_the_paper_are_there():
     assert {f"{method}_{setting}" for method in METHODS for setting in SETTINGS} <= set(recipe_names(recipes_dir()))
     assert {f"{method}_tiny" for method in LOSSES} <= set(recipe_names(recipes_dir()))
+    assert {f"{method}_smollm2_135m" for method in METHODS} <= set(recipe_names(recipes_dir()))
 
 
 # The paper's Table 5 and Appendix D; gamma from SimPO's README.
