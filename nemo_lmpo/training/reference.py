@@ -116,16 +116,23 @@ class ReferenceKey:
 def weights_fingerprint(start: StartPoint, seed: int) -> str:
     """A hash over the content of the start's weight files, or of what random weights are made from."""
     digest = hashlib.sha256(repr(start.architecture).encode())
-    if start.directory is None:
+    if start.path is None:
         digest.update(f"random {seed}".encode())
         return digest.hexdigest()
     # The path is no part of it: a copied model is the same model.
-    for path in sorted(start.directory.glob("*.safetensors")):
+    for path in _weight_files(start.path):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_HASH_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """An archive itself, or a directory's tensor files (Hugging Face or distributed checkpoint)."""
+    if path.is_file():
+        return [path]
+    return sorted(entry for entry in path.rglob("*") if entry.suffix in (".safetensors", ".distcp"))
 
 
 class ReferenceLogps:

@@ -131,8 +131,8 @@ class RunDirectory:
 
 def model_config(start: StartPoint) -> dict[str, Any]:
     """The Hugging Face config of the start as it was, or one made from the architecture."""
-    if start.directory is not None and (start.directory / "config.json").is_file():
-        original: dict[str, Any] = json.loads((start.directory / "config.json").read_text())
+    if start.side_files is not None and (start.side_files / "config.json").is_file():
+        original: dict[str, Any] = json.loads((start.side_files / "config.json").read_text())
         return original
     return architecture_to_hf(start.architecture)
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from nemo_lmpo.batch_job import read_batch_job
 from nemo_lmpo.config import Config
-from nemo_lmpo.convert.hf_source import HuggingFaceSource
 from nemo_lmpo.convert.load import load_model_weights
-from nemo_lmpo.convert.source import random_source
+from nemo_lmpo.convert.model_files import open_model
+from nemo_lmpo.convert.source import TensorSource, random_source
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.sampler import PairSampler
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer, padding_id
@@ -94,8 +94,8 @@ def load_data(config: Config, start: StartPoint) -> LoadedData:
 
 def load_start_weights(chunks: list[PackedGPTModel], groups: ParallelGroups, start: StartPoint, seed: int) -> None:
     """Fill a model with the start's weights; each rank reads its own part."""
-    if start.directory is not None:
-        source: Any = HuggingFaceSource(start.directory)
+    if start.path is not None:
+        source: TensorSource = open_model(start.path).source
     else:
         source = random_source(start.architecture, seed)
     load_model_weights(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.architecture import Architecture, architecture_from_hf, read_architecture
 from nemo_lmpo.config import ModelConfig
+from nemo_lmpo.convert.hub import local_model
 from nemo_lmpo.errors import CheckpointError, ConfigError
 
 
@@ -18,8 +22,10 @@ class StartPoint:
     architecture: Architecture
     tokenizer: str
     """Directory, hub name or `builtin:NAME`."""
-    directory: Path | None
-    """Weights on disk; None: random ones."""
+    path: Path | None = None
+    """Weights on disk, in any form that conversion reads; None: random ones."""
+    side_files: Path | None = None
+    """Directory with the model's own `config.json`."""
 
 
 SIZES = (
@@ -51,14 +57,31 @@ def find_start(model: ModelConfig, *, fetch: bool = True) -> StartPoint:
         return _random_start(model)
     path = model.restore_from_path
     if not fetch and model.architecture is not None and not Path(path).expanduser().exists():
-        return StartPoint(_expected(model.architecture), model.tokenizer or path, None)
-    directory = local_directory(path)
-    found = read_architecture(directory)
+        return StartPoint(_expected(model.architecture), model.tokenizer or path)
+    try:
+        local, _ = local_model(path)
+        found, side_files = _open(local)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.restore_from_path: {error}") from None
     if model.architecture is not None:
         # A recipe may leave the vocabulary to the tokenizer.
         expected = _expected({"vocab_size": found.vocab_size, **model.architecture})
         _refuse_other_sizes(found, expected, path)
-    return StartPoint(found, model.tokenizer or str(directory), directory)
+    return StartPoint(found, model.tokenizer or str(side_files), local, side_files)
+
+
+def _open(path: Path) -> tuple[Architecture, Path]:
+    """The architecture, and a directory with config and tokenizer."""
+    from nemo_lmpo.convert.model_files import TRAINING_CONFIG, open_model
+
+    if (path / "config.json").is_file() and not (path / TRAINING_CONFIG).exists():
+        return read_architecture(path), path
+    # The other forms keep these files in places where transformers does not look, a `.nemo` inside the archive.
+    model = open_model(path)
+    directory = Path(tempfile.mkdtemp(prefix="nemo_lmpo_start_"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    model.save_side_files(directory)
+    return model.architecture, directory
 
 
 def _expected(architecture: dict[str, Any]) -> Architecture:
@@ -92,27 +115,4 @@ def _random_start(model: ModelConfig) -> StartPoint:
         from nemo_lmpo.data.tokenizer import load_tokenizer
 
         settings["vocab_size"] = len(load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code))
-    return StartPoint(architecture_from_hf(settings, origin="model.architecture"), model.tokenizer, None)
-
-
-def local_directory(path: str) -> Path:
-    """A directory as it is, or a hub model brought to the local cache.
-
-    Raises:
-        CheckpointError: neither exists.
-    """
-    directory = Path(path).expanduser()
-    if directory.exists():
-        return directory
-    if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise CheckpointError(f"model.restore_from_path={path} does not exist; give a model directory or a hub name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model.restore_from_path={path} is no local directory and cannot be fetched from the hub ({reason}); "
-            f"give a directory, or log in and check the name"
-        ) from None
+    return StartPoint(architecture_from_hf(settings, origin="model.architecture"), model.tokenizer)
