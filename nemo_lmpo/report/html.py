@@ -41,6 +41,9 @@ table.numbers tbody th { white-space: nowrap; }
 table.settings th { font: 0.84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: nowrap; }
 table.settings th, table.settings td { padding-top: 3px; padding-bottom: 3px; }
 table.settings td { overflow-wrap: anywhere; min-width: 7em; }
+table.claims th { font-weight: 500; min-width: 15em; }
+table.claims td:nth-child(3) { font-weight: 600; white-space: nowrap; }
+ul.notes { color: var(--muted); font-size: 0.9rem; margin: 4px 0 20px; padding-left: 20px; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--muted); font-size: 0.9rem; }
 pre { overflow-x: auto; font: 0.8rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -57,7 +60,7 @@ def escape(text: object) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], *, header: Sequence[object] = (), kind: str) -> str:
-    """A table whose first column names the rows; ``kind`` is `numbers` or `settings`."""
+    """A table whose first column names the rows; ``kind`` is `numbers`, `settings` or `claims`."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"

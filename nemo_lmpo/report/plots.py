@@ -328,7 +328,8 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> N
     _panel_legend(axes, lines, extra, theme, several=len(runs) > 1)
 
 
-def _png(canvas: FigureCanvasAgg) -> bytes:
+def picture_bytes(canvas: FigureCanvasAgg) -> bytes:
+    """A figure as a small PNG."""
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -361,7 +362,7 @@ def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | Non
         figure.align_ylabels(grid[:, 0])
         if len(runs) > 1:
             _figure_legend(figure, panels, runs, theme)
-        return _png(canvas)
+        return picture_bytes(canvas)
 
 
 def draw_all(runs: Sequence[Run], theme: Theme = LIGHT, charts: Sequence[Chart] = CHARTS) -> list[Picture]:

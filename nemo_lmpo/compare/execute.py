@@ -1,0 +1,161 @@
+"""Trains and measures the runs that are not finished yet, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from nemo_lmpo.compare.plan import RunPlan
+from nemo_lmpo.compare.scales import Scale
+from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.training.progress import format_duration
+
+LOG_FILE = "train.log"
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = False) -> list[RunPlan]:
+    """Finish all runs.
+
+    Args:
+        plans: runs; finished ones are passed over, and one that was cut off resumes.
+        scale: how they are started and measured.
+        jobs: how many at a time.
+        quiet: no bar.
+
+    Returns:
+        The runs that failed; their log says why.
+    """
+    waiting = [plan for plan in dict.fromkeys(plans) if not plan.finished]
+    done = len(dict.fromkeys(plans)) - len(waiting)
+    if not waiting:
+        return []
+    if not scale.separate:
+        _import_all()
+    failed = []
+    active: dict[Any, tuple[Any, RunPlan, float]] = {}
+    hidden = True if quiet else None
+    with logging_redirect_tqdm(), tqdm(total=len(waiting) + done, initial=done, unit="run", disable=hidden) as bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    plan = waiting.pop(0)
+                    process = _begin(plan, scale)
+                    active[process.sentinel] = (process, plan, time.monotonic())
+                for sentinel in wait(list(active)):
+                    process, plan, started = active.pop(sentinel)
+                    process.join()
+                    if process.exitcode:
+                        failed.append(plan)
+                    _report(plan, process.exitcode, time.monotonic() - started)
+                    bar.update()
+        finally:
+            for process, _, _ in active.values():
+                process.terminate()
+                process.join()
+    return failed
+
+
+def make_start_model(plan: RunPlan, scale: Scale, *, quiet: bool) -> None:
+    """Train the start model and write it as a Hugging Face directory `hf/` in its run's directory.
+
+    Raises:
+        TrainingError: it could not be trained.
+    """
+    from nemo_lmpo.convert.conversion import plan as plan_conversion
+    from nemo_lmpo.convert.conversion import write_huggingface
+    from nemo_lmpo.convert.model_files import open_model
+    from nemo_lmpo.generate.engine import newest_checkpoint
+
+    if not plan.finished:
+        _logger.info("training the start model")
+        if execute([plan], scale, jobs=1, quiet=quiet):
+            raise TrainingError(f"the start model could not be trained; see {plan.directory / LOG_FILE}")
+    output = plan.directory / "hf"
+    if not output.exists():
+        write_huggingface(plan_conversion(open_model(newest_checkpoint(plan.directory)), output))
+
+
+def _report(plan: RunPlan, exit_code: int, seconds: float) -> None:
+    what = f"{plan.variant.label}, seed {plan.seed}"
+    if exit_code:
+        _logger.error("failed: %s (exit status %d; see %s)", what, exit_code, plan.directory / LOG_FILE)
+    else:
+        _logger.info("finished: %s in %s", what, format_duration(seconds))
+
+
+def _import_all() -> None:
+    """Import once what every run needs; the processes below inherit it."""
+    # The libraries remark at length on what is not installed; each run's log has that, too.
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        import nemo_lmpo.compare.measure
+        import nemo_lmpo.generate.engine
+        import nemo_lmpo.train
+        import nemo_lmpo.training.session  # noqa: F401
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _begin(plan: RunPlan, scale: Scale) -> Any:
+    # Forked, so that tiny runs do not import for longer than they train; nothing here has touched a GPU yet.
+    context: Any = multiprocessing.get_context("spawn" if scale.separate else "fork")
+    process = context.Process(target=_run, args=(plan, scale))
+    process.start()
+    return process
+
+
+def _run(plan: RunPlan, scale: Scale) -> None:
+    """Train and measure one run; what it prints goes to its log."""
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    log = os.open(plan.directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _log_to_standard_error()
+    status = _train_separately(plan) if scale.separate else _train_here(plan)
+    if status == 0:
+        from nemo_lmpo.compare.measure import measure
+
+        measure(plan.directory, scale)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _log_to_standard_error() -> None:
+    """Forget the parent's bar and handlers."""
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    for handler in list(logging.getLogger().handlers):
+        logging.getLogger().removeHandler(handler)
+
+
+def _train_here(plan: RunPlan) -> int:
+    from nemo_lmpo.train import main
+
+    return main([*plan.arguments(), "logging.progress_bar=false"])
+
+
+def _train_separately(plan: RunPlan) -> int:
+    launcher = Path(sys.executable).with_name("torchrun")
+    command = [str(launcher), "--nproc-per-node", str(plan.devices), "-m", "nemo_lmpo.train", *plan.arguments()]
+    return subprocess.run(command, check=False).returncode

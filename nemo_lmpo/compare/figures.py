@@ -1,0 +1,121 @@
+"""Pictures of a comparison: curves averaged over seeds, and the measures side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nemo_lmpo.compare.results import Values, estimate, of_variant
+from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
+from nemo_lmpo.report.charts import Chart, Curve, Panel
+from nemo_lmpo.report.plots import DARK, LIGHT, Theme, draw, picture_bytes
+from nemo_lmpo.report.read import VALIDATION, Metrics, Run, Series
+
+MARGIN_METRIC = "logps/margin"
+
+CURVES: dict[str, Chart] = {
+    "logps": Chart(
+        "logps",
+        "Log-probabilities during training",
+        "Mean log-probability of a response token: chosen above, rejected below. All runs see the same pairs in the "
+        "same order. Lines: training batches; dots: held-out pairs.",
+        (
+            Panel("chosen (nats/token)", (Curve("logps/chosen", "chosen", "chosen"),)),
+            Panel("rejected (nats/token)", (Curve("logps/rejected", "rejected", "rejected"),)),
+        ),
+    ),
+    "margin": Chart(
+        "margin",
+        "Margin during training",
+        "Chosen less rejected log-probability of a token: the same for all methods, unlike their rewards.",
+        (Panel("margin (nats/token)", (Curve(MARGIN_METRIC, "margin", "margin"),), reference=(0.0, "no preference")),),
+    ),
+}
+
+
+def average(label: str, metrics: Sequence[Metrics]) -> Run:
+    """The mean over seeds as one run; steps that a seed does not have are left out."""
+    series: dict[str, Series] = {}
+    with_margin = [_with_margin(found) for found in metrics]
+    for name in with_margin[0]:
+        parts = [
+            dict(zip(found[name].steps, found[name].values, strict=True)) for found in with_margin if name in found
+        ]
+        if len(parts) < len(metrics):
+            continue
+        steps = sorted(set.intersection(*(set(part) for part in parts)))
+        series[name] = Series(steps, [math.fsum(part[step] for part in parts) / len(parts) for step in steps])
+    return Run(label, Metrics(series, max(found.last_step for found in metrics)))
+
+
+def _with_margin(metrics: Metrics) -> dict[str, Series]:
+    series = dict(metrics.series)
+    for prefix in ("", VALIDATION):
+        chosen, rejected = series.get(f"{prefix}logps/chosen"), series.get(f"{prefix}logps/rejected")
+        if chosen is not None and rejected is not None:
+            differences = [a - b for a, b in zip(chosen.values, rejected.values, strict=True)]
+            series[f"{prefix}{MARGIN_METRIC}"] = Series(chosen.steps, differences)
+    return series
+
+
+def curve_pictures(chart: Chart, runs: Sequence[Run]) -> tuple[bytes, bytes] | None:
+    """The chart in light and dark, or None without data."""
+    if not runs:
+        return None
+    light, dark = draw(chart, runs, LIGHT), draw(chart, runs, DARK)
+    return (light, dark) if light is not None and dark is not None else None
+
+
+def measure_pictures(suite: Suite, values: Values) -> tuple[bytes, bytes] | None:
+    """Every measure of a suite as a row of dots with standard errors, in light and dark."""
+    shown = [name for name in suite.measures if name != "chosen_change" and _has(suite, values, name)]
+    if not shown:
+        return None
+    return _measures(suite, values, shown, LIGHT), _measures(suite, values, shown, DARK)
+
+
+def _has(suite: Suite, values: Values, name: str) -> bool:
+    return sum(bool(of_variant(values, variant, name)) for variant in suite.variants) > 1
+
+
+def _measures(suite: Suite, values: Values, names: Sequence[str], theme: Theme) -> bytes:
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    height = rows * (0.75 + 0.27 * len(suite.variants))
+    figure = Figure(figsize=(3.1 * columns + 1.6, height), dpi=160, facecolor=theme.background, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place < len(names):
+            _dots(axes, suite.variants, values, names[place], theme)
+        else:
+            axes.set_visible(False)
+    return picture_bytes(canvas)
+
+
+def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str, theme: Theme) -> None:
+    for row, variant in enumerate(variants):
+        found = estimate(list(of_variant(values, variant, name).values()))
+        if found is None:
+            continue
+        color = theme.roles["neutral"] if variant == START else theme.runs[0]
+        axes.errorbar(
+            found.mean, row, xerr=found.error, fmt="o", color=color, markersize=5, elinewidth=1.6, capsize=3, zorder=3
+        )
+        if variant == START:
+            axes.axvline(found.mean, color=theme.muted, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+    axes.set_facecolor(theme.background)
+    axes.set_title(f"{MEASURES[name].label} ({MEASURES[name].unit.split(',')[0].split(' of ')[0]})", fontsize=9)
+    axes.title.set_color(theme.text)
+    axes.set_yticks(range(len(variants)), [variant.label for variant in variants])
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+    axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.12)
+    for side in axes.spines.values():
+        side.set_visible(False)

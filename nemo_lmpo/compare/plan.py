@@ -1,0 +1,92 @@
+"""Which runs a comparison needs; runs that several suites share are made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.compare.scales import Scale
+from nemo_lmpo.compare.suites import START, Suite, Variant
+from nemo_lmpo.config import Config
+from nemo_lmpo.recipe import config_as_dict, load_recipe
+
+FIRST_SEED = 42
+MEASURED_FILE = "measured.json"
+# What a run is called and shown like does not change what comes out of it.
+_NO_IDENTITY = ("name", "run_dir", "logging", "dry_run", "traceback")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One training run."""
+
+    variant: Variant
+    recipe: str
+    overrides: tuple[str, ...]
+    seed: int
+    directory: Path
+    devices: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained and measured."""
+        return (self.directory / MEASURED_FILE).is_file()
+
+    def arguments(self) -> list[str]:
+        """For `nemo_lmpo.train`."""
+        return ["--config-name", self.recipe, *self.overrides, f"model.seed={self.seed}", f"run_dir={self.directory}"]
+
+
+def start_run(scale: Scale, root: Path) -> RunPlan | None:
+    """The SFT run that makes the start model, where the scale has none of its own."""
+    if not scale.start:
+        return None
+    variant = Variant("start", "sft")
+    return _plan(variant, scale.recipe("sft"), scale.start, FIRST_SEED, root, "start")
+
+
+def plan_runs(
+    suites: Sequence[Suite], scale: Scale, root: Path, *, seeds: int, start_model: Path | None, extra: Sequence[str]
+) -> dict[tuple[Variant, int], RunPlan]:
+    """The run of each variant and seed.
+
+    Args:
+        suites: what is compared.
+        scale: how large.
+        root: where runs lie.
+        seeds: how many orders of the data; the start model counts once, as its run does not train.
+        start_model: weights that all runs start from; None: the recipe's.
+        extra: the user's own overrides of every run.
+    """
+    common = [*scale.overrides, *extra]
+    if start_model is not None:
+        common.insert(0, f"model.restore_from_path={start_model}")
+    runs: dict[tuple[Variant, int], RunPlan] = {}
+    for variant in dict.fromkeys(variant for suite in suites for variant in suite.variants):
+        overrides = (*common, *variant.overrides)
+        first = _plan(variant, scale.recipe(variant.method), overrides, FIRST_SEED, root, variant.method)
+        for seed in range(FIRST_SEED, FIRST_SEED + (1 if variant == START else seeds)):
+            runs[variant, seed] = dataclasses.replace(first, seed=seed, directory=_of_seed(first.directory, seed))
+    return runs
+
+
+def _of_seed(directory: Path, seed: int) -> Path:
+    return directory.parent / f"seed{seed}"
+
+
+def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], seed: int, root: Path, name: str) -> RunPlan:
+    config = load_recipe(recipe, overrides)
+    directory = root / f"{name}-{identity(config)}" / f"seed{seed}"
+    return RunPlan(variant, recipe, overrides, seed, directory, config.trainer.devices * config.trainer.num_nodes)
+
+
+def identity(config: Config) -> str:
+    """A hash of everything but the seed that decides what a run learns or costs."""
+    values: dict[str, Any] = {key: value for key, value in config_as_dict(config).items() if key not in _NO_IDENTITY}
+    values["model"] = {**values["model"], "seed": None}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]

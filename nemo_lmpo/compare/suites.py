@@ -1,0 +1,238 @@
+"""What is compared with what, and what the paper says comes out. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One contender: a method of the scale's recipes, and what is different from it."""
+
+    label: str
+    method: str
+    overrides: tuple[str, ...] = ()
+
+
+START = Variant("start model", "sft", ("optim.lr=0", "trainer.max_steps=1"))
+"""The model before preference optimisation, measured as all others: a run of one step that changes nothing."""
+LMPO = Variant("LMPO", "lmpo")
+SIMPO = Variant("SimPO", "simpo")
+DPO = Variant("DPO", "dpo")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something the paper says: ``measure`` of ``high`` is above that of ``low``."""
+
+    text: str
+    source: str
+    measure: str
+    high: Variant
+    low: Variant
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One figure or table of the paper."""
+
+    name: str
+    title: str
+    about: str
+    variants: tuple[Variant, ...]
+    measures: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    curves: tuple[str, ...] = field(default=("logps", "margin"))
+    """Charts over the steps."""
+
+
+def with_lambda(value: str, *more: str, label: str = "LMPO") -> Variant:
+    """LMPO with another weight of the margin."""
+    return Variant(f"{label}, λ = {value}", "lmpo", (f"loss.lam={value}", *more))
+
+
+LOW, MIDDLE, HIGH = (with_lambda(value) for value in ("0.05", "0.2", "1.0"))
+_CODE = "loss.compat=released_code"
+CODE_LOW, CODE_HIGH = (with_lambda(value, _CODE, label="released code") for value in ("0.05", "1.0"))
+NO_Z_SCORE = Variant("without Z-score", "lmpo", ("loss.z_score=false",))
+NO_AVERAGE = Variant("without average length", "lmpo", ("loss.average_length_normalization=false",))
+LOG, CUBE, SIGMOID = (
+    Variant(f"{name} margin", "lmpo", (f"loss.margin={name}",)) for name in ("log", "cube", "sigmoid")
+)
+DPO_IN_MEMORY = Variant("DPO, reference in memory", "dpo", ("model.reference_in_memory=true",))
+
+QUALITY = ("accuracy", "margin", "chosen", "chosen_change", "rejected", "length", "finished", "right")
+
+_SHORTER = Claim("LMPO answers shorter than SimPO (length controlled)", "Sec. 4.2, Table 1", "length", SIMPO, LMPO)
+_KEPT = Claim(
+    "LMPO keeps the log-probability of chosen answers higher than SimPO", "Sec. 5.1, Figure 2", "chosen", LMPO, SIMPO
+)
+_WIDENED = Claim("LMPO widens the margin between chosen and rejected", "Sec. 5.1, Figure 2", "margin", LMPO, START)
+
+FIGURE2 = Suite(
+    "figure2",
+    "Figure 2: log-probabilities of chosen and rejected answers, LMPO against SimPO",
+    "The paper argues that LMPO's margin term holds back the fall of both log-probabilities that SimPO shows, while "
+    "the distance between them still grows.",
+    (START, LMPO, SIMPO),
+    ("chosen", "chosen_change", "rejected", "margin", "accuracy", "length", "finished", "right"),
+    (
+        _KEPT,
+        Claim(
+            "and that of rejected answers, too: it constrains both",
+            "Sec. 5.1, Figure 2",
+            "rejected",
+            LMPO,
+            SIMPO,
+        ),
+        _WIDENED,
+        _SHORTER,
+    ),
+)
+
+_LAMBDA_CLAIMS = (
+    Claim(
+        "A larger λ makes the log-probability of chosen answers fall faster", "Sec. 5.2, Figure 3", "chosen", LOW, HIGH
+    ),
+    Claim("A larger λ makes answers shorter", "Sec. 5.2, Table 3", "length", LOW, HIGH),
+)
+
+FIGURE3 = Suite(
+    "figure3",
+    "Figure 3: log-probability of chosen answers under three values of λ",
+    "λ weighs the normalised margin in the loss. Curves of one colour family differ in nothing else.",
+    (START, LOW, MIDDLE, HIGH),
+    ("chosen", "chosen_change", "rejected", "margin"),
+    _LAMBDA_CLAIMS[:1],
+)
+
+TABLE3 = Suite(
+    "table3",
+    "Table 3: what λ does to answers",
+    "The paper reports AlpacaEval 2 win rates, which need a judge; here are held-out accuracy, margin and the length "
+    "of greedy answers.",
+    (START, LOW, MIDDLE, HIGH),
+    QUALITY,
+    _LAMBDA_CLAIMS[1:],
+    (),
+)
+
+TABLE2 = Suite(
+    "table2",
+    "Table 2: LMPO's parts taken away or replaced",
+    "Without the Z-score the margin enters as it is; without average-length normalisation probabilities are those of "
+    "an average token. The three other margins are the paper's, their constants the authors' (see docs/losses.md).",
+    (START, LMPO, NO_Z_SCORE, NO_AVERAGE, LOG, CUBE, SIGMOID),
+    QUALITY,
+    (
+        Claim("Without the Z-score the result is worse", "Sec. 4.2, Table 2", "accuracy", LMPO, NO_Z_SCORE),
+        Claim("Without average-length normalisation it is worse", "Sec. 4.2, Table 2", "accuracy", LMPO, NO_AVERAGE),
+        Claim("Without the Z-score answers are shorter", "Sec. 4.2, Table 2", "length", LMPO, NO_Z_SCORE),
+        Claim(
+            "Without average-length normalisation answers are shorter", "Sec. 4.2, Table 2", "length", LMPO, NO_AVERAGE
+        ),
+        *(
+            Claim(f"LMPO's margin answers longer than the {name}", "Sec. 4.2, Table 2", "length", LMPO, other)
+            for name, other in (("log margin", LOG), ("cube margin", CUBE), ("sigmoid margin", SIGMOID))
+        ),
+    ),
+)
+
+TABLE1 = Suite(
+    "table1",
+    "Table 1: all methods",
+    "The paper reports AlpacaEval 2 and Arena-Hard, which need a judge; here are held-out accuracy, margin, likelihood "
+    "and the length of greedy answers. SFT goes on with fine-tuning on the chosen answers; the paper's SFT rows are "
+    "the start model.",
+    (
+        START,
+        Variant("SFT", "sft"),
+        DPO,
+        Variant("SLiC", "slic"),
+        Variant("IPO", "ipo"),
+        Variant("CPO", "cpo"),
+        Variant("KTO", "kto"),
+        SIMPO,
+        LMPO,
+    ),
+    QUALITY,
+    (
+        _SHORTER,
+        _KEPT,
+        _WIDENED,
+        Claim("LMPO separates held-out pairs better than the start", "Sec. 4.2, Table 1", "accuracy", LMPO, START),
+    ),
+    (),
+)
+
+TABLE6 = Suite(
+    "table6",
+    "Table 6: peak memory",
+    "DPO keeps a second, frozen model in memory in the paper. This project computes its log-probabilities before "
+    "training by default, shown as plain DPO.",
+    (DPO_IN_MEMORY, DPO, SIMPO, LMPO),
+    ("memory", "seconds"),
+    (
+        Claim("DPO with its reference model takes more memory than SimPO", "Table 6", "memory", DPO_IN_MEMORY, SIMPO),
+        Claim("and more than LMPO", "Table 6", "memory", DPO_IN_MEMORY, LMPO),
+    ),
+    (),
+)
+
+COMPAT = Suite(
+    "compat",
+    "The printed equations against the released code",
+    "The released trainer takes the margin as a constant, halves it, and normalises it by statistics that start at "
+    "zero without correction and move before each micro-batch. The paper derives the gradient through the margin "
+    "(Appendix A).",
+    (START, LOW, HIGH, CODE_LOW, CODE_HIGH),
+    QUALITY,
+    (
+        Claim(
+            "Printed equations: a larger λ holds the chosen log-probability up, as Sec. 5.1 argues",
+            "Sec. 5.1, Appendix A",
+            "chosen",
+            HIGH,
+            LOW,
+        ),
+        Claim(
+            "Released code: a larger λ makes it fall faster, as Figure 3 shows",
+            "Figure 3",
+            "chosen",
+            CODE_LOW,
+            CODE_HIGH,
+        ),
+        Claim(
+            "Released code: a larger λ makes answers shorter, as Table 3 shows",
+            "Table 3",
+            "length",
+            CODE_LOW,
+            CODE_HIGH,
+        ),
+    ),
+)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (FIGURE2, FIGURE3, TABLE1, TABLE2, TABLE3, TABLE6, COMPAT)}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that runs are compared by."""
+
+    label: str
+    unit: str
+    digits: int
+
+
+MEASURES: dict[str, Measure] = {
+    "accuracy": Measure("accuracy", "% of held-out pairs ranked right by the method's own reward", 1),
+    "margin": Measure("margin", "nats per token, chosen less rejected, held out", 3),
+    "chosen": Measure("chosen log-probability", "nats per token, held out", 3),
+    "chosen_change": Measure("its change", "nats per token since the start", 3),
+    "rejected": Measure("rejected log-probability", "nats per token, held out", 3),
+    "length": Measure("answer length", "tokens of greedy answers to held-out prompts", 1),
+    "finished": Measure("finished", "% of greedy answers that end before the limit", 1),
+    "right": Measure("right", "% of greedy answers with the right letters in order", 1),
+    "memory": Measure("peak memory", "GiB of one process", 3),
+    "seconds": Measure("step", "seconds, median", 2),
+}
