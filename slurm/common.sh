@@ -228,19 +228,22 @@ on_usr1() {
     scancel --signal=USR1 "$SLURM_JOB_ID" # the processes, not this script
 }
 
-# Slurm itself sends TERM to the processes as well; with `scancel --batch --signal=TERM` only this script gets it.
+# Ending a job, Slurm sends TERM to the processes as well; `scancel --batch --signal=TERM` reaches this script only.
 on_term() {
-    local state
-    state=$(job_field JobState)
-    say "TERM (the job is $state): saving"
-    if [ "$state" = RUNNING ] && ! is_preempted; then
+    if [ "$(job_field JobState)" = RUNNING ] && ! is_preempted; then
+        say "TERM: saving, then the job ends"
         scancel --signal=TERM "$SLURM_JOB_ID"
+    else
+        say "TERM: Slurm ends this turn of the job; saving, if there is time"
     fi
 }
 
+# With a grace time, a preempted job still counts as running.
 is_preempted() {
-    case $(job_field PreemptTime) in '' | None | N/A) [ "$(job_field JobState)" = PREEMPTED ] ;; esac
+    case $(job_field PreemptTime) in '' | None | N/A) return 1 ;; esac
 }
+
+time_is_over() { [ -n "$NEMO_LMPO_JOB_END" ] && [ "$(date +%s)" -ge "$NEMO_LMPO_JOB_END" ]; }
 
 # The trainer leaves in `outcome` how it ended: "done", "stopped REASON", "refused" (an error that a repetition would
 # meet again) or nothing (it crashed, or was killed).
@@ -258,7 +261,11 @@ conclude() { # STATUS
             last_error
             exit 1 ;;
     esac
-    if [ "$state" = CANCELLED ]; then
+    if [ "$(job_field Restarts)" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+        say "${outcome:-killed}; Slurm starts the job again (preempted, a node failed, or scontrol requeue)"
+        exit 0
+    fi
+    if [ "$state" != RUNNING ] && ! time_is_over; then
         say "cancelled (${outcome:-killed before it could save}); not requeued"
         exit 1
     fi
@@ -285,7 +292,9 @@ requeue() { # REASON
     scontrol requeue "$SLURM_JOB_ID" ||
         die "this cluster does not let jobs requeue themselves; submit the same line again to go on"
     # Slurm ends this script when it has noted that.
-    sleep 60
+    trap 'exit 0' TERM
+    sleep 60 &
+    wait $!
     exit 0
 }
 

@@ -46,7 +46,7 @@ ReturnToService=2
 EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
-KillWait=120
+KillWait=90
 SchedulerParameters=sched_interval=2
 StateSaveLocation={state}/ctld
 SlurmdSpoolDir={state}/spool/%n
@@ -78,10 +78,6 @@ start slurmctl slurmctld -D
 for k in $(seq "$nodes"); do start "node$k" slurmd -D -N "node$k"; done
 while :; do wait; sleep 1; done
 """
-
-
-class SlurmUnavailable(Exception):
-    """Why there can be no local Slurm here."""
 
 
 def why_unavailable() -> str | None:
@@ -127,7 +123,9 @@ class LocalSlurm:
     def environment(self) -> dict[str, str]:
         """For Slurm's commands; nothing of a cluster that the tests may run on."""
         clean = {
-            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_", "NEMO_"))
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_", "SRUN_", "NEMO_"))
         }
         return {**clean, "SLURM_CONF": str(self.state / "slurm.conf")}
 
@@ -145,19 +143,23 @@ class LocalSlurm:
         text = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_until_ended(self, job_id: str, seconds: float) -> dict[str, str]:
+    def wait_until_ended(self, job_id: str, seconds: float = 280) -> dict[str, str]:
         """Wait for a job's end, through requeues; its description."""
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + seconds
+        held_since: float | None = None
         while time.monotonic() < deadline:
             job = self.job(job_id)
-            # A job that is about to be requeued shows its last state for a moment.
-            if job.get("Reason") == "BeginTime":
-                # Slurm holds requeued jobs back for two minutes.
-                self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
-            if job.get("JobState") in final and job["JobState"] == self.job(job_id).get("JobState"):
+            if job.get("JobState") in final:
                 return job
-            time.sleep(0.5)
+            # Slurm holds requeued jobs back for two minutes. A few seconds are enough for the nodes to forget the
+            # turn before; without them they refuse the job.
+            held = job.get("JobState") == "PENDING" and job.get("Reason") == "BeginTime"
+            held_since = (held_since or time.monotonic()) if held else None
+            if held_since is not None and time.monotonic() - held_since > 4:
+                self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+                held_since = None
+            time.sleep(0.3)
         raise AssertionError(f"job {job_id} has not ended in {seconds:.0f} s: {self.job(job_id)}")
 
     def _write_files(self) -> None:
@@ -195,8 +197,8 @@ class LocalSlurm:
         init.write_text(_INIT)
         # Killed with its parent, and the namespace with it: nothing outlives even a killed test session.
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + ["--mount", "--uts", "bash", str(init), str(self.state), str(self.nodes)],
+            f"setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount-proc --mount --uts bash {init} {self.state} "
+            f"{self.nodes}".split(),
             env={"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", "SLURM_CONF": str(self.state / "slurm.conf")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

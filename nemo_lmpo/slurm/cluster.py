@@ -1,0 +1,63 @@
+"""The cluster's settings and the templates, as the login node sees them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_lmpo.errors import ConfigError
+
+_PREFIXES = ("SBATCH_", "NEMO_LMPO_")
+
+
+def templates_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the templates lie: inside an installed wheel, beside the package in a checkout, or as told.
+
+    Raises:
+        ConfigError: nowhere.
+    """
+    environ = os.environ if environ is None else environ
+    package = Path(__file__).resolve().parent
+    places = [package / "templates", package.parent.parent / "slurm"]
+    if "NEMO_LMPO_SLURM_DIR" in environ:
+        places = [Path(environ["NEMO_LMPO_SLURM_DIR"])]
+    for place in places:
+        if (place / "common.sh").is_file():
+            return place
+    raise ConfigError(
+        f"the templates are not in {places[-1]}; set NEMO_LMPO_SLURM_DIR to the folder slurm of a checkout"
+    )
+
+
+def settings_file(templates: Path, environ: Mapping[str, str] | None = None) -> Path | None:
+    """The user's copy of `cluster.env.example`; None if there is none.
+
+    Raises:
+        ConfigError: NEMO_LMPO_CLUSTER_ENV names a file that does not exist.
+    """
+    environ = os.environ if environ is None else environ
+    named = environ.get("NEMO_LMPO_CLUSTER_ENV")
+    path = Path(named) if named else templates / "cluster.env"
+    if path.is_file():
+        return path
+    if named:
+        raise ConfigError(f"NEMO_LMPO_CLUSTER_ENV={named} does not exist; copy slurm/cluster.env.example there")
+    return None
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The variables that a settings file exports for sbatch and the templates, as bash understands it.
+
+    Raises:
+        ConfigError: bash cannot read it.
+    """
+    done = subprocess.run(
+        ["bash", "-c", '. "$1" >&2 && env -0', "settings", str(path.resolve())], capture_output=True, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it ends with an error"]
+        raise ConfigError(f"{path} cannot be read ({lines[-1]}); it is a bash file, see cluster.env.example")
+    pairs = (entry.split("=", 1) for entry in done.stdout.decode(errors="replace").split("\0") if "=" in entry)
+    return {name: value for name, value in pairs if name.startswith(_PREFIXES)}

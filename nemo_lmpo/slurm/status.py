@@ -1,0 +1,156 @@
+"""How runs do, from what they leave in their directories and what Slurm says of their jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED
+from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.report.read import Metrics, Run, read_run
+
+_RECENT_STEPS = 50
+_COLUMNS = ("run", "state", "step", "loss", "val loss", "training left", "job", "restarts", "job left")
+_STATES = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "SUSPENDED": "suspended"}
+
+
+@dataclass(frozen=True)
+class QueueEntry:
+    """A job that Slurm has not finished with."""
+
+    state: str
+    reason: str
+    time_left: str
+
+
+def show_status(run_dirs: list[Path]) -> str:
+    """A table, one line a run.
+
+    Raises:
+        ConfigError: a directory that holds no run, or none at all.
+    """
+    found = run_dirs or find_runs(Path("runs"))
+    if not found:
+        raise ConfigError("there are no runs in ./runs; give their directories")
+    rows = [_COLUMNS, *(tuple(describe_run(path)) for path in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Directories of runs below ``root``, those of sweeps included; the ones with news first."""
+    places = [path for pattern in ("*", "*_sweep/*") for path in root.glob(pattern) if _is_run(path)]
+    return sorted(places, key=lambda path: -path.stat().st_mtime)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("metrics.jsonl", JOB_FILE))
+
+
+def describe_run(path: Path) -> list[str]:
+    """The cells of a run's line."""
+    if not _is_run(path):
+        raise ConfigError(f"{path} holds no run that has started; give the directory of a run, such as runs/RECIPE")
+    job = _read_job(path)
+    try:
+        run: Run | None = read_run(path)
+    except UserError:  # no step finished yet
+        run = None
+    job_id = str(job.get("job_id", ""))
+    entry = queue_entry(job_id) if job_id else None
+    step = "-"
+    if run is not None:
+        step = f"{run.metrics.last_step}/{run.total_steps or '?'}"
+    metrics = run.metrics if run is not None else None
+    return [
+        str(path),
+        _state(run, job, entry),
+        step,
+        _last(metrics, "loss"),
+        _last(metrics, "val/loss"),
+        _training_left(run),
+        job_id or "-",
+        str(job.get("restarts", "-")),
+        entry.time_left if entry is not None and entry.state == "RUNNING" else "-",
+    ]
+
+
+def _read_job(run_dir: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run_dir / JOB_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def queue_entry(job_id: str) -> QueueEntry | None:
+    """What `squeue` says of a job; None if it is not in the queue, or there is no Slurm here."""
+    if shutil.which("squeue") is None:
+        return None
+    done = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r|%L"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    fields = done.stdout.strip().split("\n")[0].split("|")
+    if done.returncode or len(fields) != 3 or fields[0] not in _STATES:
+        return None
+    return QueueEntry(*fields)
+
+
+def _state(run: Run | None, job: dict[str, Any], entry: QueueEntry | None) -> str:
+    if entry is not None:
+        # Requeued jobs are held back for a while (BeginTime).
+        reason = f" ({entry.reason})" if entry.state == "PENDING" and entry.reason != "None" else ""
+        return _STATES[entry.state] + reason
+    outcome = _outcome(job)
+    if outcome == OUTCOME_REFUSED:
+        return "failed"
+    if outcome == OUTCOME_DONE or (run is not None and run.finished):
+        return "done"
+    if outcome is not None:
+        return outcome
+    age = "" if run is None or run.metrics.last_time is None else f", {_age(run.metrics.last_time)} ago"
+    # Without Slurm nobody tells whether it still runs.
+    return f"ended{age}" if job and shutil.which("squeue") else f"unknown{age}"
+
+
+def _outcome(job: dict[str, Any]) -> str | None:
+    directory = job.get("directory")
+    try:
+        return (Path(directory) / "outcome").read_text().strip() or None if directory else None
+    except OSError:
+        return None
+
+
+def _last(metrics: Metrics | None, name: str) -> str:
+    series = metrics.get(name) if metrics is not None else None
+    return "-" if series is None else f"{series.values[-1]:.4f}"
+
+
+def _training_left(run: Run | None) -> str:
+    """From the newest steps' wall time."""
+    seconds = run.metrics.get("step_seconds") if run is not None else None
+    if run is None or run.total_steps is None or seconds is None:
+        return "-"
+    left = (run.total_steps - run.metrics.last_step) * statistics.median(seconds.values[-_RECENT_STEPS:])
+    return _duration(left)
+
+
+def _age(moment: float) -> str:
+    return _duration(time.time() - moment)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    days, rest = divmod(whole, 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
