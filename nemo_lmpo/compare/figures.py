@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nemo_lmpo.compare.results import Values, estimate, of_variant
 from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
@@ -117,5 +118,6 @@ def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str, the
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
     for side in axes.spines.values():
         side.set_visible(False)

@@ -43,6 +43,7 @@ class Figure:
     caption: str
     light: bytes
     dark: bytes
+    wide: bool = False
 
 
 def format_estimate(found: Estimate | None, measure: str) -> str:
@@ -105,7 +106,7 @@ def figures_of(suite: Suite, comparison: Comparison) -> list[Figure]:
     pictures = measure_pictures(suite, comparison.values)
     if pictures is not None:
         caption = "Means over seeds with standard errors. The dashed line is the start model."
-        found.append(Figure(f"{suite.name}_measures", "Measures side by side", caption, *pictures))
+        found.append(Figure(f"{suite.name}_measures", "Measures side by side", caption, *pictures, wide=True))
     return found
 
 
@@ -148,8 +149,15 @@ def build_html(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) 
         if claims:
             table = html.table(claims, header=("the paper says", "where", "this run", "numbers"), kind="claims")
             parts.append(f'<section class="card">{table}</section><br>')
-        pictures = (html.figure(one.title, one.caption, one.light, one.dark) for one in figures[suite.name])
-        parts.append(f'<div class="curves">{"".join(pictures)}</div>')
+        narrow, wide = (
+            "".join(
+                html.figure(one.title, one.caption, one.light, one.dark)
+                for one in figures[suite.name]
+                if one.wide == wide
+            )
+            for wide in (False, True)
+        )
+        parts.append(f'<div class="curves">{narrow}</div>{wide}')
     parts.append(_closing_html(comparison))
     return html.document(title, "\n".join(parts))
 

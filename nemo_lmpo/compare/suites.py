@@ -228,7 +228,7 @@ MEASURES: dict[str, Measure] = {
     "accuracy": Measure("accuracy", "% of held-out pairs ranked right by the method's own reward", 1),
     "margin": Measure("margin", "nats per token, chosen less rejected, held out", 3),
     "chosen": Measure("chosen log-probability", "nats per token, held out", 3),
-    "chosen_change": Measure("its change", "nats per token since the start", 3),
+    "chosen_change": Measure("chosen: change", "nats per token since the start model", 3),
     "rejected": Measure("rejected log-probability", "nats per token, held out", 3),
     "length": Measure("answer length", "tokens of greedy answers to held-out prompts", 1),
     "finished": Measure("finished", "% of greedy answers that end before the limit", 1),
