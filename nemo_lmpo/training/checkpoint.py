@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from nemo_lmpo.config import CheckpointConfig
 from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.parallel.children import following_queue
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -188,6 +189,7 @@ class CheckpointManager:
     def _write_state(self, directory: Path) -> Any:
         from megatron.core import dist_checkpointing
 
+        _serve_write_results()
         return dist_checkpointing.save(
             self.make_state(False), str(directory), async_sharded_save=self.config.async_save
         )
@@ -297,6 +299,14 @@ class CheckpointManager:
         state = dist_checkpointing.load(self.make_state(True), str(directory / STATE))
         self.load_state(state, progress)
         return progress
+
+
+def _serve_write_results() -> None:
+    """Give megatron-core's writers a queue that ends with this process; its own outlives a kill, at 280 MB."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        filesystem_async._results_queue = following_queue()
 
 
 def _save_error(final: Path, error: Exception) -> TrainingError:

@@ -1,0 +1,57 @@
+"""The training command in processes of its own, without a fresh Python each time.
+
+They are forked from the fork server of the distributed tests, which has the heavy imports; from there on they are
+what `python -m nemo_lmpo.train` is: they get the arguments, own their signals, and leave an exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.workers import _context
+
+SMALL = (
+    "model.architecture.hidden_size=64",
+    "model.architecture.intermediate_size=128",
+    "model.architecture.num_hidden_layers=2",
+    "model.global_batch_size=12",
+    "data.validation.limit=10",
+    "logging.tensorboard=false",
+    "logging.report=false",
+    "logging.progress_bar=false",
+    "trainer.num_threads=1",
+)
+
+
+def _run_command(arguments: Sequence[str], directory: str, output: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from nemo_lmpo.train import main
+
+    sys.exit(main(arguments))
+
+
+@contextmanager
+def training(arguments: Sequence[str], directory: Path) -> Iterator[Any]:
+    """A process that runs the command with ``directory`` as its working directory; ended at the latest on exit.
+
+    What it prints is appended to ``directory / "output"``.
+    """
+    process = _context().Process(target=_run_command, args=(list(arguments), str(directory), str(directory / "output")))
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
