@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import shutil
 import time
@@ -189,6 +190,8 @@ class CheckpointManager:
     def _write_state(self, directory: Path) -> Any:
         from megatron.core import dist_checkpointing
 
+        if not self.config.async_save:
+            _spare_the_queue_server()
         _serve_write_results()
         return dist_checkpointing.save(
             self.make_state(False), str(directory), async_sharded_save=self.config.async_save
@@ -307,6 +310,18 @@ def _serve_write_results() -> None:
 
     if getattr(filesystem_async, "_results_queue", None) is None:
         filesystem_async._results_queue = following_queue()
+
+
+def _spare_the_queue_server() -> None:
+    """Give megatron-core a plain queue for what its writers report.
+
+    It would start a server process for that, which imports everything again and outlives a killed run. Only
+    asynchronous saves need one: in a synchronous save this process itself puts and gets.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", False) is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _save_error(final: Path, error: Exception) -> TrainingError:
