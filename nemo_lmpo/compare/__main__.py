@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _logger.setLevel(logging.INFO)
     try:
         return _run(options, list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; repeat the command to go on\n")
+        return 130
     except (UserError, TrainingError) as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")

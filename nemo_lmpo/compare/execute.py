@@ -22,6 +22,8 @@ from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.training.progress import format_duration
 
 LOG_FILE = "train.log"
+STOPPED = 75
+"""Exit status of a run that has steps left."""
 
 _logger = logging.getLogger("nemo_lmpo")
 
@@ -134,8 +136,13 @@ def _run(plan: RunPlan, scale: Scale) -> None:
     status = _train_separately(plan) if scale.separate else _train_here(plan)
     if status == 0:
         from nemo_lmpo.compare.measure import measure
+        from nemo_lmpo.report.read import read_run
 
-        measure(plan.directory, scale)
+        # A run that was told to stop saves and ends well, too, but has steps left.
+        if read_run(plan.directory).finished:
+            measure(plan.directory, scale)
+        else:
+            status = STOPPED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
