@@ -143,7 +143,7 @@ class LocalSlurm:
         text = self.run("scontrol", "--oneliner", "show", "job", job_id, check=False)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_until_ended(self, job_id: str, seconds: float = 280) -> dict[str, str]:
+    def wait_until_ended(self, job_id: str, seconds: float) -> dict[str, str]:
         """Wait for a job's end, through requeues; its description."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         deadline = time.monotonic() + seconds
@@ -197,8 +197,8 @@ class LocalSlurm:
         init.write_text(_INIT)
         # Killed with its parent, and the namespace with it: nothing outlives even a killed test session.
         self._process = subprocess.Popen(
-            f"setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount-proc --mount --uts bash {init} {self.state} "
-            f"{self.nodes}".split(),
+            f"setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount-proc --mount --uts "
+            f"bash {init} {self.state} {self.nodes}".split(),
             env={"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", "SLURM_CONF": str(self.state / "slurm.conf")},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
