@@ -169,8 +169,8 @@ TABLE6 = Suite(
     "table6",
     "Table 6: peak memory",
     "DPO keeps a second, frozen model in memory in the paper. This project computes its log-probabilities before "
-    "training by default, shown as plain DPO. A process without any model takes about 0.6 GiB on a CPU, so a tiny model "
-    "shows no difference.",
+    "training by default, shown as plain DPO. A process without any model takes about 0.6 GiB on a CPU, so tiny models "
+    "show no difference.",
     (DPO_IN_MEMORY, DPO, SIMPO, LMPO),
     ("memory", "seconds"),
     (
