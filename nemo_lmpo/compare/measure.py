@@ -50,8 +50,6 @@ def from_metrics(metrics: Metrics) -> dict[str, float]:
         "memory": last("memory/peak"),
     }
     values["margin"] = values["chosen"] - values["rejected"]
-    seconds = metrics.get("step_seconds")
-    values["seconds"] = statistics.median(seconds.values) if seconds is not None else math.nan
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

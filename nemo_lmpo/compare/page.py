@@ -70,8 +70,9 @@ def table_of(suite: Suite, comparison: Comparison) -> tuple[list[str], list[list
 
 
 def claim_rows(suite: Suite, comparison: Comparison) -> list[list[str]]:
-    """Each claim with its verdict and the numbers."""
-    return [_claim_row(judge(claim, comparison.values)) for claim in suite.claims]
+    """Each claim with its verdict and the numbers; what only the generated task can tell is left out elsewhere."""
+    judged = [judge(claim, comparison.values) for claim in suite.claims]
+    return [_claim_row(one) for one in judged if one.difference is not None or one.claim.measure != "right"]
 
 
 def _claim_row(judgement: Judgement) -> list[str]:
@@ -157,7 +158,7 @@ def build_html(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) 
             )
             for wide in (False, True)
         )
-        parts.append(f'<div class="curves">{narrow}</div>{wide}')
+        parts.append(f'<div class="curves">{narrow}</div><br>{wide}')
     parts.append(_closing_html(comparison))
     return html.document(title, "\n".join(parts))
 

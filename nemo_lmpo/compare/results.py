@@ -65,6 +65,7 @@ def judge(claim: Claim, values: Values) -> Judgement:
     (or below) zero. With one seed there is no interval: then it is undecided unless there is no difference at all.
     """
     high, low = of_variant(values, claim.high, claim.measure), of_variant(values, claim.low, claim.measure)
+    estimates = estimate(list(high.values())), estimate(list(low.values()))
     # The start model has one run, which every seed starts from.
     if START in (claim.high, claim.low):
         seeds = sorted(low if claim.high == START else high)
@@ -78,9 +79,7 @@ def judge(claim: Claim, values: Values) -> Judgement:
     difference = estimate([high[seed] - low[seed] for seed in seeds])
     if difference is None:
         return Judgement(claim, "not measured")
-    return Judgement(
-        claim, _verdict(difference), estimate(list(high.values())), estimate(list(low.values())), difference
-    )
+    return Judgement(claim, _verdict(difference), *estimates, difference)
 
 
 def _verdict(difference: Estimate) -> str:
