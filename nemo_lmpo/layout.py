@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nemo_lmpo.architecture import Architecture, check_architecture
 from nemo_lmpo.config import Config
+from nemo_lmpo.duration import parse_duration
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.registry import LOSSES
 
@@ -47,6 +48,12 @@ def _positive_sizes(layout: Layout) -> Iterator[str]:
     ):
         if getattr(model, name) < 1:
             yield f"model.{name}={getattr(model, name)} must be at least 1"
+    trainer = layout.config.trainer
+    for name in ("devices", "num_nodes"):
+        if getattr(trainer, name) < 1:
+            yield f"trainer.{name}={getattr(trainer, name)} must be at least 1"
+    if trainer.num_threads is not None and trainer.num_threads < 1:
+        yield f"trainer.num_threads={trainer.num_threads} must be at least 1; unset it to share the cores"
     if model.micro_batch_size is not None and model.micro_batch_size < 1:
         yield f"model.micro_batch_size={model.micro_batch_size} must be at least 1; unset it for no limit"
 
@@ -187,9 +194,11 @@ def _numbers(layout: Layout) -> Iterator[str]:
     ):
         if not value >= 0:
             yield f"{name}={value} must not be negative"
+    if not config.optim.eps > 0:
+        yield f"optim.eps={config.optim.eps} must be above 0: AdamW would divide by zero; leave it at 1e-8"
     if not 0 <= config.optim.sched.warmup_fraction < 1:
         yield f"optim.sched.warmup_fraction={config.optim.sched.warmup_fraction} must be at least 0 and below 1"
-    if config.optim.sched.min_lr > config.optim.lr:
+    if config.optim.sched.min_lr > config.optim.lr >= 0:
         yield f"optim.sched.min_lr={config.optim.sched.min_lr} is above optim.lr={config.optim.lr}; lower it"
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas={config.optim.betas} must be two numbers from 0 to below 1, as [0.9, 0.999]"
@@ -197,6 +206,10 @@ def _numbers(layout: Layout) -> Iterator[str]:
         yield f"trainer.max_steps={config.trainer.max_steps} must be at least 1; unset it to train max_epochs"
     if config.trainer.max_epochs < 1:
         yield f"trainer.max_epochs={config.trainer.max_epochs} must be at least 1"
+    try:
+        parse_duration(config.trainer.max_time_per_run)
+    except ConfigError as error:
+        yield str(error)
     if config.checkpoint.keep_last < 1:
         yield f"checkpoint.keep_last={config.checkpoint.keep_last} must be at least 1: resuming needs one"
 

@@ -57,7 +57,7 @@ def compose(name: str, overrides: Sequence[str], *, config_dir: Path | None) -> 
     to the recipe's own loss.
     """
     files = [found[1] for override in overrides if (found := _LOSS_CHOICE.match(override))]
-    given = dict(found.groups() for override in overrides if (found := _LOSS_OPTION.match(override)))
+    given = {found[1]: found[2] for override in overrides if (found := _LOSS_OPTION.match(override))}
     rest = [override for override in overrides if not _LOSS_CHOICE.match(override)]
     plain = _compose(name, rest, config_dir)
     if files:
@@ -93,6 +93,7 @@ def _loss_file(choice: str, config_dir: Path | None) -> dict[str, Any]:
 
 def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> dict[str, Any]:
     """Hydra's composition."""
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -102,17 +103,20 @@ def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> di
 
     name = name.removesuffix(".yaml")
     _require_recipe(name, config_dir)
-    primary = config_dir if config_dir is not None else recipes_dir()
-    search = [f"hydra.searchpath=[file://{recipes_dir()}]"] if config_dir is not None else []
+    _require_readable(overrides)
+    folders = [recipes_dir()] if config_dir is None else [config_dir, recipes_dir()]
+    primary = next(folder for folder in folders if name in recipe_names(folder))
+    search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
             config = hydra_compose(name, overrides=[*search, *map(_force, overrides)])
             plain = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"recipe {name}: {reason}") from None
-    assert isinstance(plain, dict)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"recipe {name}: {primary / name}.yaml holds no settings; write them as `key: value`")
     return {str(key): value for key, value in plain.items()}
 
 
@@ -125,6 +129,22 @@ def _require_recipe(name: str, config_dir: Path | None) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--config-name {name} is no recipe{hint} Known: {', '.join(known)}")
+
+
+def _require_readable(overrides: Sequence[str]) -> None:
+    """Name the override that cannot be read; Hydra tells only at which sign it stopped."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"{override} cannot be read ({reason}); write key=value, and quote a value with special signs "
+                f"twice: \"key='value'\""
+            ) from None
 
 
 def _force(override: str) -> str:
@@ -178,7 +198,8 @@ def all_keys(cls: type[Any] = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown(path: str, key: str, cls: type[Any]) -> ConfigError:
-    siblings = difflib.get_close_matches(key, _names(cls), n=1)
+    siblings = [name for name in _names(cls) if name.startswith(key) or key.startswith(name)]
+    siblings = siblings or difflib.get_close_matches(key, _names(cls), n=1)
     parent = path.removesuffix(key)
     near = [parent + siblings[0]] if siblings else difflib.get_close_matches(path, list(all_keys()), n=1)
     elsewhere = [known for known in all_keys() if known.rsplit(".", 1)[-1] == key]

@@ -20,6 +20,7 @@ from nemo_lmpo.convert.source import TensorSource, random_source
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.sampler import PairSampler
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer, padding_id
+from nemo_lmpo.duration import parse_duration
 from nemo_lmpo.parallel.cpu_adapter import ADAPTER
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.parallel.launch import LaunchInfo
@@ -33,7 +34,7 @@ from nemo_lmpo.training.reference import FrozenReference, ReferenceLogps
 from nemo_lmpo.training.reporter import Reporter
 from nemo_lmpo.training.run_directory import RunDirectory
 from nemo_lmpo.training.start_weights import StartPoint
-from nemo_lmpo.training.stop import StopWatch, parse_duration
+from nemo_lmpo.training.stop import StopWatch
 from nemo_lmpo.training.throughput import peak_flops
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
 

@@ -1,0 +1,181 @@
+"""Every combination that would fail or be wrong is refused before any work, with field, value and remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_lmpo.architecture import architecture_from_hf
+from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.layout import RULES, Layout, validate
+from nemo_lmpo.recipe import load_recipe
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 96,
+    "intermediate_size": 100,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+# Overrides, number of processes, and what the message must hold: field and value, then the remedy.
+BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    **{
+        f"{name}_zero": ((f"{name}=0",), 1, (f"{name}=0", "at least 1"))
+        for name in (
+            "model.tensor_model_parallel_size",
+            "model.pipeline_model_parallel_size",
+            "model.context_parallel_size",
+            "model.global_batch_size",
+            "model.micro_batch_size",
+            "model.make_vocab_size_divisible_by",
+            "model.logprob_chunk_tokens",
+            "model.activations_checkpoint_num_layers",
+            "trainer.devices",
+            "trainer.num_nodes",
+            "trainer.num_threads",
+            "trainer.max_steps",
+            "trainer.max_epochs",
+            "checkpoint.keep_last",
+            "data.max_prompt_length",
+        )
+    },
+    **{
+        f"{name}_negative": ((f"{name}=-1",), 1, (f"{name}=-1", "must not be negative"))
+        for name in (
+            "optim.lr",
+            "optim.weight_decay",
+            "optim.sched.min_lr",
+            "trainer.gradient_clip_val",
+            "trainer.val_check_interval",
+            "checkpoint.save_interval",
+            "checkpoint.keep_best",
+        )
+    },
+    **{
+        f"{name}_unknown": ((f"{name}=odd",), 1, (f"{name}='odd'", "choose", known))
+        for name, known in (
+            ("trainer.precision", "bf16"),
+            ("data.on_bad_row", "skip"),
+            ("checkpoint.mode", "max"),
+            ("optim.sched.name", "constant"),
+            ("model.attention_backend", "sdpa"),
+            ("model.activations_checkpoint_granularity", "selective"),
+            ("model.activations_checkpoint_method", "block"),
+        )
+    },
+    "too_few_processes": (("model.tensor_model_parallel_size=2",), 1, ("1 processes", "size=2", "a multiple of 2")),
+    "processes_do_not_divide": (
+        ("model.tensor_model_parallel_size=2", "model.context_parallel_size=2"),
+        6,
+        ("6 processes", "tensor_model_parallel_size=2", "context_parallel_size=2", "a multiple of 4"),
+    ),
+    "batch_over_replicas": (("model.global_batch_size=10",), 4, ("global_batch_size=10", "size 4", "multiple of 4")),
+    "heads_over_tensor": (
+        ("model.tensor_model_parallel_size=8",),
+        8,
+        ("tensor_model_parallel_size=8", "num_attention_heads=12", "choose a divisor"),
+    ),
+    "groups_over_tensor": (
+        ("model.tensor_model_parallel_size=12",),
+        12,
+        ("tensor_model_parallel_size=12", "num_key_value_heads=4", "choose a divisor"),
+    ),
+    "mlp_over_tensor": (
+        ("model.tensor_model_parallel_size=3",),
+        3,
+        ("tensor_model_parallel_size=3", "intermediate_size=100", "choose a divisor"),
+    ),
+    "sequence_parallel_alone": (("model.sequence_parallel=true",), 1, ("sequence_parallel=true", "at least 2")),
+    "layers_over_stages": (
+        ("model.pipeline_model_parallel_size=5",),
+        5,
+        ("pipeline_model_parallel_size=5", "12 layers", "choose a divisor of 12"),
+    ),
+    "virtual_without_stages": (
+        ("model.virtual_pipeline_model_parallel_size=2",),
+        1,
+        ("virtual_pipeline_model_parallel_size=2", "at least 2", "unset it"),
+    ),
+    "one_virtual_stage": (
+        ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=1"),
+        2,
+        ("virtual_pipeline_model_parallel_size=1", "at least 2", "unset it"),
+    ),
+    "layers_over_virtual_stages": (
+        ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=4"),
+        2,
+        ("virtual_pipeline_model_parallel_size=4", "12 layers", "choose a divisor of 12"),
+    ),
+    "prompt_fills_everything": (
+        ("data.max_prompt_length=64",),
+        1,
+        ("data.max_prompt_length=64", "data.max_length=64", "lower it"),
+    ),
+    "longer_than_positions": (
+        ("data.max_length=129", "data.row_tokens=null"),
+        1,
+        ("data.max_length=129", "max_position_embeddings=128", "lower it"),
+    ),
+    "row_too_small": (("data.row_tokens=95",), 1, ("data.row_tokens=95", "data.max_length=64", "at least 128")),
+    "row_too_small_for_two_prompts": (
+        ("data.row_tokens=127", "data.share_prompt=false"),
+        1,
+        ("data.row_tokens=127", "at least 128"),
+    ),
+    "reference_without_use": (
+        ("model.reference_in_memory=true",),
+        1,
+        ("model.reference_in_memory=true", "loss.name=lmpo", "remove it"),
+    ),
+    "warmup_takes_all": (("optim.sched.warmup_fraction=1",), 1, ("warmup_fraction=1.0", "below 1")),
+    "floor_above_rate": (("optim.lr=1e-4", "optim.sched.min_lr=1e-3"), 1, ("min_lr=0.001", "optim.lr=0.0001", "lower")),
+    "three_betas": (("optim.betas=[0.9,0.99,0.999]",), 1, ("optim.betas=[0.9, 0.99, 0.999]", "two numbers")),
+    "beta_one": (("optim.betas=[0.9,1.0]",), 1, ("optim.betas=[0.9, 1.0]", "below 1")),
+    "no_epsilon": (("optim.eps=0",), 1, ("optim.eps=0.0", "above 0")),
+    "not_a_number": (("optim.lr=nan",), 1, ("optim.lr=nan", "must not be negative")),
+    "odd_duration": (("trainer.max_time_per_run=4h",), 1, ("trainer.max_time_per_run='4h'", "DD:HH:MM:SS")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_is_refused(case: str) -> None:
+    overrides, world_size, expected = BAD[case]
+    config = load_recipe("lmpo_tiny", overrides)
+    with pytest.raises(ConfigError) as caught:
+        validate(config, architecture_from_hf(SHAPE), world_size)
+    assert any(all(part in line for part in expected) for line in str(caught.value).splitlines()), str(caught.value)
+
+
+def test_every_rule_is_in_the_table() -> None:
+    tripped = set()
+    for overrides, world_size, _ in BAD.values():
+        layout = Layout(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), world_size)
+        for rule in RULES:
+            try:
+                tripped.update([rule] if list(rule(layout)) else [])
+            except ZeroDivisionError:
+                continue  # a size of 0 stops before the other rules
+    assert tripped == set(RULES)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    config = load_recipe("lmpo_tiny", ["optim.lr=-1", "trainer.precision=16", "trainer.max_steps=0"])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, architecture_from_hf(SHAPE), 1)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_heads_that_do_not_divide_into_groups() -> None:
+    with pytest.raises(UserError, match=r"num_attention_heads=12 is not a multiple of num_key_value_heads=5"):
+        validate(load_recipe("lmpo_tiny"), architecture_from_hf({**SHAPE, "num_key_value_heads": 5}), 1)
+
+
+def test_a_good_layout_knows_its_replicas() -> None:
+    overrides = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=3"]
+    layout = validate(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), 24)
+    assert layout.model_parallel_size == 6
+    assert layout.data_parallel_size == 4

@@ -1,0 +1,121 @@
+"""Counts of a step against enumeration, and the values of pairs as metrics."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_lmpo.data.packing import build_row
+from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localise
+from nemo_lmpo.training.pair_table import OBSERVED, PairTable, pair_columns, table_metrics
+from nemo_lmpo.types import PairTokens
+
+LENGTHS = st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5)
+CPU = torch.device("cpu")
+
+
+def row_of(lengths: list[tuple[int, int, int]], *, share_prompt: bool, pad: int = 1):
+    pairs = [PairTokens(str(i), [1] * p, [2] * c, [3] * r) for i, (p, c, r) in enumerate(lengths)]
+    return build_row(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
+
+
+@given(LENGTHS, st.booleans())
+def test_counts_are_those_of_the_rows(lengths: list[tuple[int, int, int]], share_prompt: bool) -> None:
+    row = row_of(lengths, share_prompt=share_prompt)
+    seen = 0
+    for _, length, _, prefix in row.segments.tolist():
+        seen += sum(prefix + i + 1 for i in range(length))
+    assert fed_tokens(np.array(lengths), share_prompt=share_prompt) == row.num_tokens
+    assert attended_pairs(np.array(lengths), share_prompt=share_prompt) == seen
+
+
+@given(LENGTHS, st.sampled_from([1, 2, 4]))
+def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, int]], cp_size: int) -> None:
+    row = row_of(lengths, share_prompt=True, pad=2 * cp_size)
+    parts = [localise(row, cp_rank=rank, cp_size=cp_size, device=CPU) for rank in range(cp_size)]
+    found = []
+    for part in parts:
+        assert part.input_ids.shape == part.position_ids.shape == (1, row.num_tokens // cp_size)
+        assert part.num_pairs == len(lengths)
+        found += list(zip(part.target_ids.tolist(), part.sequence_index.tolist(), strict=True))
+    expected = zip(row.target_ids.tolist(), row.sequence_index.tolist(), strict=True)
+    assert sorted(found) == sorted(expected)
+    for part in parts:  # each stands where the whole row predicts it
+        tokens = part.input_ids[0, part.predict_positions]
+        positions = part.position_ids[0, part.predict_positions]
+        whole = {
+            (int(row.input_ids[0, p]), int(row.position_ids[0, p]), int(t))
+            for p, t in zip(row.predict_positions, row.target_ids, strict=True)
+        }
+        ours = zip(tokens.tolist(), positions.tolist(), part.target_ids.tolist(), strict=True)
+        assert set(ours) <= whole
+
+
+def test_metrics_of_two_pairs_by_hand() -> None:
+    loss = build_loss(parse_loss({"name": "lmpo"}))
+    columns = pair_columns(loss)
+    table = PairTable(columns, 2, CPU)
+    values = {name: torch.zeros(1) for name in columns}
+    hand = {
+        "loss": (1.0, 3.0),
+        "rewards/chosen": (-1.0, -2.0),
+        "rewards/rejected": (-1.5, -1.0),
+        "logps/chosen_sum": (-8.0, -3.0),
+        "logps/rejected_sum": (-10.0, -6.0),
+        "lengths/chosen": (4.0, 1.0),
+        "lengths/rejected": (5.0, 2.0),
+    }
+    for place in (1, 0):  # in any order
+        given_values = {**values, **{name: torch.tensor([both[place]]) for name, both in hand.items()}}
+        table.put(torch.tensor([place]), given_values)
+    metrics = table.metrics()
+    assert OBSERVED not in metrics
+    expected = {
+        "loss": 2.0,
+        "rewards/chosen": -1.5,
+        "rewards/rejected": -1.25,
+        "rewards/margins": -0.25,
+        "rewards/accuracies": 0.5,
+        "logps/chosen": -2.5,  # mean of -8/4 and -3/1, not -11/5
+        "logps/rejected": -2.5,
+        "logps/chosen_sum": -5.5,
+        "logps/rejected_sum": -8.0,
+        "lengths/chosen": 2.5,
+        "lengths/rejected": 3.5,
+    }
+    assert {name: metrics[name] for name in expected} == expected
+    assert set(metrics) == {*expected, "lmpo/margin", "lmpo/margin_normalized", "lmpo/p_chosen", "lmpo/p_rejected"}
+
+
+def test_values_that_are_not_finite_are_found() -> None:
+    table = PairTable(("loss",), 4, CPU)
+    table.put(torch.tensor([1, 3]), {"loss": torch.tensor([math.nan, -math.inf])})
+    assert table.not_finite() == [1, 3]
+
+
+def test_no_pairs_have_no_mean() -> None:
+    columns = pair_columns(build_loss(parse_loss({"name": "simpo"})))
+    assert math.isnan(table_metrics(columns, torch.zeros(0, len(columns)))["loss"])
+
+
+@pytest.mark.parametrize("name", ["lmpo", "dpo", "ipo", "slic", "cpo", "kto", "orpo", "simpo", "sft"])
+def test_every_loss_fills_its_columns(name: str) -> None:
+    columns = pair_columns(build_loss(parse_loss({"name": name})))
+    assert len(columns) == len(set(columns))
+    assert (OBSERVED in columns) == (name in ("lmpo", "kto"))
+
+
+def test_a_single_rank_shares_with_nobody() -> None:
+    group = SimpleNamespace(size=lambda: 1)
+    groups: Any = SimpleNamespace(is_last_stage=True, data=group, pipeline=group)
+    table = PairTable(("loss",), 1, CPU)
+    table.share(groups)
+    assert table.values.tolist() == [[0.0]]
