@@ -164,8 +164,6 @@ class CheckpointConfig:
     """Write while training goes on, where the backend can."""
     resume: bool = True
     """Go on from the newest good checkpoint of the run directory."""
-    save_optimizer: bool = True
-    """Off: checkpoints hold weights only and cannot be resumed."""
 
 
 @dataclass

@@ -182,8 +182,7 @@ class TrainingSession:
         state: dict[str, Any] = {
             f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(self.model.policy)
         }
-        if self.config.checkpoint.save_optimizer:
-            state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=is_loading)
+        state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=is_loading)
         if not is_loading or self._same_layout():
             state["random_state"] = sharded_random_state()
         return state
@@ -197,8 +196,7 @@ class TrainingSession:
             chunk.load_state_dict(
                 {name.removeprefix("model."): tensor for name, tensor in state[f"model{index}"].items()}
             )
-        if "optimizer" in state:
-            load_optimizer_state(self.optimizer, state["optimizer"], step=progress.step)
+        load_optimizer_state(self.optimizer, state["optimizer"], step=progress.step)
         if "random_state" in state:
             restore_random_state(state["random_state"])
         if self.model.statistics is not None and progress.statistics is not None:
