@@ -154,6 +154,8 @@ class CheckpointManager:
         self.loading: TrainingProgress | None = None
         """Progress of the checkpoint that is being loaded."""
         self._queue: Any = None
+        self._in_background: Path | None = None
+        """The checkpoint that was last given to background writers."""
 
     def save(self, progress: TrainingProgress) -> float:
         """Write a checkpoint; returns the seconds that training was held up.
@@ -175,14 +177,9 @@ class CheckpointManager:
                 self._finish(temporary, final, progress)
             else:
                 request.finalize_fns.append(lambda: self._finish(temporary, final, progress))
+                self._in_background = final
                 self._async_queue().schedule_async_request(request)
-        except (OSError, RuntimeError, TrainingError) as error:
-            self._discard(temporary)
-            raise _save_error(final, error) from error
-        except Exception as error:
-            # megatron-core wraps what its writer processes raise in an exception of its own.
-            if type(error).__name__ != "CheckpointingException":
-                raise
+        except _storage_errors() as error:
             self._discard(temporary)
             raise _save_error(final, error) from error
         return time.monotonic() - started
@@ -190,9 +187,7 @@ class CheckpointManager:
     def _write_state(self, directory: Path) -> Any:
         from megatron.core import dist_checkpointing
 
-        if not self.config.async_save:
-            _spare_the_queue_server()
-        _serve_write_results()
+        _serve_write_results(in_background=self.config.async_save)
         return dist_checkpointing.save(
             self.make_state(False), str(directory), async_sharded_save=self.config.async_save
         )
@@ -233,13 +228,26 @@ class CheckpointManager:
 
     def poll(self) -> None:
         """Make a checkpoint visible whose background writing has ended; communicates if one is under way."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def wait(self) -> None:
         """Wait until all checkpoints are written and visible."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        """Publish what was written in the background.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        if self._queue is None:
+            return
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+        except _storage_errors() as error:
+            assert self._in_background is not None
+            self._discard(self._in_background.with_suffix(".tmp"))
+            raise _save_error(self._in_background, error) from error
 
     def _prune(self) -> None:
         """Keep the newest and the best; called on rank 0 after a new one became visible."""
@@ -288,8 +296,8 @@ class CheckpointManager:
             if damage is None:
                 try:
                     return self._load(directory)
-                except (RuntimeError, OSError, EOFError, ValueError) as error:
-                    damage = f"{type(error).__name__}: {error}"
+                except _storage_errors() as error:
+                    damage = _reason(error)
             if dist.get_rank() == 0:
                 _logger.warning("checkpoint %s is damaged (%s); trying the one before", directory, damage)
         return TrainingProgress()
@@ -304,31 +312,43 @@ class CheckpointManager:
         return progress
 
 
-def _serve_write_results() -> None:
-    """Give megatron-core's writers a queue that ends with this process; its own outlives a kill, at 280 MB."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+def _serve_write_results(*, in_background: bool) -> None:
+    """Give megatron-core's writers the queue in which they report.
 
-    if getattr(filesystem_async, "_results_queue", None) is None:
-        filesystem_async._results_queue = following_queue()
-
-
-def _spare_the_queue_server() -> None:
-    """Give megatron-core a plain queue for what its writers report.
-
-    It would start a server process for that, which imports everything again and outlives a killed run. Only
-    asynchronous saves need one: in a synchronous save this process itself puts and gets.
+    Its own is a server process, which imports everything again and outlives a killed run. A synchronous save needs
+    none, as this process itself puts and gets; for an asynchronous one the server ends with this process.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if getattr(filesystem_async, "_results_queue", False) is None:
+    present = getattr(filesystem_async, "_results_queue", None)
+    if in_background and (present is None or isinstance(present, queue.Queue)):
+        filesystem_async._results_queue = following_queue()
+    elif present is None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def _save_error(final: Path, error: Exception) -> TrainingError:
-    reason = str(error).strip().splitlines()
+def _storage_errors() -> tuple[type[BaseException], ...]:
+    """What reading and writing a distributed checkpoint raises where a file or the disk is at fault."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException  # wraps what a rank raised; no Exception
+
+    return OSError, RuntimeError, EOFError, ValueError, KeyError, CheckpointingException, CheckpointException
+
+
+def _reason(error: BaseException) -> str:
+    """One line; what a rank raised stands last in what torch made of it."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        wrapped = next(iter(failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _save_error(final: Path, error: BaseException) -> TrainingError:
     full = "No space left on device" in str(error)
     remedy = "free the disk" if full else "remove the cause"
     return TrainingError(
-        f"checkpoint {final} could not be written ({reason[0] if reason else type(error).__name__}); older ones are "
+        f"checkpoint {final} could not be written ({_reason(error)}); older ones are "
         f"untouched: {remedy} and repeat the command to resume"
     )

@@ -78,7 +78,7 @@ def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> No
 
 
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
-    with training(COMMAND, tmp_path) as process:
+    with training((*COMMAND, "checkpoint.async_save=true"), tmp_path) as process:
         while not (tmp_path / "run" / "checkpoints" / "step_0000002").exists():
             assert process.is_alive(), (tmp_path / "output").read_text()
             time.sleep(0.01)
