@@ -44,7 +44,8 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
     done = len(dict.fromkeys(plans)) - len(waiting)
     if not waiting:
         return []
-    if not scale.separate:
+    forked = not scale.separate and _may_fork()
+    if forked:
         _import_all()
     failed = []
     active: dict[Any, tuple[Any, RunPlan, float]] = {}
@@ -54,7 +55,7 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
             while waiting or active:
                 while waiting and len(active) < jobs:
                     plan = waiting.pop(0)
-                    process = _begin(plan, scale)
+                    process = _begin(plan, scale, forked=forked)
                     active[process.sentinel] = (process, plan, time.monotonic())
                 for sentinel in wait(list(active)):
                     process, plan, started = active.pop(sentinel)
@@ -116,9 +117,14 @@ def _import_all() -> None:
         os.close(nothing)
 
 
-def _begin(plan: RunPlan, scale: Scale) -> Any:
-    # Forked, so that tiny runs do not import for longer than they train; nothing here has touched a GPU yet.
-    context: Any = multiprocessing.get_context("spawn" if scale.separate else "fork")
+def _may_fork() -> bool:
+    """Where there is no GPU, whose driver does not survive a fork."""
+    return sys.platform.startswith("linux") and not Path("/dev/nvidiactl").exists()
+
+
+def _begin(plan: RunPlan, scale: Scale, *, forked: bool) -> Any:
+    # A forked process has its imports already; tiny runs would import for as long as they train.
+    context: Any = multiprocessing.get_context("fork" if forked else "spawn")
     process = context.Process(target=_run, args=(plan, scale))
     process.start()
     return process
