@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_lmpo.training.start_weights import StartPoint
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 ARCHITECTURE_FILE = "architecture.json"
 MAY_CHANGE = (
     "run_dir",
@@ -92,7 +93,7 @@ class RunDirectory:
         path = self.path / CONFIG_FILE
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; give a directory")
-        if not path.exists():
+        if not path.exists() or not self._has_begun():
             return
         try:
             before = dict(flatten(yaml.safe_load(path.read_text())))
@@ -109,6 +110,11 @@ class RunDirectory:
                 f"run_dir={self.path} holds another run ({'; '.join(differing)}); choose another run_dir, or remove "
                 f"that one to start anew"
             )
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose; a run that was refused for its data leaves its configuration only."""
+        metrics = self.path / METRICS_FILE
+        return (metrics.is_file() and metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
 
     def create(self) -> None:
         """Make the directory and save the resolved configuration (rank 0).

@@ -1,0 +1,100 @@
+"""Whose a run directory is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.recipe import config_as_dict, load_recipe
+from nemo_lmpo.training.run_directory import MAY_CHANGE, RunDirectory, flatten
+
+
+def directory(path: Path, *overrides: str) -> RunDirectory:
+    config = load_recipe("lmpo_tiny", [f"run_dir={path}", *overrides])
+    return RunDirectory(config, config_as_dict(config))
+
+
+def begun(path: Path, *overrides: str) -> None:
+    directory(path, *overrides).create()
+    (path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+
+def test_the_same_run_may_go_on(tmp_path: Path) -> None:
+    begun(tmp_path)
+    directory(tmp_path).check_owner()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.max_steps=7",
+        "checkpoint.save_interval=3",
+        "logging.tensorboard=false",
+        "model.tensor_model_parallel_size=2",
+        "data.row_tokens=512",
+        "traceback=true",
+    ],
+)
+def test_length_cost_and_display_may_change(override: str, tmp_path: Path) -> None:
+    begun(tmp_path)
+    directory(tmp_path, override).check_owner()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lr=0.5", "optim.lr: 0.001 before, 0.5 now"),
+        ("loss.lam=0.7", "loss.lam: 0.2 before, 0.7 now"),
+        ("model.seed=1", "model.seed: 42 before, 1 now"),
+        ("data.train.path=x.jsonl", "data.train.path: 'builtin:tiny' before, 'x.jsonl' now"),
+        ("model.global_batch_size=32", "model.global_batch_size: 64 before, 32 now"),
+        ("model.architecture.hidden_size=64", "model.architecture.hidden_size: 128 before, 64 now"),
+        ("loss=simpo", "loss.name: 'lmpo' before, 'simpo' now"),
+    ],
+)
+def test_what_is_learned_may_not(override: str, told: str, tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        directory(tmp_path, override).check_owner()
+    assert told in str(caught.value)
+    assert f"run_dir={tmp_path} holds another run" in str(caught.value)
+    assert "choose another run_dir" in str(caught.value)
+
+
+def test_a_run_that_never_began_can_be_corrected(tmp_path: Path) -> None:
+    """A mistyped data path must not make the directory unusable."""
+    directory(tmp_path, "data.train.path=mistyped.jsonl").create()
+    directory(tmp_path).check_owner()
+    (tmp_path / "checkpoints" / "step_0000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds another run"):
+        directory(tmp_path).check_owner()
+
+
+def test_an_unreadable_configuration_is_named(tmp_path: Path) -> None:
+    begun(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match=r"config.yaml is not readable; remove it or choose another run_dir"):
+        directory(tmp_path).check_owner()
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir=.*file/run cannot be written \(Not a directory\); choose another"):
+        directory(tmp_path / "file" / "run").create()
+    with pytest.raises(ConfigError, match=r"run_dir=.*file is a file; give a directory"):
+        directory(tmp_path / "file").check_owner()
+
+
+def test_default_place(tmp_path: Path) -> None:
+    assert directory(tmp_path).path == tmp_path
+    config = load_recipe("lmpo_tiny")
+    assert RunDirectory(config, {}).path == Path("runs/lmpo_tiny")
+
+
+def test_every_setting_that_may_change_exists() -> None:
+    config = load_recipe("lmpo_tiny")
+    known = {key for key, _ in flatten(config_as_dict(config))}
+    for allowed in MAY_CHANGE:
+        assert any(key == allowed or key.startswith(f"{allowed}.") for key in known), allowed
