@@ -110,7 +110,7 @@ def test_what_is_wrong_is_refused_before_sbatch(
 
 
 def test_another_runs_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "runs" / "lmpo_tiny").mkdir(parents=True)
+    write_run(tmp_path / "runs" / "lmpo_tiny", steps=1, total=10)
     (tmp_path / "runs" / "lmpo_tiny" / "config.yaml").write_text("loss: {name: simpo}\n")
     assert main(["submit", "lmpo_tiny", "--print"]) == 1
     assert "run_dir=runs/lmpo_tiny holds another run" in capsys.readouterr().err
