@@ -28,8 +28,11 @@ SMALL = (
 )
 
 
-def _run_command(arguments: Sequence[str], directory: str, output: str) -> None:
+def _run_command(arguments: Sequence[str], directory: str, output: str, own_group: bool) -> None:
     import torch
+
+    if own_group:
+        os.setpgid(0, 0)
 
     torch.set_num_threads(1)
     os.chdir(directory)
@@ -42,12 +45,14 @@ def _run_command(arguments: Sequence[str], directory: str, output: str) -> None:
 
 
 @contextmanager
-def training(arguments: Sequence[str], directory: Path) -> Iterator[Any]:
+def training(arguments: Sequence[str], directory: Path, *, own_group: bool = False) -> Iterator[Any]:
     """A process that runs the command with ``directory`` as its working directory; ended at the latest on exit.
 
-    What it prints is appended to ``directory / "output"``.
+    ``own_group`` makes it the leader of a process group. What it prints is appended to ``directory / "output"``.
     """
-    process = _context().Process(target=_run_command, args=(list(arguments), str(directory), str(directory / "output")))
+    process = _context().Process(
+        target=_run_command, args=(list(arguments), str(directory), str(directory / "output"), own_group)
+    )
     process.start()
     try:
         yield process

@@ -1,0 +1,78 @@
+"""A scheduler's warning: the step is finished, everything is saved, and the status is 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_lmpo.training.checkpoint import find_damage, saved_steps, step_directory
+from tests.distributed.training_runs import metrics_of, weights_of
+from tests.system.processes import SMALL, training
+
+COMMAND = (
+    "--config-name",
+    "lmpo_tiny",
+    *SMALL,
+    "run_dir=run",
+    "trainer.val_check_interval=0",
+    "checkpoint.save_interval=0",
+    "data.validation.path=null",
+)
+
+
+def wait_for_steps(process, directory: Path, steps: int) -> None:
+    path = directory / "run" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.is_alive(), (directory / "output").read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "options"), [("SIGTERM", ()), ("SIGUSR1", ("checkpoint.async_save=true",))])
+def test_saves_and_ends_well(number: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    with training((*COMMAND, *options, "trainer.max_steps=2000"), tmp_path) as process:
+        wait_for_steps(process, tmp_path, 2)
+        os.kill(process.pid, getattr(signal, number))
+        process.join(timeout=60)
+        output = (tmp_path / "output").read_text()
+        assert process.exitcode == 0, output
+    (step,) = saved_steps(tmp_path / "run" / "checkpoints")
+    assert f"stopped by {number} after step {step}" in output
+    assert find_damage(step_directory(tmp_path / "run" / "checkpoints", step)) is None
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, step + 1))
+
+
+def test_background_saving_survives_a_warning_to_the_whole_job(tmp_path: Path) -> None:
+    """Schedulers signal every process of a job, also those that write the checkpoint."""
+    options = ("checkpoint.async_save=true", "checkpoint.save_interval=1", "trainer.max_steps=2000")
+    with training((*COMMAND, *options), tmp_path, own_group=True) as process:
+        wait_for_steps(process, tmp_path, 4)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.join(timeout=60)
+        assert process.exitcode == 0, (tmp_path / "output").read_text()
+    steps = saved_steps(tmp_path / "run" / "checkpoints")
+    assert steps
+    assert steps[-1] == metrics_of(tmp_path / "run")[-1]["step"]
+
+
+def test_time_limit_and_going_on_equals_one_run(tmp_path: Path) -> None:
+    """Stopped by the clock, then finished: the same weights as in one go."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory in (whole, parts):
+        directory.mkdir()
+    steps = 150
+    length = f"trainer.max_steps={steps}"
+    with training((*COMMAND, length), whole) as process:
+        process.join(timeout=120)
+        assert process.exitcode == 0, (whole / "output").read_text()
+    for option in (("trainer.max_time_per_run='00:00:03'",), ()):
+        with training((*COMMAND, length, *option), parts) as process:
+            process.join(timeout=120)
+            assert process.exitcode == 0, (parts / "output").read_text()
+    assert "stopped by time limit" in (parts / "output").read_text()
+    assert metrics_of(parts / "run") == metrics_of(whole / "run")
+    found, expected = weights_of(parts / "run", steps), weights_of(whole / "run", steps)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())

@@ -1,0 +1,145 @@
+"""Conventions that hold the code together: who may import whom, and how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nemo_lmpo
+
+PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Rooms from the bottom up. A module may import its own room and lower ones.
+FLOOR = {
+    **dict.fromkeys(("config", "errors", "types", "batch_job"), 0),
+    **dict.fromkeys(("architecture", "duration"), 1),
+    "parallel": 2,
+    **dict.fromkeys(("loss", "data", "convert", "model"), 3),
+    **dict.fromkeys(("recipe", "layout", "report"), 4),
+    **dict.fromkeys(("training", "dry_run", "verify"), 5),
+    **dict.fromkeys(("train", "generate", "compare", "slurm", "convert_cli"), 6),
+}
+# Neighbours on one floor that may not know each other.
+STRANGERS = {
+    "loss": {"parallel", "data", "model", "convert", "types"},
+    "data": {"model", "loss", "convert", "parallel"},
+    "convert": {"model", "data", "loss"},
+    "model": {"data", "loss"},
+    "config": set(FLOOR),
+    "errors": set(FLOOR),
+    "types": set(FLOOR) - {"types"},
+    "batch_job": set(FLOOR),
+}
+NOT_FROM_OUTSIDE = {"loss": ("megatron", "torch.distributed", "nemo", "lightning", "transformers")}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+COMMANDS = {
+    **{name: ["-m", f"nemo_lmpo.{name}"] for name in ("train", "generate", "compare", "report", "slurm")},
+    **{path.stem: [str(path)] for path in sorted((PACKAGE.parent / "conversion").glob("*.py"))},
+}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Dotted names and their lines, also of imports inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            yield module, node.lineno
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own_rooms(path: Path) -> Iterator[tuple[str, int]]:
+    for name, line in imported(path):
+        parts = name.split(".")
+        if parts[0] == "nemo_lmpo" and len(parts) > 1 and parts[1] in FLOOR:
+            yield parts[1], line
+
+
+def test_every_module_has_its_floor() -> None:
+    rooms = {room(path) for path in FILES} - {"__init__"}
+    assert rooms <= set(FLOOR), f"say in this test where they stand: {rooms - set(FLOOR)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    own = room(path)
+    if own == "__init__":
+        return
+    for other, line in own_rooms(path):
+        place = f"{path.name}:{line}: {own} imports {other}"
+        assert other == own or FLOOR[other] <= FLOOR[own], place
+        assert other == own or other not in STRANGERS.get(own, ()), place
+
+
+@pytest.mark.parametrize("own", NOT_FROM_OUTSIDE)
+def test_pure_rooms_know_no_engine(own: str) -> None:
+    for path in (PACKAGE / own).rglob("*.py"):
+        for name, line in imported(path):
+            for forbidden in NOT_FROM_OUTSIDE[own]:
+                assert not f"{name}.".startswith(f"{forbidden}."), f"{path.name}:{line}: {name}"
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for path in FILES:
+        text = path.read_text()
+        lines = text.count("\n")
+        if lines > LONGEST_FILE:
+            long.append(f"{path.name} has {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    long.append(f"{path.name}:{node.lineno} {node.name} has {length} lines")
+    assert not long, "\n".join(long)
+
+
+def test_code_names_only_what_can_be_reached() -> None:
+    """Nothing outside of a checkout may be needed: no absolute paths of one machine."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/home/", "/work/", "/root/")), f"{path.name}:{node.lineno}"
+
+
+def test_pickle_is_never_loaded_freely() -> None:
+    """`torch.load` must say weights_only=True; pickle itself is for the safe reader alone."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = node.func.value
+            if isinstance(owner, ast.Name) and (owner.id, node.func.attr) == ("torch", "load"):
+                safe = [word for word in node.keywords if word.arg == "weights_only"]
+                assert safe, f"{path.name}:{node.lineno}"
+                assert isinstance(safe[0].value, ast.Constant), f"{path.name}:{node.lineno}"
+                assert safe[0].value.value is True, f"{path.name}:{node.lineno}"
+            if isinstance(owner, ast.Name) and owner.id == "pickle":
+                assert node.func.attr not in ("load", "loads"), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_fast(command: str, tmp_path: Path) -> None:
+    """Processor time, which does not grow when other programs use the machine too."""
+    before = os.times()
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, *COMMANDS[command], "--help"], capture_output=True, text=True, cwd=tmp_path)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 2.0, f"{seconds:.1f} s of processor time, {time.monotonic() - started:.1f} s in all"
