@@ -1,0 +1,106 @@
+"""SmolLM2-135M on real preference pairs against transformers, and LMPO's loss against the formulas in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_lmpo.parallel.launch import LaunchInfo
+from tests.distributed.workers import run_workers
+from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
+
+PAIRS = 2
+
+
+def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Losses and per-token log-probabilities of step 0, and the pairs that they belong to."""
+    from nemo_lmpo.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.training.pair_table import OBSERVED
+    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.training.start_weights import find_start
+
+    config = load_recipe("lmpo_smollm2_135m", overrides)
+    run = RunDirectory(config, config_as_dict(config))
+    with distributed_session(config, launch) as (groups, device):
+        session = TrainingSession(config, find_start(config.model), run, launch, groups, device)
+        indices = session.sampler.pairs_of_step(0)
+        batch = session.batches.build(session.data.train, indices)
+        model = session.model.policy[0].eval()
+        tokens: dict[int, list[float]] = {}
+        for row in batch.rows:
+            with torch.no_grad():
+                hidden = model(row.input_ids, row.position_ids, row.pieces)
+                logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=100)
+            for sequence, logp in zip(row.sequence_index.tolist(), logps.tolist(), strict=True):
+                number = 2 * int(row.pair_index[sequence // 2]) + sequence % 2
+                tokens.setdefault(number, []).append(logp)
+        # The same batch twice: the second time the first one's statistics count.
+        losses = []
+        for _ in range(2):
+            table = session.model.run_batch(batch, forward_only=True)
+            losses.append(table.metrics()["loss"])
+            if config.loss.compat == "paper":  # training does it after each step; the released code always does it
+                session.model.statistics.update(table.column(OBSERVED))
+        pairs = [session.data.train[int(index)] for index in indices]
+        return {
+            "tokens": [tokens[number] for number in range(2 * len(pairs))],
+            "losses": losses,
+            "pairs": [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs],
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", ["paper", "released_code"])
+def test_step_zero_on_real_pairs(compat: str, smollm2_dir: Path, shared_dir: Path, tmp_path: Path) -> None:
+    overrides = (
+        f"model.restore_from_path={smollm2_dir}",
+        f"data.train.path={shared_dir / 'data' / 'alpaca_pairs_train.jsonl.gz'}",
+        "data.validation.path=null",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"model.global_batch_size={PAIRS}",
+        "data.max_length=256",
+        "data.max_prompt_length=128",
+        f"run_dir={tmp_path / 'run'}",
+        f"loss.compat={compat}",
+        "data.row_tokens=4000",  # one row: the released code's micro-batch is the batch
+    )
+    (found,) = run_workers(1, first_step, overrides, timeout=300)
+    tokens = [torch.tensor(logps, dtype=torch.float64) for logps in found["tokens"]]
+    pairs = [Pair(*ids) for ids in found["pairs"]]
+    if compat == "paper":
+        compare_tokens(smollm2_dir, pairs, tokens)
+    compare_losses(pairs, tokens, found["losses"], Settings(beta=2.5, log_h=1.4, released=compat == "released_code"))
+
+
+@torch.no_grad()
+def compare_tokens(directory: Path, pairs: list[Pair], tokens: list[torch.Tensor]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for number, logps in enumerate(tokens):
+        pair = pairs[number // 2]
+        response = (pair.chosen, pair.rejected)[number % 2]
+        logits = model(input_ids=torch.tensor([pair.prompt + response])).logits[0].double()
+        first = len(pair.prompt) - 1
+        expected = torch.log_softmax(logits, dim=-1)[range(first, first + len(response)), response]
+        assert (logps - expected).abs().max() < 1e-4
+
+
+def compare_losses(pairs: list[Pair], tokens: list[torch.Tensor], losses: list[float], settings: Settings) -> None:
+    statistics = MarginStatistics(settings)
+    sums = [(w.sum(), rejected.sum()) for w, rejected in zip(tokens[::2], tokens[1::2], strict=True)]
+    margins = torch.stack(
+        [margin(*both, len(pair.chosen), len(pair.rejected), settings) for both, pair in zip(sums, pairs, strict=True)]
+    )
+    for loss in losses:
+        if settings.released:
+            statistics.update(margins)
+        ab = statistics.current()
+        per_pair = [pair_loss(*both, pair, settings, ab) for both, pair in zip(sums, pairs, strict=True)]
+        assert loss == pytest.approx(float(torch.stack(per_pair).mean()), rel=1e-5)
+        if not settings.released:
+            statistics.update(margins)
