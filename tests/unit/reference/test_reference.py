@@ -137,7 +137,7 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
-        places.append(weights_fingerprint(dataclasses.replace(start, directory=tmp_path / name), 1))
+        places.append(weights_fingerprint(dataclasses.replace(start, path=tmp_path / name), 1))
     assert places[0] == places[1] != places[2]
 
 
