@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from nemo_lmpo.config import CheckpointConfig
 from nemo_lmpo.errors import TrainingError, UserError
-from nemo_lmpo.parallel.children import following_queue
+from nemo_lmpo.parallel.children import following_forks, following_queue
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -172,13 +172,14 @@ class CheckpointManager:
         temporary = final.with_suffix(".tmp")
         try:
             on_main_rank(lambda: self._prepare(temporary))
-            request = self._write_state(temporary / STATE)
+            with following_forks():
+                request = self._write_state(temporary / STATE)
+                if request is not None:
+                    request.finalize_fns.append(lambda: self._finish(temporary, final, progress))
+                    self._in_background = final
+                    self._async_queue().schedule_async_request(request)
             if request is None:
                 self._finish(temporary, final, progress)
-            else:
-                request.finalize_fns.append(lambda: self._finish(temporary, final, progress))
-                self._in_background = final
-                self._async_queue().schedule_async_request(request)
         except _storage_errors() as error:
             self._discard(temporary)
             raise _save_error(final, error) from error

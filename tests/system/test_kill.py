@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -56,6 +57,16 @@ def kill_at_random(process: Any, directory: Path, rng: random.Random, *, while_s
     process.join()
 
 
+def working_in(directory: Path) -> list[psutil.Process]:
+    """Processes that killed runs left behind."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(directory) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 @pytest.mark.slow
 def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -75,6 +86,7 @@ def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> No
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert not being_written(killed)
+    assert not working_in(killed)
 
 
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
