@@ -44,9 +44,7 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
     done = len(dict.fromkeys(plans)) - len(waiting)
     if not waiting:
         return []
-    forked = not scale.separate and _may_fork()
-    if forked:
-        _import_all()
+    context = _process_context(scale)
     failed = []
     active: dict[Any, tuple[Any, RunPlan, float]] = {}
     hidden = True if quiet else None
@@ -55,7 +53,8 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
             while waiting or active:
                 while waiting and len(active) < jobs:
                     plan = waiting.pop(0)
-                    process = _begin(plan, scale, forked=forked)
+                    process = context.Process(target=_run, args=(plan, scale, dict(os.environ)))
+                    process.start()
                     active[process.sentinel] = (process, plan, time.monotonic())
                 for sentinel in wait(list(active)):
                     process, plan, started = active.pop(sentinel)
@@ -99,46 +98,33 @@ def _report(plan: RunPlan, exit_code: int, seconds: float) -> None:
         _logger.info("finished: %s in %s", what, format_duration(seconds))
 
 
-def _import_all() -> None:
-    """Import once what every run needs; the processes below inherit it."""
-    # The libraries remark at length on what is not installed; each run's log has that, too.
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        import nemo_lmpo.compare.measure
-        import nemo_lmpo.generate.engine
-        import nemo_lmpo.train
-        import nemo_lmpo.training.session  # noqa: F401
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
 def _may_fork() -> bool:
     """Where there is no GPU, whose driver does not survive a fork."""
     return sys.platform.startswith("linux") and not Path("/dev/nvidiactl").exists()
 
 
-def _begin(plan: RunPlan, scale: Scale, *, forked: bool) -> Any:
-    # A forked process has its imports already; tiny runs would import for as long as they train.
-    context: Any = multiprocessing.get_context("fork" if forked else "spawn")
-    process = context.Process(target=_run, args=(plan, scale))
-    process.start()
-    return process
+def _process_context(scale: Scale) -> Any:
+    """How runs are started.
+
+    A forked process has its imports already; tiny runs would import for as long as they train. The fork is that of a
+    server without threads of its own: the children of a process that has computed inherit locks nobody releases.
+    """
+    if scale.separate or not _may_fork():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nemo_lmpo.compare.preload"])
+    return context
 
 
-def _run(plan: RunPlan, scale: Scale) -> None:
+def _run(plan: RunPlan, scale: Scale, environment: dict[str, str]) -> None:
     """Train and measure one run; what it prints goes to its log."""
+    os.environ.update(environment)  # a fork server has that of its start
     plan.directory.mkdir(parents=True, exist_ok=True)
     log = os.open(plan.directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _log_to_standard_error()
     status = _train_separately(plan) if scale.separate else _train_here(plan)
     if status == 0:
         from nemo_lmpo.compare.measure import measure
@@ -152,14 +138,6 @@ def _run(plan: RunPlan, scale: Scale) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _log_to_standard_error() -> None:
-    """Forget the parent's bar and handlers."""
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    for handler in list(logging.getLogger().handlers):
-        logging.getLogger().removeHandler(handler)
 
 
 def _train_here(plan: RunPlan) -> int:

@@ -24,7 +24,7 @@ class Scale:
     """Held-out prompts to answer greedily."""
     answer_tokens: int = 512
     separate: bool = False
-    """Start runs through torchrun with the recipe's number of processes, instead of in a fork of this one."""
+    """Start runs through torchrun with the recipe's number of processes, instead of in one process each."""
 
     def recipe(self, method: str) -> str:
         """The recipe of a method."""
