@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_lmpo.files import replace_file
+
 JOB_FILE = "job.json"
 OUTCOME_DONE = "done"
 OUTCOME_REFUSED = "refused"
@@ -44,9 +46,9 @@ class BatchJob:
         Call on one rank.
         """
         known = {**asdict(self), "directory": None if self.directory is None else str(self.directory)}
-        _write(run_dir / JOB_FILE, json.dumps(known) + "\n")
+        replace_file(run_dir / JOB_FILE, json.dumps(known) + "\n")
         if self.directory is not None:
-            _write(self.directory / "run_dir", f"{run_dir.resolve()}\n")
+            replace_file(self.directory / "run_dir", f"{run_dir.resolve()}\n")
 
 
 def read_batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
@@ -71,7 +73,7 @@ def leave_outcome(outcome: str) -> None:
     """Tell the batch script how the run ended; does nothing outside of the templates' jobs."""
     job = read_batch_job()
     if job is not None and job.directory is not None and job.directory.is_dir():
-        _write(job.directory / "outcome", outcome + "\n")
+        replace_file(job.directory / "outcome", outcome + "\n")
 
 
 def stopped(reason: str) -> str:
@@ -85,10 +87,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _write(path: Path, text: str) -> None:
-    # Several ranks may refuse at once, and the batch script reads in between.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -89,11 +89,16 @@ class DataConfig:
     share_prompt: bool = True
     """Lay a pair's prompt in the row once for both responses; the numbers are the same either way."""
     row_tokens: int | None = None
-    """Token budget of a packed row; unset: two full-length sequences (`2 * max_length`)."""
+    """Token budget of a packed row; unset: two full-length sequences, see :attr:`row_budget`."""
     cache_dir: str | None = None
     """Where tokenised pairs are kept; unset: `$XDG_CACHE_HOME/nemo_lmpo` or `~/.cache/nemo_lmpo`."""
     num_workers: int | None = None
     """Processes that tokenise; unset: one for small data, else the number of CPU cores."""
+
+    @property
+    def row_budget(self) -> int:
+        """Most tokens of a packed row: `row_tokens`, or two sequences of `max_length`."""
+        return self.row_tokens or 2 * self.max_length
 
 
 @dataclass

@@ -86,14 +86,9 @@ def estimate_memory(layout: Layout) -> MemoryEstimate:
         parameters=parameters * (2 if low_precision else 4),
         gradients=parameters * 4,
         optimizer=optimizer,
-        activations=activation_bytes(architecture, config, row_tokens(config)),
+        activations=activation_bytes(architecture, config, config.data.row_budget),
         logits=2 * 4 * chunk * rows + 4 * rows * architecture.hidden_size,
     )
-
-
-def row_tokens(config: Config) -> int:
-    """Token budget of a row."""
-    return config.data.row_tokens or 2 * config.data.max_length
 
 
 def describe(layout: Layout) -> str:
@@ -121,7 +116,7 @@ def describe(layout: Layout) -> str:
             "global batch",
             f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} a replica",
         ),
-        ("row", f"at most {row_tokens(config)} tokens"),
+        ("row", f"at most {config.data.row_budget} tokens"),
     ]
     table = [
         ("parameters", memory.parameters),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.config import DataConfig, DatasetConfig
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.tiny_task import is_right
+from nemo_lmpo.files import replace_file
 from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_metrics
 
 _EXAMPLES = 4
@@ -30,10 +30,8 @@ def measure(run: Path, scale: Scale) -> None:
     if scale.answers and f"{VALIDATION}loss" in metrics.series:
         answered, examples = _answers(run, scale)
         values.update(answered)
-    path = run / MEASURED_FILE
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"values": values, "examples": examples}, indent=1, ensure_ascii=False))
-    temporary.replace(path)
+    measured = {"values": values, "examples": examples}
+    replace_file(run / MEASURED_FILE, json.dumps(measured, indent=1, ensure_ascii=False))
 
 
 def from_metrics(metrics: Metrics) -> dict[str, float]:

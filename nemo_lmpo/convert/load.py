@@ -22,6 +22,7 @@ from nemo_lmpo.convert.mapping import (
     rules,
 )
 from nemo_lmpo.convert.source import TensorSource, check_source, raise_if_any
+from nemo_lmpo.parallel.wrappers import unwrap
 
 _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -54,13 +55,6 @@ def load_model_weights(
         assert rule is not None
         parts = [source.get(name) for name in rule.hf_names(layer)]
         fill(parameter, rule, parts, architecture, tp_rank=tp_rank, tp_size=tp_size)
-
-
-def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The model inside distributed and precision wrappers."""
-    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
-        module = inner
-    return module
 
 
 _Target = tuple[str, Tensor, Rule | None, int]

@@ -245,7 +245,7 @@ def _table_lengths(table: Any) -> np.ndarray:
 
 def _within_budget(part: _Tokenised, config: DataConfig, dropped: dict[str, int]) -> np.ndarray:
     """Rows of the table that fit a packed row on their own."""
-    budget = config.row_tokens or 2 * config.max_length
+    budget = config.row_budget
     costs = pair_tokens(_table_lengths(part.table), config.share_prompt)
     too_long = np.flatnonzero(costs > budget)
     if len(too_long) == 0:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.files import replace_file
 from nemo_lmpo.report import html
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
@@ -78,16 +78,6 @@ def build_page(run: Run, light: Sequence[Picture], dark: Sequence[Picture], conf
     return html.document(f"{run.label}: report", body)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write so that a page that is open elsewhere is whole at any time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     """Draw the curves of a run and write its page.
 
@@ -113,8 +103,8 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     pictures = run_dir / PICTURES_DIR
     pictures.mkdir(exist_ok=True)
     for picture in light:
-        _write(pictures / f"{picture.chart.name}.png", picture.png)
+        replace_file(pictures / f"{picture.chart.name}.png", picture.png)
     page = Path(output) if output is not None else run_dir / REPORT_FILE
     page.parent.mkdir(parents=True, exist_ok=True)
-    _write(page, build_page(run, light, dark, config_text).encode("utf-8"))
+    replace_file(page, build_page(run, light, dark, config_text).encode("utf-8"))
     return page

@@ -14,6 +14,7 @@ from nemo_lmpo.config import Config
 from nemo_lmpo.data.packing import build_row, imbalance, pair_tokens, plan_rows
 from nemo_lmpo.parallel.context import attention_pieces, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.training.throughput import causal_pairs
 from nemo_lmpo.types import PackedRow, PairTokens
 
 
@@ -103,12 +104,21 @@ class StepBatch:
 class BatchBuilder:
     """Lays chosen pairs into rows for this process. Every rank computes the same plan; nothing is communicated."""
 
-    def __init__(self, config: Config, groups: ParallelGroups, *, device: torch.device, pad_id: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: ParallelGroups,
+        *,
+        device: torch.device,
+        pad_id: int,
+        sliding_window: int | None = None,
+    ) -> None:
         self.groups = groups
         self.device = device
         self.pad_id = pad_id
+        self.sliding_window = sliding_window
         self.share_prompt = config.data.share_prompt
-        self.row_tokens = config.data.row_tokens or 2 * config.data.max_length
+        self.row_tokens = config.data.row_budget
         self.max_pairs_per_row = config.model.micro_batch_size
         interleaved = config.model.virtual_pipeline_model_parallel_size is not None
         self.multiple_of_rows = groups.pipeline.size() if interleaved else 1
@@ -145,7 +155,7 @@ class BatchBuilder:
             pair_ids=[pair.pair_id for pair in chosen],
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
             predicted=int(lengths[:, 1:].sum()),
-            attended=attended_pairs(lengths, share_prompt=self.share_prompt),
+            attended=attended_pairs(lengths, share_prompt=self.share_prompt, window=self.sliding_window),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
         )
 
@@ -155,10 +165,17 @@ def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:
     return int(pair_tokens(lengths, share_prompt).sum())
 
 
-def attended_pairs(lengths: np.ndarray, *, share_prompt: bool) -> int:
-    """Query-key pairs under the causal mask: ``n (n + 1) / 2`` a segment, plus its prefix for each query."""
-    prompt = lengths[:, 0].astype(np.int64)
-    responses = lengths[:, 1:].astype(np.int64) - 1
-    within = responses * (responses + 1) // 2 + responses * prompt[:, None]
-    prompts = prompt * (prompt + 1) // 2 * (1 if share_prompt else 2)
-    return int(within.sum() + prompts.sum())
+def attended_pairs(lengths: np.ndarray, *, share_prompt: bool, window: int | None = None) -> int:
+    """(Query, key) pairs of a step.
+
+    Args:
+        lengths: ``[B, 3]`` tokens of prompt, chosen, rejected.
+        share_prompt: whether a pair's prompt is laid once.
+        window: the model's sliding window.
+    """
+    total = 0
+    for prompt, *responses in lengths.tolist():
+        total += causal_pairs(prompt, window=window) * (1 if share_prompt else 2)
+        # The last token of a response predicts nothing and is not fed.
+        total += sum(causal_pairs(response - 1, prompt, window) for response in responses)
+    return total

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import queue
 import re
 import shutil
@@ -32,6 +31,7 @@ import torch.distributed as dist
 
 from nemo_lmpo.config import CheckpointConfig
 from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.files import replace_file
 from nemo_lmpo.parallel.children import following_forks, following_queue
 
 MANIFEST = "manifest.json"
@@ -90,15 +90,7 @@ def write_manifest(directory: Path) -> None:
     files = {
         str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
     }
-    write_json(directory / MANIFEST, {"files": files})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write and bring to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(directory / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def on_main_rank(action: Callable[[], Any]) -> Any:
@@ -208,7 +200,7 @@ class CheckpointManager:
 
     def _publish(self, temporary: Path, final: Path, progress: TrainingProgress) -> None:
         self.write_companions(temporary)
-        write_json(temporary / PROGRESS, vars(progress))
+        replace_file(temporary / PROGRESS, json.dumps(vars(progress), indent=1))
         write_manifest(temporary)
         if final.exists():
             # Only a damaged one can stand here: a good one would have been resumed from.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,11 @@ from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.model.build import Kernels, build_model_chunks, choose_kernels, parameter_dtype
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.parallel.wrappers import unwrap
 from nemo_lmpo.training.batches import LocalRow, StepBatch
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_table import OBSERVED, PairTable
-from nemo_lmpo.training.step import RowStep, unwrap
+from nemo_lmpo.training.step import RowStep
 
 if TYPE_CHECKING:
     from nemo_lmpo.training.reference import FrozenReference
@@ -81,7 +82,7 @@ class MegatronGPTLMPOModel(ModelPT):
     @property
     def policy(self) -> list[PackedGPTModel]:
         """The model chunks of this process without wrappers."""
-        return [unwrap(chunk) for chunk in self.chunks]
+        return [cast(PackedGPTModel, unwrap(chunk)) for chunk in self.chunks]
 
     def num_local_parameters(self) -> int:
         """Parameters that this process holds."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_lmpo.config import LoggingConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError, TrainingError
+from nemo_lmpo.files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -40,16 +41,6 @@ def encode_number(value: float) -> float | str:
     if math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that readers and crashes see either the old or the new file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _step_and_kind(line: bytes) -> tuple[int, str] | None:
@@ -90,7 +81,7 @@ def truncate_metrics(path: Path, resume_step: int) -> set[str]:
         _logger.warning("%s: removed %d broken line(s), as an interrupted write leaves them", path, broken)
     remaining = b"".join(kept)
     if remaining != content:
-        _replace_file(path, remaining)
+        replace_file(path, remaining)
     return at_resume_step
 
 
@@ -128,7 +119,7 @@ class MetricsLog:
         wandb = _import_wandb(config.wandb) if config.wandb.project else None
         self._run_dir.mkdir(parents=True, exist_ok=True)
         if total_steps is not None:
-            _replace_file(self._run_dir / RUN_FILE, json.dumps({"total_steps": total_steps}).encode() + b"\n")
+            replace_file(self._run_dir / RUN_FILE, json.dumps({"total_steps": total_steps}).encode() + b"\n")
         self._path = self._run_dir / METRICS_FILE
         self._present = truncate_metrics(self._path, resume_step)
         self._file = self._path.open("ab")
@@ -225,7 +216,7 @@ def _start_wandb(wandb: Any, run_dir: Path, config: WandbConfig, config_for_wand
     run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
     if not run_id:
         run_id = secrets.token_hex(4)
-        _replace_file(id_file, run_id.encode() + b"\n")
+        replace_file(id_file, run_id.encode() + b"\n")
     try:
         return wandb.init(
             project=config.project,

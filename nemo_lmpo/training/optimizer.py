@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_lmpo.config import OptimConfig, TrainerConfig
-from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 if TYPE_CHECKING:
@@ -74,8 +73,6 @@ def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_step
     if warmup_steps >= total_steps:
         # Rounding up may take the only step of a very short run.
         warmup_steps = total_steps - 1
-    if optim.sched.name not in ("cosine", "linear", "constant"):
-        raise ConfigError(f"optim.sched.name={optim.sched.name!r} is unknown; choose cosine, linear or constant")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -12,6 +12,7 @@ import yaml
 from nemo_lmpo.architecture import architecture_to_hf
 from nemo_lmpo.config import Config
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.files import replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,14 +125,14 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_text(self.path / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
+            replace_file(self.path / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
         except OSError as error:
             raise ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one") from None
 
     def write_companions(self, directory: Path, start: StartPoint, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
-        _write_text(directory / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
-        _write_text(directory / ARCHITECTURE_FILE, json.dumps(model_config(start), indent=1))
+        replace_file(directory / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        replace_file(directory / ARCHITECTURE_FILE, json.dumps(model_config(start), indent=1))
         tokenizer.save_pretrained(directory / "tokenizer")
 
 
@@ -141,9 +142,3 @@ def model_config(start: StartPoint) -> dict[str, Any]:
         original: dict[str, Any] = json.loads((start.side_files / "config.json").read_text())
         return original
     return architecture_to_hf(start.architecture)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

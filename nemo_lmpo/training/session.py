@@ -137,7 +137,13 @@ class TrainingSession:
         self.optimizer: MegatronOptimizer = build_optimizer(
             list(self.model.chunks), config.optim, config.trainer, self.model.dtype_of_parameters
         )
-        self.batches = BatchBuilder(config, groups, device=device, pad_id=padding_id(self.data.tokenizer))
+        self.batches = BatchBuilder(
+            config,
+            groups,
+            device=device,
+            pad_id=padding_id(self.data.tokenizer),
+            sliding_window=start.architecture.sliding_window,
+        )
         if self.model.loss.needs_reference:
             self._prepare_reference()
         self.checkpoints = self._checkpoints()

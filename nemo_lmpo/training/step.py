@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from nemo_lmpo.loss.margin_stats import RunningStatistics
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.parallel.wrappers import unwrap
 from nemo_lmpo.training.batches import LocalRow
 from nemo_lmpo.training.pair_table import PairTable, pair_columns
 
@@ -81,7 +82,7 @@ class RowStep:
         """
         row = next(rows)
         hidden = model(row.input_ids, row.position_ids, row.pieces)
-        return hidden, partial(self.loss_of_row, row=row, model=unwrap(model))
+        return hidden, partial(self.loss_of_row, row=row, model=cast(PackedGPTModel, unwrap(model)))
 
     def loss_of_row(
         self, hidden: Tensor, *, row: LocalRow, model: PackedGPTModel
@@ -145,10 +146,3 @@ def gather_uneven(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def unwrap(model: Any) -> PackedGPTModel:
-    """The model inside distributed wrappers."""
-    while not isinstance(model, PackedGPTModel):
-        model = model.module
-    return model

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nemo_lmpo.architecture import Architecture
@@ -69,16 +68,6 @@ def causal_pairs(length: int, prefix: int = 0, window: int | None = None) -> int
     return growing * prefix + growing * (growing + 1) // 2 + (length - growing) * window
 
 
-def attended_pairs(segments: Iterable[Sequence[int]], window: int | None = None) -> int:
-    """(Query, key) pairs of packed rows.
-
-    Args:
-        segments: `[S, 4]` numbers as in a packed row: start, length, prefix start, prefix length.
-        window: the model's sliding window.
-    """
-    return sum(causal_pairs(int(length), int(prefix), window) for _, length, _, prefix in segments)
-
-
 def model_flops(
     architecture: Architecture,
     *,
@@ -92,7 +81,7 @@ def model_flops(
         architecture: sizes of the decoder.
         tokens: positions that went through the layers.
         predicted_tokens: positions that met the output matrix; unset: all.
-        attended: (query, key) pairs, see :func:`attended_pairs`; unset: ``tokens`` as one causal sequence.
+        attended: (query, key) pairs, as `batches.attended_pairs` counts them; unset: ``tokens`` as one causal sequence.
     """
     query = architecture.num_attention_heads * architecture.head_dim
     key_value = 2 * architecture.num_query_groups * architecture.head_dim

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -18,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nemo_lmpo.parallel.launch import LaunchInfo
 
@@ -43,6 +46,9 @@ class WorkerError(AssertionError):
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as environment:  # of the server only
+        environment.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -61,7 +67,6 @@ def _work(pipe: Any, launch: LaunchInfo, function: Callable[..., Any], arguments
 
 def run_workers(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 150.0) -> list[Any]:
     """Results of ``function(launch, *arguments)`` of every rank, in rank order."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = _context()
     with tempfile.TemporaryDirectory(prefix="nemo_lmpo_store_") as folder:
         store = str(Path(folder) / "store")

@@ -31,7 +31,8 @@ class Job:
             program.chmod(0o755)
 
     def run(self, *command: str, status: int = 0, **variables: str) -> str:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "NEMO_"))}
+        foreign = ("SLURM_", "SBATCH_", "NEMO_", "OMP_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         environment = {
             **clean,
             "PATH": f"{self.folder}/bin:{os.environ['PATH']}",

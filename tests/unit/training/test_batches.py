@@ -37,6 +37,15 @@ def test_counts_are_those_of_the_rows(lengths: list[tuple[int, int, int]], share
     assert attended_pairs(np.array(lengths), share_prompt=share_prompt) == seen
 
 
+def test_attended_pairs_by_hand() -> None:
+    # Prompt of 3, chosen of 2 + 1 and rejected of 1 + 1 (the last is not fed): 6 + (2 * 3 + 3) + (3 + 1).
+    lengths = np.array([[3, 3, 2]])
+    assert attended_pairs(lengths, share_prompt=True) == 19
+    assert attended_pairs(lengths, share_prompt=False) == 25
+    # Two newest keys each: 1 + 2 + 2, then 2 for each of the three response tokens.
+    assert attended_pairs(lengths, share_prompt=True, window=2) == 11
+
+
 @given(LENGTHS, st.sampled_from([1, 2, 4]))
 def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, int]], cp_size: int) -> None:
     row = row_of(lengths, share_prompt=True, pad=2 * cp_size)

@@ -5,7 +5,6 @@ import pytest
 
 from nemo_lmpo.architecture import Architecture
 from nemo_lmpo.training.throughput import (
-    attended_pairs,
     causal_pairs,
     model_flops,
     peak_flops,
@@ -42,11 +41,6 @@ def allowed_pairs(length, prefix, window):
 @pytest.mark.parametrize("length", [0, 1, 4, 10])
 def test_causal_pairs_match_the_mask(length, prefix, window):
     assert causal_pairs(length, prefix, window) == allowed_pairs(length, prefix, window)
-
-
-def test_attended_pairs_of_a_packed_row():
-    # Prompt of 3, chosen of 2 and rejected of 1 behind it: 3*4/2 + (2*3 + 2*3/2) + (1*3 + 1) = 6 + 9 + 4.
-    assert attended_pairs([(0, 3, 0, 0), (3, 2, 0, 3), (5, 1, 0, 3)]) == 19
 
 
 def test_model_flops_by_hand():
