@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=2, help="pairs that the transformers loop pads together")
     parser.add_argument("--steps", type=int, default=1, help="measured steps, after one step of warm-up")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--override", action="append", default=[], help="a further setting of the recipe")
     parser.add_argument("--variants", nargs="+", default=["packed", "transformers"], choices=VARIANTS)
     parser.add_argument("--output", type=Path, help="write the result as Markdown, too")
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -55,6 +56,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "trainer.precision='32'",
         "trainer.max_steps=1000",
         f"data.share_prompt={'false' if options.child == 'packed_prompt_twice' else 'true'}",
+        *options.override,
     ]
 
 

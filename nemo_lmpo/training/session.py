@@ -22,6 +22,7 @@ from nemo_lmpo.data.sampler import PairSampler
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer, padding_id
 from nemo_lmpo.duration import parse_duration
 from nemo_lmpo.parallel.cpu_adapter import ADAPTER
+from nemo_lmpo.parallel.cpu_memory import keep_freed_memory
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.parallel.launch import LaunchInfo
 from nemo_lmpo.training.batches import BatchBuilder
@@ -56,6 +57,7 @@ def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[Pa
     else:
         device = torch.device("cpu")
         ADAPTER.install()
+        keep_freed_memory()
         torch.set_num_threads(threads_per_process(config, launch))
     start_process_group(launch, use_cuda=use_cuda)
     try:

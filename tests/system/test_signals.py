@@ -68,11 +68,21 @@ def test_time_limit_and_going_on_equals_one_run(tmp_path: Path) -> None:
     with training((*COMMAND, length), whole) as process:
         process.join(timeout=120)
         assert process.exitcode == 0, (whole / "output").read_text()
-    for option in (("trainer.max_time_per_run='00:00:03'",), ()):
-        with training((*COMMAND, length, *option), parts) as process:
-            process.join(timeout=120)
-            assert process.exitcode == 0, (parts / "output").read_text()
+    seconds = 8
+    started = time.monotonic()
+    with training((*COMMAND, length, f"trainer.max_time_per_run='00:{seconds:02}'"), parts) as process:
+        wait_for_steps(process, parts, 2)
+        # However fast the machine, the limit falls between two steps: the process sleeps until it has passed.
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(max(0.0, started + seconds + 1 - time.monotonic()))
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(timeout=120)
+        assert process.exitcode == 0, (parts / "output").read_text()
     assert "stopped by time limit" in (parts / "output").read_text()
+    assert 2 <= len(metrics_of(parts / "run")) < steps
+    with training((*COMMAND, length), parts) as process:
+        process.join(timeout=120)
+        assert process.exitcode == 0, (parts / "output").read_text()
     assert metrics_of(parts / "run") == metrics_of(whole / "run")
     found, expected = weights_of(parts / "run", steps), weights_of(whole / "run", steps)
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
