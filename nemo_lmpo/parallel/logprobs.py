@@ -84,7 +84,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         hidden, weight, log_normaliser, owned, safe_targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are added up in float32: in bfloat16 the sum over many chunks would lose small gradients.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
             logits = _local_logits(hidden[chunk], weight, ctx.part)
             probabilities = logits.sub_(log_normaliser[chunk, None]).exp_()
@@ -95,12 +95,16 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = torch.mm(grad_logits, weight)
-            if grad_weight is not None:
-                if grad_weight.dtype == grad_logits.dtype:
-                    grad_weight.addmm_(grad_logits.t(), hidden[chunk])
-                else:
-                    grad_weight.add_(torch.mm(grad_logits.t(), hidden[chunk]))
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+            if not ctx.needs_input_grad[1]:
+                continue
+            if grad_weight is None:
+                grad_weight = torch.mm(grad_logits.t(), hidden[chunk]).float()
+            elif grad_weight.dtype == grad_logits.dtype:
+                grad_weight.addmm_(grad_logits.t(), hidden[chunk])
+            else:
+                grad_weight.add_(torch.mm(grad_logits.t(), hidden[chunk]))
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
