@@ -180,7 +180,7 @@ class CheckpointManager:
     def _write_state(self, directory: Path) -> Any:
         from megatron.core import dist_checkpointing
 
-        _serve_write_results(in_background=self.config.async_save)
+        serve_write_results(in_background=self.config.async_save)
         return dist_checkpointing.save(
             self.make_state(False), str(directory), async_sharded_save=self.config.async_save
         )
@@ -305,7 +305,7 @@ class CheckpointManager:
         return progress
 
 
-def _serve_write_results(*, in_background: bool) -> None:
+def serve_write_results(*, in_background: bool) -> None:
     """Give megatron-core's writers the queue in which they report.
 
     Its own is a server process, which imports everything again and outlives a killed run. A synchronous save needs

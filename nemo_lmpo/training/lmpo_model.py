@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,8 +15,10 @@ from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_lmpo.architecture import Architecture
+from nemo_lmpo.architecture import Architecture, architecture_to_hf
 from nemo_lmpo.config import Config
+from nemo_lmpo.convert.model_files import TRAINING_CONFIG
+from nemo_lmpo.errors import UserError
 from nemo_lmpo.loss.margin_stats import RunningStatistics
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.model.build import Kernels, build_model_chunks, choose_kernels, parameter_dtype
@@ -22,6 +26,7 @@ from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.parallel.wrappers import unwrap
 from nemo_lmpo.training.batches import LocalRow, StepBatch
+from nemo_lmpo.training.nemo_archive import write_policy_archive
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_table import OBSERVED, PairTable
 from nemo_lmpo.training.step import RowStep
@@ -75,6 +80,8 @@ class MegatronGPTLMPOModel(ModelPT):
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
         self.reference: FrozenReference | None = None
         """Set where `model.reference_in_memory` is."""
+        self.write_companions: Callable[[Path], None] = self._write_architecture
+        """Writes what belongs to the weights into a directory; a session adds its tokenizer."""
         self.row_step = RowStep(
             self.loss, self.statistics, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
         )
@@ -190,6 +197,38 @@ class MegatronGPTLMPOModel(ModelPT):
 
         # Losses were divided by the global number of pairs already, so no token count is given.
         finalize_model_grads(list(self.chunks))
+
+    def _write_architecture(self, directory: Path) -> None:
+        (directory / TRAINING_CONFIG).write_text(json.dumps(architecture_to_hf(self.architecture), indent=1))
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
+
+        Args:
+            save_path: an existing file is replaced once the new one is complete.
+
+        Raises:
+            CheckpointError: no room on the disk.
+        """
+        model = self.config.model
+        write_policy_archive(
+            Path(save_path).expanduser().resolve(),
+            self.policy,
+            self.write_companions,
+            tokenizer=model.tokenizer or model.restore_from_path,
+        )
+
+    @classmethod
+    def restore_from(cls, restore_path: str | Path, *args: object, **kwargs: object) -> MegatronGPTLMPOModel:
+        """NeMo's way to load a model; a policy needs its layout first.
+
+        Raises:
+            UserError: always, with the way that works.
+        """
+        raise UserError(
+            f"a policy is not restored from '{restore_path}' alone, since its layout is not known; "
+            f"train with model.restore_from_path={restore_path}"
+        )
 
     @classmethod
     def list_available_models(cls) -> None:

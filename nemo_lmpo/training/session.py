@@ -28,6 +28,7 @@ from nemo_lmpo.parallel.launch import LaunchInfo
 from nemo_lmpo.training.batches import BatchBuilder
 from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress
 from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel, nemo_config
+from nemo_lmpo.training.nemo_archive import sharded_weights
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from nemo_lmpo.training.random_state import restore_random_state, seed_everything, sharded_random_state
@@ -135,6 +136,7 @@ class TrainingSession:
         self.model = MegatronGPTLMPOModel(
             nemo_config(config), config=config, architecture=start.architecture, groups=groups, device=device
         )
+        self.model.write_companions = lambda directory: run.write_companions(directory, start, self.data.tokenizer)
         load_start_weights(self.model.policy, groups, start, config.model.seed)
         self.optimizer: MegatronOptimizer = build_optimizer(
             list(self.model.chunks), config.optim, config.trainer, self.model.dtype_of_parameters
@@ -170,7 +172,7 @@ class TrainingSession:
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
-            write_companions=lambda directory: self.run.write_companions(directory, self.start, self.data.tokenizer),
+            write_companions=self.model.write_companions,
             state_bytes=bytes_a_parameter * self.start.architecture.num_parameters(),
             layout=self.layout(),
         )
@@ -187,9 +189,7 @@ class TrainingSession:
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
         """Weights, optimizer and random states as megatron-core's sharded state dict."""
-        state: dict[str, Any] = {
-            f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(self.model.policy)
-        }
+        state = sharded_weights(self.model.policy)
         state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=is_loading)
         if not is_loading or self._same_layout():
             state["random_state"] = sharded_random_state()

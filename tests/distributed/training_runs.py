@@ -30,8 +30,8 @@ COMMON = (
 )
 
 
-def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Train; the margin statistics that this rank ends with."""
+def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive: str | None = None) -> dict[str, Any]:
+    """Train, and save the policy as ``archive``; the margin statistics that this rank ends with."""
     from nemo_lmpo.layout import validate
     from nemo_lmpo.recipe import config_as_dict, load_recipe
     from nemo_lmpo.training.run_directory import RunDirectory
@@ -48,6 +48,8 @@ def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> dict[
     with distributed_session(config, launch) as (groups, device):
         session = TrainingSession(config, start, run, launch, groups, device)
         session.train(time.time())
+        if archive is not None:
+            session.model.save_to(archive)
         assert session.model.statistics is not None
         return session.model.statistics.state_dict()
 
