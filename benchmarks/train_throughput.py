@@ -3,7 +3,8 @@
     python benchmarks/train_throughput.py --model SMOLLM2_DIR --data PAIRS.jsonl.gz [--rounds 3] [--output FILE]
 
 Each measurement is a process of its own (so that peak memory is its own); the two alternate, and medians and
-ratios are printed. Both train in float32 with AdamW on the LMPO loss, on pairs of at most `--max-length` tokens.
+ratios are printed. Both train in float32 with AdamW on the LMPO loss, on pairs of at most `--max-length` tokens:
+those of the data that are as short, or with `--truncate` all, cut to that length (few of which then need padding).
 The loop does what preference trainers do: chosen and rejected padded to one batch, `--micro-batch` pairs at a
 time, logits of every position.
 """
@@ -33,6 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="preference pairs, as data.train.path")
     parser.add_argument("--recipe", default="lmpo_smollm2_135m")
     parser.add_argument("--max-length", type=int, default=384)
+    parser.add_argument(
+        "--truncate", action="store_true", help="take all pairs and cut long ones, instead of only pairs that fit"
+    )
     parser.add_argument("--pairs", type=int, default=8, help="pairs of an optimizer step")
     parser.add_argument("--micro-batch", type=int, default=2, help="pairs that the transformers loop pads together")
     parser.add_argument("--steps", type=int, default=1, help="measured steps, after one step of warm-up")
@@ -44,14 +48,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def longest(options: argparse.Namespace) -> tuple[int, int]:
+    """Most tokens of a sequence, and of its prompt."""
+    return options.max_length, options.max_length * 2 // 3
+
+
 def overrides(options: argparse.Namespace) -> list[str]:
     """The recipe's settings for this measurement."""
+    sequence, prompt = longest(options)
     return [
         f"model.restore_from_path={options.model}",
         f"data.train.path={options.data}",
         "data.validation.path=null",
-        f"data.max_length={options.max_length}",
-        f"data.max_prompt_length={options.max_length * 2 // 3}",
+        f"data.max_length={sequence}",
+        f"data.max_prompt_length={prompt}",
         f"model.global_batch_size={options.pairs}",
         "trainer.precision='32'",
         "trainer.max_steps=1000",
@@ -157,9 +167,29 @@ def run_transformers(options: argparse.Namespace) -> dict[str, float]:
     return measure(train_step, options)
 
 
+def write_fitting_pairs(options: argparse.Namespace, path: Path) -> None:
+    """Copy the pairs of which both sequences have at most `--max-length` tokens."""
+    import numpy as np
+
+    from nemo_lmpo.data.preference import load_preference_dataset
+    from nemo_lmpo.data.reader import open_source
+    from nemo_lmpo.data.tokenizer import load_tokenizer
+    from nemo_lmpo.recipe import load_recipe
+
+    config = load_recipe(options.recipe, overrides(argparse.Namespace(**{**vars(options), "max_length": 10**6})))
+    lengths = load_preference_dataset(config.data, config.data.train, load_tokenizer(options.model)).lengths
+    rows = [row.value for row in open_source(options.data, config.data.train.split).read()]
+    if len(rows) != len(lengths):
+        raise SystemExit(f"error: only {len(lengths)} of {len(rows)} rows of {options.data} are usable; use --truncate")
+    sequence, prompt = longest(options)
+    fits = (lengths[:, 0] + lengths[:, 1:].max(1) <= sequence) & (lengths[:, 0] <= prompt)
+    path.write_text("".join(json.dumps(rows[index]) + "\n" for index in np.flatnonzero(fits)))
+    print(f"{fits.sum()} of {len(rows)} pairs fit {sequence} tokens", file=sys.stderr)
+
+
 def run_child(options: argparse.Namespace, variant: str) -> dict[str, float]:
     """One measurement in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", variant]
+    command = [sys.executable, __file__, *sys.argv[1:], "--data", options.data, "--child", variant]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: the measurement of {variant} failed:\n{done.stderr}")
@@ -173,7 +203,8 @@ def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespa
 
     names = ("pairs_per_second", "tokens_per_second", "peak_gib")
     lines = [
-        f"{Path(options.model).name}, {options.pairs} pairs of at most {options.max_length} tokens a step, float32, "
+        f"{Path(options.model).name}, {options.pairs} pairs of at most {options.max_length} tokens "
+        f"({'longer ones cut' if options.truncate else 'none cut'}) a step, float32, "
         f"AdamW, {options.rounds} rounds of {options.steps} step(s) after warm-up; "
         f"{len(os.sched_getaffinity(0))} cores ({platform.machine()}), torch {torch.__version__}.",
         "",
@@ -196,13 +227,8 @@ def report(results: dict[str, list[dict[str, float]]], options: argparse.Namespa
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Alternate the variants and print the table."""
-    options = parse_arguments()
-    if options.child:
-        run = run_transformers if options.child == "transformers" else run_packed
-        print(json.dumps(run(options)))
-        return
+def measure_all(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Rounds of all variants, in turn."""
     results: dict[str, list[dict[str, float]]] = {variant: [] for variant in options.variants}
     for number in range(options.rounds):
         for variant in options.variants:
@@ -213,6 +239,22 @@ def main() -> None:
                 f"{latest['peak_gib']:.2f} GiB",
                 file=sys.stderr,
             )
+    return results
+
+
+def main() -> None:
+    """Alternate the variants and print the table."""
+    options = parse_arguments()
+    if options.child:
+        run = run_transformers if options.child == "transformers" else run_packed
+        print(json.dumps(run(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.truncate:
+            fitting = Path(folder) / "pairs.jsonl"
+            write_fitting_pairs(options, fitting)
+            options.data = str(fitting)
+        results = measure_all(options)
     text = report(results, options)
     print(text)
     if options.output:
