@@ -64,6 +64,8 @@ class PackedSDPA(nn.Module):
         """
         if self.cp_group is not None:
             key, value = gather_row(key, group=self.cp_group), gather_row(value, group=self.cp_group)
+        # Values are a view of the projection's whole output, which would be kept for backward with them.
+        value = value.contiguous()
         # [heads, T, head_dim], as SDPA wants it.
         query, key, value = (states.squeeze(1).transpose(0, 1) for states in (query, key, value))
         heads, tokens, head_dim = query.shape

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,4 +28,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension of ``[..., hidden_size]``; the statistics are taken in float32."""
-        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        shape, weight, eps = self.weight.shape, self.weight, self.eps
+        if hidden_states.is_cuda:
+            return rms_norm(hidden_states, shape, weight, eps)
+        # On CPUs torch composes the norm of several steps and keeps their results for backward, a tenth of a
+        # layer's activations; computing them again costs next to nothing.
+        result: Tensor = checkpoint(
+            rms_norm, hidden_states, shape, weight, eps, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
