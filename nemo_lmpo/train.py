@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from nemo_lmpo.parallel.launch import LaunchInfo
 
 _logger = logging.getLogger("nemo_lmpo")
+
+_SAID_BY_THE_BANNER = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
+"""Starts of megatron-core's warnings on import: kernels that are not there, and a default of its own."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,6 +125,9 @@ def _start_logging(launch: LaunchInfo) -> None:
     """The package's messages on rank 0, warnings from everywhere; libraries keep quiet."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("nemo_lmpo").setLevel(logging.INFO if launch.is_main else logging.ERROR)
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # NeMo's telemetry, which nothing here turns on
+    for message in _SAID_BY_THE_BANNER:
+        warnings.filterwarnings("ignore", message, UserWarning, r"megatron\.core\.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines with `prompt`: text, or messages"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON Lines to write (default: standard output)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens (default: 512)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens (default: 512, or what the model has room for)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="sample with it (default: greedy)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of P")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")

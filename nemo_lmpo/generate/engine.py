@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], object]
+DEFAULT_NEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen."""
 
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
+    """None: `DEFAULT_NEW_TOKENS`, or as many as the model has positions for."""
     temperature: float = 0.0
     """0: greedy."""
     top_p: float = 1.0
@@ -47,7 +49,7 @@ class Sampling:
             ConfigError: naming the option.
         """
         for name, value in (("max-new-tokens", self.max_new_tokens), ("batch-size", self.batch_size)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"--{name} {value} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature} must be 0 (greedy) or more")
@@ -93,26 +95,37 @@ class Generator:
         Raises:
             DataError: a prompt leaves no room within the model's positions.
         """
-        positions = int(self.model.config.max_position_embeddings)
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        if longest + sampling.max_new_tokens > positions:
-            raise DataError(
-                f"a prompt of {longest} tokens and --max-new-tokens {sampling.max_new_tokens} are more than the "
-                f"model's {positions} positions; lower the limit or shorten the prompt"
-            )
+        limit = self._new_tokens(max((len(prompt) for prompt in prompts), default=0), sampling.max_new_tokens)
         torch.manual_seed(sampling.seed)
         # Prompts of similar length together, so that little is padded.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         responses: dict[int, Response] = {}
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], sampling), strict=True):
+            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], sampling, limit), strict=True):
                 responses[index] = self._response(ids)
             progress(len(chosen))
         return [responses[index] for index in range(len(prompts))]
 
+    def _new_tokens(self, longest: int, wanted: int | None) -> int:
+        """The limit of new tokens for prompts of which the longest has ``longest`` tokens."""
+        positions = int(self.model.config.max_position_embeddings)
+        room = positions - longest
+        if room < 1:
+            raise DataError(
+                f"a prompt of {longest} tokens leaves no room in the model's {positions} positions; shorten it"
+            )
+        if wanted is None:
+            return min(DEFAULT_NEW_TOKENS, room)
+        if wanted > room:
+            raise DataError(
+                f"a prompt of {longest} tokens and --max-new-tokens {wanted} are more than the model's {positions} "
+                "positions; lower the limit or shorten the prompt"
+            )
+        return wanted
+
     @torch.inference_mode()
-    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> list[list[int]]:
         """New token ids of each prompt, padding and all."""
         from transformers import GenerationConfig
 
@@ -123,7 +136,7 @@ class Generator:
         choices = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         # The model's own generation defaults (Llama 3 samples) must not mix in.
         self.model.generation_config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=limit,
             do_sample=sampled,
             eos_token_id=self.stop_ids,
             pad_token_id=pad,

@@ -183,6 +183,17 @@ def test_too_long_for_the_positions(run):
     root, prompts, _ = run
     with pytest.raises(DataError, match="more than the model's 128 positions"):
         load_generator(root / "run").respond(prompts, Sampling(max_new_tokens=128))
+    with pytest.raises(DataError, match=r"a prompt of 128 tokens leaves no room in the model's 128 positions"):
+        load_generator(root / "run").respond([[5] * 128], Sampling())
+
+
+def test_without_a_limit_answers_end_at_the_models_positions(run):
+    root, _, _ = run
+    generator = load_generator(root / "run")
+    generator.stop_ids = []
+    (response,) = generator.respond([[5] * 124], Sampling())
+    assert len(response.token_ids) == 4
+    assert not response.finished
 
 
 def test_command_reports_errors_in_one_line(tmp_path, capsys):
