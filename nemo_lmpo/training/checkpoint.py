@@ -14,6 +14,7 @@ A checkpoint being written is called `step_0000100.tmp`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -181,9 +182,10 @@ class CheckpointManager:
         from megatron.core import dist_checkpointing
 
         serve_write_results(in_background=self.config.async_save)
-        return dist_checkpointing.save(
-            self.make_state(False), str(directory), async_sharded_save=self.config.async_save
-        )
+        save = dist_checkpointing.save
+        # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
+        own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+        return save(self.make_state(False), str(directory), async_sharded_save=self.config.async_save, **own_writers)
 
     def _prepare(self, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
