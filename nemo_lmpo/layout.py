@@ -135,6 +135,14 @@ def _recompute(layout: Layout) -> Iterator[str]:
             f"model.activations_checkpoint_method={model.activations_checkpoint_method!r} is unknown; "
             f"choose uniform or block"
         )
+    layers = layout.architecture.num_layers // model.pipeline_model_parallel_size
+    layers //= model.virtual_pipeline_model_parallel_size or 1
+    unit, uniform = model.activations_checkpoint_num_layers, model.activations_checkpoint_method == "uniform"
+    if model.activations_checkpoint_granularity == "full" and uniform and layers and layers % unit:
+        yield (
+            f"model.activations_checkpoint_num_layers={unit} does not divide the {layers} layers of a stage, which "
+            f"model.activations_checkpoint_method=uniform cuts into equal units; choose a divisor of {layers}, or block"
+        )
 
 
 def _lengths(layout: Layout) -> Iterator[str]:

@@ -100,6 +100,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
 
         print(describe(layout))  # noqa: T201
         return 0
+    _refuse_missing_kernels(config)
     run = RunDirectory(config, config_as_dict(config))
     run.check_owner()
     if launch.is_main:
@@ -119,6 +120,15 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
                 "stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step
             )
     return 0
+
+
+def _refuse_missing_kernels(config: Config) -> None:
+    """Before data is read: a dry run is for other machines, but this run is for here."""
+    import torch
+
+    from nemo_lmpo.model.build import choose_kernels
+
+    choose_kernels(config.model, use_cuda=torch.cuda.is_available())
 
 
 def _start_logging(launch: LaunchInfo) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_lmpo.train import main
 from tests.system.processes import SMALL
@@ -111,6 +112,13 @@ def test_settings(override: str, expected: tuple[str, ...], capsys: pytest.Captu
     message = refused(capsys, override)
     assert all(part in message for part in expected), message
     assert not Path("runs").exists(), "refused before any work"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have them")
+@pytest.mark.parametrize("setting", ["model.transformer_engine=true", "model.attention_backend=te"])
+def test_kernels_that_only_gpus_have(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert setting in refused(capsys, setting)
+    assert not Path("runs").exists()
 
 
 def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ FLOOR = {
     "parallel": 2,
     **dict.fromkeys(("loss", "data", "convert", "model"), 3),
     **dict.fromkeys(("recipe", "layout", "report"), 4),
-    **dict.fromkeys(("training", "dry_run", "verify"), 5),
+    **dict.fromkeys(("training", "dry_run", "memory_estimate", "verify"), 5),
     **dict.fromkeys(("train", "generate", "compare", "slurm", "convert_cli"), 6),
 }
 # Neighbours on one floor that may not know each other.

@@ -110,6 +110,21 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         2,
         ("virtual_pipeline_model_parallel_size=4", "12 layers", "choose a divisor of 12"),
     ),
+    "recomputed_units_over_layers": (
+        ("model.activations_checkpoint_granularity=full", "model.activations_checkpoint_num_layers=5"),
+        1,
+        ("activations_checkpoint_num_layers=5", "12 layers", "method=uniform", "choose a divisor of 12"),
+    ),
+    "recomputed_units_over_layers_of_a_virtual_stage": (
+        (
+            "model.activations_checkpoint_granularity=full",
+            "model.activations_checkpoint_num_layers=2",
+            "model.pipeline_model_parallel_size=2",
+            "model.virtual_pipeline_model_parallel_size=2",
+        ),
+        2,
+        ("activations_checkpoint_num_layers=2", "3 layers", "choose a divisor of 3"),
+    ),
     "prompt_fills_everything": (
         ("data.max_prompt_length=64",),
         1,

@@ -1,0 +1,103 @@
+"""The dry run's memory table against arithmetic done by hand, for Llama-3-8B in BF16 on four GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_lmpo.architecture import Architecture, architecture_from_hf
+from nemo_lmpo.config import Config
+from nemo_lmpo.layout import validate
+from nemo_lmpo.memory_estimate import MemoryEstimate, activation_bytes, estimate_memory
+from nemo_lmpo.recipe import load_recipe
+
+# 32 layers of 4096 x (4096 + 2 x 1024) + 4096 x 4096 + 3 x 4096 x 14336 + 2 x 4096, the final norm, and two matrices
+# of 128256 x 4096, which a tensor-parallel size of 4 pads to 128512 rows.
+LAYER = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+VOCABULARY = 128512 * 4096
+ROW = 4096
+# Bytes a token and layer: four hidden states; QKV, queries, output (6144 + 2 x 4096) and 3 x 14336 of the MLP.
+OUTSIDE, INSIDE = 4 * 4096 * 2, (6144 + 2 * 4096 + 3 * 14336) * 2
+LAYER_INPUT = 4096 * 2
+
+
+def estimate(*overrides: str, recipe: str = "lmpo_llama3_8b", processes: int = 4) -> MemoryEstimate:
+    config, architecture = setting(recipe, *overrides)
+    return estimate_memory(validate(config, architecture, processes))
+
+
+def setting(recipe: str, *overrides: str) -> tuple[Config, Architecture]:
+    config = load_recipe(recipe, list(overrides))
+    assert config.model.architecture is not None
+    return config, architecture_from_hf(config.model.architecture)
+
+
+def activations(**model: Any) -> float:
+    overrides = [f"model.{name}={value}" for name, value in model.items()]
+    return activation_bytes(*reversed(setting("lmpo_llama3_8b", *overrides)), ROW)
+
+
+def test_tensor_parallel_four() -> None:
+    found = estimate()
+    parameters = (32 * LAYER + 4096 + 2 * VOCABULARY) / 4
+    assert found.parameters == pytest.approx(2 * parameters)
+    assert found.gradients == pytest.approx(4 * parameters)
+    assert found.optimizer == pytest.approx(12 * parameters)
+    assert found.activations == pytest.approx(ROW * 32 * (OUTSIDE + INSIDE) / 4)
+    assert found.logits == pytest.approx(2 * 4 * 1024 * 128512 / 4 + 4 * VOCABULARY / 4)
+    assert found.reference == 0
+    assert found.total == pytest.approx(18 * parameters + found.activations + found.logits)
+
+
+def test_distributed_optimizer_is_shared_by_replicas() -> None:
+    whole, shared = (
+        estimate(f"optim.use_distributed_optimizer={on}", "trainer.num_nodes=2", processes=8) for on in (False, True)
+    )
+    assert shared.optimizer == pytest.approx(whole.optimizer / 2)
+    assert shared.gradients == whole.gradients
+
+
+def test_reference_in_memory_is_one_more_copy_of_the_weights() -> None:
+    found = estimate("model.reference_in_memory=true", recipe="dpo_llama3_8b")
+    assert found.reference == found.parameters
+    assert found.total - estimate(recipe="dpo_llama3_8b").total == pytest.approx(found.parameters)
+
+
+def test_sequence_parallel_splits_the_rest() -> None:
+    assert activations(sequence_parallel="false") == pytest.approx(ROW * 32 * (OUTSIDE + INSIDE / 4))
+
+
+def test_first_pipeline_stage_holds_a_row_for_each_stage() -> None:
+    """As much as without a pipeline: a quarter of the layers for four rows."""
+    found = activations(tensor_model_parallel_size=1, sequence_parallel="false", pipeline_model_parallel_size=4)
+    assert found == pytest.approx(ROW * 32 * (OUTSIDE + INSIDE))
+
+
+def test_interleaved_stages_hold_more() -> None:
+    """Four stages of four chunks: 2 x 3 + 3 x 4 warm-up passes and one more, of two layers each."""
+    found = activations(
+        tensor_model_parallel_size=1,
+        sequence_parallel="false",
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=4,
+    )
+    assert found == pytest.approx(ROW * 19 * 2 * (OUTSIDE + INSIDE))
+
+
+@pytest.mark.parametrize(
+    ("method", "num_layers", "inputs", "whole"),
+    [("uniform", 1, 32, 1), ("uniform", 4, 8, 4), ("block", 1, 1, 32), ("block", 30, 30, 3), ("block", 100, 32, 1)],
+)
+def test_full_recompute(method: str, num_layers: int, inputs: int, whole: int) -> None:
+    """Kept inputs of recomputed units, and whole layers: those not recomputed and the unit under way."""
+    found = activations(
+        activations_checkpoint_granularity="full",
+        activations_checkpoint_method=method,
+        activations_checkpoint_num_layers=num_layers,
+    )
+    assert found == pytest.approx(ROW * (inputs * LAYER_INPUT + whole * (OUTSIDE + INSIDE)) / 4)
+
+
+def test_context_parallel_splits_rows() -> None:
+    assert activations(context_parallel_size=2) == pytest.approx(activations() / 2)
