@@ -69,6 +69,9 @@ class Architecture:
 def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise CheckpointError(f"{origin}: partial_rotary_factor={partial!r} is not supported (only 1.0)")
     theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
@@ -101,40 +104,67 @@ def _refuse_unsupported(config: Mapping[str, Any], origin: str) -> str:
 
 
 def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Architecture:
-    """Read a Hugging Face config; ``origin`` names it in errors.
+    """Read a Hugging Face config; ``origin`` names it in errors. Absent fields mean what they mean in transformers.
 
     Raises:
-        CheckpointError: another family, an unsupported variant, or a missing field.
+        CheckpointError: another family, an unsupported variant, a missing field, or a value that is none.
     """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{origin} holds a {type(config).__name__} instead of named fields; restore the file")
     model_type = _refuse_unsupported(config, origin)
+    heads = _size(config, "num_attention_heads", origin)
+    hidden = _size(config, "hidden_size", origin)
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
         theta, scaling = _rope(config, origin)
-        return Architecture(
-            model_type=model_type,
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=_sliding_window(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            initializer_range=float(config.get("initializer_range", 0.02)),
-        )
+    except CheckpointError:
+        raise
     except KeyError as error:
-        raise CheckpointError(f"{origin}: the field {error.args[0]} is missing; add it") from None
+        raise CheckpointError(f"{origin}: the field {error.args[0]} of the rotary embedding is missing") from None
+    except (TypeError, ValueError, AttributeError):
+        given = {name: config[name] for name in ("rope_parameters", "rope_scaling", "rope_theta") if name in config}
+        raise CheckpointError(f"{origin}: {given} does not describe a rotary embedding; correct it") from None
+    mistral = model_type == "mistral"
+    return Architecture(
+        model_type=model_type,
+        vocab_size=_size(config, "vocab_size", origin),
+        hidden_size=hidden,
+        ffn_hidden_size=_size(config, "intermediate_size", origin),
+        num_layers=_size(config, "num_hidden_layers", origin),
+        num_attention_heads=heads,
+        num_query_groups=_size(config, "num_key_value_heads", origin, absent=8 if mistral else heads, null=heads),
+        head_dim=_size(config, "head_dim", origin, absent=hidden // heads, null=hidden // heads),
+        max_position_embeddings=_size(config, "max_position_embeddings", origin, absent=131072 if mistral else 2048),
+        rms_norm_eps=_number(config, "rms_norm_eps", origin, 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        # transformers gives no other family's attention a window, whatever the config says.
+        sliding_window=(_size(config, "sliding_window", origin, absent=4096, null=0) or None) if mistral else None,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        initializer_range=_number(config, "initializer_range", origin, 0.02),
+    )
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    return int(window) if window is not None and config.get("use_sliding_window", True) else None
+def _size(
+    config: Mapping[str, Any], name: str, origin: str, *, absent: int | None = None, null: int | None = None
+) -> int:
+    """A whole number of at least 1; ``absent`` and ``null`` stand in for a field that is not there, or is null."""
+    if name not in config:
+        if absent is None:
+            raise CheckpointError(f"{origin}: the field {name} is missing; add it")
+        return absent
+    value = config[name]
+    if value is None and null is not None:
+        return null
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{origin}: {name}={value!r} is not a whole number of at least 1; correct it")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, origin: str, absent: float) -> float:
+    value = config.get(name, absent)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{origin}: {name}={value!r} is not a number above 0; correct it")
+    return float(value)
 
 
 def read_architecture(directory: Path) -> Architecture:

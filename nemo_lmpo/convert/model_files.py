@@ -16,7 +16,12 @@ from nemo_lmpo.convert.hf_source import INDEX_FILE, SINGLE_FILE, HuggingFaceSour
 from nemo_lmpo.convert.megatron_source import MegatronSource, stored_rows
 from nemo_lmpo.convert.nemo_config import architecture_from_nemo, architecture_from_nemo2
 from nemo_lmpo.convert.source import TensorSource, check_source
-from nemo_lmpo.convert.tokenizer_files import is_side_file, pruned_vocabulary, sentencepiece_files
+from nemo_lmpo.convert.tokenizer_files import (
+    is_side_file,
+    pruned_vocabulary,
+    sentencepiece_files,
+    side_file_names,
+)
 from nemo_lmpo.errors import CheckpointError
 
 EMBEDDED_FOLDER = "huggingface"
@@ -81,6 +86,8 @@ def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None
         model = _open_huggingface(path, config)
     if tokenizer is None:
         return model
+    if not any(name.startswith(("token", "tekken", "vocab")) for name in _side_files(tokenizer)):
+        raise CheckpointError(f"{tokenizer} holds no tokenizer; give the directory of one, with tokenizer.json")
     kept = {name: file for name, file in model.side_files.items() if name in ("config.json", "generation_config.json")}
     replaced = {name: file for name, file in _side_files(tokenizer).items() if name not in kept}
     replaced.pop("config.json", None)
@@ -126,7 +133,9 @@ def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
     nemo = _yaml(FileReference(files, NEMO_CONFIG))
     folder = f"{EMBEDDED_FOLDER}/"
     side_files: dict[str, FileReference | bytes] = {
-        name.removeprefix(folder): FileReference(files, name) for name in names if name.startswith(folder)
+        name.removeprefix(folder): FileReference(files, name)
+        for name in names
+        if name.startswith(folder) and is_side_file(name.removeprefix(folder))
     }
     if config:
         architecture = _given_architecture(config, side_files)
@@ -218,10 +227,7 @@ def _side_files(directory: Path) -> dict[str, FileReference | bytes]:
     if not directory.is_dir():
         return {}
     files = DirectoryFiles(directory)
-    found = [path for path in sorted(directory.iterdir()) if path.is_file() and is_side_file(path.name)]
-    templates = sorted(directory.glob("additional_chat_templates/*.jinja"))
-    names = [path.relative_to(directory).as_posix() for path in found + templates]
-    return {name: FileReference(files, name) for name in names}
+    return {name: FileReference(files, name) for name in side_file_names(directory)}
 
 
 def _yaml(reference: FileReference) -> dict[str, Any]:

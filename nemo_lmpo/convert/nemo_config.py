@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from nemo_lmpo.architecture import Architecture, RopeScaling
 from nemo_lmpo.errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 _NEMO_LLAMA3_SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 """What NeMo applies when `scale_positional_embedding` is set; it reads no other factors."""
@@ -155,13 +158,38 @@ def architecture_from_nemo(config: Mapping[str, Any], vocab_size: int, origin: s
     model = config.get("model", config)
     _refuse_other_models(model, origin)
     scaling = None
-    if model.get("scale_positional_embedding"):
-        scaling = _scaling(model)
-    elif model.get("seq_len_interpolation_factor"):
-        scaling = RopeScaling("linear", float(model["seq_len_interpolation_factor"]))
     if "max_position_embeddings" not in model:
         raise CheckpointError(f"{origin}: the field max_position_embeddings is missing; add it")
-    return _architecture(model, vocab_size, scaling, int(model["max_position_embeddings"]), origin)
+    positions = int(model["max_position_embeddings"])
+    if model.get("scale_positional_embedding"):
+        scaling = _meant_scaling(model, positions, origin)
+    elif model.get("seq_len_interpolation_factor"):
+        scaling = RopeScaling("linear", float(model["seq_len_interpolation_factor"]))
+    return _architecture(model, vocab_size, scaling, positions, origin)
+
+
+def _meant_scaling(model: Mapping[str, Any], positions: int, origin: str) -> RopeScaling | None:
+    """What `scale_positional_embedding: true` stands for: NVIDIA's Llama converter sets it for every Llama.
+
+    Scaling stretches 8192 positions, so a model with no more than those was not trained with it.
+    """
+    scaling = _scaling(model)
+    if "scale_factor" in model:
+        return scaling
+    if positions <= scaling.original_max_position_embeddings:
+        _logger.warning(
+            "%s: scale_positional_embedding is set, but %d positions need no scaling; it is left out "
+            "(give the model's Hugging Face config with --config to decide otherwise)",
+            origin,
+            positions,
+        )
+        return None
+    _logger.warning(
+        "%s: scale_positional_embedding is set without factors; Llama 3.1's are taken (Llama 3.2 has others: give the "
+        "model's Hugging Face config with --config)",
+        origin,
+    )
+    return scaling
 
 
 def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: str) -> Architecture:

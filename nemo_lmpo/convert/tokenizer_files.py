@@ -6,6 +6,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from nemo_lmpo.convert.files import FileReference
 
@@ -33,8 +34,18 @@ TOKENIZER_PATTERNS = (*_SIDE_FILES, "additional_chat_templates/*.jinja")
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file of a model directory goes with the model."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _SIDE_FILES)
+    """Whether a file of a model directory, named from there, goes with the model."""
+    # A `*` also matches slashes, which would take files of any folder.
+    return any(
+        fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in TOKENIZER_PATTERNS
+    )
+
+
+def side_file_names(directory: Path) -> list[str]:
+    """Side files of a model directory, named from there."""
+    found = (path for path in (*directory.iterdir(), *directory.glob("*/*")) if path.is_file())
+    names = (path.relative_to(directory).as_posix() for path in found)
+    return sorted(name for name in names if is_side_file(name))
 
 
 def sentencepiece_files(model: FileReference) -> dict[str, FileReference | bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import yaml
 
 from nemo_lmpo.architecture import architecture_to_hf
 from nemo_lmpo.config import Config
+from nemo_lmpo.convert.tokenizer_files import side_file_names
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.files import replace_file
 
@@ -133,7 +135,23 @@ class RunDirectory:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
         replace_file(directory / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
         replace_file(directory / ARCHITECTURE_FILE, json.dumps(model_config(start), indent=1))
-        tokenizer.save_pretrained(directory / "tokenizer")
+        _save_tokenizer(directory / "tokenizer", start, tokenizer)
+
+
+def _save_tokenizer(directory: Path, start: StartPoint, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The start model's own files, byte for byte; another tokenizer's as it writes itself."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    if start.side_files is not None:
+        names = [name for name in side_file_names(start.side_files) if name != "config.json"]
+    if start.side_files is None or start.tokenizer != str(start.side_files):
+        tokenizer.save_pretrained(directory)
+        names = [name for name in names if name == "generation_config.json"]
+    for name in names:
+        assert start.side_files is not None
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(start.side_files / name, target)
 
 
 def model_config(start: StartPoint) -> dict[str, Any]:

@@ -264,6 +264,50 @@ def test_unsupported_architecture_names_the_supported_ones(source: Path, tmp_pat
     assert "model_type 'qwen2' is not supported; supported: llama, mistral" in message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("hidden_size", "abc", "hidden_size='abc' is not a whole number"),
+        ("num_attention_heads", None, "num_attention_heads=None is not a whole number"),
+        ("num_attention_heads", 0, "num_attention_heads=0 is not a whole number of at least 1"),
+        ("vocab_size", -5, "vocab_size=-5 is not a whole number of at least 1"),
+        ("rms_norm_eps", "small", "rms_norm_eps='small' is not a number"),
+        ("rope_parameters", "x", "does not describe a rotary embedding"),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "the field factor of the rotary embedding"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported"),
+    ],
+)
+def test_config_with_a_value_that_is_none(source: Path, tmp_path: Path, field: str, value: object, told: str) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, field: value}))
+    message = _error(hf_to_nemo, source, tmp_path / "x.nemo")
+    assert told in message
+    assert "config.json" in message
+
+
+def test_config_that_is_a_list(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("[]")
+    assert "holds a list instead of named fields" in _error(hf_to_nemo, source, tmp_path / "x.nemo")
+
+
+def test_tokenizer_that_is_none(nemo: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for given in ("empty", "missing"):
+        message = _error(nemo_to_hf, nemo, tmp_path / "out", "--tokenizer", str(tmp_path / given))
+        assert f"{given} holds no tokenizer" in message
+
+
+def test_only_side_files_of_the_model_leave_an_archive(nemo: Path, tmp_path: Path) -> None:
+    tree = _unpacked(nemo, tmp_path / "tree")
+    strangers = ("evil.py", "pytorch_model.bin", "model.safetensors.index.json", "folder/tokenizer.json")
+    for name in strangers:
+        (tree / "huggingface" / name).parent.mkdir(exist_ok=True)
+        (tree / "huggingface" / name).write_text("{}")
+    assert nemo_to_hf(["--input", str(tree), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not [name for name in strangers if (tmp_path / "out" / name).exists()]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert "does not exist" in _error(hf_to_nemo, tmp_path / "nothing", tmp_path / "x.nemo")
     assert "does not exist" in _error(nemo_to_hf, tmp_path / "nothing", tmp_path / "out")

@@ -41,12 +41,59 @@ def test_checkpoints_written_by_nvidia(shared_dir: Path, tmp_path: Path, name: s
         assert torch.equal(found[key], tensor), key
     tokenizer = (reference / "tokenizer.model").read_bytes()
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer
-    # The `.nemo` was written with the switch of Llama 3.1 scaling by mistake of NVIDIA's script (default on).
-    scaled = read_architecture(tmp_path / "hf").rope_scaling is not None
-    assert scaled == (name.endswith(".nemo"))
+    # NVIDIA's script sets the switch of Llama 3.1 scaling for every Llama; this one has 128 positions.
+    assert read_architecture(tmp_path / "hf").rope_scaling is None
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for key in ("bos_token_id", "eos_token_id", "hidden_size", "head_dim", "num_key_value_heads", "rms_norm_eps"):
         assert config[key] == json.loads((reference / "config.json").read_text())[key], key
+
+
+@pytest.mark.parametrize(
+    ("positions", "factors", "expected"),
+    [
+        (8192, {}, None),
+        (131072, {}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+        (128, {"scale_factor": 32.0, "old_context_len": 64}, RopeScaling("llama3", 32.0, 1.0, 4.0, 64)),
+    ],
+)
+def test_switch_of_llama31_scaling(positions: int, factors: dict[str, float], expected: RopeScaling | None) -> None:
+    """NVIDIA's converter sets it for Llama 2 and 3, too, whose positions need no scaling."""
+    made = nemo_config(architecture_from_hf(tiny.config("llama3").to_dict()), "bf16", {})
+    made.update(max_position_embeddings=positions, scale_positional_embedding=True, **factors)
+    assert architecture_from_nemo(made, 259, "model_config.yaml").rope_scaling == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "window"),
+    [
+        ("llama3", {"sliding_window": 8}, None),
+        ("mistral_v01", {}, 4096),
+        ("mistral_v01", {"sliding_window": None}, None),
+        ("mistral_v01", {"sliding_window": 16}, 16),
+    ],
+)
+def test_sliding_window_is_what_transformers_makes_of_it(
+    family: str, given: dict[str, int | None], window: int | None
+) -> None:
+    config = tiny.config(family).to_dict()
+    config.pop("sliding_window", None)
+    assert architecture_from_hf({**config, **given}).sliding_window == window
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral_v01"])
+def test_absent_fields_are_the_familys_defaults(family: str) -> None:
+    config = tiny.config(family).to_dict()
+    absent = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    for name in (*absent, "initializer_range"):
+        config.pop(name, None)
+    sizes = {"num_attention_heads": 16, "hidden_size": 64}
+    found = architecture_from_hf({**config, **sizes})
+    made = type(tiny.config(family))(**{**{k: v for k, v in config.items() if k != "model_type"}, **sizes})
+    assert found.num_query_groups == made.num_key_value_heads
+    assert found.max_position_embeddings == made.max_position_embeddings
+    assert found.rms_norm_eps == made.rms_norm_eps
+    assert found.tie_word_embeddings == made.tie_word_embeddings
+    assert found.initializer_range == made.initializer_range
 
 
 def test_sample_gives_a_model_that_transformers_loads(shared_dir: Path, tmp_path: Path) -> None:

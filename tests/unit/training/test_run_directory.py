@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.recipe import config_as_dict, load_recipe
 from nemo_lmpo.training.run_directory import MAY_CHANGE, RunDirectory, flatten
+from nemo_lmpo.training.start_weights import find_start
+from tests.unit.convert.tiny_models import save
 
 
 def directory(path: Path, *overrides: str) -> RunDirectory:
@@ -98,3 +101,24 @@ def test_every_setting_that_may_change_exists() -> None:
     known = {key for key, _ in flatten(config_as_dict(config))}
     for allowed in MAY_CHANGE:
         assert any(key == allowed or key.startswith(f"{allowed}.") for key in known), allowed
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_checkpoints_keep_the_start_models_files(own_tokenizer: bool, tmp_path: Path) -> None:
+    """Byte for byte: the tokenizer's unless another one is set, and the generation settings in any case."""
+    model = save("llama3", tmp_path / "hf")
+    (model / "special_tokens_map.json").write_text('{"bos_token":   "w1"}')
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 7],   "temperature": 0.7, "do_sample": true}')
+    overrides = [f"model.restore_from_path={model}", "model.architecture=null"]
+    overrides.append(f"model.tokenizer={'null' if own_tokenizer else 'builtin:tiny'}")
+    run = directory(tmp_path / "run", *overrides)
+    start = find_start(load_recipe("lmpo_tiny", overrides).model)
+    (tmp_path / "step").mkdir()
+    run.write_companions(tmp_path / "step", start, load_tokenizer(start.tokenizer))
+    kept = tmp_path / "step" / "tokenizer"
+    names = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    for name in names | {"chat_template.jinja"}:
+        same = (kept / name).exists() and (kept / name).read_bytes() == (model / name).read_bytes()
+        assert same == (own_tokenizer or name == "generation_config.json"), name
+    assert not (kept / "config.json").exists()
+    assert not list(kept.glob("*.safetensors"))
