@@ -117,8 +117,8 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
     from nemo_lmpo.convert.model_files import open_model
     from nemo_lmpo.errors import ConfigError
 
-    if not options.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is not positive; give for example 5")
+    if not 0 < options.max_shard_gb < float("inf"):
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is no size; give for example 5")
     path = Path(options.input).expanduser()
     model = open_model(path, config=options.config, tokenizer=options.tokenizer)
     if model.kind == "huggingface":

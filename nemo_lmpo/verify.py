@@ -103,7 +103,12 @@ def prompt_ids(model: ModelFiles) -> list[list[int]]:
     if any(name.startswith("tokenizer") for name in model.side_files):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model.origin, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.origin, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+            raise CheckpointError(
+                f"{model.origin}: its tokenizer cannot be read ({error}); restore its files"
+            ) from None
         prompts += [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     kept = [ids[:positions] for ids in prompts]
     return [ids for ids in kept if ids and max(ids) < vocabulary]

@@ -21,6 +21,7 @@ from nemo_lmpo.convert.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEI
 from nemo_lmpo.convert.nemo_config import nemo_config
 from nemo_lmpo.convert.outputs import check_disk, check_output, replaced_when_complete
 from nemo_lmpo.convert.sinks import DirectorySink, Sink, TarSink
+from nemo_lmpo.convert.source import fitting_source
 from nemo_lmpo.errors import CheckpointError
 
 DTYPE_NAMES = {
@@ -130,7 +131,13 @@ def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Pro
     for name, content in _hf_files(plan).items():
         _write(sink, f"{EMBEDDED_FOLDER}/{name}", content)
     write_distributed_checkpoint(
-        sink, NEMO_WEIGHTS, model.source, model.architecture, prefix="model.", dtype=plan.dtype, progress=progress
+        sink,
+        NEMO_WEIGHTS,
+        fitting_source(model.source, plan.dtype),
+        model.architecture,
+        prefix="model.",
+        dtype=plan.dtype,
+        progress=progress,
     )
 
 
@@ -172,7 +179,8 @@ def write_huggingface(
         sink = DirectorySink(temporary)
         for name, content in _hf_files(plan).items():
             _write(sink, name, content)
-        write_safetensors(sink, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        source = fitting_source(plan.model.source, plan.dtype)
+        write_safetensors(sink, source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
         sink.close()
 
 

@@ -297,6 +297,30 @@ def test_tokenizer_that_is_none(nemo: Path, tmp_path: Path) -> None:
         assert f"{given} holds no tokenizer" in message
 
 
+@pytest.mark.parametrize("command", ["to_nemo", "to_hf"])
+def test_values_that_overflow_the_dtype(command: str, source: Path, nemo: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    _change(source, lambda tensors: tensors[name][3, 4].fill_(-7e4))
+    given, convert, output = source, hf_to_nemo, tmp_path / "x.nemo"
+    if command == "to_hf":
+        given, convert, output = tmp_path / "large.nemo", nemo_to_hf, tmp_path / "out"
+        assert hf_to_nemo(["--input", str(source), "--output", str(given), "--quiet"]) == 0
+    message = _error(convert, given, output, "--dtype", "fp16")
+    assert f"{name} holds 70000, more than 65504, the largest number of float16" in message
+    assert convert(["--input", str(given), "--output", str(output), "--dtype", "bf16", "--quiet"]) == 0
+
+
+def test_damaged_tokenizer_is_told_when_verifying(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{")
+    output = tmp_path / "x.nemo"
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        assert hf_to_nemo(["--input", str(source), "--output", str(output), "--quiet", "--verify"]) == 1
+        assert "its tokenizer cannot be read" in sys.stderr.getvalue()
+    finally:
+        sys.stderr = stderr
+
+
 def test_only_side_files_of_the_model_leave_an_archive(nemo: Path, tmp_path: Path) -> None:
     tree = _unpacked(nemo, tmp_path / "tree")
     strangers = ("evil.py", "pytorch_model.bin", "model.safetensors.index.json", "folder/tokenizer.json")
@@ -415,7 +439,8 @@ def test_bad_hub_name_and_bad_options(source: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert "cannot be fetched from the hub (no network)" in _error(hf_to_nemo, "someone/model", tmp_path / "x.nemo")
-    assert "--max-shard-gb" in _error(nemo_to_hf, source, tmp_path / "out", "--max-shard-gb", "0")
+    for size in ("0", "inf", "nan"):
+        assert "--max-shard-gb" in _error(nemo_to_hf, source, tmp_path / "out", "--max-shard-gb", size)
     assert "create it first" in _error(hf_to_nemo, source, tmp_path / "no" / "such" / "x.nemo")
     (source / "config.json").write_text("{")
     assert "is not valid JSON" in _error(hf_to_nemo, source, tmp_path / "x.nemo")
