@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_lmpo.architecture import Architecture, architecture_to_hf
+from nemo_lmpo.config.architecture import Architecture, architecture_to_hf
 
 _SHAPE = Architecture(
     model_type="llama",
@@ -74,9 +74,9 @@ def _sized(target: int) -> Architecture:
 def _make(directory: Path, architecture: Architecture) -> None:
     import torch
 
-    from nemo_lmpo.convert.hf_writer import write_safetensors
-    from nemo_lmpo.convert.sinks import DirectorySink
-    from nemo_lmpo.convert.source import random_source
+    from nemo_lmpo.formats.huggingface_writer import write_safetensors
+    from nemo_lmpo.formats.sinks import DirectorySink
+    from nemo_lmpo.formats.source import random_source
 
     sink = DirectorySink(directory)
     source = random_source(architecture, 0, torch.bfloat16)
@@ -87,7 +87,7 @@ def _make(directory: Path, architecture: Architecture) -> None:
 
 
 def _measure(label: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "nemo_lmpo.convert_cli", *map(str, arguments), "--quiet"]
+    command = [sys.executable, "-m", "nemo_lmpo.convert.__main__", *map(str, arguments), "--quiet"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -72,7 +72,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
 
 def measure(train_step: Callable[[int], int], options: argparse.Namespace) -> dict[str, float]:
     """Warm up, then time steps; ``train_step`` returns the tokens of real (not padding) text."""
-    from nemo_lmpo.training.throughput import peak_memory_gib
+    from nemo_lmpo.monitor.throughput import peak_memory_gib
 
     train_step(0)
     started = time.perf_counter()
@@ -87,16 +87,16 @@ def measure(train_step: Callable[[int], int], options: argparse.Namespace) -> di
 
 def run_packed(options: argparse.Namespace) -> dict[str, float]:
     """This project's training session."""
-    from nemo_lmpo.parallel.launch import LaunchInfo
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.runtime.launch import LaunchInfo
     from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.start_weights import find_start
     from nemo_lmpo.training.trainer import PreferenceTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_recipe(options.recipe, [*overrides(options), f"run_dir={folder}"])
-        start = find_start(config.model)
+        start = find_base_model(config.model)
         launch = LaunchInfo()
         with distributed_session(config, launch) as (groups, device):
             session = TrainingSession(
@@ -118,12 +118,12 @@ def run_transformers(options: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.data.order import PairSampler
     from nemo_lmpo.data.preference import load_preference_dataset
-    from nemo_lmpo.data.sampler import PairSampler
     from nemo_lmpo.data.tokenizer import load_tokenizer
     from nemo_lmpo.loss.interface import LossInputs
     from nemo_lmpo.loss.registry import build_loss
-    from nemo_lmpo.recipe import load_recipe
 
     config = load_recipe(options.recipe, overrides(options))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -171,10 +171,10 @@ def write_fitting_pairs(options: argparse.Namespace, path: Path) -> None:
     """Copy the pairs of which both sequences have at most `--max-length` tokens."""
     import numpy as np
 
+    from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.data.preference import load_preference_dataset
-    from nemo_lmpo.data.reader import open_source
+    from nemo_lmpo.data.read import open_source
     from nemo_lmpo.data.tokenizer import load_tokenizer
-    from nemo_lmpo.recipe import load_recipe
 
     config = load_recipe(options.recipe, overrides(argparse.Namespace(**{**vars(options), "max_length": 10**6})))
     lengths = load_preference_dataset(config.data, config.data.train, load_tokenizer(options.model)).lengths

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, read_batch_job, stopped
 from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, read_batch_job, stopped
 
 if TYPE_CHECKING:
-    from nemo_lmpo.config import Config
-    from nemo_lmpo.parallel.launch import LaunchInfo
+    from nemo_lmpo.config.schema import Config
+    from nemo_lmpo.runtime.launch import LaunchInfo
 
 _logger = logging.getLogger("nemo_lmpo")
 
@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, started: float) -> int:
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe, recipe_names, recipes_dir
     from nemo_lmpo.errors import ConfigError
-    from nemo_lmpo.recipe import config_as_dict, load_recipe, recipe_names, recipes_dir
 
     if options.list:
         folders = [recipes_dir()] + ([options.config_dir] if options.config_dir else [])
@@ -80,23 +80,23 @@ def _run(options: argparse.Namespace, started: float) -> int:
 
         print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201
         return 0
-    from nemo_lmpo.parallel.launch import read_launch_info
+    from nemo_lmpo.runtime.launch import read_launch_info
 
     return _train(config, read_launch_info(), started)
 
 
 def _train(config: Config, launch: LaunchInfo, started: float) -> int:
-    from nemo_lmpo.layout import validate
-    from nemo_lmpo.recipe import config_as_dict
-    from nemo_lmpo.training.run_directory import RunDirectory
-    from nemo_lmpo.training.start_weights import find_start
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict
+    from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.formats.base_model import find_base_model
 
     _start_logging(launch)
-    start = find_start(config.model, fetch=not config.dry_run)
+    start = find_base_model(config.model, fetch=not config.dry_run)
     world_size = config.trainer.devices * config.trainer.num_nodes if config.dry_run else launch.world_size
     layout = validate(config, start.architecture, world_size)
     if config.dry_run:
-        from nemo_lmpo.dry_run import describe
+        from nemo_lmpo.config.dry_run import describe
 
         print(describe(layout))  # noqa: T201
         return 0

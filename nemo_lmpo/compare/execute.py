@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nemo_lmpo.compare.plan import RunPlan
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.errors import TrainingError
-from nemo_lmpo.training.progress import format_duration
+from nemo_lmpo.monitor.console import format_duration
 
 LOG_FILE = "train.log"
 STOPPED = 75
@@ -76,9 +76,9 @@ def make_start_model(plan: RunPlan, scale: Scale, *, quiet: bool) -> None:
     Raises:
         TrainingError: it could not be trained.
     """
-    from nemo_lmpo.convert.conversion import plan as plan_conversion
-    from nemo_lmpo.convert.conversion import write_huggingface
-    from nemo_lmpo.convert.model_files import open_model
+    from nemo_lmpo.formats.conversion import plan as plan_conversion
+    from nemo_lmpo.formats.conversion import write_huggingface
+    from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.generate.engine import newest_checkpoint
 
     if not plan.finished:

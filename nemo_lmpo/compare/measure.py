@@ -11,11 +11,11 @@ from typing import Any
 
 from nemo_lmpo.compare.plan import MEASURED_FILE
 from nemo_lmpo.compare.scales import Scale
-from nemo_lmpo.config import DataConfig, DatasetConfig
+from nemo_lmpo.config.schema import DataConfig, DatasetConfig
+from nemo_lmpo.data.builtin.tiny_task import is_right
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.data.tiny_task import is_right
-from nemo_lmpo.files import replace_file
 from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_metrics
+from nemo_lmpo.runtime.atomic import replace_file
 
 _EXAMPLES = 4
 

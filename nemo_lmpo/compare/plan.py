@@ -12,8 +12,8 @@ from typing import Any
 
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import START, Suite, Variant
-from nemo_lmpo.config import Config
-from nemo_lmpo.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.schema import Config
 
 FIRST_SEED = 42
 MEASURED_FILE = "measured.json"

@@ -1,1 +1,1 @@
-"""Preference pairs: reading, templating, tokenising, ordering and packing into rows."""
+"""Preference pairs: reading, templating, tokenizing, ordering and packing into sequences."""

@@ -49,7 +49,7 @@ def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable
             _build_entry(entry, build, usable)
     except OSError as error:
         raise DataError(
-            f"the cache of tokenised data in {root} cannot be written ({error.strerror or error}); "
+            f"the cache of tokenized data in {root} cannot be written ({error.strerror or error}); "
             "free space there or set data.cache_dir to another directory"
         ) from None
     return entry
@@ -87,7 +87,7 @@ def _lock(path: Path) -> Iterator[bool]:
     try:
         lock.acquire()
     except (NotImplementedError, OSError) as error:
-        logger.warning("no file locks in %s (%s); several processes may tokenise the same data", path.parent, error)
+        logger.warning("no file locks in %s (%s); several processes may tokenize the same data", path.parent, error)
         yield False
         return
     try:

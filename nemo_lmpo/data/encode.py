@@ -29,10 +29,10 @@ class EncodedRow:
 
 
 class PairEncoder:
-    """Renders and tokenises pairs.
+    """Renders and tokenizes pairs.
 
     ``prompt_ids + response_ids`` is the tokenisation of the whole conversation wherever its first tokens are the
-    prompt's; where prompt and response would merge into one token, the response is tokenised on its own.
+    prompt's; where prompt and response would merge into one token, the response is tokenized on its own.
 
     Args:
         tokenizer: the tokenizer.

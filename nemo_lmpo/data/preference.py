@@ -1,4 +1,4 @@
-"""Preference pairs as token ids: read, checked, templated, tokenised once and cached."""
+"""Preference pairs as token ids: read, checked, templated, tokenized once and cached."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_lmpo.config import DataConfig, DatasetConfig
+from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cached_directory, default_cache_dir
 from nemo_lmpo.data.encode import PairEncoder
-from nemo_lmpo.data.packing import pair_tokens
-from nemo_lmpo.data.reader import Source, open_source
+from nemo_lmpo.data.pack import pair_tokens
+from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.schema import check_schema_name
 from nemo_lmpo.data.store import StoreMeta, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
-from nemo_lmpo.data.tokenise import bad_row_error, tokenise_source
+from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.types import PairTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class _Tokenised:
 
 
 class PreferenceDataset:
-    """Tokenised pairs of one or several sources, by index.
+    """Tokenized pairs of one or several sources, by index.
 
     Make one with :func:`load_preference_dataset`.
     """
@@ -131,9 +131,9 @@ class PreferenceDataset:
 def load_preference_dataset(
     config: DataConfig, which: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, name: str = "train"
 ) -> PreferenceDataset:
-    """Read, check and tokenise a preference dataset, or take it from the cache.
+    """Read, check and tokenize a preference dataset, or take it from the cache.
 
-    Every process of a run may call this at once; one tokenises, the others wait.
+    Every process of a run may call this at once; one tokenizes, the others wait.
 
     Args:
         config: templates, lengths, cache and what to do with bad rows.
@@ -193,13 +193,13 @@ def _check_settings(config: DataConfig, which: DatasetConfig, field: str) -> tup
 
 
 def _tokenised(source: Source, encoder: PairEncoder, config: DataConfig, schema: str) -> _Tokenised:
-    """The source's pairs from the cache, tokenised before if need be."""
+    """The source's pairs from the cache, tokenized before if need be."""
     key = _cache_key(source, encoder, schema)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
 
     def build(directory: Path) -> None:
-        logger.info("tokenising %s", source.name)
-        tokenise_source(
+        logger.info("tokenizing %s", source.name)
+        tokenize_source(
             source, encoder, schema, directory, on_bad_row=config.on_bad_row, num_workers=config.num_workers
         )
 

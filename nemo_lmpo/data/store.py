@@ -1,4 +1,4 @@
-"""Tokenised pairs on disk: an Arrow stream (what `datasets.Dataset.from_file` opens) and what there is to say of it."""
+"""Tokenized pairs on disk: an Arrow stream (what `datasets.Dataset.from_file` opens) and what there is to say of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ META_FILE = "meta.json"
 
 @dataclass
 class StoreMeta:
-    """What reading and tokenising one source gave."""
+    """What reading and tokenizing one source gave."""
 
     rows_read: int = 0
     pairs: int = 0

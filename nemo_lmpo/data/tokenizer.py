@@ -61,7 +61,7 @@ def _builtin(name: str) -> PreTrainedTokenizerBase:
     if name not in BUILTIN_TOKENIZERS:
         known = ", ".join(BUILTIN_PREFIX + known for known in BUILTIN_TOKENIZERS)
         raise ConfigError(f"model.tokenizer={BUILTIN_PREFIX}{name} does not exist; the builtin ones are: {known}")
-    from nemo_lmpo.data.tiny_tokenizer import tiny_tokenizer
+    from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
 
     return tiny_tokenizer()
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from nemo_lmpo.architecture import architecture_to_hf
-from nemo_lmpo.config import DataConfig
-from nemo_lmpo.convert.conversion import tensor_names
-from nemo_lmpo.convert.model_files import ModelFiles, open_model
+from nemo_lmpo.checkpoint.manager import saved_steps, step_directory
+from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.tokenizer import chat_template_text, load_tokenizer, padding_id
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
-from nemo_lmpo.training.checkpoint import saved_steps, step_directory
+from nemo_lmpo.formats.conversion import tensor_names
+from nemo_lmpo.formats.model_files import ModelFiles, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -237,7 +237,7 @@ def _device(device: str | None) -> str:
 
 
 def _tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    names = [name for name in files.side_files if not name.endswith("config.json") or name.startswith("tokenizer")]
+    names = [name for name in files.sidecars if not name.endswith("config.json") or name.startswith("tokenizer")]
     if not any(name.startswith("tokenizer") for name in names):
         raise ConfigError(f"{files.origin} holds no tokenizer; convert it with a tokenizer first")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """What goes into a preference loss and what comes out.
 
 A loss is a pure function of :class:`LossInputs`: it keeps no state, reads no globals and communicates with
-nobody. Running statistics are kept by the caller (:class:`nemo_lmpo.loss.margin_stats.RunningStatistics`) and
+nobody. Running statistics are kept by the caller (:class:`nemo_lmpo.loss.running_statistics.RunningStatistics`) and
 handed in as numbers.
 """
 

@@ -1,1 +1,1 @@
-"""Architecture -> megatron-core model: layer specs, attention on packed rows, the NeMo plugin class."""
+"""Architecture -> megatron-core model: layer specs, attention on packed sequences, rotary embedding, norms."""

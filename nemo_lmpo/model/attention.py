@@ -23,11 +23,11 @@ def lower_right_mask(queries: int, keys: int, window: int | None, device: torch.
 
 
 class PackedSDPA(nn.Module):
-    """Each segment of the row attends to its prefix and causally to itself, in one call a piece.
+    """Each segment of the row attends to its prefix and causally to itself, in one call a span.
 
-    ``attention_mask`` carries the layout: ``[N, 6]`` int32 attention pieces on the CPU (see
-    :func:`nemo_lmpo.parallel.context.attention_pieces`). A tensor, because megatron-core saves it when it
-    recomputes activations. Tokens in no piece (padding) get zeros. Under context parallelism keys and values
+    ``attention_mask`` carries the layout: ``[N, 6]`` int32 attention spans on the CPU (see
+    :func:`nemo_lmpo.parallel.context.attention_spans`). A tensor, because megatron-core saves it when it
+    recomputes activations. Tokens in no span (padding) get zeros. Under context parallelism keys and values
     are gathered over the group.
     """
 
@@ -55,7 +55,7 @@ class PackedSDPA(nn.Module):
             query: ``[T / cp, 1, heads, head_dim]``.
             key: ``[T / cp, 1, groups, head_dim]``.
             value: as ``key``.
-            attention_mask: the pieces.
+            attention_mask: the spans.
             args: megatron-core's further arguments, which the layout makes superfluous.
             kwargs: likewise.
 

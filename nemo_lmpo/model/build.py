@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_lmpo.architecture import Architecture
-from nemo_lmpo.config import ModelConfig, TrainerConfig
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.schema import ModelConfig, TrainerConfig
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.attention import PackedSDPA
 from nemo_lmpo.model.norm import RMSNorm

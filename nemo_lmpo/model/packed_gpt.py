@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from nemo_lmpo.architecture import Architecture
+from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
 from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_logprobs
 
@@ -57,7 +57,7 @@ class PackedGPTModel(GPTModel):
         Args:
             input_ids: ``[1, T / cp]``; used by the first stage.
             position_ids: ``[1, T / cp]``.
-            attention_mask: attention pieces, ``[N, 6]`` int32 on the CPU.
+            attention_mask: attention spans, ``[N, 6]`` int32 on the CPU.
             kwargs: megatron-core's further arguments.
 
         Returns:

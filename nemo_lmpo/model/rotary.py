@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nemo_lmpo.architecture import Architecture, RopeScaling
+from nemo_lmpo.config.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:

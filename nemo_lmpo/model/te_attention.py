@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PackedTEAttention(nn.Module):
-    """All pieces of a row in one kernel: lengths of queries and keys differ, masks align at the bottom right.
+    """All spans of a row in one kernel: lengths of queries and keys differ, masks align at the bottom right.
 
     The keys of a response are its prompt's followed by its own, so each prompt's keys are gathered once for the
     prompt and once in front of each response. Takes the place of :class:`nemo_lmpo.model.attention.PackedSDPA`
@@ -56,10 +56,10 @@ class PackedTEAttention(nn.Module):
         if self.cp_group is not None:
             key, value = gather_row(key, group=self.cp_group), gather_row(value, group=self.cp_group)
         tokens = query.shape[0]
-        pieces = attention_mask.long()
-        queries, keys = piece_indices(pieces)
+        spans = attention_mask.long()
+        queries, keys = span_indices(spans)
         device = query.device
-        query_lengths, key_lengths = pieces[:, 1], pieces[:, 3] + pieces[:, 5]
+        query_lengths, key_lengths = spans[:, 1], spans[:, 3] + spans[:, 5]
         output = self.kernel(
             query.squeeze(1).index_select(0, queries.to(device)),
             key.squeeze(1).index_select(0, keys.to(device)),
@@ -73,18 +73,18 @@ class PackedTEAttention(nn.Module):
         return whole.index_copy(0, queries.to(device), output).unsqueeze(1)
 
 
-def piece_indices(pieces: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the queries and the keys of all pieces stand, one piece behind the other.
+def span_indices(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys of all spans stand, one span behind the other.
 
     Args:
-        pieces: ``[N, 6]`` int64 (see :func:`nemo_lmpo.parallel.context.attention_pieces`).
+        spans: ``[N, 6]`` int64 (see :func:`nemo_lmpo.parallel.context.attention_spans`).
 
     Returns:
         Indices into the rank's part of the row (queries), and into the whole row (keys: prefix, then own).
     """
-    queries = [torch.arange(start, start + length) for start, length, *_ in pieces.tolist()]
+    queries = [torch.arange(start, start + length) for start, length, *_ in spans.tolist()]
     keys: list[Tensor] = []
-    for _, _, prefix_start, prefix_length, own_start, own_length in pieces.tolist():
+    for _, _, prefix_start, prefix_length, own_start, own_length in spans.tolist():
         keys.append(torch.arange(prefix_start, prefix_start + prefix_length))
         keys.append(torch.arange(own_start, own_start + own_length))
     return torch.cat(queries), torch.cat(keys)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECE_COLUMNS = 6
-"""Columns of an attention piece: query start (in the rank's part), query length, prefix start, prefix length,
+SPAN_COLUMNS = 6
+"""Columns of an attention span: query start (in the rank's part), query length, prefix start, prefix length,
 own start, own length (keys, in the whole row)."""
 
 
@@ -25,31 +25,31 @@ def local_positions(num_tokens: int, *, cp_rank: int, cp_size: int) -> Tensor:
     return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]))
 
 
-def attention_pieces(segments: Tensor, num_tokens: int, *, cp_rank: int, cp_size: int) -> Tensor:
+def attention_spans(segments: Tensor, num_tokens: int, *, cp_rank: int, cp_size: int) -> Tensor:
     """The rank's part of every segment as runs of queries with the keys that they see.
 
     Args:
-        segments: ``[S, 4]`` int32 on the CPU (see :class:`nemo_lmpo.types.PackedRow`).
+        segments: ``[S, 4]`` int32 on the CPU (see :class:`nemo_lmpo.data.pair.PackedSequence`).
         num_tokens: tokens of the whole row.
         cp_rank: rank in the context-parallel group.
         cp_size: its size.
 
     Returns:
-        ``[N, 6]`` int32 on the CPU. Query ``i`` of a piece sees the whole prefix and the own keys up to
+        ``[N, 6]`` int32 on the CPU. Query ``i`` of a span sees the whole prefix and the own keys up to
         ``own length - query length + i``: a causal mask aligned at the bottom right.
     """
     chunk = num_tokens // (2 * cp_size) if cp_size > 1 else num_tokens
     held = (cp_rank, 2 * cp_size - 1 - cp_rank) if cp_size > 1 else (0,)
-    pieces: list[tuple[int, ...]] = []
+    spans: list[tuple[int, ...]] = []
     for start, length, prefix_start, prefix_length in segments.tolist():
         for place, index in enumerate(held):
             first = max(start, index * chunk)
             last = min(start + length, (index + 1) * chunk)
             if first < last:
                 query_start = place * chunk + first - index * chunk
-                pieces.append((query_start, last - first, prefix_start, prefix_length, start, last - start))
+                spans.append((query_start, last - first, prefix_start, prefix_length, start, last - start))
     # In query order, so that attention can lay its outputs behind each other.
-    return torch.tensor(sorted(pieces), dtype=torch.int32).reshape(-1, PIECE_COLUMNS)
+    return torch.tensor(sorted(spans), dtype=torch.int32).reshape(-1, SPAN_COLUMNS)
 
 
 class _GatherRow(torch.autograd.Function):

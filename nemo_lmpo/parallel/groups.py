@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.config import ModelConfig
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.config.schema import ModelConfig
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 
 def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: int = 30) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.files import replace_file
 from nemo_lmpo.report import html
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
+from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.report.plots import Picture

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.report.read import Metrics, Run, read_run
+from nemo_lmpo.runtime.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED
 
 _RECENT_STEPS = 50
 _COLUMNS = ("run", "state", "step", "loss", "val loss", "training left", "job", "restarts", "job left")

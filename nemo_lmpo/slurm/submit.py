@@ -75,11 +75,11 @@ def check(request: Submission) -> str:
     Raises:
         ConfigError: a recipe, override or layout that training would refuse, or another run's directory.
     """
-    from nemo_lmpo.dry_run import describe
-    from nemo_lmpo.layout import validate
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.run_directory import RunDirectory
-    from nemo_lmpo.training.start_weights import find_start
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.dry_run import describe
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.formats.base_model import find_base_model
 
     for name, number in (("--nodes", request.nodes), ("--gpus-per-node", request.gpus_per_node)):
         if number < 1:
@@ -88,7 +88,7 @@ def check(request: Submission) -> str:
     for overrides in request.combinations():
         config = load_recipe(request.recipe, overrides, config_dir=request.config_dir)
         config.trainer.devices, config.trainer.num_nodes = request.gpus_per_node, request.nodes
-        start = find_start(config.model, fetch=False)
+        start = find_base_model(config.model, fetch=False)
         layout = validate(config, start.architecture, request.nodes * request.gpus_per_node)
         if not request.is_sweep:  # a sweep's runs get directories of their own
             RunDirectory(config, config_as_dict(config)).check_owner()

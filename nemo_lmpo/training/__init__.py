@@ -1,1 +1,1 @@
-"""The training loop and what it needs: steps, optimizer, checkpoints, metrics."""
+"""The step: policy, pipeline, batches, optimizer, and the loop around them."""

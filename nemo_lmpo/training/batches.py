@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_lmpo.config import Config
-from nemo_lmpo.data.packing import build_row, imbalance, pair_tokens, plan_rows
-from nemo_lmpo.parallel.context import attention_pieces, local_positions
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
+from nemo_lmpo.data.pair import PackedSequence, PairTokens
+from nemo_lmpo.monitor.throughput import causal_pairs
+from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.training.throughput import causal_pairs
-from nemo_lmpo.types import PackedRow, PairTokens
 
 
 class Pairs(Protocol):
@@ -30,15 +30,15 @@ class Pairs(Protocol):
 
 
 @dataclass
-class LocalRow:
+class MicroBatch:
     """A rank's part of a packed row under context parallelism (the whole row without it)."""
 
     input_ids: Tensor
     """``[1, T / cp]``."""
     position_ids: Tensor
     """``[1, T / cp]``."""
-    pieces: Tensor
-    """``[N, 6]`` int32 on the CPU (see :func:`nemo_lmpo.parallel.context.attention_pieces`)."""
+    spans: Tensor
+    """``[N, 6]`` int32 on the CPU (see :func:`nemo_lmpo.parallel.context.attention_spans`)."""
     predict_positions: Tensor
     """``[P]`` indices into this part; only of targets predicted here."""
     target_ids: Tensor
@@ -58,18 +58,18 @@ class LocalRow:
         return self.pair_index.numel()
 
 
-def localise(row: PackedRow, *, cp_rank: int, cp_size: int, device: torch.device) -> LocalRow:
+def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.device) -> MicroBatch:
     """Cut out what a context-parallel rank holds, and move it to the device."""
-    pieces = attention_pieces(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
+    spans = attention_spans(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     held = local_positions(row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     place = torch.full((row.num_tokens,), -1, dtype=torch.int64)
     place[held] = torch.arange(held.numel())
     local = place[row.predict_positions]
     here = local >= 0
-    return LocalRow(
+    return MicroBatch(
         input_ids=row.input_ids[:, held].to(device),
         position_ids=row.position_ids[:, held].to(device),
-        pieces=pieces,
+        spans=spans,
         predict_positions=local[here].to(device),
         target_ids=row.target_ids[here].to(device),
         sequence_index=row.sequence_index[here].to(device),
@@ -83,7 +83,7 @@ def localise(row: PackedRow, *, cp_rank: int, cp_size: int, device: torch.device
 class StepBatch:
     """What this process computes of one step, and what the step is as a whole."""
 
-    rows: list[LocalRow]
+    rows: list[MicroBatch]
     pair_ids: list[str]
     """All pairs of the global batch, in its order."""
     tokens: int
@@ -130,7 +130,7 @@ class BatchBuilder:
     def build(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
         """The step that is made of ``pairs[indices]``."""
         lengths = pairs.lengths[indices]
-        plan = plan_rows(
+        plan = plan_micro_batches(
             lengths,
             dp_size=self.groups.data.size(),
             row_tokens=self.row_tokens,
@@ -140,7 +140,7 @@ class BatchBuilder:
         )
         chosen = [pairs[int(index)] for index in indices]
         rows = [
-            build_row(
+            pack_pairs(
                 [chosen[position] for position in positions],
                 positions,
                 share_prompt=self.share_prompt,
@@ -151,7 +151,7 @@ class BatchBuilder:
         ]
         context = self.groups.context
         return StepBatch(
-            rows=[localise(row, cp_rank=context.rank(), cp_size=context.size(), device=self.device) for row in rows],
+            rows=[localize(row, cp_rank=context.rank(), cp_size=context.size(), device=self.device) for row in rows],
             pair_ids=[pair.pair_id for pair in chosen],
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
             predicted=int(lengths[:, 1:].sum()),

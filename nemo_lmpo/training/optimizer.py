@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_lmpo.config import OptimConfig, TrainerConfig
+from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
+from nemo_lmpo.config.schema import OptimConfig, TrainerConfig
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 if TYPE_CHECKING:
@@ -92,11 +93,6 @@ def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_step
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:
     """The rate of the next step (ranks without parameters of their own have it too)."""
     return float(max((group["lr"] for group in optimizer.param_groups), default=math.nan))
-
-
-def inner_optimizers(optimizer: Any) -> list[Any]:
-    """megatron-core chains one optimizer a kind of parameter; dense models have one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

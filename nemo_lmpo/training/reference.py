@@ -21,23 +21,23 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_lmpo.config import Config
+from nemo_lmpo.checkpoint.manager import on_main_rank
+from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cached_directory, default_cache_dir
+from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
-from nemo_lmpo.data.sampler import validation_steps
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
+from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.loss.registry import build_loss, parse_loss
 from nemo_lmpo.model.build import build_model_chunks
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
-from nemo_lmpo.training.checkpoint import on_main_rank
-from nemo_lmpo.training.start_weights import StartPoint
-from nemo_lmpo.training.step import RowStep
+from nemo_lmpo.training.step import MicroBatchStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nemo_lmpo.model.packed_gpt import PackedGPTModel
-    from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel
+    from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
 
 VERSION = 1
 """Raised whenever the same weights and pairs would give other log-probabilities than before."""
@@ -56,7 +56,7 @@ class ResponseSums:
         self.model = model
         self.chunks = chunks
         # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
-        self.row_step = RowStep(
+        self.micro_batch_step = MicroBatchStep(
             build_loss(parse_loss({"name": "sft"})),
             None,
             model.groups,
@@ -66,9 +66,11 @@ class ResponseSums:
 
     def __call__(self, batch: StepBatch) -> Tensor:
         """Chosen and rejected sums of the whole global batch on every rank, ``[pairs, 2]`` float64."""
-        self.row_step.begin(batch.num_pairs, training=False)
-        self.model.run_schedule(batch.rows, forward_only=True, row_step=self.row_step, chunks=self.chunks)
-        table = self.row_step.table
+        self.micro_batch_step.begin(batch.num_pairs, training=False)
+        self.model.run_pipeline(
+            batch.rows, forward_only=True, micro_batch_step=self.micro_batch_step, chunks=self.chunks
+        )
+        table = self.micro_batch_step.table
         table.share(self.model.groups)
         return torch.stack([table.column("logps/chosen_sum"), table.column("logps/rejected_sum")], dim=1)
 
@@ -113,7 +115,7 @@ class ReferenceKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def weights_fingerprint(start: StartPoint, seed: int) -> str:
+def weights_fingerprint(start: BaseModel, seed: int) -> str:
     """A hash over the content of the start's weight files, or of what random weights are made from."""
     digest = hashlib.sha256(repr(start.architecture).encode())
     if start.path is None:
@@ -144,7 +146,7 @@ class ReferenceLogps:
     def __init__(
         self,
         config: Config,
-        start: StartPoint,
+        start: BaseModel,
         tokenizer: PreTrainedTokenizerBase,
         model: MegatronGPTLMPOModel,
         batches: BatchBuilder,

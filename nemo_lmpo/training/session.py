@@ -12,32 +12,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.batch_job import read_batch_job
-from nemo_lmpo.config import Config
-from nemo_lmpo.convert.load import load_model_weights
-from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert.source import TensorSource, random_source
+from nemo_lmpo.checkpoint.export import sharded_weights
+from nemo_lmpo.checkpoint.manager import CheckpointManager, TrainState
+from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
+from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything, sharded_random_state
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.duration import parse_duration
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
-from nemo_lmpo.data.sampler import PairSampler
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer, padding_id
-from nemo_lmpo.duration import parse_duration
-from nemo_lmpo.parallel.cpu_adapter import ADAPTER
-from nemo_lmpo.parallel.cpu_memory import keep_freed_memory
+from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.formats.load import load_model_weights
+from nemo_lmpo.formats.model_files import open_model
+from nemo_lmpo.formats.source import TensorSource, random_source
+from nemo_lmpo.monitor.banner import BannerFacts, detect_kernels, kernels_in_use, package_versions
+from nemo_lmpo.monitor.reporter import Reporter
+from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.batch_job import read_batch_job
+from nemo_lmpo.runtime.cpu_adapter import ADAPTER
+from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
+from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.batches import BatchBuilder
-from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress
-from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel, nemo_config
-from nemo_lmpo.training.nemo_archive import sharded_weights
+from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel, nemo_config
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
-from nemo_lmpo.training.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from nemo_lmpo.training.random_state import restore_random_state, seed_everything, sharded_random_state
 from nemo_lmpo.training.reference import FrozenReference, ReferenceLogps
-from nemo_lmpo.training.reporter import Reporter
-from nemo_lmpo.training.run_directory import RunDirectory
-from nemo_lmpo.training.start_weights import StartPoint
-from nemo_lmpo.training.stop import StopWatch
-from nemo_lmpo.training.throughput import peak_flops
+from nemo_lmpo.training.stop import StopCondition
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
 
 if TYPE_CHECKING:
@@ -78,15 +79,15 @@ def threads_per_process(config: Config, launch: LaunchInfo) -> int:
 
 @dataclass
 class LoadedData:
-    """Tokenizer and tokenised pairs."""
+    """Tokenizer and tokenized pairs."""
 
     tokenizer: PreTrainedTokenizerBase
     train: PreferenceDataset
     validation: PreferenceDataset | None
 
 
-def load_data(config: Config, start: StartPoint) -> LoadedData:
-    """Tokenise (or read from the cache) what the run trains and validates on."""
+def load_data(config: Config, start: BaseModel) -> LoadedData:
+    """Tokenize (or read from the cache) what the run trains and validates on."""
     tokenizer = load_tokenizer(start.tokenizer, trust_remote_code=config.model.trust_remote_code)
     check_vocabulary(tokenizer, start.architecture.vocab_size)
     train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train")
@@ -96,7 +97,7 @@ def load_data(config: Config, start: StartPoint) -> LoadedData:
     return LoadedData(tokenizer, train, validation)
 
 
-def load_start_weights(chunks: list[PackedGPTModel], groups: ParallelGroups, start: StartPoint, seed: int) -> None:
+def load_start_weights(chunks: list[PackedGPTModel], groups: ParallelGroups, start: BaseModel, seed: int) -> None:
     """Fill a model with the start's weights; each rank reads its own part."""
     if start.path is not None:
         source: TensorSource = open_model(start.path).source
@@ -118,7 +119,7 @@ class TrainingSession:
     def __init__(
         self,
         config: Config,
-        start: StartPoint,
+        start: BaseModel,
         run: RunDirectory,
         launch: LaunchInfo,
         groups: ParallelGroups,
@@ -136,7 +137,7 @@ class TrainingSession:
         self.model = MegatronGPTLMPOModel(
             nemo_config(config), config=config, architecture=start.architecture, groups=groups, device=device
         )
-        self.model.write_companions = lambda directory: run.write_companions(directory, start, self.data.tokenizer)
+        self.model.write_sidecars = lambda directory: run.write_sidecars(directory, start, self.data.tokenizer)
         load_start_weights(self.model.policy, groups, start, config.model.seed)
         self.optimizer: MegatronOptimizer = build_optimizer(
             list(self.model.chunks), config.optim, config.trainer, self.model.dtype_of_parameters
@@ -172,7 +173,7 @@ class TrainingSession:
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
-            write_companions=self.model.write_companions,
+            write_sidecars=self.model.write_sidecars,
             state_bytes=bytes_a_parameter * self.start.architecture.num_parameters(),
             layout=self.layout(),
         )
@@ -198,7 +199,7 @@ class TrainingSession:
     def _same_layout(self) -> bool:
         return self.checkpoints.loading is not None and self.checkpoints.loading.layout == self.layout()
 
-    def load_sharded_state(self, state: dict[str, Any], progress: TrainingProgress) -> None:
+    def load_sharded_state(self, state: dict[str, Any], progress: TrainState) -> None:
         """Put a loaded state back into model, optimizer, generators and margin statistics."""
         for index, chunk in enumerate(self.model.policy):
             chunk.load_state_dict(
@@ -226,25 +227,70 @@ class TrainingSession:
             peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
         )
 
+    def _reporter(self, start_step: int) -> Reporter:
+        data = [data.summary for data in (self.data.train, self.data.validation) if data is not None]
+        return Reporter(
+            self.run.path,
+            self.config,
+            self.banner_facts(start_step),
+            [*map(str, data), self.data.train.example_text()],
+            total_steps=self.total_steps,
+            start_step=start_step,
+        )
+
+    def banner_facts(self, start_step: int) -> BannerFacts:
+        """Everything the banner shows."""
+        config, groups, kernels = self.config, self.groups, self.model.kernels
+        cuda, world_size = torch.cuda.is_available(), dist.get_world_size()
+        if cuda:
+            devices = f"{world_size} x {torch.cuda.get_device_name()}"
+        else:
+            devices = f"CPU, {world_size} process(es) of {torch.get_num_threads()} thread(s)"
+        return BannerFacts(
+            recipe=config.name,
+            run_dir=str(self.run.path),
+            devices=devices,
+            world_size=world_size,
+            parameters=self.start.architecture.num_parameters(),
+            parameters_per_rank=self.model.num_local_parameters(),
+            total_steps=self.total_steps,
+            global_batch_size=config.model.global_batch_size,
+            precision=config.trainer.precision,
+            tensor_parallel=groups.tensor.size(),
+            pipeline_parallel=groups.pipeline.size(),
+            virtual_pipeline_parallel=config.model.virtual_pipeline_model_parallel_size,
+            context_parallel=groups.context.size(),
+            data_parallel=groups.data.size(),
+            sequence_parallel=config.model.sequence_parallel,
+            start_step=start_step,
+            kernels=kernels_in_use(
+                detect_kernels(),
+                cuda=cuda,
+                transformer_engine=kernels.transformer_engine,
+                attention_backend=kernels.attention,
+            ),
+            versions=package_versions(),
+        )
+
     def train(self, started: float) -> FitResult:
         """Resume, train, report; ``started`` is when the process began, which time limits count from."""
         trainer = self.trainer()
         self.checkpoints.clean()
         start_step = trainer.resume()
-        reporter = Reporter(self, start_step) if self.launch.is_main else None
+        reporter = self._reporter(start_step) if self.launch.is_main else None
         if reporter is not None:
             trainer.listener = reporter.listen
         limit = parse_duration(self.config.trainer.max_time_per_run)
         job = read_batch_job()
         try:
-            with StopWatch(limit, started=started, stop_at=job.stop_at if job else None) as stop:
+            with StopCondition(limit, started=started, stop_at=job.stop_at if job else None) as stop:
                 return trainer.fit(stop)
         finally:
             if reporter is not None:
                 reporter.close()
 
 
-def run_training(config: Config, start: StartPoint, run: RunDirectory, launch: LaunchInfo, started: float) -> FitResult:
+def run_training(config: Config, start: BaseModel, run: RunDirectory, launch: LaunchInfo, started: float) -> FitResult:
     """Train in this process from start to end (or to the first reason to stop)."""
     with distributed_session(config, launch) as (groups, device):
         session = TrainingSession(config, start, run, launch, groups, device)

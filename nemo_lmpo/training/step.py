@@ -11,18 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss
-from nemo_lmpo.loss.margin_stats import RunningStatistics
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.parallel.wrappers import unwrap
-from nemo_lmpo.training.batches import LocalRow
-from nemo_lmpo.training.pair_table import PairTable, pair_columns
+from nemo_lmpo.training.batches import MicroBatch
+from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def loss_inputs(sums: Tensor, row: LocalRow, statistics: RunningStatistics | None) -> LossInputs:
+def loss_inputs(sums: Tensor, row: MicroBatch, statistics: RunningStatistics | None) -> LossInputs:
     """The loss's view of a row; ``sums`` is ``[2 B]``, chosen and rejected in turn."""
     reference = row.reference_logps
     inputs = LossInputs(
@@ -38,7 +37,7 @@ def loss_inputs(sums: Tensor, row: LocalRow, statistics: RunningStatistics | Non
     return LossInputs(**{**vars(inputs), "statistics": statistics.current()})
 
 
-class RowStep:
+class MicroBatchStep:
     """What megatron-core's schedules call for every row.
 
     The loss of a row is the sum over its pairs divided by the pairs of the whole global batch, so that adding
@@ -60,17 +59,17 @@ class RowStep:
         self.chunk_tokens = chunk_tokens
         self.device = device
         self.columns = pair_columns(loss)
-        self.table = PairTable(self.columns, 0, device)
+        self.table = PairMetrics(self.columns, 0, device)
         self.global_pairs = 0
         self.training = True
 
     def begin(self, num_pairs: int, *, training: bool) -> None:
         """Start a pass over a global batch of ``num_pairs``."""
-        self.table = PairTable(self.columns, num_pairs, self.device)
+        self.table = PairMetrics(self.columns, num_pairs, self.device)
         self.global_pairs = num_pairs
         self.training = training
 
-    def forward_step(self, rows: Iterator[LocalRow], model: Any) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, rows: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Forward one row through this stage.
 
         Args:
@@ -80,12 +79,14 @@ class RowStep:
         Returns:
             The stage's hidden states, and the function that the last stage calls on them.
         """
+        from megatron.core.utils import unwrap_model
+
         row = next(rows)
-        hidden = model(row.input_ids, row.position_ids, row.pieces)
-        return hidden, partial(self.loss_of_row, row=row, model=cast(PackedGPTModel, unwrap(model)))
+        hidden = model(row.input_ids, row.position_ids, row.spans)
+        return hidden, partial(self.loss_of_row, row=row, model=cast(PackedGPTModel, unwrap_model(model)))
 
     def loss_of_row(
-        self, hidden: Tensor, *, row: LocalRow, model: PackedGPTModel
+        self, hidden: Tensor, *, row: MicroBatch, model: PackedGPTModel
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss of a row from the last stage's hidden states, in megatron-core's form.
 
@@ -104,7 +105,7 @@ class RowStep:
         count = torch.tensor(row.num_pairs, dtype=torch.int, device=logprobs.device)
         return outputs.losses.sum() / self.global_pairs, count, {}
 
-    def _update_before_micro_batch(self, sums: Tensor, row: LocalRow) -> None:
+    def _update_before_micro_batch(self, sums: Tensor, row: MicroBatch) -> None:
         """The released code's order: statistics of this row of all data-parallel ranks, before its losses.
 
         Communicates over the data-parallel group: two all-gathers. All ranks have equally many rows.
@@ -117,7 +118,7 @@ class RowStep:
         assert observed is not None, "a loss with statistics observes"
         self.statistics.update(gather_uneven(observed.detach(), self.groups.data))
 
-    def _record(self, row: LocalRow, inputs: LossInputs, outputs: LossOutputs) -> None:
+    def _record(self, row: MicroBatch, inputs: LossInputs, outputs: LossOutputs) -> None:
         values = {
             "loss": outputs.losses,
             "rewards/chosen": outputs.chosen_rewards,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopWatch:
+class StopCondition:
     """Collects reasons to stop and lets all ranks agree on them.
 
     A signal sets a flag only: the step in progress is finished and saved first. The time limit stops early
@@ -35,7 +35,7 @@ class StopWatch:
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> StopWatch:
+    def __enter__(self) -> StopCondition:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_lmpo.config import Config
-from nemo_lmpo.data.sampler import PairSampler, validation_steps
+from nemo_lmpo.checkpoint.manager import CheckpointManager, TrainState
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
 from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
-from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress
-from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel
+from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
-from nemo_lmpo.training.pair_table import table_metrics
-from nemo_lmpo.training.stop import StopWatch
-from nemo_lmpo.training.throughput import model_flops, peak_memory_gib, throughput_metrics
+from nemo_lmpo.training.pair_metrics import table_metrics
+from nemo_lmpo.training.stop import StopCondition
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -70,7 +70,7 @@ class PreferenceTrainer:
         self.total_steps = total_steps
         self.listener: Listener = listener or (lambda step, metrics, prefix: None)
         self.peak_flops = peak_flops
-        self.progress = TrainingProgress()
+        self.progress = TrainState()
         self._saved_step = 0
         """Newest step that needs no saving; step 0 is the start weights."""
 
@@ -84,7 +84,7 @@ class PreferenceTrainer:
         self._saved_step = self.progress.step
         return self.progress.step
 
-    def fit(self, stop: StopWatch) -> FitResult:
+    def fit(self, stop: StopCondition) -> FitResult:
         """Train until all steps are done or there is a reason to stop, saving on the way.
 
         Raises:
@@ -110,7 +110,7 @@ class PreferenceTrainer:
         self.checkpoints.wait()
         return FitResult(self.progress.step, None)
 
-    def _after_step(self, stop: StopWatch) -> None:
+    def _after_step(self, stop: StopCondition) -> None:
         """Validate and save where it is time."""
         step = self.progress.step
         checkpoint = self.config.checkpoint
@@ -131,13 +131,13 @@ class PreferenceTrainer:
         interval = self.config.trainer.val_check_interval
         return step == self.total_steps or (interval > 0 and step % interval == 0)
 
-    def _save_if_new(self, stop: StopWatch) -> None:
+    def _save_if_new(self, stop: StopCondition) -> None:
         """Save unless this step is saved already."""
         if self.progress.step == self._saved_step:
             return
         statistics = self.model.statistics
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
-        snapshot = TrainingProgress(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
+        snapshot = TrainState(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
         seconds = self.checkpoints.save(snapshot)
         self.progress.save_seconds = max(self.progress.save_seconds, seconds)
         stop.longest_save = max(stop.longest_save, seconds)
@@ -168,7 +168,7 @@ class PreferenceTrainer:
         return metrics
 
     def _refuse_not_finite_losses(self, batch: StepBatch, step: int) -> None:
-        bad = self.model.row_step.table.not_finite()
+        bad = self.model.micro_batch_step.table.not_finite()
         if bad:
             raise TrainingError(
                 f"the loss of step {step + 1} is not finite for {len(bad)} of {batch.num_pairs} pairs: "
@@ -205,7 +205,7 @@ class PreferenceTrainer:
         for indices in validation_steps(len(self.validation_pairs), self.config.model.global_batch_size):
             batch = self.batches.build(self.validation_pairs, indices)
             tables.append(self.model.run_batch(batch, forward_only=True).values)
-        return table_metrics(self.model.row_step.columns, torch.cat(tables))
+        return table_metrics(self.model.micro_batch_step.columns, torch.cat(tables))
 
 
 def _shorten(names: list[Any], most: int = 8) -> str:

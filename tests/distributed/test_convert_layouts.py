@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_lmpo.architecture import Architecture, RopeScaling
-from nemo_lmpo.config import ModelConfig
-from nemo_lmpo.convert.dist_reader import DistributedCheckpoint
-from nemo_lmpo.convert.dist_writer import write_distributed_checkpoint
-from nemo_lmpo.convert.files import DirectoryFiles
-from nemo_lmpo.convert.load import load_model_weights
-from nemo_lmpo.convert.megatron_source import MegatronSource
-from nemo_lmpo.convert.sinks import DirectorySink
-from nemo_lmpo.convert.source import random_source
-from nemo_lmpo.parallel.cpu_adapter import on_cpu
+from nemo_lmpo.config.architecture import Architecture, RopeScaling
+from nemo_lmpo.config.schema import ModelConfig
+from nemo_lmpo.formats.archive import DirectoryFiles
+from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
+from nemo_lmpo.formats.load import load_model_weights
+from nemo_lmpo.formats.megatron import MegatronSource
+from nemo_lmpo.formats.sinks import DirectorySink
+from nemo_lmpo.formats.source import random_source
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
 
 _UNTIED = Architecture(
@@ -91,12 +91,12 @@ def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: 
     if "linear_qkv" in name:
         q, k, v = (hf[prefix + f"self_attn.{part}_proj.weight"] for part in "qkv")
         per_group = a.num_attention_heads // a.num_query_groups * a.head_dim
-        pieces = []
+        spans = []
         for group in range(a.num_query_groups):
-            pieces.append(q[group * per_group : (group + 1) * per_group])
-            pieces.append(k[group * a.head_dim : (group + 1) * a.head_dim])
-            pieces.append(v[group * a.head_dim : (group + 1) * a.head_dim])
-        return rows(torch.cat(pieces))
+            spans.append(q[group * per_group : (group + 1) * per_group])
+            spans.append(k[group * a.head_dim : (group + 1) * a.head_dim])
+            spans.append(v[group * a.head_dim : (group + 1) * a.head_dim])
+        return rows(torch.cat(spans))
     if "linear_fc1" in name:
         return torch.cat([rows(hf[prefix + f"mlp.{part}_proj.weight"]) for part in ("gate", "up")])
     if "linear_proj" in name:
@@ -202,7 +202,7 @@ def test_trained_model_generates_with_transformers(tmp_path: Path) -> None:
     """Train two ways parallel, export in one process: the result loads with both Auto classes and generates."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_lmpo.convert_cli import nemo_to_hf
+    from nemo_lmpo.convert.__main__ import nemo_to_hf
     from tests.distributed.training_runs import train
 
     overrides = ("model.tensor_model_parallel_size=2", "trainer.max_steps=1")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
 
 HIDDEN, VOCABULARY, POSITIONS, CHUNK = 16, 37, 23, 6

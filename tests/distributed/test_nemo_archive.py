@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.convert.model_files import open_model
 from nemo_lmpo.errors import UserError
+from nemo_lmpo.formats.model_files import open_model
 from tests.distributed.training_runs import train, weights_of
 from tests.distributed.workers import run_workers
 
@@ -32,7 +32,7 @@ def test_holds_the_weights_of_the_checkpoint(world: int, layout: tuple[str, ...]
 
 
 def test_restoring_without_a_layout_names_the_way() -> None:
-    from nemo_lmpo.training.lmpo_model import MegatronGPTLMPOModel
+    from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
 
     with pytest.raises(UserError, match=r"model\.restore_from_path=policy\.nemo"):
         MegatronGPTLMPOModel.restore_from("policy.nemo")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.data.sampler import PairSampler
-from nemo_lmpo.parallel.launch import LaunchInfo
-from nemo_lmpo.training.checkpoint import find_damage, saved_steps, step_directory
+from nemo_lmpo.checkpoint.manager import find_damage, saved_steps, step_directory
+from nemo_lmpo.data.order import PairSampler
+from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.training_runs import COMMON, metrics_of
 from tests.distributed.workers import run_workers
 
@@ -25,18 +25,18 @@ LAYOUTS = {
 
 def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str) -> str:
     """Train; after the first step this process's last norm (or its gradient) is spoilt. The error's message."""
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
     from nemo_lmpo.errors import TrainingError
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.formats.base_model import find_base_model
     from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.start_weights import find_start
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "checkpoint.save_interval=1", *overrides])
     run = RunDirectory(config, config_as_dict(config))
     if launch.is_main:
         run.create()
     with distributed_session(config, launch) as (groups, device):
-        session = TrainingSession(config, find_start(config.model), run, launch, groups, device)
+        session = TrainingSession(config, find_base_model(config.model), run, launch, groups, device)
         finish, steps = session.model.finish_training_step, 0
         parameters = [
             parameter

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 COMMON = (
     "model.architecture.hidden_size=64",
@@ -32,14 +32,14 @@ COMMON = (
 
 def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive: str | None = None) -> dict[str, Any]:
     """Train, and save the policy as ``archive``; the margin statistics that this rank ends with."""
-    from nemo_lmpo.layout import validate
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.formats.base_model import find_base_model
     from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.start_weights import find_start
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", *overrides])
-    start = find_start(config.model)
+    start = find_base_model(config.model)
     validate(config, start.architecture, launch.world_size)
     run = RunDirectory(config, config_as_dict(config))
     run.check_owner()
@@ -63,10 +63,10 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """The checkpoint's weights as Hugging Face tensors, whole, whatever layout wrote them."""
-    from nemo_lmpo.architecture import architecture_from_hf
-    from nemo_lmpo.convert.dist_reader import DistributedCheckpoint
-    from nemo_lmpo.convert.files import DirectoryFiles
-    from nemo_lmpo.convert.megatron_source import MegatronSource
+    from nemo_lmpo.config.architecture import architecture_from_hf
+    from nemo_lmpo.formats.archive import DirectoryFiles
+    from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+    from nemo_lmpo.formats.megatron import MegatronSource
 
     directory = run_dir / "checkpoints" / f"step_{step:07d}"
     architecture = architecture_from_hf(json.loads((directory / "architecture.json").read_text()))

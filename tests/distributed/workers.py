@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 PRELOAD = [
     "nemo_lmpo.training.session",
-    "nemo_lmpo.training.reporter",
+    "nemo_lmpo.monitor.reporter",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.optimizer.distrib_optimizer",

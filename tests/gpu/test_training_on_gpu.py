@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 STEPS = 10
 SMALL = (
@@ -35,7 +35,7 @@ Gradients = dict[str, torch.Tensor]
 
 def gradients_by_name(model: torch.nn.Module) -> Gradients:
     """Float32 gradients under the names of Transformer Engine's layers, which the local spec's map to."""
-    from nemo_lmpo.convert.mapping import LOCAL_SPEC_NAMES
+    from nemo_lmpo.formats.mapping import LOCAL_SPEC_NAMES
 
     result = {}
     for name, parameter in model.named_parameters():
@@ -47,20 +47,20 @@ def gradients_by_name(model: torch.nn.Module) -> Gradients:
 
 def train(directory: Path, *overrides: str) -> tuple[list[dict[str, float]], torch.Tensor, Gradients]:
     """Metrics of each step, and of the first batch before training: sums of log-probabilities, and gradients."""
-    from nemo_lmpo.loss.margin_stats import RunningStatistics
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.loss.running_statistics import RunningStatistics
     from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.start_weights import find_start
 
     config = load_recipe("lmpo_tiny", [*SMALL, f"run_dir={directory}", *overrides])
     with distributed_session(config, LaunchInfo()) as (groups, device):
         run = RunDirectory(config, config_as_dict(config))
-        session = TrainingSession(config, find_start(config.model), run, LaunchInfo(), groups, device)
+        session = TrainingSession(config, find_base_model(config.model), run, LaunchInfo(), groups, device)
         batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
         session.model.prepare_for_training_step()
         session.model.get_loss_and_metrics(batch, forward_only=False)
-        table = session.model.row_step.table
+        table = session.model.micro_batch_step.table
         sums = torch.stack([table.column("logps/chosen_sum"), table.column("logps/rejected_sum")]).cpu()
         gradients = gradients_by_name(session.model.policy[0])
         # The look at the first batch must not count as a step.
@@ -109,13 +109,13 @@ def test_te_attention_equals_sdpa() -> None:
 
     from nemo_lmpo.model.attention import PackedSDPA
     from nemo_lmpo.model.te_attention import PackedTEAttention
-    from nemo_lmpo.parallel.context import attention_pieces
+    from nemo_lmpo.parallel.context import attention_spans
 
     config = TransformerConfig(
         num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, kv_channels=64, bf16=True
     )
     segments = torch.tensor([[0, 40, 0, 0], [40, 70, 0, 40], [110, 30, 0, 40], [140, 60, 0, 0]], dtype=torch.int32)
-    pieces = attention_pieces(segments, 200, cp_rank=0, cp_size=1)
+    pieces = attention_spans(segments, 200, cp_rank=0, cp_size=1)
     torch.manual_seed(0)
     results = []
     inputs = [torch.randn(200, 1, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]

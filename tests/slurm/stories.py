@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
 from tests.slurm.local_slurm import LocalSlurm
 
@@ -42,7 +42,7 @@ LOSING_NODES = "node3,node4"
 
 def train_without_slurm(launch: LaunchInfo, overrides: list[str]) -> None:
     """What `python -m nemo_lmpo.train` does after reading its arguments."""
-    from nemo_lmpo.recipe import load_recipe
+    from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.train import _train
 
     _train(load_recipe(RECIPE[0], overrides), launch, time.time())

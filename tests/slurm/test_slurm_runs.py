@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slurm
 
 def tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, those of the optimizer included."""
-    from nemo_lmpo.convert.dist_reader import DistributedCheckpoint
-    from nemo_lmpo.convert.files import DirectoryFiles
+    from nemo_lmpo.formats.archive import DirectoryFiles
+    from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 
     checkpoint = DistributedCheckpoint(DirectoryFiles(run / "checkpoints" / f"step_{step:07d}"), "state")
     return {name: checkpoint.read(name) for name in checkpoint.tensors}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
 from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 
@@ -17,16 +17,16 @@ PAIRS = 2
 
 def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Losses and per-token log-probabilities of step 0, and the pairs that they belong to."""
-    from nemo_lmpo.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.training.pair_table import OBSERVED
-    from nemo_lmpo.training.run_directory import RunDirectory
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.training.pair_metrics import OBSERVED
     from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.start_weights import find_start
 
     config = load_recipe("lmpo_smollm2_135m", overrides)
     run = RunDirectory(config, config_as_dict(config))
     with distributed_session(config, launch) as (groups, device):
-        session = TrainingSession(config, find_start(config.model), run, launch, groups, device)
+        session = TrainingSession(config, find_base_model(config.model), run, launch, groups, device)
         indices = session.sampler.pairs_of_step(0)
         batch = session.batches.build(session.data.train, indices)
         model = session.model.policy[0].eval()

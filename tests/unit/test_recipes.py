@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from nemo_lmpo.config.recipe import compose, load_recipe, recipe_names, recipes_dir
+from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.layout import validate
+from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.loss.registry import LOSSES
-from nemo_lmpo.recipe import compose, load_recipe, recipe_names, recipes_dir
-from nemo_lmpo.training.start_weights import find_start
 
 SETTINGS = ("mistral_7b_base", "mistral_7b_instruct", "llama3_8b_base", "llama3_8b")
 METHODS = ("sft", "dpo", "slic", "ipo", "cpo", "kto", "simpo", "lmpo")
@@ -30,7 +30,7 @@ def test_is_valid_for_its_own_world_size(name):
     config = load_recipe(name)
     if config.model.architecture is None:
         config.model.architecture = SMOLLM2
-    start = find_start(config.model, fetch=False)
+    start = find_base_model(config.model, fetch=False)
     layout = validate(config, start.architecture, config.trainer.devices * config.trainer.num_nodes)
     assert layout.data_parallel_size >= 1
     assert config.name == name
@@ -120,7 +120,7 @@ def test_group_of_another_setting():
 
 
 def test_expected_architecture_is_compared(tmp_path):
-    from nemo_lmpo.config import ModelConfig
+    from nemo_lmpo.config.schema import ModelConfig
 
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, '
@@ -128,5 +128,5 @@ def test_expected_architecture_is_compared(tmp_path):
     )
     expected = {**SMOLLM2, "vocab_size": 64}
     with pytest.raises(ConfigError, match=r"hidden_size 32 instead of 576.*model\.architecture=null"):
-        find_start(ModelConfig(restore_from_path=str(tmp_path), architecture=expected))
-    assert find_start(ModelConfig(restore_from_path=str(tmp_path))).architecture.hidden_size == 32
+        find_base_model(ModelConfig(restore_from_path=str(tmp_path), architecture=expected))
+    assert find_base_model(ModelConfig(restore_from_path=str(tmp_path))).architecture.hidden_size == 32

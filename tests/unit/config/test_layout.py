@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from nemo_lmpo.architecture import architecture_from_hf
+from nemo_lmpo.config.architecture import architecture_from_hf
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.rules import RULES, ParallelLayout, validate
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.layout import RULES, Layout, validate
-from nemo_lmpo.recipe import load_recipe
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -168,7 +168,7 @@ def test_is_refused(case: str) -> None:
 def test_every_rule_is_in_the_table() -> None:
     tripped = set()
     for overrides, world_size, _ in BAD.values():
-        layout = Layout(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), world_size)
+        layout = ParallelLayout(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), world_size)
         for rule in RULES:
             try:
                 tripped.update([rule] if list(rule(layout)) else [])

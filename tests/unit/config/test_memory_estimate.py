@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from nemo_lmpo.architecture import Architecture, architecture_from_hf
-from nemo_lmpo.config import Config
-from nemo_lmpo.layout import validate
-from nemo_lmpo.memory_estimate import MemoryEstimate, activation_bytes, estimate_memory
-from nemo_lmpo.recipe import load_recipe
+from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
+from nemo_lmpo.config.memory import MemoryEstimate, activation_bytes, estimate_memory
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.rules import validate
+from nemo_lmpo.config.schema import Config
 
 # 32 layers of 4096 x (4096 + 2 x 1024) + 4096 x 4096 + 3 x 4096 x 14336 + 2 x 4096, the final norm, and two matrices
 # of 128256 x 4096, which a tensor-parallel size of 4 pads to 128512 rows.

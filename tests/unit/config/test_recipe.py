@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo import config as config_module
-from nemo_lmpo.config import Config
+from nemo_lmpo.config import schema as config_module
+from nemo_lmpo.config.recipe import all_keys, config_as_dict, config_from_mapping, load_recipe
+from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.recipe import all_keys, config_as_dict, config_from_mapping, load_recipe
 
 WRONG = {
     "misspelt": ("model.tensor_model_paralel_size=2", ("model.tensor_model_parallel_size",)),

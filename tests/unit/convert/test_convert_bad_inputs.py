@@ -22,10 +22,10 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_lmpo.convert import conversion
-from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert_cli import hf_to_nemo, main, nemo_to_hf
+from nemo_lmpo.convert.__main__ import hf_to_nemo, main, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats import conversion
+from nemo_lmpo.formats.model_files import open_model
 
 
 @pytest.fixture
@@ -420,7 +420,10 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(
 def test_help_is_fast(command: str) -> None:
     start = time.perf_counter()
     run = subprocess.run(
-        [sys.executable, "-m", "nemo_lmpo.convert_cli", command, "--help"], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "nemo_lmpo.convert", command, "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert time.perf_counter() - start < 2
     assert "usage" in run.stdout

@@ -15,14 +15,14 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from nemo_lmpo.architecture import RopeScaling, architecture_from_hf, architecture_to_hf, read_architecture
-from nemo_lmpo.convert.dist_writer import write_distributed_checkpoint
-from nemo_lmpo.convert.hf_source import HuggingFaceSource
-from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert.nemo_config import architecture_from_nemo, architecture_from_nemo2, nemo_config
-from nemo_lmpo.convert.sinks import DirectorySink
-from nemo_lmpo.convert_cli import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.config.architecture import RopeScaling, architecture_from_hf, architecture_to_hf, read_architecture
+from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
+from nemo_lmpo.formats.huggingface import HuggingFaceSource
+from nemo_lmpo.formats.model_files import open_model
+from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_config
+from nemo_lmpo.formats.sinks import DirectorySink
 
 
 def _convert_back(source: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
@@ -318,7 +318,7 @@ def test_numbered_layers_are_read_too(tmp_path: Path) -> None:
 
 
 def test_unpickling_of_plan_records_is_inert(tmp_path: Path) -> None:
-    from nemo_lmpo.convert.safe_metadata import read_metadata
+    from nemo_lmpo.formats.safe_metadata import read_metadata
 
     source = tiny.save("llama2", tmp_path / "hf")
     _write_state(source, tmp_path / "plain", "model.")

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nemo_lmpo.architecture import Architecture, architecture_from_hf
-from nemo_lmpo.convert.hf_source import HuggingFaceSource
-from nemo_lmpo.convert.load import load_model_weights
-from nemo_lmpo.convert.source import check_source, random_source
+from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.formats.huggingface import HuggingFaceSource
+from nemo_lmpo.formats.load import load_model_weights
+from nemo_lmpo.formats.source import check_source, random_source
 
 _ARCHITECTURE = architecture_from_hf(tiny.config("llama3").to_dict())
 

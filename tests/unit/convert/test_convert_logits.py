@@ -9,9 +9,9 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_lmpo.convert.model_files import open_model
-from nemo_lmpo.convert_cli import hf_to_nemo, nemo_to_hf, verify
-from nemo_lmpo.verify import megatron_model, model_logits
+from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf, verify
+from nemo_lmpo.convert.verify import megatron_model, model_logits
+from nemo_lmpo.formats.model_files import open_model
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nemo_lmpo.convert_cli import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

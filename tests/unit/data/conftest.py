@@ -5,7 +5,7 @@ import shutil
 import pytest
 from pair_rows import package_file
 
-from nemo_lmpo.config import DataConfig, DatasetConfig
+from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.tokenizer import load_tokenizer
 
 

@@ -5,7 +5,7 @@ import huggingface_hub.constants as constants
 import pytest
 
 from nemo_lmpo.data.hub import cache_only_without_network
-from nemo_lmpo.data.reader import open_source
+from nemo_lmpo.data.read import open_source
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
 

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_lmpo.data.packing import build_row, imbalance, pair_tokens, plan_rows
+from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
+from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.types import PairTokens
 
 # Two pairs small enough to lay by hand; the second one's chosen response is a single token.
 FIRST = PairTokens("a", [10, 11, 12], [20, 21, 22], [30, 31])
@@ -14,7 +14,7 @@ SECOND = PairTokens("b", [13, 14], [40], [50, 51, 52])
 
 
 def test_row_sharing_prompts_by_hand():
-    row = build_row([FIRST, SECOND], [5, 2], share_prompt=True, pad_to_multiple=8, pad_id=99)
+    row = pack_pairs([FIRST, SECOND], [5, 2], share_prompt=True, pad_to_multiple=8, pad_id=99)
     # a: prompt 0-2, chosen 3-4 (20 21), rejected 5 (30); b: prompt 6-7, no chosen input, rejected 8-9 (50 51)
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 14, 50, 51, 99, 99, 99, 99, 99, 99]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]
@@ -34,7 +34,7 @@ def test_row_sharing_prompts_by_hand():
 
 
 def test_row_with_the_prompt_twice_by_hand():
-    row = build_row([FIRST, SECOND], [0, 1], share_prompt=False)
+    row = pack_pairs([FIRST, SECOND], [0, 1], share_prompt=False)
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 21, 10, 11, 12, 30, 13, 14, 13, 14, 50, 51]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
     assert row.segments.tolist() == [[0, 5, 0, 0], [5, 4, 0, 0], [9, 2, 0, 0], [11, 4, 0, 0]]
@@ -44,7 +44,7 @@ def test_row_with_the_prompt_twice_by_hand():
 
 
 def test_empty_row_holds_only_padding():
-    row = build_row([], [], share_prompt=True, pad_to_multiple=4, pad_id=7)
+    row = pack_pairs([], [], share_prompt=True, pad_to_multiple=4, pad_id=7)
     assert row.input_ids.tolist() == [[7, 7, 7, 7]]
     assert row.segments.tolist() == [[0, 4, 0, 0]]
     assert row.num_pairs == 0
@@ -53,16 +53,16 @@ def test_empty_row_holds_only_padding():
 
 
 def test_no_padding_when_the_row_is_already_a_multiple():
-    row = build_row([FIRST], [0], share_prompt=True, pad_to_multiple=6)
+    row = pack_pairs([FIRST], [0], share_prompt=True, pad_to_multiple=6)
     assert row.num_tokens == 6
     assert len(row.segments) == 3
 
 
 def test_reference_logps_only_when_every_pair_has_them():
     known = PairTokens("a", [1], [2], [3], -1.5, -2.5)
-    row = build_row([known, known], [0, 1], share_prompt=True)
+    row = pack_pairs([known, known], [0, 1], share_prompt=True)
     assert row.reference_logps.tolist() == [[-1.5, -2.5], [-1.5, -2.5]]
-    assert build_row([known, FIRST], [0, 1], share_prompt=True).reference_logps is None
+    assert pack_pairs([known, FIRST], [0, 1], share_prompt=True).reference_logps is None
 
 
 def visible(row, place):
@@ -79,7 +79,7 @@ pairs = st.lists(st.builds(PairTokens, st.just("p"), ids, ids, ids), max_size=5)
 @settings(max_examples=200, deadline=None)
 @given(pairs=pairs, share_prompt=st.booleans(), multiple=st.integers(1, 9))
 def test_every_target_is_predicted_from_exactly_what_stands_before_it(pairs, share_prompt, multiple):
-    row = build_row(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=multiple)
+    row = pack_pairs(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=multiple)
     assert row.num_tokens % multiple == 0
     # segments tile the row
     assert torch.cat([torch.arange(s[0], s[0] + s[1]) for s in row.segments.tolist()]).tolist() == list(
@@ -121,7 +121,7 @@ def test_plan_holds_every_pair_once_within_all_limits(lengths, dp_size, multiple
         "dp_size": dp_size, "row_tokens": budget, "max_pairs_per_row": max_pairs,
         "share_prompt": share_prompt, "multiple_of_rows": multiple,
     }  # fmt: skip
-    plan = plan_rows(lengths, **options)
+    plan = plan_micro_batches(lengths, **options)
     assert len(plan) == dp_size
     assert len({len(rank) for rank in plan}) == 1
     assert len(plan[0]) % multiple == 0
@@ -129,7 +129,7 @@ def test_plan_holds_every_pair_once_within_all_limits(lengths, dp_size, multiple
     for row in (row for rank in plan for row in rank):
         assert sum(costs[row]) <= budget
         assert max_pairs is None or len(row) <= max_pairs
-    assert plan == plan_rows(lengths, **options)
+    assert plan == plan_micro_batches(lengths, **options)
     assert imbalance(plan, lengths, share_prompt=share_prompt) >= 1.0
 
 
@@ -138,16 +138,16 @@ def test_plan_by_hand():
     lengths = np.array([[4, 4, 4], [4, 3, 3], [2, 3, 3], [2, 2, 2]])
     assert pair_tokens(lengths, True).tolist() == [10, 8, 6, 4]
     assert pair_tokens(lengths, False).tolist() == [14, 12, 8, 6]
-    plan = plan_rows(lengths, dp_size=2, row_tokens=14, max_pairs_per_row=None, share_prompt=True)
+    plan = plan_micro_batches(lengths, dp_size=2, row_tokens=14, max_pairs_per_row=None, share_prompt=True)
     assert plan == [[[0, 3]], [[1, 2]]]
     assert imbalance(plan, lengths, share_prompt=True) == 1.0
     # one pair a row: the longest rows first, ranks balanced
-    plan = plan_rows(lengths, dp_size=2, row_tokens=14, max_pairs_per_row=1, share_prompt=True)
+    plan = plan_micro_batches(lengths, dp_size=2, row_tokens=14, max_pairs_per_row=1, share_prompt=True)
     assert plan == [[[0], [3]], [[1], [2]]]
 
 
 def test_more_rows_than_pairs_gives_empty_rows():
-    plan = plan_rows(
+    plan = plan_micro_batches(
         np.array([[2, 2, 2]]), dp_size=2, row_tokens=8, max_pairs_per_row=None, share_prompt=True, multiple_of_rows=2
     )
     assert [len(rank) for rank in plan] == [2, 2]
@@ -157,7 +157,7 @@ def test_more_rows_than_pairs_gives_empty_rows():
 def test_realistic_batch_is_balanced():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.5, 0.6, size=(128, 3)), 8, 1000).astype(int)
-    plan = plan_rows(lengths, dp_size=4, row_tokens=4096, max_pairs_per_row=None, share_prompt=True)
+    plan = plan_micro_batches(lengths, dp_size=4, row_tokens=4096, max_pairs_per_row=None, share_prompt=True)
     assert imbalance(plan, lengths, share_prompt=True) < 1.01
     rows = sum(len(rank) for rank in plan)
     assert rows <= np.ceil(pair_tokens(lengths, True).sum() / 4096 / 4) * 4 + 4
@@ -168,12 +168,14 @@ def test_default_budget_takes_any_pair_of_the_longest_allowed_length():
     for prompt in (1, 30, 63):
         lengths = np.array([[prompt, longest - prompt, longest - prompt]])
         for share_prompt in (True, False):
-            plan_rows(lengths, dp_size=1, row_tokens=2 * longest, max_pairs_per_row=None, share_prompt=share_prompt)
+            plan_micro_batches(
+                lengths, dp_size=1, row_tokens=2 * longest, max_pairs_per_row=None, share_prompt=share_prompt
+            )
 
 
 def test_a_pair_longer_than_the_budget_is_named():
     lengths = np.array([[2, 2, 2], [9, 9, 9]])
     with pytest.raises(DataError, match=r"pair 1 .* 25 tokens.*data.row_tokens=20"):
-        plan_rows(lengths, dp_size=1, row_tokens=20, max_pairs_per_row=None, share_prompt=True)
+        plan_micro_batches(lengths, dp_size=1, row_tokens=20, max_pairs_per_row=None, share_prompt=True)
     with pytest.raises(ConfigError, match=r"model.micro_batch_size=0"):
-        plan_rows(lengths, dp_size=1, row_tokens=99, max_pairs_per_row=0, share_prompt=True)
+        plan_micro_batches(lengths, dp_size=1, row_tokens=99, max_pairs_per_row=0, share_prompt=True)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from pair_rows import message_row
 
-from nemo_lmpo.config import DataConfig, DatasetConfig
-from nemo_lmpo.data import preference, tokenise
-from nemo_lmpo.data.packing import pair_tokens
+from nemo_lmpo.config.schema import DataConfig, DatasetConfig
+from nemo_lmpo.data import preference
+from nemo_lmpo.data import tokenize as tokenize
+from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
@@ -23,10 +24,10 @@ def load(config, tokenizer, name="train"):
 
 @pytest.fixture
 def no_tokenising(monkeypatch):
-    """After calling it, only the cache can give tokenised data."""
+    """After calling it, only the cache can give tokenized data."""
 
     def forbid():
-        monkeypatch.setattr(preference, "tokenise_source", lambda *a, **k: pytest.fail("tokenised again"))
+        monkeypatch.setattr(preference, "tokenize_source", lambda *a, **k: pytest.fail("tokenized again"))
 
     return forbid
 
@@ -212,7 +213,7 @@ def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
     ]
     data = load(data_config(paths), tiny)
     assert data.pair_ids == [f"p{i}" for i in range(8)] + [f"q{i}" for i in range(8)]
-    no_tokenising()  # other weights need no tokenising
+    no_tokenising()  # other weights need no tokenizing
     data = load(data_config(paths, weights=[0.5, 2]), tiny)
     first = [pair_id for pair_id in data.pair_ids if pair_id.startswith("p")]
     assert len(first) == len(set(first)) == 4
@@ -296,10 +297,10 @@ def test_the_environment_is_left_alone(data_config, tiny):
 def test_large_data_goes_from_one_process_to_workers(data_config, tiny, monkeypatch, tmp_path):
     one = load(data_config("builtin:tiny", limit=600), tiny)
     started = []
-    real = tokenise._encoded_by_workers
-    monkeypatch.setattr(tokenise, "SMALL_DATA_ROWS", 256)
-    monkeypatch.setattr(tokenise, "_cpu_cores", lambda: 2)
-    monkeypatch.setattr(tokenise, "_encoded_by_workers", lambda *args: started.append(args[2]) or real(*args))
+    real = tokenize._encoded_by_workers
+    monkeypatch.setattr(tokenize, "SMALL_DATA_ROWS", 256)
+    monkeypatch.setattr(tokenize, "_cpu_cores", lambda: 2)
+    monkeypatch.setattr(tokenize, "_encoded_by_workers", lambda *args: started.append(args[2]) or real(*args))
     many = load(data_config("builtin:tiny", limit=600, num_workers=None, cache_dir=str(tmp_path / "other")), tiny)
     assert started == [2]
     assert [many[i] for i in range(600)] == [one[i] for i in range(600)]
@@ -312,6 +313,6 @@ def _die(chunk):
 
 
 def test_workers_that_die(data_config, tiny, monkeypatch):
-    monkeypatch.setattr(tokenise, "_encode_in_worker", _die)
-    with pytest.raises(DataError, match=r"process that tokenises died .*data\.num_workers=1"):
+    monkeypatch.setattr(tokenize, "_encode_in_worker", _die)
+    with pytest.raises(DataError, match=r"process that tokenizes died .*data\.num_workers=1"):
         load(data_config("builtin:tiny", limit=10, num_workers=2), tiny)

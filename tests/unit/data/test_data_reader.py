@@ -5,7 +5,7 @@ import datasets
 import pytest
 from pair_rows import message_row
 
-from nemo_lmpo.data.reader import open_source
+from nemo_lmpo.data.read import open_source
 from nemo_lmpo.data.schema import RowError
 from nemo_lmpo.errors import DataError
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nemo_lmpo.data.sampler import PairSampler, epoch_order, validation_steps
+from nemo_lmpo.data.order import PairSampler, epoch_order, validation_steps
 from nemo_lmpo.errors import ConfigError, DataError
 
 

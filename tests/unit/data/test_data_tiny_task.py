@@ -1,7 +1,7 @@
 import pytest
 
-from nemo_lmpo.data.tiny_task import FILLERS, LETTERS, SPLIT_SIZES, builtin_rows, is_right, right_answer
-from nemo_lmpo.data.tiny_tokenizer import VOCABULARY_SIZE
+from nemo_lmpo.data.builtin.tiny_task import FILLERS, LETTERS, SPLIT_SIZES, builtin_rows, is_right, right_answer
+from nemo_lmpo.data.builtin.tiny_tokenizer import VOCABULARY_SIZE
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
 

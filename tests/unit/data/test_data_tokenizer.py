@@ -122,7 +122,7 @@ def test_fingerprint_follows_what_decides_ids(tiny, tmp_path):
 
 def test_importing_the_package_is_cheap():
     code = (
-        "import sys; import nemo_lmpo.data.preference, nemo_lmpo.data.sampler;"
+        "import sys; import nemo_lmpo.data.preference, nemo_lmpo.data.order;"
         "print([name for name in ('transformers', 'datasets', 'pyarrow', 'sentencepiece') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import torch
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.loss.interface import Statistics, StatisticsConfig
-from nemo_lmpo.loss.margin_stats import RunningStatistics
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 EMA = StatisticsConfig(kind="ema", update="after_step")
 RELEASED = StatisticsConfig(kind="ema", update="before_micro_batch", bias_correction=False, in_evaluation=True)

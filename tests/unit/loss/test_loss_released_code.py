@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from nemo_lmpo.loss.margin_stats import RunningStatistics
 from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 MARGINS = {
     "power5": lambda p, q: (1 - p) * (1 - (p - q) ** 5) / 2,

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from nemo_lmpo.loss.interface import LossInputs
-from nemo_lmpo.loss.margin_stats import RunningStatistics
 from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl accelerate)")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_lmpo.config import ModelConfig
-from nemo_lmpo.parallel.cpu_adapter import on_cpu
+from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
-from nemo_lmpo.parallel.launch import LaunchInfo
+from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 
 @pytest.fixture(scope="module")

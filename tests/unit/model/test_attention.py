@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_lmpo.model import attention
 from nemo_lmpo.model.attention import PackedSDPA
-from nemo_lmpo.parallel.context import attention_pieces, local_positions
+from nemo_lmpo.parallel.context import attention_spans, local_positions
 
 HEAD_DIM = 8
 # Two pairs with shared prompts, one response of a single token, and five tokens of padding in no segment.
@@ -60,8 +60,8 @@ def packed(window: int | None, scale: float | None = None) -> PackedSDPA:
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 def test_equals_dense_attention_with_gradients(heads: int, groups: int, window: int | None) -> None:
     query, key, value = states(heads, groups)
-    pieces = attention_pieces(torch.tensor(SEGMENTS), TOKENS, cp_rank=0, cp_size=1)
-    found = packed(window)(query, key, value, pieces)
+    spans = attention_spans(torch.tensor(SEGMENTS), TOKENS, cp_rank=0, cp_size=1)
+    found = packed(window)(query, key, value, spans)
     expected = dense(query, key, value, window, HEAD_DIM**-0.5)
     torch.testing.assert_close(found, expected)
     assert not found[REAL:].any(), "padding attends to nothing"
@@ -76,14 +76,14 @@ def test_equals_dense_attention_with_gradients(heads: int, groups: int, window: 
 
 def test_scale_is_taken_from_the_model() -> None:
     query, key, value = states(4, 2)
-    pieces = attention_pieces(torch.tensor(SEGMENTS), TOKENS, cp_rank=0, cp_size=1)
-    torch.testing.assert_close(packed(None, 0.7)(query, key, value, pieces), dense(query, key, value, None, 0.7))
+    spans = attention_spans(torch.tensor(SEGMENTS), TOKENS, cp_rank=0, cp_size=1)
+    torch.testing.assert_close(packed(None, 0.7)(query, key, value, spans), dense(query, key, value, None, 0.7))
 
 
 def test_padding_between_segments_gets_zeros() -> None:
     query, key, value = states(2, 2)
     segments = torch.tensor([(4, 3, 0, 0), (9, 2, 4, 3)])
-    found = packed(None)(query, key, value, attention_pieces(segments, TOKENS, cp_rank=0, cp_size=1))
+    found = packed(None)(query, key, value, attention_spans(segments, TOKENS, cp_rank=0, cp_size=1))
     empty = [*range(4), 7, 8, *range(11, TOKENS)]
     assert not found[empty].any()
     torch.testing.assert_close(found[4].flatten(), value[4].flatten())  # sees itself only
@@ -103,5 +103,5 @@ def test_context_parallel_parts_make_up_the_whole(
     module.cp_group = object()  # type: ignore[assignment]
     for rank in range(cp_size):
         held = local_positions(TOKENS, cp_rank=rank, cp_size=cp_size)
-        pieces = attention_pieces(torch.tensor(SEGMENTS), TOKENS, cp_rank=rank, cp_size=cp_size)
-        torch.testing.assert_close(module(query[held], key, value, pieces), expected[held])
+        spans = attention_spans(torch.tensor(SEGMENTS), TOKENS, cp_rank=rank, cp_size=cp_size)
+        torch.testing.assert_close(module(query[held], key, value, spans), expected[held])

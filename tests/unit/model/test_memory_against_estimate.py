@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.architecture import Architecture, architecture_from_hf
-from nemo_lmpo.config import ModelConfig
-from nemo_lmpo.data.packing import build_row
-from nemo_lmpo.memory_estimate import activation_bytes
+from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
+from nemo_lmpo.config.memory import activation_bytes
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.schema import ModelConfig
+from nemo_lmpo.data.pack import pack_pairs
+from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.model.build import Kernels, build_model_chunks
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.recipe import load_recipe
-from nemo_lmpo.training.batches import localise
-from nemo_lmpo.types import PairTokens
+from nemo_lmpo.training.batches import localize
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -44,7 +44,7 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
     )
     third = TOKENS // 3
     pair = PairTokens("pair", [1] * third, [2] * third, [3] * third)
-    row = localise(build_row([pair], [0], share_prompt=True), cp_rank=0, cp_size=1, device=CPU)
+    row = localize(pack_pairs([pair], [0], share_prompt=True), cp_rank=0, cp_size=1, device=CPU)
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -57,7 +57,7 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy(row.input_ids, row.position_ids, row.pieces)
+        policy(row.input_ids, row.position_ids, row.spans)
     return sum(kept.values())
 
 

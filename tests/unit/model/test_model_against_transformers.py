@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_lmpo.architecture import read_architecture
-from nemo_lmpo.config import ModelConfig
-from nemo_lmpo.convert.hf_source import HuggingFaceSource
-from nemo_lmpo.convert.load import _targets, load_model_weights
-from nemo_lmpo.convert.mapping import separate
-from nemo_lmpo.data.packing import build_row
+from nemo_lmpo.config.architecture import read_architecture
+from nemo_lmpo.config.schema import ModelConfig
+from nemo_lmpo.data.pack import pack_pairs
+from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.formats.huggingface import HuggingFaceSource
+from nemo_lmpo.formats.load import _targets, load_model_weights
+from nemo_lmpo.formats.mapping import separate
 from nemo_lmpo.loss.lmpo import LMPOConfig
-from nemo_lmpo.loss.margin_stats import RunningStatistics
 from nemo_lmpo.loss.registry import build_loss
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.build import Kernels, build_model_chunks
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.training.batches import LocalRow, localise
-from nemo_lmpo.training.step import RowStep
-from nemo_lmpo.types import PairTokens
+from nemo_lmpo.training.batches import MicroBatch, localize
+from nemo_lmpo.training.step import MicroBatchStep
 from tests.unit.convert.tiny_models import FAMILIES, save
 from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 
@@ -56,20 +56,20 @@ def build(directory: Path, groups: ParallelGroups) -> PackedGPTModel:
     return model
 
 
-def rows_of(pairs: list[PairTokens], *, share_prompt: bool) -> list[LocalRow]:
+def rows_of(pairs: list[PairTokens], *, share_prompt: bool) -> list[MicroBatch]:
     """Two packed rows, one of them padded."""
     rows = [
-        build_row(pairs[:2], [0, 1], share_prompt=share_prompt, pad_to_multiple=8, pad_id=3),
-        build_row(pairs[2:], [2], share_prompt=share_prompt),
+        pack_pairs(pairs[:2], [0, 1], share_prompt=share_prompt, pad_to_multiple=8, pad_id=3),
+        pack_pairs(pairs[2:], [2], share_prompt=share_prompt),
     ]
-    return [localise(row, cp_rank=0, cp_size=1, device=CPU) for row in rows]
+    return [localize(row, cp_rank=0, cp_size=1, device=CPU) for row in rows]
 
 
-def token_logps(model: PackedGPTModel, rows: list[LocalRow]) -> list[Tensor]:
+def token_logps(model: PackedGPTModel, rows: list[MicroBatch]) -> list[Tensor]:
     """Per-token log-probabilities of every sequence, chosen and rejected in turn."""
     result = []
     for row in rows:
-        hidden = model(row.input_ids, row.position_ids, row.pieces)
+        hidden = model(row.input_ids, row.position_ids, row.spans)
         logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=11)
         result += [logps[row.sequence_index == number] for number in range(2 * row.num_pairs)]
     return result
@@ -100,12 +100,12 @@ def exact_gradients(model: torch.nn.Module, pairs: list[PairTokens], seen: Tenso
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def our_gradients(model: PackedGPTModel, rows: list[LocalRow], groups: ParallelGroups, seen: Tensor):
+def our_gradients(model: PackedGPTModel, rows: list[MicroBatch], groups: ParallelGroups, seen: Tensor):
     loss = build_loss(LMPOConfig(beta=2.0, log_h=1.0, lam=0.2))
     assert loss.statistics is not None
     statistics = RunningStatistics(loss.statistics)
     statistics.update(seen)
-    step = RowStep(loss, statistics, groups, chunk_tokens=11, device=CPU)
+    step = MicroBatchStep(loss, statistics, groups, chunk_tokens=11, device=CPU)
     step.begin(sum(row.num_pairs for row in rows), training=True)
     for row in rows:
         hidden, finish = step.forward_step(iter([row]), model)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_lmpo.parallel.context import attention_pieces, local_positions
+from nemo_lmpo.parallel.context import attention_spans, local_positions
 
 Layout = list[tuple[int, int, int, int]]
 
@@ -52,10 +52,10 @@ def test_pieces_of_all_ranks_are_the_dense_mask(layout: tuple[Layout, int, int])
     found = np.zeros((total, total), dtype=bool)
     for rank in range(cp_size):
         held = local_positions(total, cp_rank=rank, cp_size=cp_size)
-        pieces = attention_pieces(torch.tensor(segments).reshape(-1, 4), total, cp_rank=rank, cp_size=cp_size)
+        spans = attention_spans(torch.tensor(segments).reshape(-1, 4), total, cp_rank=rank, cp_size=cp_size)
         filled = 0
-        for query_start, queries, prefix_start, prefix_length, own_start, own_length in pieces.tolist():
-            assert query_start >= filled, "pieces overlap or are out of order"
+        for query_start, queries, prefix_start, prefix_length, own_start, own_length in spans.tolist():
+            assert query_start >= filled, "spans overlap or are out of order"
             filled = query_start + queries
             for i in range(queries):
                 row = found[held[query_start + i]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_lmpo.parallel.cpu_adapter import CpuAdapter, _replacements, on_cpu
+from nemo_lmpo.runtime.cpu_adapter import CpuAdapter, _replacements, on_cpu
 
 
 def state() -> list[object]:

@@ -6,7 +6,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from nemo_lmpo.parallel.cpu_memory import keep_freed_memory
+from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 for _ in range(40):  # the heap settles within some tens of aligned allocations

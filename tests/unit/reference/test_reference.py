@@ -8,15 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
-from nemo_lmpo.data.sampler import PairSampler
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.rules import validate
+from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.layout import validate
-from nemo_lmpo.parallel.launch import LaunchInfo
-from nemo_lmpo.recipe import config_as_dict, load_recipe
+from nemo_lmpo.formats.base_model import find_base_model
+from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.reference import ReferenceKey, read_entry, weights_fingerprint, write_entry
-from nemo_lmpo.training.run_directory import RunDirectory
 from nemo_lmpo.training.session import TrainingSession, distributed_session
-from nemo_lmpo.training.start_weights import find_start
 
 OVERRIDES = [
     "model.global_batch_size=8",
@@ -46,7 +46,7 @@ class Trainer:
 
     def train(self, *overrides, **names):
         config = self.config(*overrides, **names)
-        start = find_start(config.model)
+        start = find_base_model(config.model)
         run = RunDirectory(config, config_as_dict(config))
         run.create()
         with distributed_session(config, LaunchInfo()) as (groups, device):
@@ -131,7 +131,7 @@ def test_entry_round_trip_and_damage(tmp_path):
 
 def test_fingerprint_follows_content_not_place(tmp_path):
     config = load_recipe("lmpo_tiny").model
-    start = find_start(config)
+    start = find_base_model(config)
     assert weights_fingerprint(start, 1) != weights_fingerprint(start, 2)
     places = []
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
@@ -144,4 +144,4 @@ def test_fingerprint_follows_content_not_place(tmp_path):
 def test_reference_in_memory_without_reference_is_refused():
     config = load_recipe("lmpo_tiny", ["model.reference_in_memory=true"])
     with pytest.raises(ConfigError, match=r"loss\.name=lmpo compares with no reference model"):
-        validate(config, find_start(config.model).architecture, 1)
+        validate(config, find_base_model(config.model).architecture, 1)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from nemo_lmpo.config import LoggingConfig
+from nemo_lmpo.config.schema import LoggingConfig
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.report.read import Series, read_config, read_metrics, read_run
 
@@ -58,7 +58,7 @@ def test_text_under_a_metric_name_is_passed_over(tmp_path):
 
 
 def test_reads_what_the_log_writes(tmp_path):
-    from nemo_lmpo.training.metrics_log import MetricsLog
+    from nemo_lmpo.monitor.metrics_log import MetricsLog
 
     with MetricsLog(
         tmp_path, LoggingConfig(tensorboard=False), config_for_wandb={}, resume_step=0, total_steps=2

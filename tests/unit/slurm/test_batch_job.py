@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.batch_job import BatchJob, leave_outcome, read_batch_job, stopped
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.parallel.launch import LaunchInfo, read_launch_info
-from nemo_lmpo.training.stop import StopWatch
+from nemo_lmpo.runtime.batch_job import BatchJob, leave_outcome, read_batch_job, stopped
+from nemo_lmpo.runtime.launch import LaunchInfo, read_launch_info
+from nemo_lmpo.training.stop import StopCondition
 
 
 def test_there_is_no_job_outside_of_slurm() -> None:
@@ -95,20 +95,20 @@ def test_a_step_and_a_save_must_fit_before_either_end(
     max_seconds: float | None, stop_in: float | None, stops: bool
 ) -> None:
     now = time.time()
-    watch = StopWatch(max_seconds, started=now, stop_at=None if stop_in is None else now + stop_in)
+    watch = StopCondition(max_seconds, started=now, stop_at=None if stop_in is None else now + stop_in)
     watch.longest_step, watch.longest_save = 15.0, 20.0
     assert watch._own_reason(validates=False) == int(stops)
 
 
 def test_a_validation_that_is_next_must_fit_as_well() -> None:
-    watch = StopWatch(None, started=0.0, stop_at=time.time() + 100)
+    watch = StopCondition(None, started=0.0, stop_at=time.time() + 100)
     watch.longest_step, watch.longest_save, watch.longest_validation = 10.0, 10.0, 200.0
     assert watch._own_reason(validates=False) == 0
     assert watch._own_reason(validates=True) == 1
 
 
 def test_a_signal_comes_before_the_clock() -> None:
-    with StopWatch(0.0, started=0.0) as watch:
+    with StopCondition(0.0, started=0.0) as watch:
         signal.raise_signal(signal.SIGUSR1)
         assert watch._own_reason(validates=False) == signal.SIGUSR1 + 1
 

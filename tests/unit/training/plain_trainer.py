@@ -24,7 +24,7 @@ class Pair:
     rejected: list[int]
 
 
-def tokenise(rows: list[dict[str, Any]], tokenizer: Any) -> list[Pair]:
+def tokenize(rows: list[dict[str, Any]], tokenizer: Any) -> list[Pair]:
     """Conversations as the tokenizer's own chat template renders them."""
 
     def ids(messages: list[dict[str, str]], *, open_turn: bool) -> list[int]:

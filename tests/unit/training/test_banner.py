@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from nemo_lmpo.training.banner import (
+from nemo_lmpo.monitor.banner import (
     BannerFacts,
     DetectedKernels,
     detect_kernels,

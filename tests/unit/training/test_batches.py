@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_lmpo.data.packing import build_row
+from nemo_lmpo.data.pack import pack_pairs
+from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.loss.registry import build_loss, parse_loss
-from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localise
-from nemo_lmpo.training.pair_table import OBSERVED, PairTable, pair_columns, table_metrics
-from nemo_lmpo.types import PairTokens
+from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localize
+from nemo_lmpo.training.pair_metrics import OBSERVED, PairMetrics, pair_columns, table_metrics
 
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5)
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def row_of(lengths: list[tuple[int, int, int]], *, share_prompt: bool, pad: int = 1):
     pairs = [PairTokens(str(i), [1] * p, [2] * c, [3] * r) for i, (p, c, r) in enumerate(lengths)]
-    return build_row(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
+    return pack_pairs(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
 
 
 @given(LENGTHS, st.booleans())
@@ -49,7 +49,7 @@ def test_attended_pairs_by_hand() -> None:
 @given(LENGTHS, st.sampled_from([1, 2, 4]))
 def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, int]], cp_size: int) -> None:
     row = row_of(lengths, share_prompt=True, pad=2 * cp_size)
-    parts = [localise(row, cp_rank=rank, cp_size=cp_size, device=CPU) for rank in range(cp_size)]
+    parts = [localize(row, cp_rank=rank, cp_size=cp_size, device=CPU) for rank in range(cp_size)]
     found = []
     for part in parts:
         assert part.input_ids.shape == part.position_ids.shape == (1, row.num_tokens // cp_size)
@@ -71,7 +71,7 @@ def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, 
 def test_metrics_of_two_pairs_by_hand() -> None:
     loss = build_loss(parse_loss({"name": "lmpo"}))
     columns = pair_columns(loss)
-    table = PairTable(columns, 2, CPU)
+    table = PairMetrics(columns, 2, CPU)
     values = {name: torch.zeros(1) for name in columns}
     hand = {
         "loss": (1.0, 3.0),
@@ -105,7 +105,7 @@ def test_metrics_of_two_pairs_by_hand() -> None:
 
 
 def test_values_that_are_not_finite_are_found() -> None:
-    table = PairTable(("loss",), 4, CPU)
+    table = PairMetrics(("loss",), 4, CPU)
     table.put(torch.tensor([1, 3]), {"loss": torch.tensor([math.nan, -math.inf])})
     assert table.not_finite() == [1, 3]
 
@@ -125,6 +125,6 @@ def test_every_loss_fills_its_columns(name: str) -> None:
 def test_a_single_rank_shares_with_nobody() -> None:
     group = SimpleNamespace(size=lambda: 1)
     groups: Any = SimpleNamespace(is_last_stage=True, data=group, pipeline=group)
-    table = PairTable(("loss",), 1, CPU)
+    table = PairMetrics(("loss",), 1, CPU)
     table.share(groups)
     assert table.values.tolist() == [[0.0]]

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_lmpo.config import CheckpointConfig, ModelConfig
+from nemo_lmpo.checkpoint import manager as checkpoint_module
+from nemo_lmpo.checkpoint.manager import CheckpointManager, TrainState, find_damage, saved_steps, step_directory
+from nemo_lmpo.checkpoint.random_state import random_state, restore_random_state, seed_everything
+from nemo_lmpo.config.schema import CheckpointConfig, ModelConfig
 from nemo_lmpo.errors import TrainingError
-from nemo_lmpo.parallel.cpu_adapter import on_cpu
 from nemo_lmpo.parallel.groups import create_groups, destroy_groups, start_process_group
-from nemo_lmpo.parallel.launch import LaunchInfo
-from nemo_lmpo.training import checkpoint as checkpoint_module
-from nemo_lmpo.training.checkpoint import CheckpointManager, TrainingProgress, find_damage, saved_steps, step_directory
-from nemo_lmpo.training.random_state import random_state, restore_random_state, seed_everything
+from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.runtime.launch import LaunchInfo
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,14 +42,14 @@ def one_process() -> Iterator[None]:
 class Holder:
     """A state of one tensor."""
 
-    def __init__(self, root: Path, *, size: int = 4, companions: Any = None, **options: Any) -> None:
+    def __init__(self, root: Path, *, size: int = 4, sidecars: Any = None, **options: Any) -> None:
         self.value = torch.zeros(size)
         self.manager = CheckpointManager(
             root,
             CheckpointConfig(**options),
             make_state=self._state,
             load_state=self._load,
-            write_companions=companions or (lambda directory: None),
+            write_sidecars=sidecars or (lambda directory: None),
             state_bytes=4 * size,
             layout={"tensor": 1},
         )
@@ -59,12 +59,12 @@ class Holder:
 
         return {"value": ShardedTensor.from_rank_offsets("value", self.value)}
 
-    def _load(self, state: dict[str, Any], progress: TrainingProgress) -> None:
+    def _load(self, state: dict[str, Any], progress: TrainState) -> None:
         self.value = state["value"].clone()
 
     def save(self, step: int, **metrics: float) -> None:
         self.value.fill_(step)
-        self.manager.save(TrainingProgress(step=step, metrics=metrics))
+        self.manager.save(TrainState(step=step, metrics=metrics))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_loads_the_newest(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load_is_a_new_run(tmp_path: Path) -> None:
-    assert Holder(tmp_path / "none").manager.load_newest() == TrainingProgress()
+    assert Holder(tmp_path / "none").manager.load_newest() == TrainState()
 
 
 def cut(path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_disk_that_fills_while_companions_are_written(tmp_path: Path) -> None:
 
     Holder(tmp_path).save(1)
     with pytest.raises(TrainingError) as caught:
-        Holder(tmp_path, companions=full).save(2)
+        Holder(tmp_path, sidecars=full).save(2)
     message = str(caught.value)
     assert "No space left on device" in message
     assert "older ones are untouched: free the disk and repeat the command" in message
@@ -228,7 +228,7 @@ def test_background_saving_becomes_visible_when_it_is_whole(tmp_path: Path) -> N
 def test_progress_survives_as_it_is(tmp_path: Path) -> None:
     holder = Holder(tmp_path)
     statistics = {"kind": "ema", "mean": 0.1 + 0.2, "mean_count": 3, "spread": 1e-17, "spread_count": 3}
-    holder.manager.save(TrainingProgress(step=3, statistics=statistics, metrics={"loss": 1 / 3}, save_seconds=1.5))
+    holder.manager.save(TrainState(step=3, statistics=statistics, metrics={"loss": 1 / 3}, save_seconds=1.5))
     progress = Holder(tmp_path).manager.load_newest()
     assert progress.statistics == statistics
     assert progress.metrics == {"loss": 1 / 3}

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemo_lmpo.config import LoggingConfig, WandbConfig
+from nemo_lmpo.config.schema import LoggingConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError, TrainingError
-from nemo_lmpo.training.metrics_log import MetricsLog, encode_number, truncate_metrics
+from nemo_lmpo.monitor.metrics_log import MetricsLog, encode_number, truncate_metrics
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -143,8 +143,8 @@ def test_killed_process_loses_at_most_the_last_line(tmp_path):
     program = textwrap.dedent(
         """
         import sys
-        from nemo_lmpo.config import LoggingConfig
-        from nemo_lmpo.training.metrics_log import MetricsLog
+        from nemo_lmpo.config.schema import LoggingConfig
+        from nemo_lmpo.monitor.metrics_log import MetricsLog
         log = MetricsLog(sys.argv[1], LoggingConfig(tensorboard=False), config_for_wandb={}, resume_step=0)
         for step in range(1, 10**9):
             log.log(step, {"loss": 0.5})

@@ -5,8 +5,8 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from nemo_lmpo.config import LoggingConfig
-from nemo_lmpo.training.progress import Progress, format_duration, format_metrics
+from nemo_lmpo.config.schema import LoggingConfig
+from nemo_lmpo.monitor.console import Console, format_duration, format_metrics
 
 METRICS = {
     "loss": 0.51234,
@@ -47,7 +47,7 @@ def test_metrics_that_are_absent_are_left_out():
 def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog):
     caplog.set_level(logging.INFO)
     clock = Clock()
-    with Progress(LoggingConfig(), total_steps=30, stream=io.StringIO(), clock=clock) as progress:
+    with Console(LoggingConfig(), total_steps=30, stream=io.StringIO(), clock=clock) as progress:
         for step in range(1, 31):
             clock.now += 4.0
             progress.update(step, METRICS)
@@ -62,7 +62,7 @@ def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog):
 def test_lines_follow_the_interval_when_steps_are_slow(caplog):
     caplog.set_level(logging.INFO)
     clock = Clock()
-    progress = Progress(LoggingConfig(log_interval=5), total_steps=12, stream=io.StringIO(), clock=clock)
+    progress = Console(LoggingConfig(log_interval=5), total_steps=12, stream=io.StringIO(), clock=clock)
     for step in range(1, 13):
         clock.now += 60.0
         progress.update(step, METRICS)
@@ -71,7 +71,7 @@ def test_lines_follow_the_interval_when_steps_are_slow(caplog):
 
 def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps():
     clock = Clock()
-    progress = Progress(LoggingConfig(), total_steps=1000, start_step=800, stream=io.StringIO(), clock=clock)
+    progress = Console(LoggingConfig(), total_steps=1000, start_step=800, stream=io.StringIO(), clock=clock)
     assert progress.seconds_left() is None
     clock.now += 300.0
     progress.update(801, METRICS)
@@ -85,7 +85,7 @@ def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps():
 def test_bar_in_a_terminal_shows_the_values():
     clock = Clock()
     terminal = Terminal()
-    with Progress(LoggingConfig(), total_steps=4, start_step=2, stream=terminal, clock=clock) as progress:
+    with Console(LoggingConfig(), total_steps=4, start_step=2, stream=terminal, clock=clock) as progress:
         for step in (3, 4):
             clock.now += 1.0
             progress.update(step, METRICS)
@@ -98,7 +98,7 @@ def test_bar_in_a_terminal_shows_the_values():
 def test_no_bar_when_it_is_turned_off(caplog):
     caplog.set_level(logging.INFO)
     terminal = Terminal()
-    with Progress(LoggingConfig(progress_bar=False), total_steps=4, stream=terminal) as progress:
+    with Console(LoggingConfig(progress_bar=False), total_steps=4, stream=terminal) as progress:
         progress.update(1, METRICS)
     assert terminal.getvalue() == ""
     assert "step 1/4" in caplog.text
@@ -106,7 +106,7 @@ def test_no_bar_when_it_is_turned_off(caplog):
 
 def test_validation_line(caplog):
     caplog.set_level(logging.INFO)
-    with Progress(LoggingConfig(), total_steps=4, stream=io.StringIO()) as progress:
+    with Console(LoggingConfig(), total_steps=4, stream=io.StringIO()) as progress:
         progress.validation(2, {"loss": 1.0, "rewards/accuracies": 0.75})
     assert caplog.records[0].message == "validation at step 2/4  loss 1.0000  accuracy 0.750"
 
@@ -121,7 +121,7 @@ def test_messages_beside_the_bar_are_printed_once():
     try:
         with redirect_stderr(io.StringIO()) as errors:
             handler.setStream(sys.stderr)
-            with Progress(LoggingConfig(), total_steps=4, stream=terminal) as progress:
+            with Console(LoggingConfig(), total_steps=4, stream=terminal) as progress:
                 progress.validation(2, {"loss": 1.0})
     finally:
         root.removeHandler(handler)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.checkpoint.run_directory import MAY_CHANGE, RunDirectory, flatten
+from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.recipe import config_as_dict, load_recipe
-from nemo_lmpo.training.run_directory import MAY_CHANGE, RunDirectory, flatten
-from nemo_lmpo.training.start_weights import find_start
+from nemo_lmpo.formats.base_model import find_base_model
 from tests.unit.convert.tiny_models import save
 
 
@@ -112,9 +112,9 @@ def test_checkpoints_keep_the_start_models_files(own_tokenizer: bool, tmp_path: 
     overrides = [f"model.restore_from_path={model}", "model.architecture=null"]
     overrides.append(f"model.tokenizer={'null' if own_tokenizer else 'builtin:tiny'}")
     run = directory(tmp_path / "run", *overrides)
-    start = find_start(load_recipe("lmpo_tiny", overrides).model)
+    start = find_base_model(load_recipe("lmpo_tiny", overrides).model)
     (tmp_path / "step").mkdir()
-    run.write_companions(tmp_path / "step", start, load_tokenizer(start.tokenizer))
+    run.write_sidecars(tmp_path / "step", start, load_tokenizer(start.tokenizer))
     kept = tmp_path / "step" / "tokenizer"
     names = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     for name in names | {"chat_template.jinja"}:

@@ -13,7 +13,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from nemo_lmpo.config import OptimConfig, ScheduleConfig
+from nemo_lmpo.config.schema import OptimConfig, ScheduleConfig
 from nemo_lmpo.training.optimizer import build_scheduler
 
 RATE = 3e-4

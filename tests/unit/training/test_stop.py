@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.duration import parse_duration
+from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.training.stop import StopWatch
+from nemo_lmpo.training.stop import StopCondition
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_other_durations_are_refused(text: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_noted_and_handlers_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopWatch(None, started=time.time()) as stop:
+    with StopCondition(None, started=time.time()) as stop:
         assert stop.reason(CPU) is None
         os.kill(os.getpid(), number)
         assert stop.reason(CPU) == number.name
@@ -47,7 +47,7 @@ def test_signals_are_noted_and_handlers_put_back(number: signal.Signals) -> None
 
 
 def test_no_limit_never_stops() -> None:
-    stop = StopWatch(None, started=0.0)
+    stop = StopCondition(None, started=0.0)
     stop.longest_step = stop.longest_save = 1e9
     assert stop.reason(CPU) is None
 
@@ -58,19 +58,19 @@ def test_no_limit_never_stops() -> None:
     [(74, False, False), (76, False, True), (44, True, False), (46, True, True), (200, False, True)],
 )
 def test_time_is_kept_for_a_step_a_save_and_a_validation(passed: float, validates: bool, stops: bool) -> None:
-    stop = StopWatch(100.0, started=time.time() - passed)
+    stop = StopCondition(100.0, started=time.time() - passed)
     stop.longest_step, stop.longest_save, stop.longest_validation = 5.0, 20.0, 30.0
     assert stop.reason(CPU, validates=validates) == ("time limit" if stops else None)
 
 
 def test_the_earlier_limit_counts() -> None:
     now = time.time()
-    assert StopWatch(1000.0, started=now, stop_at=now - 1).reason(CPU) == "time limit"
-    assert StopWatch(1.0, started=now - 2, stop_at=now + 1000).reason(CPU) == "time limit"
-    assert StopWatch(1000.0, started=now, stop_at=now + 1000).reason(CPU) is None
+    assert StopCondition(1000.0, started=now, stop_at=now - 1).reason(CPU) == "time limit"
+    assert StopCondition(1.0, started=now - 2, stop_at=now + 1000).reason(CPU) == "time limit"
+    assert StopCondition(1000.0, started=now, stop_at=now + 1000).reason(CPU) is None
 
 
 def test_a_signal_comes_before_the_time_limit() -> None:
-    with StopWatch(0.0, started=time.time()) as stop:
+    with StopCondition(0.0, started=time.time()) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.reason(CPU) == "SIGUSR1"

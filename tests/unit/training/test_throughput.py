@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from nemo_lmpo.architecture import Architecture
-from nemo_lmpo.training.throughput import (
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.monitor.throughput import (
     causal_pairs,
     model_flops,
     peak_flops,
@@ -107,7 +107,7 @@ def test_no_utilisation_without_a_peak():
 def test_peak_memory_of_a_child_counts_its_own_allocations():
     program = (
         "import torch; torch.cuda.is_available = lambda: False\n"
-        "from nemo_lmpo.training.throughput import peak_memory_gib\n"
+        "from nemo_lmpo.monitor.throughput import peak_memory_gib\n"
         "before = peak_memory_gib(); block = b'x' * 2**28; after = peak_memory_gib(); del block\n"
         "print(before, after, peak_memory_gib())"
     )

@@ -15,17 +15,17 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from nemo_lmpo.architecture import architecture_to_hf
-from nemo_lmpo.convert.source import random_source
-from nemo_lmpo.data.packing import plan_rows
-from nemo_lmpo.data.sampler import PairSampler
-from nemo_lmpo.data.tiny_task import builtin_rows
-from nemo_lmpo.data.tiny_tokenizer import tiny_tokenizer
-from nemo_lmpo.recipe import load_recipe
-from nemo_lmpo.training.start_weights import find_start
+from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.data.builtin.tiny_task import builtin_rows
+from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
+from nemo_lmpo.data.order import PairSampler
+from nemo_lmpo.data.pack import plan_micro_batches
+from nemo_lmpo.formats.base_model import find_base_model
+from nemo_lmpo.formats.source import random_source
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
-from tests.unit.training.plain_trainer import Pair, PlainTrainer, Settings, tokenise
+from tests.unit.training.plain_trainer import Pair, PlainTrainer, Settings, tokenize
 
 ROUNDING = 2.0**-24
 STEPS, PAIRS, VALIDATION_PAIRS = 4, 12, 10
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[tuple[str, ...], Settings]] = {
 def micro_batches(pairs: list[Pair], row_tokens: int) -> list[list[Pair]]:
     """The rows that the packer makes of a batch, in its order."""
     lengths = torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]).numpy()
-    (plan,) = plan_rows(lengths, dp_size=1, row_tokens=row_tokens, max_pairs_per_row=None, share_prompt=True)
+    (plan,) = plan_micro_batches(lengths, dp_size=1, row_tokens=row_tokens, max_pairs_per_row=None, share_prompt=True)
     return [[pairs[place] for place in row] for row in plan]
 
 
@@ -58,18 +58,18 @@ def test_trains_like_plain_transformers(case: str, tmp_path: Path) -> None:
     validations = [line["val/loss"] for line in metrics_of(tmp_path / "run") if "val/loss" in line]
 
     config = load_recipe("lmpo_tiny", [*COMMON, *overrides])
-    architecture = find_start(config.model).architecture
+    architecture = find_base_model(config.model).architecture
     source = random_source(architecture, config.model.seed)
     start = {name: source.get(name) for name in source.names()}
     plain = PlainTrainer(LlamaConfig(**architecture_to_hf(architecture)), start, settings)
     tokenizer = tiny_tokenizer()
     rows = builtin_rows("tiny", "train")
     sampler = PairSampler(len(rows), PAIRS, config.model.seed)
-    held_out = tokenise(builtin_rows("tiny", "test")[:VALIDATION_PAIRS], tokenizer)
+    held_out = tokenize(builtin_rows("tiny", "test")[:VALIDATION_PAIRS], tokenizer)
     expected, expected_validations = [], []
     budget = config.data.row_tokens or 0
     for step in range(STEPS):
-        batch = tokenise([rows[index] for index in sampler.pairs_of_step(step)], tokenizer)
+        batch = tokenize([rows[index] for index in sampler.pairs_of_step(step)], tokenizer)
         expected.append(plain.step(micro_batches(batch, budget)))
         interval = config.trainer.val_check_interval
         if step + 1 == STEPS or (interval and (step + 1) % interval == 0):

@@ -1,0 +1,162 @@
+"""A run's directory: whose it is, and what is written beside the checkpoints' tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.sidecars import sidecar_names
+from nemo_lmpo.runtime.atomic import replace_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_lmpo.formats.base_model import BaseModel
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ARCHITECTURE_FILE = "architecture.json"
+MAY_CHANGE = (
+    "run_dir",
+    "dry_run",
+    "traceback",
+    "logging",
+    "checkpoint",
+    "trainer.max_time_per_run",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.num_threads",
+    "trainer.val_check_interval",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.share_prompt",
+    "data.row_tokens",
+    "model.micro_batch_size",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.sequence_parallel",
+    "model.make_vocab_size_divisible_by",
+    "model.transformer_engine",
+    "model.attention_backend",
+    "model.activations_checkpoint_granularity",
+    "model.activations_checkpoint_method",
+    "model.activations_checkpoint_num_layers",
+    "model.logprob_chunk_tokens",
+    "model.reference_in_memory",
+    "optim.use_distributed_optimizer",
+    "optim.overlap_grad_reduce",
+)
+"""Settings that a resumed run may have otherwise than before: they change cost, length or display, not what is
+learned from which pairs."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+class RunDirectory:
+    """``runs/<recipe>`` unless set: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report.html`."""
+
+    def __init__(self, config: Config, plain: Mapping[str, Any]) -> None:
+        self.path = Path(config.run_dir) if config.run_dir else Path("runs") / config.name
+        self.plain = plain
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def check_owner(self) -> None:
+        """Refuse a directory that another run wrote.
+
+        Raises:
+            ConfigError: names the settings that differ.
+        """
+        path = self.path / CONFIG_FILE
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run_dir={self.path} is a file; give a directory")
+        if not path.exists() or not self._has_begun():
+            return
+        try:
+            before = dict(flatten(yaml.safe_load(path.read_text())))
+        except (yaml.YAMLError, AttributeError, TypeError):
+            raise ConfigError(f"{path} is not readable; remove it or choose another run_dir") from None
+        now = dict(flatten(self.plain))
+        differing = [
+            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not _may_change(key)
+        ]
+        if differing:
+            raise ConfigError(
+                f"run_dir={self.path} holds another run ({'; '.join(differing)}); choose another run_dir, or remove "
+                f"that one to start anew"
+            )
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose; a run that was refused for its data leaves its configuration only."""
+        metrics = self.path / METRICS_FILE
+        return (metrics.is_file() and metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
+
+    def create(self) -> None:
+        """Make the directory and save the resolved configuration (rank 0).
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one") from None
+
+    def write_sidecars(self, directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
+        replace_file(directory / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        replace_file(directory / ARCHITECTURE_FILE, json.dumps(model_config(start), indent=1))
+        _save_tokenizer(directory / "tokenizer", start, tokenizer)
+
+
+def _save_tokenizer(directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The start model's own files, byte for byte; another tokenizer's as it writes itself."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    if start.sidecars is not None:
+        names = [name for name in sidecar_names(start.sidecars) if name != "config.json"]
+    if start.sidecars is None or start.tokenizer != str(start.sidecars):
+        tokenizer.save_pretrained(directory)
+        names = [name for name in names if name == "generation_config.json"]
+    for name in names:
+        assert start.sidecars is not None
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(start.sidecars / name, target)
+
+
+def model_config(start: BaseModel) -> dict[str, Any]:
+    """The Hugging Face config of the start as it was, or one made from the architecture."""
+    if start.sidecars is not None and (start.sidecars / "config.json").is_file():
+        original: dict[str, Any] = json.loads((start.sidecars / "config.json").read_text())
+        return original
+    return architecture_to_hf(start.architecture)

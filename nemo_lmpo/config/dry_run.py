@@ -1,0 +1,51 @@
+"""What a run would look like and need, told without running it: layout, batches, memory a rank in GiB."""
+
+from __future__ import annotations
+
+from nemo_lmpo.config.memory import estimate_memory
+from nemo_lmpo.config.rules import ParallelLayout
+
+GIB = 2.0**30
+
+
+def describe(layout: ParallelLayout) -> str:
+    """The dry run's text."""
+    config, model = layout.config, layout.config.model
+    memory = estimate_memory(layout)
+    nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
+    chunks = model.virtual_pipeline_model_parallel_size
+    facts = [
+        ("recipe", config.name),
+        ("loss", config.loss.name),
+        ("processes", f"{layout.world_size} ({nodes})"),
+        (
+            "layout",
+            f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}"
+            + (f" (VPP {chunks})" if chunks else "")
+            + f" x CP {model.context_parallel_size} x DP {layout.data_parallel_size}"
+            + (", sequence parallel" if model.sequence_parallel else "")
+            + (", distributed optimizer" if config.optim.use_distributed_optimizer else ""),
+        ),
+        ("precision", config.trainer.precision),
+        ("recompute", model.activations_checkpoint_granularity or "none"),
+        ("parameters", f"{layout.architecture.num_parameters():,}"),
+        (
+            "global batch",
+            f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} a replica",
+        ),
+        ("row", f"at most {config.data.row_budget} tokens"),
+    ]
+    table = [
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("logits", memory.logits),
+        *([("reference", memory.reference)] if memory.reference else []),
+        ("together", memory.total),
+    ]
+    lines = [f"{name:<13} {value}" for name, value in facts]
+    lines += ["", "memory expected on the busiest rank, GiB"]
+    lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
+    lines += ["", "The configuration is valid. Nothing was started."]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Memory that a layout is expected to need, from sizes alone: for the busiest rank, before anything is started.
+
+Activations are what megatron-core's layers keep for backward in the run's dtype, for as many rows as the pipeline
+schedule has in flight on the first stage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.config.schema import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the busiest rank."""
+
+    parameters: float
+    gradients: float
+    """Float32 buffer."""
+    optimizer: float
+    """Two float32 moments, and float32 main parameters if the model is in BF16."""
+    activations: float
+    logits: float
+    """One chunk of float32 logits and its gradient, and the float32 gradient of the output matrix."""
+    reference: float
+    """Parameters of a reference model in memory."""
+
+    @property
+    def total(self) -> float:
+        """All of it; allocator overhead, kernels' workspaces and communication buffers come on top."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.reference
+
+
+def stage_parameters(architecture: Architecture, config: Config) -> float:
+    """Parameters of the busiest rank: a first or last pipeline stage's share of layers and embeddings."""
+    model = config.model
+    tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    rows = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor)
+    matrices = 1 if stages > 1 or architecture.tie_word_embeddings else 2
+    embeddings = matrices * rows * architecture.hidden_size
+    plain_embeddings = (1 if architecture.tie_word_embeddings else 2) * architecture.vocab_size
+    layers = architecture.num_parameters() - plain_embeddings * architecture.hidden_size
+    return embeddings / tensor + layers / (tensor * stages)
+
+
+def activation_bytes(architecture: Architecture, config: Config, row_tokens: int) -> float:
+    """Bytes kept for backward on the busiest rank."""
+    model = config.model
+    size = 2 if config.trainer.precision == "bf16" else 4
+    tensor = model.tensor_model_parallel_size
+    tokens = row_tokens / model.context_parallel_size
+    split = tensor if model.sequence_parallel else 1
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    query = architecture.num_attention_heads * architecture.head_dim
+    key_value = 2 * architecture.num_query_groups * architecture.head_dim
+    # Inputs and outputs of two norms lie outside tensor parallelism. Inside it: QKV, the rotated queries and
+    # attention's output, and around the fused SwiGLU its two inputs and its output.
+    outside = 4 * hidden * tokens * size / split
+    inside = (query + key_value + 2 * query + 3 * ffn) * tokens * size / tensor
+    chunks, layers = chunks_in_flight(model), layers_per_chunk(architecture, model)
+    if model.activations_checkpoint_granularity != "full":
+        return chunks * layers * (outside + inside)
+    layer_input, unit = hidden * tokens * size / split, model.activations_checkpoint_num_layers
+    if model.activations_checkpoint_method == "block":
+        recomputed = min(unit, layers)
+        kept = recomputed * layer_input + (layers - recomputed) * (outside + inside)
+        return chunks * kept + (outside + inside)
+    return chunks * math.ceil(layers / unit) * layer_input + unit * (outside + inside)
+
+
+def layers_per_chunk(architecture: Architecture, model: ModelConfig) -> int:
+    """Layers of a pipeline stage, or of one of its virtual stages."""
+    virtual = model.virtual_pipeline_model_parallel_size or 1
+    return architecture.num_layers // (model.pipeline_model_parallel_size * virtual)
+
+
+def chunks_in_flight(model: ModelConfig) -> int:
+    """Forward passes through a chunk of layers that the first stage holds before the first backward frees one.
+
+    1F1B warms up one a stage. Its interleaved form warms up 2 (stages - 1) + (virtual - 1) stages and adds one.
+    """
+    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        return stages
+    return 2 * (stages - 1) + (virtual - 1) * stages + 1
+
+
+def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
+    """Memory of the busiest rank."""
+    config, architecture = layout.config, layout.architecture
+    parameters = stage_parameters(architecture, config)
+    low_precision = config.trainer.precision == "bf16"
+    weights = parameters * (2 if low_precision else 4)
+    shards = layout.data_parallel_size * config.model.context_parallel_size
+    optimizer = (12.0 if low_precision else 8.0) * parameters
+    if config.optim.use_distributed_optimizer:
+        optimizer /= max(shards, 1)
+    tensor = config.model.tensor_model_parallel_size
+    rows = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, tensor) / tensor
+    chunk = config.model.logprob_chunk_tokens
+    return MemoryEstimate(
+        parameters=weights,
+        gradients=parameters * 4,
+        optimizer=optimizer,
+        activations=activation_bytes(architecture, config, config.data.row_budget),
+        logits=2 * 4 * chunk * rows + 4 * rows * architecture.hidden_size,
+        reference=weights if config.model.reference_in_memory else 0.0,
+    )

@@ -1,0 +1,239 @@
+"""The conversion commands; the scripts in `conversion/` and `python -m nemo_lmpo.convert` call them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_lmpo.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_lmpo.formats.conversion import Plan
+    from nemo_lmpo.formats.model_files import ModelFiles
+
+_DTYPES = ("bf16", "fp16", "fp32")
+DEFAULT_TOLERANCE = 1e-4
+
+
+def hf_to_nemo(arguments: list[str] | None = None) -> int:
+    """Convert a Hugging Face model to NeMo; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="convert_hf_to_nemo",
+        description="Convert a Hugging Face Llama or Mistral to NeMo: a .nemo file, or the same tree as a directory.",
+    )
+    parser.add_argument("--input", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
+    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="FILE.nemo, or a directory")
+    _add_common(parser)
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _hf_to_nemo(options))
+
+
+def nemo_to_hf(arguments: list[str] | None = None) -> int:
+    """Convert any NeMo form to a Hugging Face directory; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="convert_nemo_to_hf",
+        description="Convert a .nemo file, a NeMo 2 directory, a training checkpoint of this project, or a bare "
+        "megatron-core distributed checkpoint to a Hugging Face directory.",
+    )
+    parser.add_argument("--input", required=True, metavar="MODEL", help=".nemo file or checkpoint directory")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="the model's config.json, or a directory with one; needed for bare distributed checkpoints",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer files from here")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of one safetensors file (default: 5)"
+    )
+    _add_common(parser)
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _nemo_to_hf(options))
+
+
+def verify(arguments: list[str] | None = None) -> int:
+    """Compare a Hugging Face model with a converted one; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="verify_conversion",
+        description="Compare every tensor and the logits of a fixed set of prompts; exit with status 1 if any "
+        "difference is larger than the tolerance.",
+    )
+    parser.add_argument("--hf", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
+    parser.add_argument("--nemo", required=True, type=Path, metavar="PATH", help=".nemo file or checkpoint directory")
+    parser.add_argument("--config", type=Path, metavar="PATH", help="config.json for a bare distributed checkpoint")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        help=f"largest absolute difference allowed in float32 (default: {DEFAULT_TOLERANCE})",
+    )
+    parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _verify(options))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, help="store the weights in this dtype (default: as they are)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the mapping, write nothing")
+    parser.add_argument("--verify", action="store_true", help="compare tensors and logits after writing")
+    parser.add_argument(
+        "--tolerance", type=float, default=DEFAULT_TOLERANCE, help=f"for --verify (default: {DEFAULT_TOLERANCE})"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _hf_to_nemo(options: argparse.Namespace) -> int:
+    from nemo_lmpo.formats.conversion import plan, write_nemo
+    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.model_files import open_model
+    from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
+
+    path, hub_name = local_model(options.input)
+    model = open_model(path)
+    _expect(model, "huggingface", "convert_nemo_to_hf converts from NeMo")
+    work = plan(model, options.output, options.dtype)
+    if not _ready(work, [path], options):
+        return 0
+    if nemo_applies_other_scaling(model.architecture):
+        _say(
+            "warning: NeMo itself scales rotary frequencies by a fixed factor 8; this model has "
+            f"{model.architecture.rope_scaling}. This project reads the right factors from the file."
+        )
+    with _progress(work.num_tensors, options.quiet, "writing") as advance:
+        write_nemo(work, hub_name=hub_name, progress=advance)
+    _say(f"wrote {options.output}")
+    return _verify_models(path, options.output, work, options) if options.verify else 0
+
+
+def _nemo_to_hf(options: argparse.Namespace) -> int:
+    from nemo_lmpo.errors import ConfigError
+    from nemo_lmpo.formats.conversion import plan, write_huggingface
+    from nemo_lmpo.formats.model_files import open_model
+
+    if not 0 < options.max_shard_gb < float("inf"):
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is no size; give for example 5")
+    path = Path(options.input).expanduser()
+    model = open_model(path, config=options.config, tokenizer=options.tokenizer)
+    if model.kind == "huggingface":
+        _expect(model, "NeMo", "convert_hf_to_nemo converts from Hugging Face")
+    work = plan(model, options.output, options.dtype)
+    given = [given for given in (path, options.config, options.tokenizer) if given is not None]
+    if not _ready(work, given, options):
+        return 0
+    if not any(name.startswith("tokenizer") for name in model.sidecars):
+        _say(f"warning: {model.origin} holds no tokenizer files; add them with --tokenizer DIR")
+    with _progress(work.num_tensors, options.quiet, "writing") as advance:
+        write_huggingface(work, max_shard_bytes=int(options.max_shard_gb * 1e9), progress=advance)
+    _say(f"wrote {options.output}")
+    return _verify_models(options.output, path, work, options) if options.verify else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.model_files import open_model
+
+    hf_path, _ = local_model(options.hf)
+    reference = open_model(hf_path)
+    _expect(reference, "huggingface", "--hf takes a Hugging Face model")
+    converted = open_model(options.nemo, config=options.config)
+    return _compare(reference, converted, options, tensors_only=options.tensors_only)
+
+
+def _verify_models(hf_path: Path, nemo_path: Path, work: Plan, options: argparse.Namespace) -> int:
+    from nemo_lmpo.formats.model_files import open_model
+
+    reference = open_model(hf_path)
+    converted = open_model(nemo_path, config=getattr(options, "config", None))
+    return _compare(reference, converted, options)
+
+
+def _compare(
+    reference: ModelFiles, converted: ModelFiles, options: argparse.Namespace, *, tensors_only: bool = False
+) -> int:
+    from nemo_lmpo.convert.verify import verify_models
+
+    with _progress(len(reference.source.names()), options.quiet, "comparing") as advance:
+        result = verify_models(
+            reference, converted, tolerance=options.tolerance, tensors_only=tensors_only, progress=advance
+        )
+    for line in result.lines:
+        _say(line)
+    return 0 if result.passed else 1
+
+
+def _expect(model: ModelFiles, kind: str, remedy: str) -> None:
+    from nemo_lmpo.errors import CheckpointError
+
+    if model.kind != kind:
+        raise CheckpointError(f"{model.origin} is a {model.kind} model, not a {kind} one; {remedy}")
+
+
+def _ready(work: Plan, inputs: list[Path], options: argparse.Namespace) -> bool:
+    """Check the output; with `--dry-run`, print what would be done and answer False."""
+    from nemo_lmpo.formats.conversion import describe
+    from nemo_lmpo.formats.outputs import format_bytes
+
+    work.check(inputs, overwrite=options.overwrite)
+    if options.dry_run:
+        for line in describe(work):
+            _say(line)
+    _say(
+        f"{work.model.kind} {work.model.origin} -> {work.output}: {work.model.architecture.model_type}, "
+        f"{work.num_tensors} tensors, {str(work.dtype).removeprefix('torch.')}, {format_bytes(work.num_bytes)}"
+    )
+    return not options.dry_run
+
+
+@contextmanager
+def _progress(total: int, quiet: bool, what: str) -> Iterator[Callable[[str], None]]:
+    from tqdm import tqdm
+
+    # disable=None: no bar where the output is not a terminal.
+    with tqdm(total=total, desc=what, unit="tensor", disable=True if quiet else None, leave=False) as bar:
+
+        def advance(name: str) -> None:
+            bar.update()
+
+        yield advance
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error}; nothing was left behind\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was left behind\n")
+        return 130
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+_COMMANDS = {"hf-to-nemo": hf_to_nemo, "nemo-to-hf": nemo_to_hf, "verify": verify}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m nemo_lmpo.convert COMMAND ...`: the same commands where only the package is installed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] not in _COMMANDS:
+        _say(f"usage: python -m nemo_lmpo.convert {{{','.join(_COMMANDS)}}} [--help] ...")
+        return 0 if given[:1] in (["-h"], ["--help"]) else 2
+    return _COMMANDS[given[0]](given[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

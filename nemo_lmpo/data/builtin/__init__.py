@@ -1,0 +1,1 @@
+"""Tasks that are generated here and need no files."""

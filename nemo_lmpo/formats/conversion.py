@@ -1,0 +1,231 @@
+"""Convert a whole model: Hugging Face to NeMo, and any NeMo form to Hugging Face."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
+from nemo_lmpo.formats.huggingface_writer import MAX_SHARD_BYTES, write_safetensors
+from nemo_lmpo.formats.mapping import megatron_shape, part_shapes, rules
+from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles
+from nemo_lmpo.formats.nemo import nemo_config
+from nemo_lmpo.formats.outputs import check_disk, check_output, replaced_when_complete
+from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
+from nemo_lmpo.formats.source import fitting_source
+
+DTYPE_NAMES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+_PRECISION = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
+_SLACK_BYTES = 64 * 1024 * 1024
+"""Headers, metadata and small files besides the tensors, estimated from above."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do; nothing is written yet."""
+
+    model: ModelFiles
+    output: Path
+    dtype: torch.dtype
+
+    @property
+    def num_tensors(self) -> int:
+        """Hugging Face tensors that will be converted."""
+        return len(tensor_names(self.model))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in the target dtype."""
+        return self.model.architecture.num_parameters() * self.dtype.itemsize
+
+    def check(self, inputs: list[Path], *, overwrite: bool) -> None:
+        """Refuse before any work is done.
+
+        Raises:
+            CheckpointError: the output is in the way of something, or the disk is too small.
+        """
+        check_output(self.output, inputs, overwrite=overwrite)
+        side = sum(len(self.model.side_file(name) or b"") for name in self.model.sidecars)
+        check_disk(self.output, self.num_bytes + side + _SLACK_BYTES)
+
+
+def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Plan:
+    """Settle the target dtype: the one named, or the widest that the model has.
+
+    Raises:
+        CheckpointError: an unknown name, or a dtype that models are not stored in.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"dtype '{dtype}' is not supported; supported: {', '.join(DTYPE_NAMES)}")
+    if dtype is not None:
+        return Plan(model, output, DTYPE_NAMES[dtype])
+    found = functools.reduce(torch.promote_types, {model.source.dtype(name) for name in tensor_names(model)})
+    if found not in _PRECISION:
+        raise CheckpointError(f"{model.origin} is stored as {found}; name a target with --dtype, for example bf16")
+    return Plan(model, output, found)
+
+
+def tensor_names(model: ModelFiles) -> list[str]:
+    """The Hugging Face tensors that belong to the architecture."""
+    return [
+        name
+        for rule in rules(model.architecture)
+        for layer in range(model.architecture.num_layers if rule.per_layer else 1)
+        for name in rule.hf_names(layer)
+    ]
+
+
+def describe(plan: Plan) -> list[str]:
+    """The mapping, one line for each stored tensor."""
+    architecture = plan.model.architecture
+    lines = []
+    for rule in rules(architecture):
+        layers = f"{{0..{architecture.num_layers - 1}}}"
+        names = " + ".join(name.replace("{layer}", layers) for name in rule.hf)
+        shapes = " + ".join(str(list(shape)) for shape in part_shapes(rule, architecture))
+        stored = megatron_shape(rule, architecture)
+        whole = [architecture.num_layers, *stored] if rule.per_layer else list(stored)
+        lines.append(f"{names} {shapes} <-> {rule.megatron} {whole} ({rule.layout.value})")
+    return lines
+
+
+def write_nemo(plan: Plan, *, hub_name: str | None = None, progress: Progress = lambda name: None) -> None:
+    """Write a `.nemo` archive, or the same tree as a directory if the output does not end in `.nemo`.
+
+    Besides what NeMo reads, the tree keeps the Hugging Face files of the model unchanged, so that converting
+    back restores them. ``hub_name`` is what NeMo shall load a tokenizer by that it cannot keep itself.
+    """
+    archive = plan.output.suffix == ".nemo"
+    with replaced_when_complete(plan.output) as temporary:
+        sink: Sink = TarSink(temporary) if archive else DirectorySink(temporary)
+        _write_nemo_tree(sink, plan, hub_name, progress)
+        sink.close()
+
+
+def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Progress) -> None:
+    model = plan.model
+    section, artifacts = _nemo_tokenizer(model, hub_name)
+    config = nemo_config(model.architecture, _PRECISION[plan.dtype], section)
+    _write(sink, NEMO_CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+    for name, content in artifacts.items():
+        _write(sink, name, content)
+    for name, content in _hf_files(plan).items():
+        _write(sink, f"{EMBEDDED_FOLDER}/{name}", content)
+    write_distributed_checkpoint(
+        sink,
+        NEMO_WEIGHTS,
+        fitting_source(model.source, plan.dtype),
+        model.architecture,
+        prefix="model.",
+        dtype=plan.dtype,
+        progress=progress,
+    )
+
+
+def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The `tokenizer` section, and the files that it refers to."""
+    section: dict[str, Any] = {
+        "library": "huggingface",
+        "type": hub_name or str(Path(model.origin).resolve()),
+        "use_fast": True,
+        "model": None,
+        "vocab_file": None,
+        "merge_file": None,
+        "delimiter": None,
+    }
+    content = model.side_file("tokenizer.model")
+    # Llama 3 calls a file of another format by the same name; tokenizer.json is what describes it.
+    if content is None or not _is_sentencepiece(content):
+        return section, {}
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}_tokenizer.model"
+    changed = {"library": "sentencepiece", "type": None, "model": f"nemo:{name}", "sentencepiece_legacy": False}
+    section.pop("use_fast")
+    return {**section, **changed}, {name: content}
+
+
+def _is_sentencepiece(content: bytes) -> bool:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return bool(SentencePieceProcessor(model_proto=content).get_piece_size())
+    except RuntimeError:
+        return False
+
+
+def write_huggingface(
+    plan: Plan, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: Progress = lambda name: None
+) -> None:
+    """Write a Hugging Face directory that `AutoModelForCausalLM` and `AutoTokenizer` load."""
+    with replaced_when_complete(plan.output) as temporary:
+        sink = DirectorySink(temporary)
+        for name, content in _hf_files(plan).items():
+            _write(sink, name, content)
+        source = fitting_source(plan.model.source, plan.dtype)
+        write_safetensors(sink, source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        sink.close()
+
+
+def _hf_files(plan: Plan) -> dict[str, bytes]:
+    """Side files by name; unchanged, except for a config that says another dtype or does not exist yet."""
+    files = {name: plan.model.side_file(name) or b"" for name in sorted(plan.model.sidecars)}
+    files["config.json"] = _hf_config(plan, files)
+    return files
+
+
+def _hf_config(plan: Plan, files: dict[str, bytes]) -> bytes:
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if "config.json" in files:
+        config = json.loads(files["config.json"])
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        if config.get(key, dtype) == dtype:
+            return files["config.json"]
+        return _json({**config, key: dtype})
+    config = {**architecture_to_hf(plan.model.architecture), "torch_dtype": dtype}
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    config.update({key: generation[key] for key in _TOKEN_IDS if key in generation})
+    if not any(key in config for key in _TOKEN_IDS):
+        config.update(_token_ids(files))
+    return _json(config)
+
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _token_ids(files: dict[str, bytes]) -> dict[str, int]:
+    """Ids of the special tokens, where only the tokenizer says them."""
+    content = files.get("tokenizer.model")
+    if content is None or not _is_sentencepiece(content):
+        return {}
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=content)
+    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
+    return {name: number for name, number in ids.items() if number >= 0}
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(sink: Sink, name: str, content: bytes) -> None:
+    with sink.create(name) as stream:
+        stream.write(content)

@@ -1,0 +1,218 @@
+"""Which Hugging Face tensors make up which Megatron parameter, and how tensor parallelism cuts it.
+
+Megatron keeps the query, key and value projections in one matrix, interleaved per key-value group
+(``q heads of the group, k, v``), and the MLP's gate above its up projection. Nothing else is permuted: both
+sides use the same rotary convention. Layer norms carry the names of the fused Transformer Engine modules,
+which is also how ``sharded_state_dict`` writes them whatever the layer spec is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.errors import ConfigError
+
+LAYERS = "decoder.layers."
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
+
+LOCAL_SPEC_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Parameters of megatron-core's local layer spec, and the fused name of the same tensor."""
+
+
+class TensorLayout(Enum):
+    """How the parts of a parameter lie in it, and which of its rows or columns a tensor-parallel rank holds."""
+
+    WHOLE = "replicated"
+    VOCABULARY = "rows, padded"
+    QKV = "q, k, v per key-value group"
+    GATE_UP = "gate above up, each by rows"
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors it is made of.
+
+    ``megatron`` is the name without a layer number (the key of a distributed checkpoint, where layers are
+    stacked on axis 0); ``hf`` are templates with ``{layer}`` (0-based) for layer parameters.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: TensorLayout
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every decoder layer has this parameter."""
+        return self.megatron.startswith(LAYERS)
+
+    def hf_names(self, layer: int = 0) -> tuple[str, ...]:
+        """Hugging Face names for the 0-based ``layer`` (ignored for parameters outside the layers)."""
+        return tuple(name.format(layer=layer) for name in self.hf)
+
+
+_LAYER_RULES = (
+    Rule(
+        LAYERS + "self_attention.linear_qkv.layer_norm_weight",
+        ("model.layers.{layer}.input_layernorm.weight",),
+        TensorLayout.WHOLE,
+    ),
+    Rule(
+        LAYERS + "self_attention.linear_qkv.weight",
+        tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.weight" for part in "qkv"),
+        TensorLayout.QKV,
+    ),
+    Rule(
+        LAYERS + "self_attention.linear_proj.weight",
+        ("model.layers.{layer}.self_attn.o_proj.weight",),
+        TensorLayout.COLUMNS,
+    ),
+    Rule(
+        LAYERS + "mlp.linear_fc1.layer_norm_weight",
+        ("model.layers.{layer}.post_attention_layernorm.weight",),
+        TensorLayout.WHOLE,
+    ),
+    Rule(
+        LAYERS + "mlp.linear_fc1.weight",
+        ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"),
+        TensorLayout.GATE_UP,
+    ),
+    Rule(LAYERS + "mlp.linear_fc2.weight", ("model.layers.{layer}.mlp.down_proj.weight",), TensorLayout.COLUMNS),
+)
+
+
+def rules(architecture: Architecture) -> tuple[Rule, ...]:
+    """All parameters of the model in forward order; a tied model has no output layer."""
+    head = () if architecture.tie_word_embeddings else (Rule(OUTPUT_LAYER, (HF_OUTPUT,), TensorLayout.VOCABULARY),)
+    return (
+        Rule(EMBEDDING, (HF_EMBEDDING,), TensorLayout.VOCABULARY),
+        *_LAYER_RULES,
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), TensorLayout.WHOLE),
+        *head,
+    )
+
+
+def part_shapes(rule: Rule, architecture: Architecture) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the Hugging Face tensors of ``rule``, in the order of ``rule.hf``."""
+    a = architecture
+    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    if rule.layout is TensorLayout.VOCABULARY:
+        return ((a.vocab_size, a.hidden_size),)
+    if rule.layout is TensorLayout.QKV:
+        return (query, a.hidden_size), (key, a.hidden_size), (key, a.hidden_size)
+    if rule.layout is TensorLayout.GATE_UP:
+        return ((a.ffn_hidden_size, a.hidden_size),) * 2
+    if rule.layout is TensorLayout.COLUMNS:
+        return ((a.hidden_size, query if "linear_proj" in rule.megatron else a.ffn_hidden_size),)
+    return ((a.hidden_size,),)
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model and its shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule in rules(architecture):
+        for layer in range(architecture.num_layers if rule.per_layer else 1):
+            shapes.update(zip(rule.hf_names(layer), part_shapes(rule, architecture), strict=True))
+    return shapes
+
+
+def megatron_shape(
+    rule: Rule, architecture: Architecture, *, tp_size: int = 1, padded_vocab_size: int | None = None
+) -> tuple[int, ...]:
+    """Shape of one tensor-parallel rank's parameter (one layer of it).
+
+    ``padded_vocab_size`` counts the rows of all ranks together; None: no padding.
+
+    Raises:
+        ConfigError: a dimension that ``tp_size`` does not divide.
+    """
+    parts = part_shapes(rule, architecture)
+    if rule.layout is TensorLayout.WHOLE:
+        return parts[0]
+    if rule.layout is TensorLayout.COLUMNS:
+        rows, columns = parts[0]
+        return rows, _divide(columns, tp_size, rule)
+    if rule.layout is TensorLayout.VOCABULARY:
+        return _divide(padded_vocab_size or architecture.vocab_size, tp_size, rule), architecture.hidden_size
+    if rule.layout is TensorLayout.QKV:
+        _divide(architecture.num_query_groups, tp_size, rule)
+    return sum(_divide(rows, tp_size, rule) for rows, _ in parts), architecture.hidden_size
+
+
+def _divide(size: int, tp_size: int, rule: Rule) -> int:
+    if size % tp_size:
+        raise ConfigError(
+            f"tensor_model_parallel_size={tp_size} does not divide {size} ({rule.megatron}: {rule.layout.value}); "
+            "choose a divisor"
+        )
+    return size // tp_size
+
+
+@torch.no_grad()
+def fill(
+    out: Tensor, rule: Rule, parts: Sequence[Tensor], architecture: Architecture, *, tp_rank: int = 0, tp_size: int = 1
+) -> None:
+    """Copy Hugging Face ``parts`` into ``out``, the parameter of one tensor-parallel rank (one layer of it).
+
+    Only the elements that ``out`` holds are read, and they are cast to its dtype in the copy. Rows beyond the
+    vocabulary become zero. ``out`` has the shape that :func:`megatron_shape` gives; its rows may be strided.
+    """
+    if rule.layout is TensorLayout.WHOLE:
+        out.copy_(parts[0])
+    elif rule.layout is TensorLayout.COLUMNS:
+        out.copy_(_cut(parts[0], 1, tp_rank, tp_size))
+    elif rule.layout is TensorLayout.VOCABULARY:
+        first = tp_rank * out.shape[0]
+        rows = parts[0][first : first + out.shape[0]]
+        out[: rows.shape[0]].copy_(rows)
+        out[rows.shape[0] :].zero_()
+    elif rule.layout is TensorLayout.GATE_UP:
+        half = out.shape[0] // 2
+        for index, part in enumerate(parts):
+            out[index * half : (index + 1) * half].copy_(_cut(part, 0, tp_rank, tp_size))
+    else:
+        a = architecture
+        groups = a.num_query_groups // tp_size
+        heads = a.num_attention_heads // a.num_query_groups
+        target = out.unflatten(0, (groups, heads + 2, a.head_dim))
+        query, key, value = (_cut(part, 0, tp_rank, tp_size) for part in parts)
+        target[:, :heads].copy_(query.unflatten(0, (groups, heads, a.head_dim)))
+        target[:, heads].copy_(key.unflatten(0, (groups, a.head_dim)))
+        target[:, heads + 1].copy_(value.unflatten(0, (groups, a.head_dim)))
+
+
+def _cut(part: Tensor, axis: int, tp_rank: int, tp_size: int) -> Tensor:
+    size = part.shape[axis] // tp_size
+    return part.narrow(axis, tp_rank * size, size)
+
+
+def separate(rule: Rule, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+    """Cut a whole Megatron parameter (all tensor-parallel ranks, one layer) into its Hugging Face tensors.
+
+    Padding rows of the vocabulary are dropped. The results are contiguous; those that need no reordering are
+    views of ``tensor``.
+    """
+    if rule.layout is TensorLayout.VOCABULARY:
+        return (tensor[: architecture.vocab_size],)
+    if rule.layout is TensorLayout.GATE_UP:
+        gate, up = tensor.chunk(2, dim=0)
+        return gate, up
+    if rule.layout is TensorLayout.QKV:
+        a = architecture
+        heads = a.num_attention_heads // a.num_query_groups
+        grouped = tensor.unflatten(0, (a.num_query_groups, heads + 2, a.head_dim))
+        query, key, value = grouped[:, :heads], grouped[:, heads], grouped[:, heads + 1]
+        return tuple(part.reshape(-1, a.hidden_size).contiguous() for part in (query, key, value))
+    return (tensor.contiguous(),)

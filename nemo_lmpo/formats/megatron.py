@@ -1,0 +1,137 @@
+"""A distributed checkpoint as a source of Hugging Face tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.mapping import EMBEDDING, LAYERS, Rule, TensorLayout, hf_shapes, megatron_shape, rules, separate
+from nemo_lmpo.formats.source import raise_if_any
+
+_PREFIX = re.compile(rf"((?:model\.|module\.)*){re.escape(EMBEDDING)}")
+_NOT_WEIGHTS = re.compile(r"_extra_state|rotary_pos_emb\.inv_freq$")
+
+
+def find_prefix(checkpoint: DistributedCheckpoint) -> str:
+    """What stands before `embedding.word_embeddings.weight` (`model.`, `module.` or nothing).
+
+    Raises:
+        CheckpointError: no such tensor.
+    """
+    matches = (_PREFIX.fullmatch(key) for key in checkpoint.tensors)
+    found = sorted((match[1] for match in matches if match), key=len)
+    if not found:
+        raise CheckpointError(
+            f"{checkpoint.origin} holds no {EMBEDDING}; give the checkpoint of a megatron-core GPT model"
+        )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a Hugging Face tensor lies: part ``part`` of ``rule`` in layer ``layer``."""
+
+    rule: Rule
+    layer: int
+    part: int
+
+
+class MegatronSource:
+    """A distributed checkpoint under Hugging Face names.
+
+    Raises:
+        CheckpointError: with every tensor that is missing, unexpected or of the wrong shape.
+    """
+
+    def __init__(self, checkpoint: DistributedCheckpoint, architecture: Architecture) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._prefix = find_prefix(checkpoint)
+        self._shapes = hf_shapes(architecture)
+        self._places = dict(self._list_places())
+        self._last: tuple[tuple[str, int], tuple[Tensor, ...]] | None = None
+        self._check()
+
+    @property
+    def origin(self) -> str:
+        """The checkpoint."""
+        return self._checkpoint.origin
+
+    def names(self) -> list[str]:
+        """All Hugging Face names, layer by layer."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, without padding of the vocabulary."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype as stored."""
+        place = self._places[name]
+        return self._checkpoint.tensors[self._key(place.rule, place.layer)[0]].properties.dtype
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, read from the file."""
+        place = self._places[name]
+        key, index = self._key(place.rule, place.layer)
+        wanted = (key, place.layer)
+        # Neighbours (q, k, v; gate, up) come from the same stored tensor and are asked for in turn.
+        if self._last is None or self._last[0] != wanted:
+            self._last = None
+            stored = self._checkpoint.read(key, index)
+            self._last = (wanted, separate(place.rule, stored, self._architecture))
+        return self._last[1][place.part]
+
+    def _list_places(self) -> Iterator[tuple[str, _Place]]:
+        for rule in rules(self._architecture):
+            for layer in range(self._architecture.num_layers if rule.per_layer else 1):
+                for part, name in enumerate(rule.hf_names(layer)):
+                    yield name, _Place(rule, layer, part)
+
+    def _key(self, rule: Rule, layer: int) -> tuple[str, int | None]:
+        """Key of the stored tensor, and the index of the layer in it if layers are stacked."""
+        if not rule.per_layer:
+            return self._prefix + rule.megatron, None
+        stacked = self._prefix + rule.megatron
+        if stacked in self._checkpoint.tensors:
+            return stacked, layer
+        return f"{self._prefix}{LAYERS}{layer}.{rule.megatron.removeprefix(LAYERS)}", None
+
+    def _check(self) -> None:
+        stored = self._checkpoint.tensors
+        expected: set[str] = set()
+        wrong_shapes = []
+        for rule in rules(self._architecture):
+            shape = megatron_shape(rule, self._architecture)
+            for layer in range(self._architecture.num_layers if rule.per_layer else 1):
+                key, index = self._key(rule, layer)
+                whole = shape if index is None else (self._architecture.num_layers, *shape)
+                if key in stored and key not in expected and not _fits(tuple(stored[key].size), whole, rule):
+                    wrong_shapes.append(f"{key} is {list(stored[key].size)} instead of {list(whole)}")
+                expected.add(key)
+        own = {key for key in stored if key.startswith((self._prefix + "embedding.", self._prefix + "decoder."))}
+        raise_if_any(
+            self._checkpoint.origin,
+            missing=expected - stored.keys(),
+            unexpected={key for key in own if not _NOT_WEIGHTS.search(key)} - expected,
+            wrong_shapes=wrong_shapes,
+            remedy="give the config that belongs to the weights",
+        )
+
+
+def _fits(size: tuple[int, ...], expected: tuple[int, ...], rule: Rule) -> bool:
+    if rule.layout is TensorLayout.VOCABULARY:
+        return len(size) == 2 and size[0] >= expected[0] and size[1] == expected[1]
+    return size == expected
+
+
+def stored_rows(checkpoint: DistributedCheckpoint) -> int:
+    """Vocabulary rows of the embedding as stored, padding included."""
+    return int(checkpoint.tensors[find_prefix(checkpoint) + EMBEDDING].size[0])

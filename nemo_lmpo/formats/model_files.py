@@ -1,0 +1,244 @@
+"""Open a model wherever it lies: Hugging Face, `.nemo`, NeMo 2, a training checkpoint, or bare weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.config.architecture import Architecture, architecture_from_hf, read_architecture
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, FileReference, TarFiles
+from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
+from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
+from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2
+from nemo_lmpo.formats.sidecars import (
+    is_sidecar,
+    pruned_vocabulary,
+    sentencepiece_files,
+    sidecar_names,
+)
+from nemo_lmpo.formats.source import TensorSource, check_source
+
+EMBEDDED_FOLDER = "huggingface"
+"""Where this project keeps the Hugging Face files of a model inside a `.nemo`."""
+NEMO_CONFIG = "model_config.yaml"
+NEMO_WEIGHTS = "model_weights"
+NEMO2_CONFIG = "context/model.yaml"
+NEMO2_WEIGHTS = "weights"
+TRAINING_CONFIG = "architecture.json"
+TRAINING_WEIGHTS = "state"
+TRAINING_TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: what it looks like, its tensors under Hugging Face names, and the files beside them."""
+
+    kind: str
+    """`huggingface`, `nemo`, `nemo2`, `training` or `megatron`."""
+    origin: str
+    architecture: Architecture
+    source: TensorSource
+    sidecars: dict[str, FileReference | bytes] = field(default_factory=dict)
+    """Hugging Face files besides the weights (config, tokenizer, chat template, ...) by name."""
+
+    def side_file(self, name: str) -> bytes | None:
+        """Content of a side file, or None."""
+        found = self.sidecars.get(name)
+        return found.read() if isinstance(found, FileReference) else found
+
+    def save_sidecars(self, directory: Path) -> None:
+        """Write config, tokenizer and the like where `transformers` can load them."""
+        for name in self.sidecars:
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.side_file(name) or b"")
+
+
+def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> ModelFiles:
+    """Open ``path`` and check names and shapes of all tensors, without reading them.
+
+    ``config`` is a Hugging Face `config.json` (or a directory with one, or a NeMo `model_config.yaml`) and
+    ``tokenizer`` a directory of tokenizer files; both replace what the checkpoint itself has, and bare
+    megatron-core checkpoints need the first.
+
+    Raises:
+        CheckpointError: nothing there, another format, or damaged; the message says which.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model directory or a .nemo file")
+    if path.is_file():
+        model = _open_nemo(TarFiles(path), config)
+    elif (path / TRAINING_CONFIG).exists():
+        model = _open_training(path, config)
+    elif (path / NEMO_CONFIG).exists():
+        model = _open_nemo(DirectoryFiles(path), config)
+    elif (path / "context").is_dir() and (path / NEMO2_WEIGHTS).is_dir():
+        model = _open_nemo2(path, config)
+    elif (path / ".metadata").exists() or (path / "metadata.json").exists():
+        model = _open_bare(path, config)
+    else:
+        model = _open_huggingface(path, config)
+    if tokenizer is None:
+        return model
+    if not any(name.startswith(("token", "tekken", "vocab")) for name in _side_files(tokenizer)):
+        raise CheckpointError(f"{tokenizer} holds no tokenizer; give the directory of one, with tokenizer.json")
+    kept = {name: file for name, file in model.sidecars.items() if name in ("config.json", "generation_config.json")}
+    replaced = {name: file for name, file in _side_files(tokenizer).items() if name not in kept}
+    replaced.pop("config.json", None)
+    return ModelFiles(model.kind, model.origin, model.architecture, model.source, {**kept, **replaced})
+
+
+def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
+    looks_right = any((path / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE))
+    if not looks_right:
+        raise CheckpointError(
+            f"{path} is no model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
+            f"nor {NEMO2_CONFIG}, nor {TRAINING_CONFIG}, nor .metadata; give the directory of a model"
+        )
+    sidecars = _side_files(path)
+    architecture = _given_architecture(config, sidecars) if config else read_architecture(path)
+    source = HuggingFaceSource(path)
+    check_source(source, architecture)
+    return ModelFiles("huggingface", str(path), architecture, source, sidecars)
+
+
+def _open_training(path: Path, config: Path | None) -> ModelFiles:
+    sidecars = _side_files(path / TRAINING_TOKENIZER)
+    sidecars["config.json"] = FileReference(DirectoryFiles(path), TRAINING_CONFIG)
+    if config:
+        architecture = _given_architecture(config, sidecars)
+    else:
+        architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
+    source = MegatronSource(DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS), architecture)
+    return ModelFiles("training", str(path), architecture, source, sidecars)
+
+
+def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
+    names = set(files.names())
+    if NEMO_CONFIG not in names:
+        raise CheckpointError(f"{files.origin} is not a NeMo file: it holds no {NEMO_CONFIG}; give a .nemo file")
+    if not any(name.startswith(f"{NEMO_WEIGHTS}/") for name in names):
+        legacy = sorted(name for name in names if name.endswith(".ckpt"))
+        what = f"weights of an older format ({', '.join(legacy)})" if legacy else "no weights"
+        raise CheckpointError(
+            f"{files.origin} holds {what} instead of {NEMO_WEIGHTS}/; save it as a distributed checkpoint with NeMo"
+        )
+    checkpoint = DistributedCheckpoint(files, NEMO_WEIGHTS)
+    nemo = _yaml(FileReference(files, NEMO_CONFIG))
+    folder = f"{EMBEDDED_FOLDER}/"
+    sidecars: dict[str, FileReference | bytes] = {
+        name.removeprefix(folder): FileReference(files, name)
+        for name in names
+        if name.startswith(folder) and is_sidecar(name.removeprefix(folder))
+    }
+    if config:
+        architecture = _given_architecture(config, sidecars)
+    elif (embedded := sidecars.get("config.json")) is not None:
+        assert isinstance(embedded, FileReference)
+        architecture = _parse_hf(embedded.read(), f"{files.origin}: {embedded.name}")
+    else:
+        sidecars.update(_nemo_tokenizer(files, names, nemo))
+        rows = pruned_vocabulary(
+            sidecars,
+            stored_rows(checkpoint),
+            int(nemo.get("make_vocab_size_divisible_by", 128)) * int(nemo.get("tensor_model_parallel_size", 1)),
+        )
+        architecture = architecture_from_nemo(nemo, rows, f"{files.origin}: {NEMO_CONFIG}")
+    return ModelFiles("nemo", files.origin, architecture, MegatronSource(checkpoint, architecture), sidecars)
+
+
+def _nemo_tokenizer(
+    files: CheckpointFiles, names: set[str], nemo: Mapping[str, Any]
+) -> dict[str, FileReference | bytes]:
+    """Tokenizer files of a `.nemo` that NeMo wrote: it keeps the SentencePiece model only."""
+    section = nemo.get("tokenizer") or {}
+    artifact = str(section.get("model") or "").removeprefix("nemo:")
+    if artifact in names:
+        return sentencepiece_files(FileReference(files, artifact))
+    kind = section.get("type")
+    if section.get("library") == "huggingface" and kind and Path(str(kind)).is_dir():
+        found = _side_files(Path(str(kind)))
+        return {name: file for name, file in found.items() if name not in ("config.json", "generation_config.json")}
+    return {}
+
+
+def _open_nemo2(path: Path, config: Path | None) -> ModelFiles:
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path), NEMO2_WEIGHTS)
+    sidecars = _side_files(path / "context" / "nemo_tokenizer")
+    sidecars.pop("config.json", None)
+    generation = FileReference(DirectoryFiles(path), "context/artifacts/generation_config.json")
+    if generation.name in generation.files.names():
+        sidecars["generation_config.json"] = generation
+    if config:
+        architecture = _given_architecture(config, sidecars)
+    else:
+        if not (path / NEMO2_CONFIG).exists():
+            raise CheckpointError(f"{path} has no {NEMO2_CONFIG}; give the model's Hugging Face config with --config")
+        model = _yaml(FileReference(DirectoryFiles(path), NEMO2_CONFIG))
+        multiple = int((model.get("config") or {}).get("make_vocab_size_divisible_by") or 128)
+        rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), multiple)
+        architecture = architecture_from_nemo2(model, rows, f"{path / NEMO2_CONFIG}")
+    return ModelFiles("nemo2", str(path), architecture, MegatronSource(checkpoint, architecture), sidecars)
+
+
+def _open_bare(path: Path, config: Path | None) -> ModelFiles:
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path))
+    if config is None:
+        raise CheckpointError(
+            f"{path} is a bare distributed checkpoint, which does not describe its model; "
+            "give the model's Hugging Face config with --config"
+        )
+    sidecars = _side_files(config) if config.is_dir() else {}
+    architecture = _given_architecture(config, sidecars, rows=stored_rows(checkpoint))
+    return ModelFiles("megatron", str(path), architecture, MegatronSource(checkpoint, architecture), sidecars)
+
+
+def _given_architecture(
+    config: Path, sidecars: dict[str, FileReference | bytes], rows: int | None = None
+) -> Architecture:
+    """The architecture that the user named; a Hugging Face config also replaces the checkpoint's own."""
+    path = config / "config.json" if config.is_dir() else config
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a config.json, a directory with one, or a {NEMO_CONFIG}")
+    if path.suffix in (".yaml", ".yml"):
+        if rows is None:
+            raise CheckpointError(f"{path}: give a Hugging Face config.json here, which holds the vocabulary's size")
+        return architecture_from_nemo(_yaml(FileReference(DirectoryFiles(path.parent), path.name)), rows, str(path))
+    content = path.read_bytes()
+    sidecars["config.json"] = content
+    return _parse_hf(content, str(path))
+
+
+def _parse_hf(content: bytes, origin: str) -> Architecture:
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{origin} is not valid JSON ({error}); restore the file") from None
+    return architecture_from_hf(config, origin)
+
+
+def _side_files(directory: Path) -> dict[str, FileReference | bytes]:
+    if not directory.is_dir():
+        return {}
+    files = DirectoryFiles(directory)
+    return {name: FileReference(files, name) for name in sidecar_names(directory)}
+
+
+def _yaml(reference: FileReference) -> dict[str, Any]:
+    import yaml
+
+    origin = f"{reference.files.origin}: {reference.name}"
+    try:
+        content = yaml.safe_load(reference.read())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = re.sub(r"\s+", " ", str(error))
+        raise CheckpointError(f"{origin} is not plain YAML ({problem}); restore the file") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{origin} holds no settings; restore the file")
+    return content

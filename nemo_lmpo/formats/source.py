@@ -1,0 +1,161 @@
+"""Where weights come from: named tensors, read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.mapping import HF_OUTPUT, hf_shapes
+
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Rotary frequencies that old files carry; they follow from the config."""
+
+
+class TensorSource(Protocol):
+    """Tensors under Hugging Face names."""
+
+    @property
+    def origin(self) -> str:
+        """What errors call the source."""
+
+    def names(self) -> list[str]:
+        """All names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, without reading the tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype, without reading the tensor."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor on the CPU, where possible a lazy view of the file; do not write to it."""
+
+
+def check_source(source: TensorSource, architecture: Architecture) -> None:
+    """Compare names and shapes with what the architecture has, without reading tensors.
+
+    Raises:
+        CheckpointError: with all missing, unexpected and mis-shaped tensors.
+    """
+    expected = hf_shapes(architecture)
+    present = {name for name in source.names() if not _IGNORED.fullmatch(name)}
+    allowed = expected.keys() | ({HF_OUTPUT} if architecture.tie_word_embeddings else set())
+    wrong_shapes = [
+        f"{name} is {list(source.shape(name))} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and tuple(source.shape(name)) != shape
+    ]
+    raise_if_any(
+        source.origin,
+        missing=expected.keys() - present,
+        unexpected=present - allowed,
+        wrong_shapes=wrong_shapes,
+        remedy="give the config that belongs to the weights",
+    )
+
+
+def raise_if_any(
+    origin: str, *, missing: Iterable[str], unexpected: Iterable[str], wrong_shapes: Iterable[str], remedy: str
+) -> None:
+    """One error that lists everything that does not fit.
+
+    Raises:
+        CheckpointError: unless all three are empty.
+    """
+    problems = [
+        f"{len(items)} {kind}: {', '.join(items)}"
+        for kind, items in (
+            ("missing tensors", sorted(missing)),
+            ("unexpected tensors", sorted(unexpected)),
+            ("tensors of the wrong shape", sorted(wrong_shapes)),
+        )
+        if items
+    ]
+    if problems:
+        raise CheckpointError(f"{origin} does not fit the model; {remedy}\n  " + "\n  ".join(problems))
+
+
+class _RandomSource:
+    """Start weights drawn per name, so that they do not depend on who asks for them, or in which order."""
+
+    def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype) -> None:
+        self._architecture = architecture
+        self._seed = seed
+        self._dtype = dtype
+        self._shapes = hf_shapes(architecture)
+
+    @property
+    def origin(self) -> str:
+        return f"random weights (seed {self._seed})"
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def get(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype)
+        std = self._architecture.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * self._architecture.num_layers)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.empty(shape).normal_(0.0, std, generator=generator).to(self._dtype)
+
+
+def random_source(architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> TensorSource:
+    """Random start weights as megatron-core draws them: normal with ``initializer_range``, norms one.
+
+    Attention and MLP output projections have their deviation divided by ``sqrt(2 * num_layers)``. Every tensor
+    has a generator of its own, seeded by a hash of ``seed`` and its name, so the weights do not depend on the
+    parallel layout.
+    """
+    return _RandomSource(architecture, seed, dtype)
+
+
+class _FittingSource:
+    """Another source, of which every tensor must fit a dtype's range."""
+
+    def __init__(self, inner: TensorSource, target: torch.dtype) -> None:
+        self._inner, self._target = inner, target
+        self.origin = inner.origin
+
+    def names(self) -> list[str]:
+        return self._inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._inner.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._inner.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._inner.get(name)
+        limit = torch.finfo(self._target).max
+        if torch.finfo(tensor.dtype).max > limit:
+            largest = max(abs(bound) for bound in (tensor.amin().item(), tensor.amax().item()))
+            if limit < largest < math.inf:
+                raise CheckpointError(
+                    f"{self.origin}: {name} holds {largest:g}, more than {limit:g}, the largest number of "
+                    f"{str(self._target).removeprefix('torch.')}; convert with --dtype bf16 or fp32"
+                )
+        return tensor
+
+
+def fitting_source(source: TensorSource, target: torch.dtype) -> TensorSource:
+    """``source``, whose `get` raises a CheckpointError for a tensor that overflows ``target``."""
+    return _FittingSource(source, target)

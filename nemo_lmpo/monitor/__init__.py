@@ -1,0 +1,1 @@
+"""What the user sees of a run: banner, console, metric files, throughput."""

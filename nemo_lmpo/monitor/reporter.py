@@ -1,0 +1,76 @@
+"""What the user sees of a run, on rank 0: banner, console, metric files, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_lmpo.config.recipe import config_as_dict
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import UserError
+from nemo_lmpo.monitor.banner import BannerFacts, render_banner
+from nemo_lmpo.monitor.console import Console
+from nemo_lmpo.monitor.metrics_log import MetricsLog
+from nemo_lmpo.runtime.batch_job import read_batch_job
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+class Reporter:
+    """Prints the start of a run and passes every line of metrics on."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        facts: BannerFacts,
+        summaries: Sequence[str],
+        *,
+        total_steps: int,
+        start_step: int,
+    ) -> None:
+        """Open the files and show the start.
+
+        Args:
+            run_dir: where metrics and report go.
+            config: what is kept of it with the metrics, and how much is shown.
+            facts: the banner's content.
+            summaries: texts shown below the banner, of the data above all.
+            total_steps: optimizer steps of the whole run.
+            start_step: finished steps, when a run goes on.
+        """
+        self.run_dir = run_dir
+        self.draw_report = config.logging.report
+        job = read_batch_job()
+        self._job_metrics = {} if job is None else {"job/restarts": float(job.restarts)}
+        self.log = MetricsLog(
+            run_dir,
+            config.logging,
+            config_for_wandb=config_as_dict(config),
+            resume_step=start_step,
+            total_steps=total_steps,
+        )
+        for text in (render_banner(facts), *summaries):
+            _logger.info("%s", text)
+        self.console = Console(config.logging, total_steps=total_steps, start_step=start_step)
+
+    def listen(self, step: int, metrics: dict[str, float], prefix: str) -> None:
+        """One line of metrics."""
+        self.log.log(step, metrics if prefix else {**metrics, **self._job_metrics}, prefix=prefix)
+        if prefix:
+            self.console.validation(step, metrics)
+        else:
+            self.console.update(step, metrics)
+
+    def close(self) -> None:
+        """Close the files and draw the report of what there is."""
+        self.console.close()
+        self.log.close()
+        if self.draw_report:
+            from nemo_lmpo.report.page import write_report
+
+            try:
+                _logger.info("report: %s", write_report(self.run_dir))
+            except (UserError, OSError) as error:
+                _logger.info("no report: %s", error)

@@ -1,0 +1,89 @@
+"""The batch job that a process runs in, as Slurm and the templates in `slurm/` tell it. Imports nothing of the package.
+
+The batch script decides by a small file what follows a run's end: whether it is done, was stopped and is to go on, or
+was refused and would be so again. Exit statuses cannot tell: launchers replace them by their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemo_lmpo.runtime.atomic import replace_file
+
+JOB_FILE = "job.json"
+OUTCOME_DONE = "done"
+OUTCOME_REFUSED = "refused"
+_DEFAULT_MARGIN = 60.0
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """A Slurm job."""
+
+    job_id: str
+    restarts: int = 0
+    """How often Slurm has started the job again."""
+    ends_at: float | None = None
+    """Unix time of the job's time limit; None: no limit, or not known."""
+    margin_seconds: float = _DEFAULT_MARGIN
+    """Kept free before the end, besides a step and a save."""
+    directory: Path | None = None
+    """Where the batch script looks for what became of the run; None without the templates."""
+
+    @property
+    def stop_at(self) -> float | None:
+        """Unix time at which everything must be saved."""
+        return None if self.ends_at is None else self.ends_at - self.margin_seconds
+
+    def record(self, run_dir: Path) -> None:
+        """Note in the run's directory that this job works on it, and for the batch script where that is.
+
+        Call on one rank.
+        """
+        known = {**asdict(self), "directory": None if self.directory is None else str(self.directory)}
+        replace_file(run_dir / JOB_FILE, json.dumps(known) + "\n")
+        if self.directory is not None:
+            replace_file(self.directory / "run_dir", f"{run_dir.resolve()}\n")
+
+
+def read_batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
+    """The job of this process, or None outside of Slurm."""
+    environ = os.environ if environ is None else environ
+    job_id = environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return None
+    directory = environ.get("NEMO_LMPO_JOB_DIR")
+    margin = _number(environ.get("NEMO_LMPO_MARGIN_SECONDS"))
+    return BatchJob(
+        job_id,
+        restarts=int(_number(environ.get("SLURM_RESTART_COUNT")) or 0),
+        # The templates ask Slurm; newer versions tell every job by themselves.
+        ends_at=_number(environ.get("NEMO_LMPO_JOB_END")) or _number(environ.get("SLURM_JOB_END_TIME")),
+        margin_seconds=_DEFAULT_MARGIN if margin is None else max(margin, 0.0),
+        directory=Path(directory) if directory else None,
+    )
+
+
+def leave_outcome(outcome: str) -> None:
+    """Tell the batch script how the run ended; does nothing outside of the templates' jobs."""
+    job = read_batch_job()
+    if job is not None and job.directory is not None and job.directory.is_dir():
+        replace_file(job.directory / "outcome", outcome + "\n")
+
+
+def stopped(reason: str) -> str:
+    """The outcome of a run that was saved before its last step."""
+    return f"stopped {reason}"
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,87 @@
+"""Per-pair values of a global batch, collected from all ranks, and the metrics made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_lmpo.loss.interface import LossInputs, PreferenceLoss
+from nemo_lmpo.parallel.groups import ParallelGroups
+
+BASE_COLUMNS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen_sum",
+    "logps/rejected_sum",
+    "lengths/chosen",
+    "lengths/rejected",
+)
+OBSERVED = "observed"
+"""What feeds the running statistics; not a metric of its own."""
+
+
+def pair_columns(loss: PreferenceLoss) -> tuple[str, ...]:
+    """The values that a loss gives for each pair; asked of the loss itself, on one made-up pair.
+
+    Every pipeline stage must know them, and only the last one computes losses.
+    """
+    probe = torch.full((1,), -1.0)
+    reference = probe if loss.needs_reference else None
+    inputs = LossInputs(probe, probe * 2, -probe, -probe, reference, reference)
+    observed = (OBSERVED,) if loss.observe(inputs) is not None else ()
+    return (*BASE_COLUMNS, *loss(inputs).metrics, *observed)
+
+
+class PairMetrics:
+    """``[pairs, columns]`` float64, a row for each pair of the global batch in its order."""
+
+    def __init__(self, columns: Sequence[str], num_pairs: int, device: torch.device) -> None:
+        self.columns = tuple(columns)
+        self.values = torch.zeros(num_pairs, len(self.columns), dtype=torch.float64, device=device)
+
+    def put(self, pair_index: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Fill the rows of ``pair_index`` ``[B]``; ``values`` has a ``[B]`` tensor for every column."""
+        columns = [values[name].detach().to(torch.float64) for name in self.columns]
+        self.values[pair_index] = torch.stack(columns, dim=1)
+
+    def column(self, name: str) -> Tensor:
+        """``[pairs]`` float64."""
+        return self.values[:, self.columns.index(name)]
+
+    def share(self, groups: ParallelGroups) -> None:
+        """Give every rank all rows.
+
+        Communicates: an all-reduce over the data-parallel group of the last stage, then a broadcast over the
+        pipeline group. Each pair was computed by exactly one data-parallel rank, so adding is collecting.
+        """
+        if groups.is_last_stage and groups.data.size() > 1:
+            dist.all_reduce(self.values, group=groups.data)
+        if groups.pipeline.size() > 1:
+            dist.broadcast(self.values, groups.last_stage_rank, group=groups.pipeline)
+
+    def not_finite(self) -> list[int]:
+        """Positions in the global batch whose loss is infinite or not a number."""
+        return torch.nonzero(~torch.isfinite(self.column("loss"))).flatten().tolist()
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the pairs, under the field's names."""
+        return table_metrics(self.columns, self.values)
+
+
+def table_metrics(columns: Sequence[str], values: Tensor) -> dict[str, float]:
+    """Means over all pairs of ``[pairs, columns]`` values; ``logps/*`` are means of per-token means, in nats."""
+    column = {name: values[:, index] for index, name in enumerate(columns)}
+    chosen, rejected = column["rewards/chosen"], column["rewards/rejected"]
+    per_pair = {
+        **{name: column[name] for name in columns if name != OBSERVED},
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).double(),
+        "logps/chosen": column["logps/chosen_sum"] / column["lengths/chosen"],
+        "logps/rejected": column["logps/rejected_sum"] / column["lengths/rejected"],
+    }
+    return {name: float(value.mean()) if len(value) else math.nan for name, value in per_pair.items()}
