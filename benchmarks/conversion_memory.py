@@ -87,7 +87,7 @@ def _make(directory: Path, architecture: Architecture) -> None:
 
 
 def _measure(label: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "nemo_lmpo.convert.__main__", *map(str, arguments), "--quiet"]
+    command = [sys.executable, "-m", "nemo_lmpo.convert", *map(str, arguments), "--quiet"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -392,7 +392,7 @@ def test_killed_process_leaves_no_output(tmp_path: Path) -> None:
     source = tiny.save("llama3", tmp_path / "hf")
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from nemo_lmpo.convert import conversion, model_files\n"
+        "from nemo_lmpo.formats import conversion, model_files\n"
         "work = conversion.plan(model_files.open_model(Path(sys.argv[1])), Path(sys.argv[2]))\n"
         "stop = lambda name: os.kill(os.getpid(), signal.SIGKILL) if 'layers.2' in name else None\n"
         "conversion.write_nemo(work, progress=stop)\n"

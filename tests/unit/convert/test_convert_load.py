@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models as tiny
 import torch
+from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from torch import nn
 
@@ -84,9 +85,11 @@ class _Model(nn.Module):
         self.decoder.layers = nn.ModuleList(_Layer(number, qkv_rows) for number in numbers)
 
 
-class _Wrapper(nn.Module):
+class _Wrapper(Float16Module):
+    """Holds a model as megatron-core's 16-bit wrapper does, without casting it."""
+
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.module = module
 
 

@@ -8,8 +8,7 @@ import pytest
 from pair_rows import message_row
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
-from nemo_lmpo.data import preference
-from nemo_lmpo.data import tokenize as tokenize
+from nemo_lmpo.data import preference, tokenize
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.tokenizer import load_tokenizer

@@ -73,7 +73,7 @@ def test_flash_attention(site, tmp_path):
 
 def test_detection_imports_nothing_heavy():
     program = (
-        "import sys; from nemo_lmpo.training import banner; banner.detect_kernels(); banner.package_versions(); "
+        "import sys; from nemo_lmpo.monitor import banner; banner.detect_kernels(); banner.package_versions(); "
         "print([m for m in ('torch', 'megatron', 'nemo', 'transformers', 'numpy') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
