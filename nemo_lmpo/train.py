@@ -100,7 +100,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
 
         print(describe(layout))  # noqa: T201
         return 0
-    _refuse_missing_kernels(config)
+    _refuse_missing_kernels(config, start.architecture.head_dim)
     run = RunDirectory(config, config_as_dict(config))
     run.check_owner()
     if launch.is_main:
@@ -122,13 +122,14 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     return 0
 
 
-def _refuse_missing_kernels(config: Config) -> None:
+def _refuse_missing_kernels(config: Config, head_dim: int) -> None:
     """Before data is read: a dry run is for other machines, but this run is for here."""
     import torch
 
-    from nemo_lmpo.model.build import choose_kernels
+    from nemo_lmpo.model.kernels import choose_kernels, this_device
 
-    choose_kernels(config.model, use_cuda=torch.cuda.is_available())
+    device = this_device(use_cuda=torch.cuda.is_available())
+    choose_kernels(config.model, precision=config.trainer.precision, head_dim=head_dim, device=device)
 
 
 def _start_logging(launch: LaunchInfo) -> None:

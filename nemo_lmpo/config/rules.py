@@ -174,7 +174,7 @@ def _choices(layout: ParallelLayout) -> Iterator[str]:
         ("data.on_bad_row", config.data.on_bad_row, ("error", "skip")),
         ("checkpoint.mode", config.checkpoint.mode, ("min", "max")),
         ("optim.sched.name", config.optim.sched.name, ("cosine", "linear", "constant")),
-        ("model.attention_backend", config.model.attention_backend, ("auto", "sdpa", "te")),
+        ("model.attention_backend", config.model.attention_backend, ("auto", "flash", "te", "sdpa")),
     ):
         if value not in allowed:
             yield f"{name}={value!r} is unknown; choose {', '.join(allowed)}"

@@ -37,9 +37,10 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_engine: bool | None = None
-    """Transformer Engine layers; unset: when CUDA and Transformer Engine are there."""
+    """Transformer Engine layers; unset: where there is a GPU and megatron-core can use the installed version."""
     attention_backend: str = "auto"
-    """`sdpa` (torch, runs everywhere), `te` (Transformer Engine, GPU only) or `auto`."""
+    """`flash` (torch's variable-length kernel: A100 or newer, bf16), `te` (Transformer Engine's: H100, or A100 with
+    flash-attn; bf16), `sdpa` (torch, a call a span, runs everywhere), or `auto`: the first of these that runs."""
     activations_checkpoint_granularity: str | None = None
     """Recompute activations in backward: unset, `selective` (attention) or `full` (whole layers)."""
     activations_checkpoint_method: str = "uniform"

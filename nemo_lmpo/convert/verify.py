@@ -158,15 +158,16 @@ def megatron_model(files: ModelFiles) -> Iterator[PackedGPTModel]:
         warnings.simplefilter("ignore")
         start_process_group(LaunchInfo(), use_cuda=False)
         try:
-            from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+            from nemo_lmpo.model.build import build_model_chunks
+            from nemo_lmpo.model.kernels import Kernels
 
             chunks = build_model_chunks(
                 files.architecture,
                 config,
                 groups=create_groups(config),
                 dtype=torch.float32,
-                use_cuda=False,
-                kernels=choose_kernels(config, use_cuda=False),
+                device=torch.device("cpu"),
+                kernels=Kernels(transformer_engine=False, attention="sdpa"),
             )
             modules: list[Any] = list(chunks)
             load_model_weights(modules, files.source, files.architecture, tp_rank=0, tp_size=1)
@@ -178,10 +179,11 @@ def megatron_model(files: ModelFiles) -> Iterator[PackedGPTModel]:
 @torch.no_grad()
 def model_logits(model: PackedGPTModel, ids: list[int]) -> Tensor:
     """Logits ``[tokens, vocabulary]`` float32 of one sequence, inside :func:`megatron_model`."""
+    from nemo_lmpo.model.attention_plan import plan_attention
     from nemo_lmpo.parallel.context import attention_spans
 
     length = len(ids)
     segments = torch.tensor([[0, length, 0, 0]], dtype=torch.int32)
     spans = attention_spans(segments, length, cp_rank=0, cp_size=1)
-    hidden = model(torch.tensor([ids]), torch.arange(length)[None], spans)
+    hidden = model(torch.tensor([ids]), torch.arange(length)[None], plan_attention(spans, length, cp_size=1))
     return hidden[:, 0].float() @ model.output_weight().float().T

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.schema import ModelConfig, TrainerConfig
-from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.model.attention import PackedSDPA
-from nemo_lmpo.model.norm import RMSNorm
+from nemo_lmpo.model.attention import PackedAttention, PackedSDPA
+from nemo_lmpo.model.flash_attention import PackedFlashAttention
+from nemo_lmpo.model.kernels import Kernels
+from nemo_lmpo.model.norm import RecomputedRMSNorm, RMSNorm
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.model.te_attention import PackedTEAttention
 from nemo_lmpo.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Which implementations a run uses."""
-
-    transformer_engine: bool
-    attention: str
-    """`sdpa` or `te`."""
-
-
-def choose_kernels(model: ModelConfig, *, use_cuda: bool) -> Kernels:
-    """Resolve `auto` settings.
-
-    Raises:
-        ConfigError: Transformer Engine is asked for where it cannot run.
-    """
-    available = use_cuda and importlib.util.find_spec("transformer_engine") is not None
-    wanted = model.transformer_engine if model.transformer_engine is not None else available
-    if wanted and not available:
-        reason = "it is not installed (pip install 'nemo-lmpo[gpu]')" if use_cuda else "there is no GPU"
-        raise ConfigError(f"model.transformer_engine=true, but {reason}; unset it or set it to false")
-    attention = model.attention_backend
-    if attention not in ("auto", "sdpa", "te"):
-        raise ConfigError(f"model.attention_backend={attention!r} is unknown; choose auto, sdpa or te")
-    if attention == "auto":
-        attention = "sdpa"
-    if attention == "te" and not available:
-        raise ConfigError("model.attention_backend=te needs a GPU and Transformer Engine; set sdpa or auto")
-    return Kernels(wanted, attention)
 
 
 def parameter_dtype(trainer: TrainerConfig) -> torch.dtype:
@@ -58,9 +29,10 @@ def parameter_dtype(trainer: TrainerConfig) -> torch.dtype:
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, *, dtype: torch.dtype, use_cuda: bool, kernels: Kernels
+    architecture: Architecture, model: ModelConfig, *, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
     """megatron-core's configuration of the decoder for this layout."""
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     pipelined = model.pipeline_model_parallel_size > 1
@@ -103,11 +75,13 @@ def transformer_config(
         # The loss is a sum over pairs; megatron-core divides gradients by the global number of pairs.
         calculate_per_token_loss=True,
         perform_initialization=False,
-        use_cpu_initialization=not use_cuda,
+        use_cpu_initialization=not kernels.gpu,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=use_cuda,
+        # Only Transformer Engine reads it, which must not fall back to a kernel with dense scores.
+        attention_backend=AttnBackend[kernels.te_attention or "auto"],
+        bias_activation_fusion=kernels.gpu,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=use_cuda,
+        bias_dropout_fusion=kernels.gpu,
         apply_rope_fusion=kernels.transformer_engine,
         deallocate_pipeline_outputs=pipelined,
     )
@@ -130,18 +104,17 @@ def layer_spec(kernels: Kernels) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _local_norm(kernels)
     spec.submodules.self_attention.submodules.core_attention = _core_attention(kernels)
     return spec
 
 
-def _core_attention(kernels: Kernels) -> type[torch.nn.Module]:
-    if kernels.attention == "te":
-        from nemo_lmpo.model.te_attention import PackedTEAttention
+def _local_norm(kernels: Kernels) -> type[RMSNorm]:
+    return RMSNorm if kernels.gpu else RecomputedRMSNorm
 
-        return PackedTEAttention
-    return PackedSDPA
+
+def _core_attention(kernels: Kernels) -> type[PackedAttention]:
+    return {"sdpa": PackedSDPA, "flash": PackedFlashAttention, "te": PackedTEAttention}[kernels.attention]
 
 
 def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None) -> Any:
@@ -154,7 +127,7 @@ def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None
 
         final_norm = TENorm
     else:
-        final_norm = RMSNorm
+        final_norm = _local_norm(kernels)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
 
@@ -165,11 +138,11 @@ def build_model_chunks(
     *,
     groups: ParallelGroups,
     dtype: torch.dtype,
-    use_cuda: bool,
+    device: torch.device,
     kernels: Kernels,
 ) -> list[PackedGPTModel]:
     """This process's chunks of the model, weights uninitialised: one, or one a virtual pipeline stage."""
-    config = transformer_config(architecture, model, dtype=dtype, use_cuda=use_cuda, kernels=kernels)
+    config = transformer_config(architecture, model, dtype=dtype, kernels=kernels)
     stages = model.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(stages or 1):
@@ -187,7 +160,7 @@ def build_model_chunks(
             vp_stage=stage,
         )
         mark_tensor_parallel(chunk)
-        chunks.append(chunk.to(dtype).to(_device(use_cuda)))
+        chunks.append(chunk.to(dtype).to(device))
     return chunks
 
 
@@ -210,7 +183,3 @@ def mark_tensor_parallel(chunk: torch.nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, dimension, 1)
-
-
-def _device(use_cuda: bool) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

@@ -28,12 +28,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension of ``[..., hidden_size]``; the statistics are taken in float32."""
-        shape, weight, eps = self.weight.shape, self.weight, self.eps
-        if hidden_states.is_cuda:
-            return rms_norm(hidden_states, shape, weight, eps)
-        # On CPUs torch composes the norm of several steps and keeps their results for backward, a tenth of a
-        # layer's activations; computing them again costs next to nothing.
-        result: Tensor = checkpoint(
-            rms_norm, hidden_states, shape, weight, eps, use_reentrant=False, preserve_rng_state=False
-        )
+        return rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+class RecomputedRMSNorm(RMSNorm):
+    """For CPUs, where torch composes the norm of several steps and keeps their results for backward.
+
+    They are a tenth of a layer's activations; computing them again costs next to nothing.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the base class says."""
+        result: Tensor = checkpoint(super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False)
         return result

@@ -9,9 +9,11 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.model.attention_plan import AttentionPlan
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
 from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_logprobs
 
@@ -51,13 +53,18 @@ class PackedGPTModel(GPTModel):
         self.architecture = architecture
         self.rotary_pos_emb = PositionedRotaryEmbedding(architecture)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    def _set_attention_backend(self) -> None:
+        """Choose Transformer Engine's kernel by its environment variables, where its attention runs at all."""
+        if self.config.attention_backend != AttnBackend.auto:
+            super()._set_attention_backend()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_plan: AttentionPlan, **kwargs: Any) -> Tensor:
         """Run this stage.
 
         Args:
             input_ids: ``[1, T / cp]``; used by the first stage.
             position_ids: ``[1, T / cp]``.
-            attention_mask: attention spans, ``[N, 6]`` int32 on the CPU.
+            attention_plan: what :class:`nemo_lmpo.model.attention.PackedAttention` needs of the micro-batch.
             kwargs: megatron-core's further arguments.
 
         Returns:
@@ -65,7 +72,10 @@ class PackedGPTModel(GPTModel):
             dimension under sequence parallelism.
         """
         self.rotary_pos_emb.position_ids = position_ids
-        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        # megatron-core hands a bias on to core attention as it is, also when a layer is computed again.
+        return super().forward(
+            input_ids, position_ids, None, extra_block_kwargs={"attention_bias": attention_plan}, **kwargs
+        )
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states

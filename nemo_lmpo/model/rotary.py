@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,15 @@ class PositionedRotaryEmbedding(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.inverse_frequencies = inverse_frequencies(architecture)
+        # A buffer moves to the device with the model; one that is not persistent is in no checkpoint.
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", inverse_frequencies(architecture), persistent=False)
         self.position_ids: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PositionedRotaryEmbedding:
+        """Move to another device, but never to another dtype: angles of far positions need float32."""
+        self.inverse_frequencies = self.inverse_frequencies.to(fn(self.inverse_frequencies[:0]).device)
+        return self
 
     def get_rotary_seq_len(self, *args: object, **kwargs: object) -> int:
         """Part of megatron-core's interface; the length follows from the positions."""
@@ -49,6 +57,5 @@ class PositionedRotaryEmbedding(nn.Module):
         """Angles ``[T, 1, 1, head_dim]`` float32 of the row's ``T`` positions."""
         assert self.position_ids is not None, "position_ids are set by the model's forward"
         positions = self.position_ids.reshape(-1).float()
-        frequencies = self.inverse_frequencies.to(positions.device)
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(positions, self.inverse_frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -120,10 +120,10 @@ def kernels_in_use(
         detected: from :func:`detect_kernels`.
         cuda: whether the run is on GPUs.
         transformer_engine: whether the model was built from Transformer Engine layers.
-        attention_backend: `te` or `sdpa`, as chosen (not `auto`).
+        attention_backend: `flash`, `te` or `sdpa`, as chosen (not `auto`).
     """
     te = f"Transformer Engine {detected.transformer_engine}"
-    attention = "torch SDPA"
+    attention = "torch flash, one call a layer" if attention_backend == "flash" else "torch SDPA"
     if attention_backend == "te":
         flash = f", flash-attention {detected.flash_attention}" if detected.flash_attention else ""
         attention = f"{te} (cuDNN{flash})"

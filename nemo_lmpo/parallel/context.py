@@ -1,4 +1,4 @@
-"""Context parallelism: how a packed row is split over ranks, and how keys and values meet again.
+"""Context parallelism: how a packed row is split over ranks.
 
 A row of ``T`` tokens is cut into ``2 * cp`` equal chunks; rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``.
 Under causal attention the first chunks are cheap and the last dear, so every rank gets about the same work.
@@ -50,39 +50,6 @@ def attention_spans(segments: Tensor, num_tokens: int, *, cp_rank: int, cp_size:
                 spans.append((query_start, last - first, prefix_start, prefix_length, start, last - start))
     # In query order, so that attention can lay its outputs behind each other.
     return torch.tensor(sorted(spans), dtype=torch.int32).reshape(-1, SPAN_COLUMNS)
-
-
-class _GatherRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        size = group.size()
-        ctx.group = group  # type: ignore[attr-defined]
-        parts = [torch.empty_like(part) for _ in range(size)]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        first, second = zip(*(held.chunk(2, dim=0) for held in parts), strict=True)
-        return torch.cat((*first, *reversed(second)), dim=0)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        group: dist.ProcessGroup = ctx.group  # type: ignore[attr-defined]
-        # Every rank's queries used the whole row; gloo has no reduce-scatter, so reduce and cut.
-        whole = gradients[0].contiguous()
-        dist.all_reduce(whole, group=group)
-        held = local_positions(whole.shape[0], cp_rank=group.rank(), cp_size=group.size())
-        return whole.index_select(0, held.to(whole.device)), None
-
-
-def gather_row(part: Tensor, *, group: dist.ProcessGroup) -> Tensor:
-    """The whole row's keys or values from the parts of the context-parallel ``group``.
-
-    Args:
-        part: ``[T / cp, ...]``, in the order of :func:`local_positions`.
-        group: communicates: one all-gather forward, one all-reduce backward.
-
-    Returns:
-        ``[T, ...]`` in row order.
-    """
-    return part if group.size() == 1 else _GatherRow.apply(part, group)
 
 
 class _SumForward(torch.autograd.Function):

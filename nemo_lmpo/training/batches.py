@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
 from nemo_lmpo.data.pair import PackedSequence, PairTokens
+from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.monitor.throughput import causal_pairs
 from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
@@ -37,8 +38,8 @@ class MicroBatch:
     """``[1, T / cp]``."""
     position_ids: Tensor
     """``[1, T / cp]``."""
-    spans: Tensor
-    """``[N, 6]`` int32 on the CPU (see :func:`nemo_lmpo.parallel.context.attention_spans`)."""
+    attention_plan: AttentionPlan
+    """Who attends to whom."""
     predict_positions: Tensor
     """``[P]`` indices into this part; only of targets predicted here."""
     target_ids: Tensor
@@ -61,6 +62,7 @@ class MicroBatch:
 def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.device) -> MicroBatch:
     """Cut out what a context-parallel rank holds, and move it to the device."""
     spans = attention_spans(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
+    plan = plan_attention(spans, row.num_tokens, cp_size=cp_size)
     held = local_positions(row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     place = torch.full((row.num_tokens,), -1, dtype=torch.int64)
     place[held] = torch.arange(held.numel())
@@ -69,7 +71,7 @@ def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.d
     return MicroBatch(
         input_ids=row.input_ids[:, held].to(device),
         position_ids=row.position_ids[:, held].to(device),
-        spans=spans,
+        attention_plan=plan.map(lambda tensor: tensor.to(device)),
         predict_positions=local[here].to(device),
         target_ids=row.target_ids[here].to(device),
         sequence_index=row.sequence_index[here].to(device),

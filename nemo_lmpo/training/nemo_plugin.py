@@ -22,7 +22,8 @@ from nemo_lmpo.errors import UserError
 from nemo_lmpo.formats.model_files import TRAINING_CONFIG
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
-from nemo_lmpo.model.build import Kernels, build_model_chunks, choose_kernels, parameter_dtype
+from nemo_lmpo.model.build import build_model_chunks, parameter_dtype
+from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, StepBatch
@@ -64,7 +65,12 @@ class MegatronGPTLMPOModel(ModelPT):
         self.groups = groups
         self.target_device = device
         self.dtype_of_parameters = parameter_dtype(config.trainer)
-        self.kernels: Kernels = choose_kernels(config.model, use_cuda=device.type == "cuda")
+        self.kernels: Kernels = choose_kernels(
+            config.model,
+            precision=config.trainer.precision,
+            head_dim=architecture.head_dim,
+            device=this_device(use_cuda=device.type == "cuda"),
+        )
         self.loss = build_loss(config.loss)
         statistics = self.loss.statistics
         self.statistics = RunningStatistics(statistics) if statistics is not None else None
@@ -73,7 +79,7 @@ class MegatronGPTLMPOModel(ModelPT):
             config.model,
             groups=groups,
             dtype=self.dtype_of_parameters,
-            use_cuda=device.type == "cuda",
+            device=device,
             kernels=self.kernels,
         )
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))

@@ -85,7 +85,7 @@ class FrozenReference:
             model.config.model,
             groups=model.groups,
             dtype=model.dtype_of_parameters,
-            use_cuda=model.target_device.type == "cuda",
+            device=model.target_device,
             kernels=model.kernels,
         )
         for chunk in chunks:

@@ -82,7 +82,7 @@ class MicroBatchStep:
         from megatron.core.utils import unwrap_model
 
         row = next(rows)
-        hidden = model(row.input_ids, row.position_ids, row.spans)
+        hidden = model(row.input_ids, row.position_ids, row.attention_plan)
         return hidden, partial(self.loss_of_row, row=row, model=cast(PackedGPTModel, unwrap_model(model)))
 
     def loss_of_row(

@@ -63,13 +63,14 @@ def _joined(launch: LaunchInfo) -> Iterator[None]:
 
 
 def _chunks(layout: dict[str, int], architecture: Architecture) -> tuple[list[Any], ParallelGroups]:
-    from nemo_lmpo.model.build import build_model_chunks, choose_kernels
+    from nemo_lmpo.model.build import build_model_chunks
+    from nemo_lmpo.model.kernels import Kernels
 
     config = ModelConfig(**layout, transformer_engine=False)  # type: ignore[arg-type]
     groups = create_groups(config)
-    kernels = choose_kernels(config, use_cuda=False)
+    kernels = Kernels(transformer_engine=False, attention="sdpa")
     chunks = build_model_chunks(
-        architecture, config, groups=groups, dtype=torch.float32, use_cuda=False, kernels=kernels
+        architecture, config, groups=groups, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels
     )
     return list(chunks), groups
 

@@ -84,6 +84,10 @@ def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, 
         # rounding m once moves it by 2^-24 / std, whatever its own size.
         slack = {"lmpo/margin_normalized": 4 * 2.0**-24 / wanted.get("lmpo/std", 0.005)}
         slack["val/lmpo/margin_normalized"] = slack["lmpo/margin_normalized"]
+        # So is a margin of rewards that are each rounded.
+        for prefix in ("", "val/"):
+            reward = abs(wanted.get(f"{prefix}rewards/chosen", 0.0))
+            slack[f"{prefix}rewards/margins"] = slack[f"{prefix}lmpo/margin"] = 4 * 2.0**-24 * reward
         for name, value in wanted.items():
             assert line[name] == pytest.approx(value, rel=RELATIVE, abs=slack.get(name, 1e-7)), name
 

@@ -33,7 +33,7 @@ def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]
         tokens: dict[int, list[float]] = {}
         for row in batch.rows:
             with torch.no_grad():
-                hidden = model(row.input_ids, row.position_ids, row.pieces)
+                hidden = model(row.input_ids, row.position_ids, row.attention_plan)
                 logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=100)
             for sequence, logp in zip(row.sequence_index.tolist(), logps.tolist(), strict=True):
                 number = 2 * int(row.pair_index[sequence // 2]) + sequence % 2

@@ -14,7 +14,8 @@ from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.data.pack import pack_pairs
 from nemo_lmpo.data.pair import PairTokens
-from nemo_lmpo.model.build import Kernels, build_model_chunks
+from nemo_lmpo.model.build import build_model_chunks
+from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import localize
 
@@ -39,7 +40,7 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
         model,
         groups=groups,
         dtype=torch.float32,
-        use_cuda=False,
+        device=CPU,
         kernels=Kernels(transformer_engine=False, attention="sdpa"),
     )
     third = TOKENS // 3
@@ -57,7 +58,7 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy(row.input_ids, row.position_ids, row.spans)
+        policy(row.input_ids, row.position_ids, row.attention_plan)
     return sum(kept.values())
 
 

@@ -20,7 +20,8 @@ from nemo_lmpo.formats.mapping import separate
 from nemo_lmpo.loss.lmpo import LMPOConfig
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
-from nemo_lmpo.model.build import Kernels, build_model_chunks
+from nemo_lmpo.model.build import build_model_chunks
+from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, localize
@@ -49,7 +50,7 @@ def build(directory: Path, groups: ParallelGroups) -> PackedGPTModel:
         config,
         groups=groups,
         dtype=torch.float32,
-        use_cuda=False,
+        device=CPU,
         kernels=Kernels(transformer_engine=False, attention="sdpa"),
     )
     load_model_weights([model], HuggingFaceSource(directory), architecture, tp_rank=0, tp_size=1)
@@ -69,7 +70,7 @@ def token_logps(model: PackedGPTModel, rows: list[MicroBatch]) -> list[Tensor]:
     """Per-token log-probabilities of every sequence, chosen and rejected in turn."""
     result = []
     for row in rows:
-        hidden = model(row.input_ids, row.position_ids, row.spans)
+        hidden = model(row.input_ids, row.position_ids, row.attention_plan)
         logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=11)
         result += [logps[row.sequence_index == number] for number in range(2 * row.num_pairs)]
     return result

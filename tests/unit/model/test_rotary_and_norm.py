@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from nemo_lmpo.config.architecture import architecture_from_hf
-from nemo_lmpo.model.norm import RMSNorm
+from nemo_lmpo.model.norm import RecomputedRMSNorm, RMSNorm
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding, inverse_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -22,6 +22,14 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
     "llama31": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192},
     "llama32": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
     "llama3_short": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 64},
+}
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
 }
 
 
@@ -56,14 +64,26 @@ def test_frequencies_and_angles(scaling: str, head_dim: int, theta: float) -> No
     torch.testing.assert_close(angles.squeeze().sin(), sine[0], rtol=0, atol=4095 * 2.0**-23)
 
 
+def test_frequencies_stay_float32_where_weights_are_not() -> None:
+    """A bfloat16 frequency errs by 2^-9: at position 4,000 that is a turn."""
+    architecture = architecture_from_hf({**SMALL, "max_position_embeddings": 8192})
+    module = PositionedRotaryEmbedding(architecture)
+    module.position_ids = torch.tensor([[4000]])
+    exact = module(0)
+    assert torch.equal(module.to(torch.bfloat16)(0), exact)
+    assert not module.state_dict(), "checkpoints hold no frequencies"
+    assert module.to("meta").inverse_frequencies.device.type == "meta"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_norm(dtype: torch.dtype, eps: float) -> None:
+@pytest.mark.parametrize("kind", [RMSNorm, RecomputedRMSNorm])
+def test_norm(kind: type[RMSNorm], dtype: torch.dtype, eps: float) -> None:
     generator = torch.Generator().manual_seed(4)
     hidden = (torch.randn(5, 1, 48, generator=generator) * 0.1).to(dtype)
     weight = torch.rand(48, generator=generator).to(dtype) + 0.5
     config: Any = SimpleNamespace(params_dtype=dtype, sequence_parallel=False)
-    ours, theirs = RMSNorm(config, 48, eps=eps), LlamaRMSNorm(48, eps=eps)
+    ours, theirs = kind(config, 48, eps=eps), LlamaRMSNorm(48, eps=eps)
     results = []
     for module in (ours, theirs):
         module.weight.data = weight.clone()

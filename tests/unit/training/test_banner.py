@@ -92,6 +92,7 @@ def test_versions_hold_installed_packages_only():
         (DetectedKernels(), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
         (DetectedKernels("2.8", "0.1", None), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
         (DetectedKernels(None, "0.1", None), True, False, "sdpa", "torch", "torch SDPA", "apex 0.1 FusedAdam"),
+        (DetectedKernels(), True, False, "flash", "torch", "torch flash, one call a layer", "torch AdamW"),
         (
             DetectedKernels("2.8", "0.1", "2.7"),
             True,

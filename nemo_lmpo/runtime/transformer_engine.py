@@ -1,0 +1,95 @@
+"""Whether Transformer Engine is here and works: asked of itself and of megatron-core, not of the file system."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+DISTRIBUTIONS = ("transformer-engine", "transformer_engine_torch")
+INSTALL = (
+    "pip install --no-build-isolation 'nemo-lmpo[gpu]' once torch is installed (its torch extension is compiled "
+    "against the torch that is there)"
+)
+
+
+@dataclass(frozen=True)
+class TransformerEngine:
+    """What was found."""
+
+    version: str | None = None
+    """None: not installed."""
+    problem: str | None = None
+    """Why it cannot be used; None: it can."""
+    warning: str | None = None
+    """It can be used, but megatron-core declares another range of versions."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether layers and attention can be built with it."""
+        return self.problem is None
+
+
+@cache
+def find_transformer_engine() -> TransformerEngine:
+    """Import it and ask megatron-core whether it can use it; an installation that is broken is hidden from then on.
+
+    Hidden, because megatron-core takes whatever can be found: with the metapackage alone, even `import
+    megatron.core` would end in Transformer Engine's own error.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return TransformerEngine(problem=f"Transformer Engine is not installed ({INSTALL})")
+    version = _version() or "of unknown version"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:
+        hide_transformer_engine()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return TransformerEngine(version, f"Transformer Engine {version} is installed but broken: {reason} ({INSTALL})")
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        return TransformerEngine(
+            version,
+            f"megatron-core {importlib.metadata.version('megatron-core')} cannot use Transformer Engine {version}",
+        )
+    declared = declared_range()
+    if declared is not None and version not in declared:
+        engine = importlib.metadata.version("megatron-core")
+        return TransformerEngine(
+            version,
+            warning=f"Transformer Engine {version} is outside of what megatron-core {engine} declares ({declared})",
+        )
+    return TransformerEngine(version)
+
+
+def hide_transformer_engine() -> None:
+    """Make `import transformer_engine` an ImportError in this process, unless it is imported already and works."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def declared_range() -> SpecifierSet | None:
+    """The versions that the installed megatron-core declares in its extras; None where it names none."""
+    for text in importlib.metadata.requires("megatron-core") or ():
+        requirement = Requirement(text)
+        if requirement.name == "transformer-engine" and requirement.specifier:
+            requirement.specifier.prereleases = True
+            return requirement.specifier
+    return None
+
+
+def _version() -> str | None:
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
