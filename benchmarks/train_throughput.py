@@ -87,23 +87,14 @@ def measure(train_step: Callable[[int], int], options: argparse.Namespace) -> di
 
 def run_packed(options: argparse.Namespace) -> dict[str, float]:
     """This project's training session."""
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.runtime.launch import LaunchInfo
-    from nemo_lmpo.training.session import TrainingSession, distributed_session
-    from nemo_lmpo.training.trainer import PreferenceTrainer
+    from nemo_lmpo.training.session import open_session
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_recipe(options.recipe, [*overrides(options), f"run_dir={folder}"])
-        start = find_base_model(config.model)
-        launch = LaunchInfo()
-        with distributed_session(config, launch) as (groups, device):
-            session = TrainingSession(
-                config, start, RunDirectory(config, config_as_dict(config)), launch, groups, device
-            )
+        with open_session(config, LaunchInfo()) as session:
             trainer = session.trainer()
-            assert isinstance(trainer, PreferenceTrainer)
 
             def train_step(step: int) -> int:
                 trainer.train_step(step)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import TrainingError, UserError
-from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, read_batch_job, stopped
+from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 
 if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
@@ -86,50 +86,34 @@ def _run(options: argparse.Namespace, started: float) -> int:
 
 
 def _train(config: Config, launch: LaunchInfo, started: float) -> int:
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict
-    from nemo_lmpo.config.rules import validate
-    from nemo_lmpo.formats.base_model import find_base_model
-
     _start_logging(launch)
-    start = find_base_model(config.model, fetch=not config.dry_run)
-    world_size = config.trainer.devices * config.trainer.num_nodes if config.dry_run else launch.world_size
-    layout = validate(config, start.architecture, world_size)
     if config.dry_run:
-        from nemo_lmpo.config.dry_run import describe
+        return _dry_run(config)
+    from nemo_lmpo import training
+    from nemo_lmpo.checkpoint.run_directory import RunDirectory
 
-        print(describe(layout))  # noqa: T201
+    result = training.run(config, launch, started=started)
+    if not launch.is_main:
         return 0
-    _refuse_missing_kernels(config, start.architecture.head_dim)
-    run = RunDirectory(config, config_as_dict(config))
-    run.check_owner()
-    if launch.is_main:
-        run.create()
-        if (job := read_batch_job()) is not None:
-            job.record(run.path)
-    from nemo_lmpo.training.session import run_training
-
-    result = run_training(config, start, run, launch, started)
-    if launch.is_main:
-        if result.stopped_by is None:
-            leave_outcome(OUTCOME_DONE)
-            _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
-        else:
-            leave_outcome(stopped(result.stopped_by))
-            _logger.info(
-                "stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step
-            )
+    if result.stopped_by is None:
+        leave_outcome(OUTCOME_DONE)
+        checkpoints = RunDirectory(config, {}).checkpoints
+        _logger.info("done: %d steps; checkpoints in %s", result.step, checkpoints)
+    else:
+        leave_outcome(stopped(result.stopped_by))
+        _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
     return 0
 
 
-def _refuse_missing_kernels(config: Config, head_dim: int) -> None:
-    """Before data is read: a dry run is for other machines, but this run is for here."""
-    import torch
+def _dry_run(config: Config) -> int:
+    from nemo_lmpo.config.dry_run import describe
+    from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.formats.base_model import find_base_model
 
-    from nemo_lmpo.model.kernels import choose_kernels, this_device
-
-    device = this_device(use_cuda=torch.cuda.is_available())
-    choose_kernels(config.model, precision=config.trainer.precision, head_dim=head_dim, device=device)
+    base = find_base_model(config.model, fetch=False)
+    layout = validate(config, base.architecture, config.trainer.devices * config.trainer.num_nodes)
+    print(describe(layout))  # noqa: T201
+    return 0
 
 
 def _start_logging(launch: LaunchInfo) -> None:

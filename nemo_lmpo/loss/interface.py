@@ -50,6 +50,8 @@ class StatisticsConfig:
     """Divide moving averages by the weight they have gathered, as Adam does (`ema`)."""
     in_evaluation: bool = False
     """Whether validation batches update the statistics too."""
+    log_as: str | None = None
+    """Prefix under which mean and deviation are logged (`lmpo`: `lmpo/mean`, `lmpo/std`); None: not at all."""
 
 
 @dataclass(frozen=True)

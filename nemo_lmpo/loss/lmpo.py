@@ -143,6 +143,7 @@ def lmpo_statistics(config: LMPOConfig) -> StatisticsConfig | None:
         eps=config.std_floor,
         bias_correction=not released,
         in_evaluation=released,
+        log_as="lmpo",
     )
 
 

@@ -1,1 +1,38 @@
-"""The step: policy, pipeline, batches, optimizer, and the loop around them."""
+"""The step: policy, pipeline, batches, optimizer, and the loop around them.
+
+:func:`run` is the one way to train; the command, comparisons, benchmarks and tests use it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_lmpo.config.schema import Config
+    from nemo_lmpo.runtime.launch import LaunchInfo
+    from nemo_lmpo.training.trainer import FitResult
+
+
+def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> FitResult:
+    """Train in this process from start to end, or to the first reason to stop.
+
+    Communicates over all processes of ``launch``.
+
+    Args:
+        config: a checked configuration (:func:`nemo_lmpo.config.recipe.load_recipe`).
+        launch: this process's place in the job.
+        started: when the process began (`time.time()`), which time limits count from; unset: now.
+
+    Raises:
+        UserError: settings, start model, data or run directory cannot be used; nothing was trained.
+        TrainingError: the run had to end; checkpoints are as they were saved.
+    """
+    import torch.distributed as dist
+
+    from nemo_lmpo.training.session import open_session
+
+    with open_session(config, launch) as session:
+        result = session.train(time.time() if started is None else started)
+        dist.barrier()
+    return result

@@ -1,4 +1,4 @@
-"""From pairs to this rank's rows: which pairs make a step, and which part of them this process computes."""
+"""From pairs to this rank's micro-batches: which pairs make a step, and which part of them this process computes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.d
 class StepBatch:
     """What this process computes of one step, and what the step is as a whole."""
 
-    rows: list[MicroBatch]
+    micro_batches: list[MicroBatch]
     pair_ids: list[str]
     """All pairs of the global batch, in its order."""
     tokens: int
@@ -104,7 +104,7 @@ class StepBatch:
 
 
 class BatchBuilder:
-    """Lays chosen pairs into rows for this process. Every rank computes the same plan; nothing is communicated."""
+    """Packs chosen pairs into micro-batches. Every rank computes the same plan; nothing is communicated."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class BatchBuilder:
             multiple_of_rows=self.multiple_of_rows,
         )
         chosen = [pairs[int(index)] for index in indices]
-        rows = [
+        sequences = [
             pack_pairs(
                 [chosen[position] for position in positions],
                 positions,
@@ -153,7 +153,10 @@ class BatchBuilder:
         ]
         context = self.groups.context
         return StepBatch(
-            rows=[localize(row, cp_rank=context.rank(), cp_size=context.size(), device=self.device) for row in rows],
+            micro_batches=[
+                localize(sequence, cp_rank=context.rank(), cp_size=context.size(), device=self.device)
+                for sequence in sequences
+            ],
             pair_ids=[pair.pair_id for pair in chosen],
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
             predicted=int(lengths[:, 1:].sum()),

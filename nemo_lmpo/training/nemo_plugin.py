@@ -1,10 +1,10 @@
-"""The NeMo plugin class: a policy that can be trained on preference pairs."""
+"""The NeMo plugin class: a thin adapter that gives a policy NeMo's and NeMo-Aligner's methods."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import atexit
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,197 +16,159 @@ from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_lmpo.checkpoint.export import write_policy_archive
-from nemo_lmpo.config.architecture import Architecture, architecture_to_hf
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping
+from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.errors import UserError
-from nemo_lmpo.formats.model_files import TRAINING_CONFIG
-from nemo_lmpo.loss.registry import build_loss
-from nemo_lmpo.loss.running_statistics import RunningStatistics
-from nemo_lmpo.model.build import build_model_chunks, parameter_dtype
-from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
-from nemo_lmpo.model.packed_gpt import PackedGPTModel
-from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.training.batches import MicroBatch, StepBatch
-from nemo_lmpo.training.optimizer import wrap_data_parallel
-from nemo_lmpo.training.pair_metrics import OBSERVED, PairMetrics
-from nemo_lmpo.training.step import MicroBatchStep
+from nemo_lmpo.data.order import PairSampler
+from nemo_lmpo.data.tokenizer import load_tokenizer, padding_id
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.base_model import BaseModel, find_base_model
+from nemo_lmpo.loss.registry import DEFAULT_LOSS, parse_loss
+from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
+from nemo_lmpo.runtime.launch import read_launch_info
+from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
+from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.process import distributed_session, prepare_device
+from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
+from nemo_lmpo.training.session import total_steps
+from nemo_lmpo.training.start import load_data, load_start_weights
 
 if TYPE_CHECKING:
-    from nemo_lmpo.training.reference import FrozenReference
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def nemo_config(config: Config) -> DictConfig:
-    """The run's configuration in NeMo's form: the model's fields at the top, the other groups below."""
+    """A run's configuration in NeMo's form: the model's fields at the top, the other groups below."""
     groups = asdict(config)
     model = groups.pop("model")
     return OmegaConf.create({**model, **groups})
 
 
+def config_from_nemo(cfg: DictConfig) -> Config:
+    """The run's configuration from NeMo's form.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    other = {name for name in asdict(Config()) if name != "model"}
+    groups = {name: value for name, value in plain.items() if name in other}
+    # NeMo writes where a model was restored from and which class it is into its configuration.
+    model = {name: value for name, value in plain.items() if name not in other | {"target", "nemo_version"}}
+    return config_from_mapping({**groups, "model": model})
+
+
+class StepBatches:
+    """The training steps in order, built as they are asked for; what NeMo calls a dataloader."""
+
+    def __init__(self, policy: Policy, base: BaseModel) -> None:
+        """Read the pairs, and give them reference values where the loss needs them.
+
+        Args:
+            policy: must still hold the start weights.
+            base: what it started from.
+        """
+        config = policy.config
+        self.data = load_data(config, base)
+        self._sampler = PairSampler(len(self.data.train), config.model.global_batch_size, config.model.seed)
+        self.batches = BatchBuilder(
+            config,
+            policy.groups,
+            device=policy.device,
+            pad_id=padding_id(self.data.tokenizer),
+            sliding_window=base.architecture.sliding_window,
+        )
+        self._steps = total_steps(config, self._sampler)
+        if policy.loss.needs_reference and policy.attach_reference is None:
+            attach_reference_logps(self.data, policy, base, self.batches)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for step in range(len(self)):
+            yield self.batches.build(self.data.train, self._sampler.pairs_of_step(step))
+
+
 class MegatronGPTLMPOModel(ModelPT):
-    """A megatron-core policy with a preference loss, in the shape of NeMo-Aligner's model classes.
+    """A policy in the shape of NeMo-Aligner's model classes.
 
     A trainer calls, for each step, :meth:`prepare_for_training_step`, :meth:`get_loss_and_metrics` and
-    :meth:`finish_training_step`, then clips and steps the optimizer.
+    :meth:`finish_training_step`, then steps the optimizer, which clips, and the schedule; both come from
+    :meth:`setup_optimization`, the batches from :meth:`setup_training_data`.
+
+    The layout is the one that megatron-core's groups have; where there are none yet, the constructor joins the job
+    (a single process without a launcher) in the layout of ``cfg`` and leaves it at exit.
     """
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        trainer: Trainer | None = None,
-        *,
-        config: Config,
-        architecture: Architecture,
-        groups: ParallelGroups,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        """Build the policy and load its start weights.
+
+        Args:
+            cfg: see :func:`nemo_config`.
+            trainer: kept for NeMo; nothing here needs one.
+
+        Raises:
+            UserError: the settings cannot be used, or the start model cannot be read.
+        """
         super().__init__(cfg=cfg, trainer=trainer)
-        self.config = config
-        self.architecture = architecture
-        self.groups = groups
-        self.target_device = device
-        self.dtype_of_parameters = parameter_dtype(config.trainer)
-        self.kernels: Kernels = choose_kernels(
-            config.model,
-            precision=config.trainer.precision,
-            head_dim=architecture.head_dim,
-            device=this_device(use_cuda=device.type == "cuda"),
-        )
-        self.loss = build_loss(config.loss)
-        statistics = self.loss.statistics
-        self.statistics = RunningStatistics(statistics) if statistics is not None else None
-        chunks = build_model_chunks(
-            architecture,
-            config.model,
-            groups=groups,
-            dtype=self.dtype_of_parameters,
-            device=device,
-            kernels=self.kernels,
-        )
-        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
-        self.reference: FrozenReference | None = None
-        """Set where `model.reference_in_memory` is."""
-        self.write_sidecars: Callable[[Path], None] = self._write_architecture
-        """Writes what belongs to the weights into a directory; a session adds its tokenizer."""
-        self.micro_batch_step = MicroBatchStep(
-            self.loss, self.statistics, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
-        )
-
-    @property
-    def policy(self) -> list[PackedGPTModel]:
-        """The model chunks of this process without wrappers."""
-        from megatron.core.utils import unwrap_model
-
-        return cast(list[PackedGPTModel], unwrap_model(list(self.chunks)))
-
-    def num_local_parameters(self) -> int:
-        """Parameters that this process holds."""
-        return sum(parameter.numel() for chunk in self.policy for parameter in chunk.parameters())
+        config = config_from_nemo(cfg)
+        groups, device = _present_layout(config)
+        self.base = find_base_model(config.model)
+        validate(config, self.base.architecture, dist.get_world_size())
+        attach = reference_in_memory(config, self.base, groups, device)
+        self.policy = Policy(config, self.base.architecture, groups, device, attach_reference=attach)
+        load_start_weights(self.policy.models, groups, self.base, config.model.seed)
+        self.chunks = self.policy.chunks  # registered, so that NeMo sees the parameters
 
     def prepare_for_training_step(self) -> None:
         """Clear the gradient buffers."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.policy.prepare_for_training_step()
+        if self._optimizer is not None:
+            # Without main parameters the optimizer leaves the buffer's gradients on the parameters, where backward
+            # would add to them a second time.
+            self._optimizer.zero_grad()
 
     def get_loss_and_metrics(self, batch: StepBatch, forward_only: bool) -> tuple[float, dict[str, float]]:
         """Mean loss over the global batch and its metrics, the same on every rank.
 
-        With ``forward_only=False`` gradients are left in the buffers, and statistics that a loss updates after
-        the step are updated.
+        With ``forward_only=False`` gradients are left in the buffers. Communicates as the layout's schedule does.
         """
-        table = self.run_batch(batch, forward_only=forward_only)
-        metrics = table.metrics()
-        if self.statistics is not None and self.loss.name == "lmpo":
-            current = self.statistics.current()
-            metrics["lmpo/mean"], metrics["lmpo/std"] = current.mean, current.std
-        if not forward_only:
-            self._update_after_step(table)
-        return metrics["loss"], metrics
-
-    def run_batch(self, batch: StepBatch, *, forward_only: bool) -> PairMetrics:
-        """Forward (and backward) over the rows; the per-pair values of the whole global batch.
-
-        Communicates: whatever the layout's schedule does, then the sharing of the table.
-        """
-        if self.reference is not None:
-            self.reference.attach(batch)
-        if self.statistics is not None and self.statistics.config.update == "before_step":
-            self._observe_batch(batch)
-        self.micro_batch_step.begin(batch.num_pairs, training=not forward_only)
-        self.run_pipeline(batch.rows, forward_only=forward_only)
-        self.micro_batch_step.table.share(self.groups)
-        self._share_statistics()
-        return self.micro_batch_step.table
-
-    def _observe_batch(self, batch: StepBatch) -> None:
-        """Take the global batch's statistic in a forward pass of its own, before the losses that need it."""
-        assert self.statistics is not None
-        self.micro_batch_step.begin(batch.num_pairs, training=False)
-        self.run_pipeline(batch.rows, forward_only=True)
-        self.micro_batch_step.table.share(self.groups)
-        self.statistics.update(self.micro_batch_step.table.column(OBSERVED))
-
-    def run_pipeline(
-        self,
-        rows: list[MicroBatch],
-        *,
-        forward_only: bool,
-        micro_batch_step: MicroBatchStep | None = None,
-        chunks: list[Any] | None = None,
-    ) -> None:
-        """Send rows through the pipeline.
-
-        Args:
-            rows: this rank's rows.
-            forward_only: without gradients.
-            micro_batch_step: what to do with each row; the policy's loss by default.
-            chunks: other model chunks of the same layout than the policy's.
-        """
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        model = list(self.chunks) if chunks is None else chunks
-        iterators: list[Iterator[MicroBatch]] = [iter(rows) for _ in model]
-        context: AbstractContextManager[Any] = torch.no_grad() if forward_only else nullcontext()
-        for chunk in model:
-            chunk.train(not forward_only)
-        with context:
-            get_forward_backward_func()(
-                forward_step_func=(micro_batch_step or self.micro_batch_step).forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=model,
-                num_microbatches=len(rows),
-                # Rows bring their own length; megatron-core ignores this one.
-                seq_length=max(row.input_ids.numel() for row in rows),
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
-
-    def _update_after_step(self, table: PairMetrics) -> None:
-        if self.statistics is not None and self.statistics.config.update == "after_step":
-            self.statistics.update(table.column(OBSERVED))
-
-    def _share_statistics(self) -> None:
-        """Bring statistics that only last stages updated to all stages; one broadcast over the pipeline."""
-        if self.statistics is None or self.groups.pipeline.size() == 1:
-            return
-        if self.statistics.config.update != "before_micro_batch":
-            return
-        state = [self.statistics.state_dict()]
-        dist.broadcast_object_list(state, self.groups.last_stage_rank, group=self.groups.pipeline)
-        self.statistics.load_state_dict(state[0])
+        outcome = self.policy.get_loss_and_metrics(batch, forward_only=forward_only)
+        return outcome.loss, outcome.metrics
 
     def finish_training_step(self) -> None:
-        """Sum gradients over all ranks that share weights.
+        """Sum gradients over all ranks that share weights."""
+        self.policy.finish_training_step()
 
-        Communicates over the data- and context-parallel group, over the tensor-parallel group for the norms
-        under sequence parallelism, and over first and last stage for tied embeddings.
+    def setup_training_data(self, train_data_config: object) -> None:
+        """Make the steps of the configuration's `data.train` the training data (NeMo's argument is not read)."""
+        self._train_dl = StepBatches(self.policy, self.base)
+
+    def setup_validation_data(self, val_data_config: object) -> None:
+        """Part of NeMo's interface; :meth:`setup_training_data` reads the validation pairs too (`data.validation`)."""
+
+    def setup_optimization(self, *_: object, **__: object) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """megatron-core's optimizer, whose ``step`` clips to `trainer.gradient_clip_val`, and the schedule.
+
+        Raises:
+            ConfigError: neither `trainer.max_steps` nor training data says how long the schedule is.
         """
-        from megatron.core.distributed import finalize_model_grads
+        config = self.policy.config
+        steps = config.trainer.max_steps or (len(self._train_dl) if self._train_dl is not None else None)
+        if steps is None:
+            raise ConfigError("trainer.max_steps is not set; set it, or call setup_training_data before")
+        self._optimizer = build_optimizer(self.policy.chunks, config.optim, config.trainer)
+        self._scheduler = build_scheduler(self._optimizer, config.optim, steps)
+        return self._optimizer, self._scheduler
 
-        # Losses were divided by the global number of pairs already, so no token count is given.
-        finalize_model_grads(list(self.chunks))
-
-    def _write_architecture(self, directory: Path) -> None:
-        (directory / TRAINING_CONFIG).write_text(json.dumps(architecture_to_hf(self.architecture), indent=1))
+    def configure_optimizers(self) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """The same under Lightning's name."""
+        return self.setup_optimization()
 
     def save_to(self, save_path: str | Path) -> None:
         """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
@@ -217,32 +179,74 @@ class MegatronGPTLMPOModel(ModelPT):
         Raises:
             CheckpointError: no room on the disk.
         """
-        model = self.config.model
+        config = self.policy.config
+        tokenizer = load_tokenizer(self.base.tokenizer, trust_remote_code=config.model.trust_remote_code)
+        run = RunDirectory(config, config_as_dict(config))
         write_policy_archive(
             Path(save_path).expanduser().resolve(),
-            self.policy,
-            self.write_sidecars,
-            tokenizer=model.tokenizer or model.restore_from_path,
+            self.policy.models,
+            lambda directory: run.write_sidecars(directory, self.base, tokenizer),
+            tokenizer=config.model.tokenizer or config.model.restore_from_path,
         )
 
     @classmethod
-    def restore_from(cls, restore_path: str | Path, *args: object, **kwargs: object) -> MegatronGPTLMPOModel:
-        """NeMo's way to load a model; a policy needs its layout first.
+    def restore_from(
+        cls,
+        restore_path: str | Path,
+        override_config_path: DictConfig | str | Path | None = None,
+        *,
+        trainer: Trainer | None = None,
+        return_config: bool = False,
+        **settings: Any,
+    ) -> MegatronGPTLMPOModel | DictConfig:
+        """A policy with the weights of ``restore_path``, in the layout that ``override_config_path`` says.
+
+        Args:
+            restore_path: a `.nemo`, or any other form of a model that training starts from.
+            override_config_path: NeMo's form of a configuration (:func:`nemo_config`), or a YAML file of it; unset:
+                the defaults, in one process.
+            trainer: kept for NeMo.
+            return_config: give the configuration instead of the model.
+            **settings: NeMo's other arguments (`strict`, `map_location`, ...), which change nothing here: weights
+                are always checked, and go where the layout says.
 
         Raises:
-            UserError: always, with the way that works.
+            UserError: the path is no model that this project reads.
         """
-        raise UserError(
-            f"a policy is not restored from '{restore_path}' alone, since its layout is not known; "
-            f"train with model.restore_from_path={restore_path}"
-        )
+        if override_config_path is None:
+            cfg = nemo_config(_defaults_for(str(restore_path)))
+        elif isinstance(override_config_path, DictConfig):
+            cfg = override_config_path.copy()
+        else:
+            cfg = cast(DictConfig, OmegaConf.load(override_config_path))
+        OmegaConf.update(cfg, "restore_from_path", str(restore_path), force_add=True)
+        return cfg if return_config else cls(cfg, trainer)
 
     @classmethod
     def list_available_models(cls) -> None:
         """NeMo's catalogue of downloadable models; there is none for policies."""
 
-    def setup_training_data(self, train_data_config: object) -> None:
-        """Part of NeMo's interface; batches come from the trainer."""
 
-    def setup_validation_data(self, val_data_config: object) -> None:
-        """Part of NeMo's interface; batches come from the trainer."""
+def _defaults_for(restore_path: str) -> Config:
+    """The defaults, with lengths within the model's positions."""
+    config = Config(loss=parse_loss({"name": DEFAULT_LOSS}))
+    config.model.restore_from_path = restore_path
+    positions = find_base_model(config.model).architecture.max_position_embeddings
+    config.data.max_length = min(config.data.max_length, positions)
+    config.data.max_prompt_length = min(config.data.max_prompt_length, positions - 1)
+    return config
+
+
+def _present_layout(config: Config) -> tuple[ParallelGroups, torch.device]:
+    """The groups that are there, whose sizes ``config`` takes over; else those that it asks for."""
+    launch = read_launch_info()
+    if not dist.is_initialized():
+        stack = ExitStack()
+        atexit.register(stack.close)
+        return stack.enter_context(distributed_session(config, launch))
+    device = prepare_device(config, launch)
+    groups = create_groups(config.model)
+    config.model.tensor_model_parallel_size = groups.tensor.size()
+    config.model.pipeline_model_parallel_size = groups.pipeline.size()
+    config.model.context_parallel_size = groups.context.size()
+    return groups, device

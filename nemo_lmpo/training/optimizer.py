@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
 from nemo_lmpo.config.schema import OptimConfig, TrainerConfig
+from nemo_lmpo.model.build import parameter_dtype
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 if TYPE_CHECKING:
@@ -38,12 +40,11 @@ def wrap_data_parallel(chunks: list[PackedGPTModel], optim: OptimConfig) -> list
     return wrapped
 
 
-def build_optimizer(
-    wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
-) -> MegatronOptimizer:
+def build_optimizer(chunks: Iterable[Any], optim: OptimConfig, trainer: TrainerConfig) -> MegatronOptimizer:
     """AdamW with float32 main parameters; fused on GPUs where Transformer Engine or apex offer it."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    dtype = parameter_dtype(trainer)
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -58,15 +59,14 @@ def build_optimizer(
             clip_grad=trainer.gradient_clip_val,
             use_distributed_optimizer=optim.use_distributed_optimizer,
         ),
-        wrapped,
+        list(chunks),
     )
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then the configured decay to `min_lr` at the last step.
 
-    Raises:
-        ConfigError: the warm-up leaves no step to train on.
+    A warm-up that would take every step of a very short run leaves the last one.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

@@ -21,7 +21,7 @@ BASE_COLUMNS = (
     "lengths/chosen",
     "lengths/rejected",
 )
-OBSERVED = "observed"
+STATISTIC = "statistic"
 """What feeds the running statistics; not a metric of its own."""
 
 
@@ -33,7 +33,7 @@ def pair_columns(loss: PreferenceLoss) -> tuple[str, ...]:
     probe = torch.full((1,), -1.0)
     reference = probe if loss.needs_reference else None
     inputs = LossInputs(probe, probe * 2, -probe, -probe, reference, reference)
-    observed = (OBSERVED,) if loss.observe(inputs) is not None else ()
+    observed = (STATISTIC,) if loss.observe(inputs) is not None else ()
     return (*BASE_COLUMNS, *loss(inputs).metrics, *observed)
 
 
@@ -43,6 +43,13 @@ class PairMetrics:
     def __init__(self, columns: Sequence[str], num_pairs: int, device: torch.device) -> None:
         self.columns = tuple(columns)
         self.values = torch.zeros(num_pairs, len(self.columns), dtype=torch.float64, device=device)
+
+    @classmethod
+    def join(cls, parts: Sequence[PairMetrics]) -> PairMetrics:
+        """The pairs of several batches, one behind the other."""
+        joined = cls(parts[0].columns, 0, parts[0].values.device)
+        joined.values = torch.cat([part.values for part in parts])
+        return joined
 
     def put(self, pair_index: Tensor, values: Mapping[str, Tensor]) -> None:
         """Fill the rows of ``pair_index`` ``[B]``; ``values`` has a ``[B]`` tensor for every column."""
@@ -69,19 +76,14 @@ class PairMetrics:
         return torch.nonzero(~torch.isfinite(self.column("loss"))).flatten().tolist()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the pairs, under the field's names."""
-        return table_metrics(self.columns, self.values)
-
-
-def table_metrics(columns: Sequence[str], values: Tensor) -> dict[str, float]:
-    """Means over all pairs of ``[pairs, columns]`` values; ``logps/*`` are means of per-token means, in nats."""
-    column = {name: values[:, index] for index, name in enumerate(columns)}
-    chosen, rejected = column["rewards/chosen"], column["rewards/rejected"]
-    per_pair = {
-        **{name: column[name] for name in columns if name != OBSERVED},
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).double(),
-        "logps/chosen": column["logps/chosen_sum"] / column["lengths/chosen"],
-        "logps/rejected": column["logps/rejected_sum"] / column["lengths/rejected"],
-    }
-    return {name: float(value.mean()) if len(value) else math.nan for name, value in per_pair.items()}
+        """Means over the pairs, under the field's names; ``logps/*`` are means of per-token means, in nats."""
+        column = {name: self.column(name) for name in self.columns}
+        chosen, rejected = column["rewards/chosen"], column["rewards/rejected"]
+        per_pair = {
+            **{name: column[name] for name in self.columns if name != STATISTIC},
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).double(),
+            "logps/chosen": column["logps/chosen_sum"] / column["lengths/chosen"],
+            "logps/rejected": column["logps/rejected_sum"] / column["lengths/rejected"],
+        }
+        return {name: float(value.mean()) if len(value) else math.nan for name, value in per_pair.items()}

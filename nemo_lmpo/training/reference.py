@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,15 +29,17 @@ from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.loss.registry import build_loss, parse_loss
-from nemo_lmpo.model.build import build_model_chunks
+from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.pipeline import run_pipeline
+from nemo_lmpo.training.policy import Policy, build_chunks, kernels_for
+from nemo_lmpo.training.start import LoadedData, load_start_weights
 from nemo_lmpo.training.step import MicroBatchStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nemo_lmpo.model.packed_gpt import PackedGPTModel
-    from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
 
 VERSION = 1
 """Raised whenever the same weights and pairs would give other log-probabilities than before."""
@@ -51,53 +53,38 @@ _logger = logging.getLogger(__name__)
 class ResponseSums:
     """Sums of response log-probabilities under a model's present weights, in the model's own layout."""
 
-    def __init__(self, model: MegatronGPTLMPOModel, chunks: list[Any] | None = None) -> None:
-        """Prepare for ``chunks`` of the same layout as ``model``; by default for its policy."""
-        self.model = model
+    def __init__(
+        self, chunks: Sequence[Any], groups: ParallelGroups, *, chunk_tokens: int, device: torch.device
+    ) -> None:
+        """Prepare for this process's model chunks, wrapped or bare."""
         self.chunks = chunks
+        self.groups = groups
         # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
-        self.micro_batch_step = MicroBatchStep(
-            build_loss(parse_loss({"name": "sft"})),
-            None,
-            model.groups,
-            chunk_tokens=model.config.model.logprob_chunk_tokens,
-            device=model.target_device,
-        )
+        loss = build_loss(parse_loss({"name": "sft"}))
+        self.step = MicroBatchStep(loss, None, groups, chunk_tokens=chunk_tokens, device=device)
 
     def __call__(self, batch: StepBatch) -> Tensor:
         """Chosen and rejected sums of the whole global batch on every rank, ``[pairs, 2]`` float64."""
-        self.micro_batch_step.begin(batch.num_pairs, training=False)
-        self.model.run_pipeline(
-            batch.rows, forward_only=True, micro_batch_step=self.micro_batch_step, chunks=self.chunks
-        )
-        table = self.micro_batch_step.table
-        table.share(self.model.groups)
-        return torch.stack([table.column("logps/chosen_sum"), table.column("logps/rejected_sum")], dim=1)
+        pairs = self.step.begin(batch.num_pairs, training=False)
+        run_pipeline(self.chunks, batch.micro_batches, self.step.forward_step, forward_only=True)
+        pairs.share(self.groups)
+        return torch.stack([pairs.column("logps/chosen_sum"), pairs.column("logps/rejected_sum")], dim=1)
 
 
 class FrozenReference:
     """A second model in memory that never changes."""
 
-    def __init__(self, model: MegatronGPTLMPOModel, load: Callable[[list[PackedGPTModel]], None]) -> None:
-        """Build a model like the policy; ``load`` fills it with the start weights."""
-        chunks = build_model_chunks(
-            model.architecture,
-            model.config.model,
-            groups=model.groups,
-            dtype=model.dtype_of_parameters,
-            device=model.target_device,
-            kernels=model.kernels,
-        )
+    def __init__(self, chunks: list[PackedGPTModel], sums: ResponseSums) -> None:
+        """Freeze ``chunks``, which hold the start weights and which ``sums`` runs."""
         for chunk in chunks:
             chunk.requires_grad_(False)
-        load(chunks)
-        self._sums = ResponseSums(model, list(chunks))
+        self._sums = sums
 
     def attach(self, batch: StepBatch) -> None:
-        """Give every row of the batch its reference log-probabilities; one forward pass."""
+        """Give every micro-batch its reference log-probabilities; one forward pass."""
         sums = self._sums(batch).float()
-        for row in batch.rows:
-            row.reference_logps = sums[row.pair_index]
+        for micro_batch in batch.micro_batches:
+            micro_batch.reference_logps = sums[micro_batch.pair_index]
 
 
 @dataclass(frozen=True)
@@ -115,14 +102,14 @@ class ReferenceKey:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def weights_fingerprint(start: BaseModel, seed: int) -> str:
-    """A hash over the content of the start's weight files, or of what random weights are made from."""
-    digest = hashlib.sha256(repr(start.architecture).encode())
-    if start.path is None:
+def weights_fingerprint(base: BaseModel, seed: int) -> str:
+    """A hash over the content of the base model's weight files, or of what random weights are made from."""
+    digest = hashlib.sha256(repr(base.architecture).encode())
+    if base.path is None:
         digest.update(f"random {seed}".encode())
         return digest.hexdigest()
     # The path is no part of it: a copied model is the same model.
-    for path in _weight_files(start.path):
+    for path in _weight_files(base.path):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_HASH_CHUNK):
@@ -146,18 +133,18 @@ class ReferenceLogps:
     def __init__(
         self,
         config: Config,
-        start: BaseModel,
+        base: BaseModel,
         tokenizer: PreTrainedTokenizerBase,
-        model: MegatronGPTLMPOModel,
+        sums: ResponseSums,
         batches: BatchBuilder,
     ) -> None:
-        """Take what computing needs; ``model`` must still hold the start weights."""
+        """Take what computing needs; the model behind ``sums`` must still hold the start weights."""
         self.config = config
-        self.model = model
+        self.sums = sums
         self.batches = batches
         root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
         self.root = root / "reference"
-        self.weights: str = on_main_rank(lambda: weights_fingerprint(start, config.model.seed))
+        self.weights: str = on_main_rank(lambda: weights_fingerprint(base, config.model.seed))
         self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
 
     def attach(self, dataset: PreferenceDataset, name: str) -> None:
@@ -177,7 +164,6 @@ class ReferenceLogps:
 
     def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
         _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
-        sums = ResponseSums(self.model)
         size = self.config.model.global_batch_size
         # Pairs of similar length together: fewer rows, and no order has to be kept here.
         order = np.argsort(dataset.lengths.sum(axis=1), kind="stable")
@@ -186,7 +172,7 @@ class ReferenceLogps:
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
             for step in validation_steps(len(dataset), size):
                 indices = order[step]
-                values[indices] = sums(self.batches.build(dataset, indices)).cpu().numpy()
+                values[indices] = self.sums(self.batches.build(dataset, indices)).cpu().numpy()
                 bar.update(len(indices))
         return values
 
@@ -221,3 +207,29 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
         return None
     usable = values.shape == (pairs, 2) and np.isfinite(values).all()
     return values if usable else None
+
+
+def reference_in_memory(
+    config: Config, base: BaseModel, groups: ParallelGroups, device: torch.device
+) -> Callable[[StepBatch], None] | None:
+    """What gives batches their reference values from a frozen second model, where the run wants one."""
+    if not (config.model.reference_in_memory and build_loss(config.loss).needs_reference):
+        return None
+    kernels = kernels_for(config, base.architecture, use_cuda=device.type == "cuda")
+    chunks = build_chunks(config, base.architecture, groups, device, kernels)
+    load_start_weights(chunks, groups, base, config.model.seed)
+    sums = ResponseSums(chunks, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device)
+    return FrozenReference(chunks, sums).attach
+
+
+def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, batches: BatchBuilder) -> None:
+    """Give all pairs their reference values, by the policy itself while it still has the start weights.
+
+    Communicates: the layout's own, and a broadcast over all ranks.
+    """
+    chunk_tokens = policy.config.model.logprob_chunk_tokens
+    sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+    reference = ReferenceLogps(policy.config, base, data.tokenizer, sums, batches)
+    reference.attach(data.train, "train")
+    if data.validation is not None:
+        reference.attach(data.validation, "validation")

@@ -1,4 +1,4 @@
-"""One pass over a step's rows: the only place where parallelism and loss meet."""
+"""One pass over a step's micro-batches: the only place where parallelism and loss meet."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch
-from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
+from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics, pair_columns
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def loss_inputs(sums: Tensor, row: MicroBatch, statistics: RunningStatistics | None) -> LossInputs:
-    """The loss's view of a row; ``sums`` is ``[2 B]``, chosen and rejected in turn."""
-    reference = row.reference_logps
+def loss_inputs(sums: Tensor, micro_batch: MicroBatch, statistics: RunningStatistics | None) -> LossInputs:
+    """The loss's view of a micro-batch; ``sums`` is ``[2 B]``, chosen and rejected in turn."""
+    reference = micro_batch.reference_logps
     inputs = LossInputs(
         chosen_logps=sums[0::2],
         rejected_logps=sums[1::2],
-        chosen_lengths=row.response_lengths[:, 0],
-        rejected_lengths=row.response_lengths[:, 1],
+        chosen_lengths=micro_batch.response_lengths[:, 0],
+        rejected_lengths=micro_batch.response_lengths[:, 1],
         reference_chosen_logps=None if reference is None else reference[:, 0],
         reference_rejected_logps=None if reference is None else reference[:, 1],
     )
@@ -38,10 +38,10 @@ def loss_inputs(sums: Tensor, row: MicroBatch, statistics: RunningStatistics | N
 
 
 class MicroBatchStep:
-    """What megatron-core's schedules call for every row.
+    """What megatron-core's schedules call for every micro-batch.
 
-    The loss of a row is the sum over its pairs divided by the pairs of the whole global batch, so that adding
-    up over rows and ranks gives the mean over the global batch however pairs are packed.
+    The loss of a micro-batch is the sum over its pairs divided by the pairs of the whole global batch, so that adding
+    up over micro-batches and ranks gives the mean over the global batch however pairs are packed.
     """
 
     def __init__(
@@ -59,21 +59,22 @@ class MicroBatchStep:
         self.chunk_tokens = chunk_tokens
         self.device = device
         self.columns = pair_columns(loss)
-        self.table = PairMetrics(self.columns, 0, device)
+        self.pairs = PairMetrics(self.columns, 0, device)
         self.global_pairs = 0
         self.training = True
 
-    def begin(self, num_pairs: int, *, training: bool) -> None:
-        """Start a pass over a global batch of ``num_pairs``."""
-        self.table = PairMetrics(self.columns, num_pairs, self.device)
+    def begin(self, num_pairs: int, *, training: bool) -> PairMetrics:
+        """Start a pass over a global batch of ``num_pairs``; the returned values fill up as it goes."""
+        self.pairs = PairMetrics(self.columns, num_pairs, self.device)
         self.global_pairs = num_pairs
         self.training = training
+        return self.pairs
 
-    def forward_step(self, rows: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
-        """Forward one row through this stage.
+    def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
+        """Forward one micro-batch through this stage.
 
         Args:
-            rows: this chunk's own iterator over the step's rows.
+            micro_batches: this chunk's own iterator over the step's micro-batches.
             model: the chunk, possibly wrapped for data parallelism.
 
         Returns:
@@ -81,44 +82,48 @@ class MicroBatchStep:
         """
         from megatron.core.utils import unwrap_model
 
-        row = next(rows)
-        hidden = model(row.input_ids, row.position_ids, row.attention_plan)
-        return hidden, partial(self.loss_of_row, row=row, model=cast(PackedGPTModel, unwrap_model(model)))
+        micro_batch = next(micro_batches)
+        hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
+        return hidden, partial(
+            self.loss_of_micro_batch, micro_batch=micro_batch, model=cast(PackedGPTModel, unwrap_model(model))
+        )
 
-    def loss_of_row(
-        self, hidden: Tensor, *, row: MicroBatch, model: PackedGPTModel
+    def loss_of_micro_batch(
+        self, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss of a row from the last stage's hidden states, in megatron-core's form.
+        """Loss of a micro-batch from the last stage's hidden states, in megatron-core's form.
 
         Returns:
-            The row's share of the global mean loss (scalar), a count that megatron-core wants but that nothing
-            here divides by, and an empty report: per-pair values go to :attr:`table`.
+            The micro-batch's share of the global mean loss (scalar), a count that megatron-core wants but that nothing
+            here divides by, and an empty report: per-pair values go to :attr:`pairs`.
         """
-        logprobs = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=self.chunk_tokens)
-        sums = torch.zeros(2 * row.num_pairs, dtype=torch.float32, device=logprobs.device)
-        sums = sums.index_add(0, row.sequence_index, logprobs)
+        logprobs = model.logprobs(
+            hidden, micro_batch.predict_positions, micro_batch.target_ids, chunk_tokens=self.chunk_tokens
+        )
+        sums = torch.zeros(2 * micro_batch.num_pairs, dtype=torch.float32, device=logprobs.device)
+        sums = sums.index_add(0, micro_batch.sequence_index, logprobs)
         sums = sum_over_group(sums, group=self.groups.context)
-        self._update_before_micro_batch(sums, row)
-        inputs = loss_inputs(sums, row, self.statistics)
+        self._update_before_micro_batch(sums, micro_batch)
+        inputs = loss_inputs(sums, micro_batch, self.statistics)
         outputs = self.loss(inputs)
-        self._record(row, inputs, outputs)
-        count = torch.tensor(row.num_pairs, dtype=torch.int, device=logprobs.device)
+        self._record(micro_batch, inputs, outputs)
+        count = torch.tensor(micro_batch.num_pairs, dtype=torch.int, device=logprobs.device)
         return outputs.losses.sum() / self.global_pairs, count, {}
 
-    def _update_before_micro_batch(self, sums: Tensor, row: MicroBatch) -> None:
-        """The released code's order: statistics of this row of all data-parallel ranks, before its losses.
+    def _update_before_micro_batch(self, sums: Tensor, micro_batch: MicroBatch) -> None:
+        """The released code's order: statistics of this micro-batch of all data-parallel ranks, before its losses.
 
-        Communicates over the data-parallel group: two all-gathers. All ranks have equally many rows.
+        Communicates over the data-parallel group: two all-gathers. All ranks have equally many micro-batches.
         """
         if self.statistics is None or self.statistics.config.update != "before_micro_batch":
             return
         if not self.training and not self.statistics.config.in_evaluation:
             return
-        observed = self.loss.observe(loss_inputs(sums, row, self.statistics))
+        observed = self.loss.observe(loss_inputs(sums, micro_batch, self.statistics))
         assert observed is not None, "a loss with statistics observes"
         self.statistics.update(gather_uneven(observed.detach(), self.groups.data))
 
-    def _record(self, row: MicroBatch, inputs: LossInputs, outputs: LossOutputs) -> None:
+    def _record(self, micro_batch: MicroBatch, inputs: LossInputs, outputs: LossOutputs) -> None:
         values = {
             "loss": outputs.losses,
             "rewards/chosen": outputs.chosen_rewards,
@@ -131,8 +136,8 @@ class MicroBatchStep:
         }
         observed = self.loss.observe(inputs)
         if observed is not None:
-            values["observed"] = observed
-        self.table.put(row.pair_index, values)
+            values[STATISTIC] = observed
+        self.pairs.put(micro_batch.pair_index, values)
 
 
 def gather_uneven(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,9 +16,9 @@ from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
 from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
-from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
-from nemo_lmpo.training.pair_metrics import table_metrics
+from nemo_lmpo.training.pair_metrics import PairMetrics
+from nemo_lmpo.training.policy import Policy
 from nemo_lmpo.training.stop import StopCondition
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Listener = Callable[[int, dict[str, float], str], None]
 """Told of every line of metrics: finished steps, metrics, and the prefix (`val/` or nothing)."""
+
+
+def _nobody_listens(step: int, metrics: dict[str, float], prefix: str) -> None:
+    """For trainers that are driven step by step."""
 
 
 @dataclass
@@ -40,12 +44,12 @@ class FitResult:
 
 
 class PreferenceTrainer:
-    """Owns the loop; model, optimizer, data and checkpoints are handed in."""
+    """Owns the loop; policy, optimizer, data and checkpoints are handed in."""
 
     def __init__(
         self,
         config: Config,
-        model: MegatronGPTLMPOModel,
+        policy: Policy,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         *,
@@ -55,11 +59,10 @@ class PreferenceTrainer:
         batches: BatchBuilder,
         checkpoints: CheckpointManager,
         total_steps: int,
-        listener: Listener | None = None,
         peak_flops: float | None = None,
     ) -> None:
         self.config = config
-        self.model = model
+        self.policy = policy
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.train_pairs = train_pairs
@@ -68,7 +71,6 @@ class PreferenceTrainer:
         self.batches = batches
         self.checkpoints = checkpoints
         self.total_steps = total_steps
-        self.listener: Listener = listener or (lambda step, metrics, prefix: None)
         self.peak_flops = peak_flops
         self.progress = TrainState()
         self._saved_step = 0
@@ -84,8 +86,8 @@ class PreferenceTrainer:
         self._saved_step = self.progress.step
         return self.progress.step
 
-    def fit(self, stop: StopCondition) -> FitResult:
-        """Train until all steps are done or there is a reason to stop, saving on the way.
+    def fit(self, stop: StopCondition, listen: Listener = _nobody_listens) -> FitResult:
+        """Train until all steps are done or there is a reason to stop, saving on the way; ``listen`` hears of it.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
@@ -103,14 +105,14 @@ class PreferenceTrainer:
             stop.longest_step = max(stop.longest_step, time.monotonic() - started)
             self.progress.step += 1
             self.progress.metrics.update(metrics)
-            self.listener(self.progress.step, metrics, "")
-            self._after_step(stop)
+            listen(self.progress.step, metrics, "")
+            self._after_step(stop, listen)
             self.checkpoints.poll()
         self._save_if_new(stop)
         self.checkpoints.wait()
         return FitResult(self.progress.step, None)
 
-    def _after_step(self, stop: StopCondition) -> None:
+    def _after_step(self, stop: StopCondition, listen: Listener) -> None:
         """Validate and save where it is time."""
         step = self.progress.step
         checkpoint = self.config.checkpoint
@@ -121,7 +123,7 @@ class PreferenceTrainer:
             metrics = self.validate()
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
             self.progress.metrics.update({f"val/{name}": value for name, value in metrics.items()})
-            self.listener(step, metrics, "val/")
+            listen(step, metrics, "val/")
         due = checkpoint.save_interval > 0 and step % checkpoint.save_interval == 0
         if due or last or (validated and checkpoint.keep_best > 0):
             self._save_if_new(stop)
@@ -135,7 +137,7 @@ class PreferenceTrainer:
         """Save unless this step is saved already."""
         if self.progress.step == self._saved_step:
             return
-        statistics = self.model.statistics
+        statistics = self.policy.statistics
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
         snapshot = TrainState(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
         seconds = self.checkpoints.save(snapshot)
@@ -147,28 +149,27 @@ class PreferenceTrainer:
         """Run optimizer step ``step`` (from 0) and return its metrics."""
         started = time.monotonic()
         batch = self.batches.build(self.train_pairs, self.sampler.pairs_of_step(step))
-        self.model.prepare_for_training_step()
+        self.policy.prepare_for_training_step()
         # Without main parameters the optimizer leaves the buffer's gradients on the parameters, where backward
         # would add to them a second time.
         self.optimizer.zero_grad()
-        _, metrics = self.model.get_loss_and_metrics(batch, forward_only=False)
-        self._refuse_not_finite_losses(batch, step)
-        self.model.finish_training_step()
+        outcome = self.policy.get_loss_and_metrics(batch, forward_only=False)
+        self._refuse_not_finite_losses(batch, outcome.not_finite, step)
+        self.policy.finish_training_step()
         norm = gradient_norm(self.optimizer)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient norm of step {step + 1} is {norm}; its pairs: {_shorten(batch.pair_ids)}; lower "
                 f"optim.lr={self.config.optim.lr} or look at these pairs"
             )
-        metrics["grad_norm"] = norm
+        metrics = {**outcome.metrics, "grad_norm": norm}
         metrics["lr"] = current_learning_rate(self.optimizer)
         clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
         self.scheduler.step(increment=1)
         metrics.update(self._throughput(batch, time.monotonic() - started))
         return metrics
 
-    def _refuse_not_finite_losses(self, batch: StepBatch, step: int) -> None:
-        bad = self.model.micro_batch_step.table.not_finite()
+    def _refuse_not_finite_losses(self, batch: StepBatch, bad: list[int], step: int) -> None:
         if bad:
             raise TrainingError(
                 f"the loss of step {step + 1} is not finite for {len(bad)} of {batch.num_pairs} pairs: "
@@ -178,7 +179,7 @@ class PreferenceTrainer:
 
     def _throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
         flops = model_flops(
-            self.model.architecture,
+            self.policy.architecture,
             tokens=batch.tokens,
             predicted_tokens=batch.predicted,
             attended=batch.attended,
@@ -201,11 +202,11 @@ class PreferenceTrainer:
     def validate(self) -> dict[str, float]:
         """Metrics over all validation pairs, under names without prefix."""
         assert self.validation_pairs is not None
-        tables: list[torch.Tensor] = []
+        parts: list[PairMetrics] = []
         for indices in validation_steps(len(self.validation_pairs), self.config.model.global_batch_size):
             batch = self.batches.build(self.validation_pairs, indices)
-            tables.append(self.model.run_batch(batch, forward_only=True).values)
-        return table_metrics(self.model.micro_batch_step.columns, torch.cat(tables))
+            parts.append(self.policy.run_batch(batch, forward_only=True))
+        return PairMetrics.join(parts).metrics()
 
 
 def _shorten(names: list[Any], most: int = 8) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.errors import UserError
 from nemo_lmpo.formats.model_files import open_model
 from tests.distributed.training_runs import train, weights_of
 from tests.distributed.workers import run_workers
@@ -29,10 +28,3 @@ def test_holds_the_weights_of_the_checkpoint(world: int, layout: tuple[str, ...]
     tokenizer = run / "checkpoints" / "step_0000003" / "tokenizer" / "tokenizer.json"
     assert model.side_file("tokenizer.json") == tokenizer.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.nemo", "run"]
-
-
-def test_restoring_without_a_layout_names_the_way() -> None:
-    from nemo_lmpo.training.nemo_plugin import MegatronGPTLMPOModel
-
-    with pytest.raises(UserError, match=r"model\.restore_from_path=policy\.nemo"):
-        MegatronGPTLMPOModel.restore_from("policy.nemo")

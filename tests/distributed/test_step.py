@@ -25,22 +25,16 @@ LAYOUTS = {
 
 def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str) -> str:
     """Train; after the first step this process's last norm (or its gradient) is spoilt. The error's message."""
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+    from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.errors import TrainingError
-    from nemo_lmpo.formats.base_model import find_base_model
-    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.training.session import open_session
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "checkpoint.save_interval=1", *overrides])
-    run = RunDirectory(config, config_as_dict(config))
-    if launch.is_main:
-        run.create()
-    with distributed_session(config, launch) as (groups, device):
-        session = TrainingSession(config, find_base_model(config.model), run, launch, groups, device)
-        finish, steps = session.model.finish_training_step, 0
+    with open_session(config, launch) as session:
+        finish, steps = session.policy.finish_training_step, 0
         parameters = [
             parameter
-            for chunk in session.model.policy
+            for chunk in session.policy.models
             for name, parameter in chunk.named_parameters()
             if name.endswith("final_layernorm.weight")
         ]
@@ -53,9 +47,9 @@ def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str
                     parameter.main_grad.fill_(float("inf"))
             finish()
 
-        session.model.finish_training_step = finish_and_spoil
+        session.policy.finish_training_step = finish_and_spoil
         if what == "loss":
-            prepare, begun = session.model.prepare_for_training_step, 0
+            prepare, begun = session.policy.prepare_for_training_step, 0
 
             def spoil_and_prepare() -> None:
                 nonlocal begun
@@ -66,7 +60,7 @@ def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str
                             parameter.fill_(float("nan"))
                 prepare()
 
-            session.model.prepare_for_training_step = spoil_and_prepare
+            session.policy.prepare_for_training_step = spoil_and_prepare
         try:
             session.train(time.time())
         except TrainingError as error:

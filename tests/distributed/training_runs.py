@@ -32,26 +32,16 @@ COMMON = (
 
 def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive: str | None = None) -> dict[str, Any]:
     """Train, and save the policy as ``archive``; the margin statistics that this rank ends with."""
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.config.rules import validate
-    from nemo_lmpo.formats.base_model import find_base_model
-    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.session import open_session
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", *overrides])
-    start = find_base_model(config.model)
-    validate(config, start.architecture, launch.world_size)
-    run = RunDirectory(config, config_as_dict(config))
-    run.check_owner()
-    if launch.is_main:
-        run.create()
-    with distributed_session(config, launch) as (groups, device):
-        session = TrainingSession(config, start, run, launch, groups, device)
+    with open_session(config, launch) as session:
         session.train(time.time())
         if archive is not None:
-            session.model.save_to(archive)
-        assert session.model.statistics is not None
-        return session.model.statistics.state_dict()
+            session.save_to(archive)
+        assert session.policy.statistics is not None
+        return session.policy.statistics.state_dict()
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

@@ -47,25 +47,21 @@ def gradients_by_name(model: torch.nn.Module) -> Gradients:
 
 def train(directory: Path, *overrides: str) -> tuple[list[dict[str, float]], torch.Tensor, Gradients]:
     """Metrics of each step, and of the first batch before training: sums of log-probabilities, and gradients."""
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.loss.running_statistics import RunningStatistics
-    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.training.session import open_session
 
     config = load_recipe("lmpo_tiny", [*SMALL, f"run_dir={directory}", *overrides])
-    with distributed_session(config, LaunchInfo()) as (groups, device):
-        run = RunDirectory(config, config_as_dict(config))
-        session = TrainingSession(config, find_base_model(config.model), run, LaunchInfo(), groups, device)
+    with open_session(config, LaunchInfo()) as session:
         batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
-        session.model.prepare_for_training_step()
-        session.model.get_loss_and_metrics(batch, forward_only=False)
-        table = session.model.micro_batch_step.table
+        session.policy.prepare_for_training_step()
+        session.policy.get_loss_and_metrics(batch, forward_only=False)
+        table = session.policy.micro_batch_step.pairs
         sums = torch.stack([table.column("logps/chosen_sum"), table.column("logps/rejected_sum")]).cpu()
-        gradients = gradients_by_name(session.model.policy[0])
+        gradients = gradients_by_name(session.policy.models[0])
         # The look at the first batch must not count as a step.
-        fresh = RunningStatistics(session.model.loss.statistics)
-        session.model.statistics.load_state_dict(fresh.state_dict())
+        fresh = RunningStatistics(session.policy.loss.statistics)
+        session.policy.statistics.load_state_dict(fresh.state_dict())
         trainer = session.trainer()
         metrics = []
         for step in range(STEPS):
@@ -115,13 +111,13 @@ def test_te_attention_equals_sdpa() -> None:
         num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, kv_channels=64, bf16=True
     )
     segments = torch.tensor([[0, 40, 0, 0], [40, 70, 0, 40], [110, 30, 0, 40], [140, 60, 0, 0]], dtype=torch.int32)
-    pieces = attention_spans(segments, 200, cp_rank=0, cp_size=1)
+    spans = attention_spans(segments, 200, cp_rank=0, cp_size=1)
     torch.manual_seed(0)
     results = []
     inputs = [torch.randn(200, 1, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     for module in (PackedSDPA(config, 1), PackedTEAttention(config, 1)):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        output = module(*leaves, pieces)
+        output = module(*leaves, spans)
         output.float().square().sum().backward()
         results.append([output.float(), *(leaf.grad.float() for leaf in leaves)])
     for ours, theirs in zip(*results, strict=True):

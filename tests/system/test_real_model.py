@@ -17,21 +17,17 @@ PAIRS = 2
 
 def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Losses and per-token log-probabilities of step 0, and the pairs that they belong to."""
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.formats.base_model import find_base_model
-    from nemo_lmpo.training.pair_metrics import OBSERVED
-    from nemo_lmpo.training.session import TrainingSession, distributed_session
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.pair_metrics import STATISTIC
+    from nemo_lmpo.training.session import open_session
 
     config = load_recipe("lmpo_smollm2_135m", overrides)
-    run = RunDirectory(config, config_as_dict(config))
-    with distributed_session(config, launch) as (groups, device):
-        session = TrainingSession(config, find_base_model(config.model), run, launch, groups, device)
+    with open_session(config, launch) as session:
         indices = session.sampler.pairs_of_step(0)
         batch = session.batches.build(session.data.train, indices)
-        model = session.model.policy[0].eval()
+        model = session.policy.models[0].eval()
         tokens: dict[int, list[float]] = {}
-        for row in batch.rows:
+        for row in batch.micro_batches:
             with torch.no_grad():
                 hidden = model(row.input_ids, row.position_ids, row.attention_plan)
                 logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=100)
@@ -41,10 +37,10 @@ def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]
         # The same batch twice: the second time the first one's statistics count.
         losses = []
         for _ in range(2):
-            table = session.model.run_batch(batch, forward_only=True)
+            table = session.policy.run_batch(batch, forward_only=True)
             losses.append(table.metrics()["loss"])
             if config.loss.compat == "paper":  # training does it after each step; the released code always does it
-                session.model.statistics.update(table.column(OBSERVED))
+                session.policy.statistics.update(table.column(STATISTIC))
         pairs = [session.data.train[int(index)] for index in indices]
         return {
             "tokens": [tokens[number] for number in range(2 * len(pairs))],

@@ -5,17 +5,15 @@ import json
 import pytest
 import torch
 
-from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
-from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.formats.conversion import plan, write_huggingface
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.generate.engine import Sampling, load_generator, newest_checkpoint
 from nemo_lmpo.generate.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.runtime.launch import LaunchInfo
-from nemo_lmpo.training.session import TrainingSession, distributed_session
+from nemo_lmpo.training.session import open_session
 
 OVERRIDES = [
     "model.global_batch_size=16",
@@ -39,13 +37,9 @@ def run(tmp_path_factory):
     """A finished run, the ids of its prompts, and the policy as saved from the process that trained it."""
     root = tmp_path_factory.mktemp("generate")
     config = load_recipe("sft_tiny", [*OVERRIDES, f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}"])
-    start = find_base_model(config.model)
-    directory = RunDirectory(config, config_as_dict(config))
-    directory.create()
-    with distributed_session(config, LaunchInfo()) as (groups, device):
-        session = TrainingSession(config, start, directory, LaunchInfo(), groups, device)
+    with open_session(config, LaunchInfo()) as session:
         session.train(0.0)
-        session.model.save_to(root / "policy")
+        session.save_to(root / "policy")
         pairs = [session.data.train[index] for index in range(6)]
         texts = [row.split("<user>")[1].split("<assistant>")[0].strip() for row in map(_prompt_text(session), pairs)]
     return root, [pair.prompt_ids for pair in pairs], texts

@@ -4,19 +4,19 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.reference import ReferenceKey, read_entry, weights_fingerprint, write_entry
-from nemo_lmpo.training.session import TrainingSession, distributed_session
+from nemo_lmpo.training.session import open_session
 
 OVERRIDES = [
     "model.global_batch_size=8",
@@ -46,14 +46,10 @@ class Trainer:
 
     def train(self, *overrides, **names):
         config = self.config(*overrides, **names)
-        start = find_base_model(config.model)
-        run = RunDirectory(config, config_as_dict(config))
-        run.create()
-        with distributed_session(config, LaunchInfo()) as (groups, device):
-            session = TrainingSession(config, start, run, LaunchInfo(), groups, device)
+        with open_session(config, LaunchInfo()) as session:
             self.pairs = [session.data.train[index] for index in range(len(session.data.train))]
             session.train(0.0)
-        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
         return {line["step"]: line for line in lines if "loss" in line}
 
     def entries(self):

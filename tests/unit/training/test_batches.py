@@ -16,7 +16,7 @@ from nemo_lmpo.data.pack import pack_pairs
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.loss.registry import build_loss, parse_loss
 from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localize
-from nemo_lmpo.training.pair_metrics import OBSERVED, PairMetrics, pair_columns, table_metrics
+from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics, pair_columns
 
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5)
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, 
 def test_metrics_of_two_pairs_by_hand() -> None:
     loss = build_loss(parse_loss({"name": "lmpo"}))
     columns = pair_columns(loss)
-    table = PairMetrics(columns, 2, CPU)
+    pairs = PairMetrics(columns, 2, CPU)
     values = {name: torch.zeros(1) for name in columns}
     hand = {
         "loss": (1.0, 3.0),
@@ -84,9 +84,9 @@ def test_metrics_of_two_pairs_by_hand() -> None:
     }
     for place in (1, 0):  # in any order
         given_values = {**values, **{name: torch.tensor([both[place]]) for name, both in hand.items()}}
-        table.put(torch.tensor([place]), given_values)
-    metrics = table.metrics()
-    assert OBSERVED not in metrics
+        pairs.put(torch.tensor([place]), given_values)
+    metrics = pairs.metrics()
+    assert STATISTIC not in metrics
     expected = {
         "loss": 2.0,
         "rewards/chosen": -1.5,
@@ -105,26 +105,26 @@ def test_metrics_of_two_pairs_by_hand() -> None:
 
 
 def test_values_that_are_not_finite_are_found() -> None:
-    table = PairMetrics(("loss",), 4, CPU)
-    table.put(torch.tensor([1, 3]), {"loss": torch.tensor([math.nan, -math.inf])})
-    assert table.not_finite() == [1, 3]
+    pairs = PairMetrics(("loss",), 4, CPU)
+    pairs.put(torch.tensor([1, 3]), {"loss": torch.tensor([math.nan, -math.inf])})
+    assert pairs.not_finite() == [1, 3]
 
 
 def test_no_pairs_have_no_mean() -> None:
     columns = pair_columns(build_loss(parse_loss({"name": "simpo"})))
-    assert math.isnan(table_metrics(columns, torch.zeros(0, len(columns)))["loss"])
+    assert math.isnan(PairMetrics(columns, 0, CPU).metrics()["loss"])
 
 
 @pytest.mark.parametrize("name", ["lmpo", "dpo", "ipo", "slic", "cpo", "kto", "orpo", "simpo", "sft"])
 def test_every_loss_fills_its_columns(name: str) -> None:
     columns = pair_columns(build_loss(parse_loss({"name": name})))
     assert len(columns) == len(set(columns))
-    assert (OBSERVED in columns) == (name in ("lmpo", "kto"))
+    assert (STATISTIC in columns) == (name in ("lmpo", "kto"))
 
 
 def test_a_single_rank_shares_with_nobody() -> None:
     group = SimpleNamespace(size=lambda: 1)
     groups: Any = SimpleNamespace(is_last_stage=True, data=group, pipeline=group)
-    table = PairMetrics(("loss",), 1, CPU)
-    table.share(groups)
-    assert table.values.tolist() == [[0.0]]
+    pairs = PairMetrics(("loss",), 1, CPU)
+    pairs.share(groups)
+    assert pairs.values.tolist() == [[0.0]]

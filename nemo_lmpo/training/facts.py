@@ -1,0 +1,50 @@
+"""What the banner shows of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nemo_lmpo.monitor.banner import BannerFacts, detect_kernels, kernels_in_use, package_versions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nemo_lmpo.training.policy import Policy
+
+
+def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step: int) -> BannerFacts:
+    """Machine, layout, model and versions of a run that is about to start."""
+    config, groups, kernels = policy.config, policy.groups, policy.kernels
+    cuda, world_size = policy.device.type == "cuda", dist.get_world_size()
+    if cuda:
+        devices = f"{world_size} x {torch.cuda.get_device_name()}"
+    else:
+        devices = f"CPU, {world_size} process(es) of {torch.get_num_threads()} thread(s)"
+    return BannerFacts(
+        recipe=config.name,
+        run_dir=str(run_dir),
+        devices=devices,
+        world_size=world_size,
+        parameters=policy.architecture.num_parameters(),
+        parameters_per_rank=policy.num_local_parameters(),
+        total_steps=total_steps,
+        global_batch_size=config.model.global_batch_size,
+        precision=config.trainer.precision,
+        tensor_parallel=groups.tensor.size(),
+        pipeline_parallel=groups.pipeline.size(),
+        virtual_pipeline_parallel=config.model.virtual_pipeline_model_parallel_size,
+        context_parallel=groups.context.size(),
+        data_parallel=groups.data.size(),
+        sequence_parallel=config.model.sequence_parallel,
+        start_step=start_step,
+        kernels=kernels_in_use(
+            detect_kernels(),
+            cuda=cuda,
+            transformer_engine=kernels.transformer_engine,
+            attention_backend=kernels.attention,
+        ),
+        versions=package_versions(),
+    )

@@ -1,0 +1,179 @@
+"""The policy: model chunks, loss and running statistics of one process, and what a step does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.loss.registry import build_loss
+from nemo_lmpo.loss.running_statistics import RunningStatistics
+from nemo_lmpo.model.build import build_model_chunks, parameter_dtype
+from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
+from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.training.batches import StepBatch
+from nemo_lmpo.training.optimizer import wrap_data_parallel
+from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics
+from nemo_lmpo.training.pipeline import run_pipeline
+from nemo_lmpo.training.step import MicroBatchStep
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gives, the same on every rank."""
+
+    loss: float
+    """Mean over the global batch."""
+    metrics: dict[str, float]
+    not_finite: list[int]
+    """Positions in the global batch whose loss is infinite or not a number."""
+
+
+def build_chunks(
+    config: Config, architecture: Architecture, groups: ParallelGroups, device: torch.device, kernels: Kernels
+) -> list[PackedGPTModel]:
+    """This process's bare model chunks, with weights that are yet to be loaded."""
+    return build_model_chunks(
+        architecture,
+        config.model,
+        groups=groups,
+        dtype=parameter_dtype(config.trainer),
+        device=device,
+        kernels=kernels,
+    )
+
+
+def kernels_for(config: Config, architecture: Architecture, *, use_cuda: bool) -> Kernels:
+    """The kernels that a run takes on this machine.
+
+    Raises:
+        ConfigError: what the configuration asks for cannot run here.
+    """
+    return choose_kernels(
+        config.model,
+        precision=config.trainer.precision,
+        head_dim=architecture.head_dim,
+        device=this_device(use_cuda=use_cuda),
+    )
+
+
+class Policy:
+    """A megatron-core model with a preference loss.
+
+    For each step a trainer calls :meth:`prepare_for_training_step`, :meth:`get_loss_and_metrics` and
+    :meth:`finish_training_step`, then clips and steps the optimizer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        groups: ParallelGroups,
+        device: torch.device,
+        *,
+        attach_reference: Callable[[StepBatch], None] | None = None,
+    ) -> None:
+        """Build model and loss.
+
+        Args:
+            config: the run's.
+            architecture: the model's.
+            groups: this process's groups.
+            device: where the model lives.
+            attach_reference: gives a batch its reference log-probabilities, where a reference model is in memory.
+        """
+        self.config = config
+        self.architecture = architecture
+        self.groups = groups
+        self.device = device
+        self.kernels = kernels_for(config, architecture, use_cuda=device.type == "cuda")
+        self.loss = build_loss(config.loss)
+        statistics = self.loss.statistics
+        self.statistics = RunningStatistics(statistics) if statistics is not None else None
+        chunks = build_chunks(config, architecture, groups, device, self.kernels)
+        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
+        self.attach_reference = attach_reference
+        self.micro_batch_step = MicroBatchStep(
+            self.loss, self.statistics, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
+        )
+
+    @property
+    def models(self) -> list[PackedGPTModel]:
+        """The model chunks of this process without wrappers."""
+        from megatron.core.utils import unwrap_model
+
+        return cast(list[PackedGPTModel], unwrap_model(list(self.chunks)))
+
+    def num_local_parameters(self) -> int:
+        """Parameters that this process holds."""
+        return sum(parameter.numel() for chunk in self.models for parameter in chunk.parameters())
+
+    def prepare_for_training_step(self) -> None:
+        """Clear the gradient buffers."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+
+    def get_loss_and_metrics(self, batch: StepBatch, *, forward_only: bool) -> StepOutcome:
+        """Mean loss over the global batch and its metrics.
+
+        With ``forward_only=False`` gradients are left in the buffers, and statistics that a loss updates after
+        the step are updated.
+        """
+        pairs = self.run_batch(batch, forward_only=forward_only)
+        metrics = pairs.metrics()
+        if self.statistics is not None and (name := self.statistics.config.log_as) is not None:
+            current = self.statistics.current()
+            metrics[f"{name}/mean"], metrics[f"{name}/std"] = current.mean, current.std
+        if not forward_only and self.statistics is not None and self.statistics.config.update == "after_step":
+            self.statistics.update(pairs.column(STATISTIC))
+        return StepOutcome(metrics["loss"], metrics, pairs.not_finite())
+
+    def run_batch(self, batch: StepBatch, *, forward_only: bool) -> PairMetrics:
+        """Forward (and backward) over the micro-batches; the per-pair values of the whole global batch.
+
+        Communicates: whatever the layout's schedule does, then the sharing of the values over all ranks.
+        """
+        if self.attach_reference is not None:
+            self.attach_reference(batch)
+        if self.statistics is not None and self.statistics.config.update == "before_step":
+            # The losses need the whole batch's statistic, so a forward pass of its own takes it first.
+            observed = self._run(batch, training=False, forward_only=True)
+            self.statistics.update(observed.column(STATISTIC))
+        pairs = self._run(batch, training=not forward_only, forward_only=forward_only)
+        self._share_statistics()
+        return pairs
+
+    def _run(self, batch: StepBatch, *, training: bool, forward_only: bool) -> PairMetrics:
+        pairs = self.micro_batch_step.begin(batch.num_pairs, training=training)
+        run_pipeline(
+            list(self.chunks), batch.micro_batches, self.micro_batch_step.forward_step, forward_only=forward_only
+        )
+        pairs.share(self.groups)
+        return pairs
+
+    def _share_statistics(self) -> None:
+        """Bring statistics that only last stages updated to all stages; one broadcast over the pipeline."""
+        if self.statistics is None or self.groups.pipeline.size() == 1:
+            return
+        if self.statistics.config.update != "before_micro_batch":
+            return
+        state = [self.statistics.state_dict()]
+        dist.broadcast_object_list(state, self.groups.last_stage_rank, group=self.groups.pipeline)
+        self.statistics.load_state_dict(state[0])
+
+    def finish_training_step(self) -> None:
+        """Sum gradients over all ranks that share weights.
+
+        Communicates over the data- and context-parallel group, over the tensor-parallel group for the norms
+        under sequence parallelism, and over first and last stage for tied embeddings.
+        """
+        from megatron.core.distributed import finalize_model_grads
+
+        # Losses were divided by the global number of pairs already, so no token count is given.
+        finalize_model_grads(list(self.chunks))

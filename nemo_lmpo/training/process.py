@@ -1,0 +1,45 @@
+"""This process as part of a job: groups, device and threads for as long as a run lasts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
+from nemo_lmpo.runtime.cpu_adapter import ADAPTER
+from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
+from nemo_lmpo.runtime.launch import LaunchInfo
+
+
+@contextmanager
+def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[ParallelGroups, torch.device]]:
+    """Process groups and the device for a block; on machines without GPUs through the CPU adapter."""
+    device = prepare_device(config, launch)
+    start_process_group(launch, use_cuda=device.type == "cuda")
+    try:
+        yield create_groups(config.model), device
+    finally:
+        destroy_groups()
+        if device.type == "cpu":
+            ADAPTER.uninstall()
+
+
+def prepare_device(config: Config, launch: LaunchInfo) -> torch.device:
+    """This process's GPU, or the CPU with what megatron-core needs there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    ADAPTER.install()
+    keep_freed_memory()
+    torch.set_num_threads(threads_per_process(config, launch))
+    return torch.device("cpu")
+
+
+def threads_per_process(config: Config, launch: LaunchInfo) -> int:
+    """CPU threads for this process: as configured, else the node's cores shared equally."""
+    if config.trainer.num_threads is not None:
+        return config.trainer.num_threads
+    return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
