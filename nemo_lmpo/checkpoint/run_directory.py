@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_lmpo.config.architecture import architecture_to_hf
-from nemo_lmpo.config.schema import Config
+from nemo_lmpo.config.schema import Config, may_change
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime.atomic import replace_file
@@ -24,42 +24,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 ARCHITECTURE_FILE = "architecture.json"
-MAY_CHANGE = (
-    "run_dir",
-    "dry_run",
-    "traceback",
-    "logging",
-    "checkpoint",
-    "trainer.max_time_per_run",
-    "trainer.max_steps",
-    "trainer.max_epochs",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.num_threads",
-    "trainer.val_check_interval",
-    "data.cache_dir",
-    "data.num_workers",
-    "data.share_prompt",
-    "data.row_tokens",
-    "model.micro_batch_size",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.sequence_parallel",
-    "model.make_vocab_size_divisible_by",
-    "model.transformer_engine",
-    "model.attention_backend",
-    "model.activations_checkpoint_granularity",
-    "model.activations_checkpoint_method",
-    "model.activations_checkpoint_num_layers",
-    "model.logprob_chunk_tokens",
-    "model.reference_in_memory",
-    "optim.use_distributed_optimizer",
-    "optim.overlap_grad_reduce",
-)
-"""Settings that a resumed run may have otherwise than before: they change cost, length or display, not what is
-learned from which pairs."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -69,10 +33,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
 
 
 class RunDirectory:
@@ -106,7 +66,7 @@ class RunDirectory:
         differing = [
             f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not _may_change(key)
+            if before.get(key) != now.get(key) and not may_change(key)
         ]
         if differing:
             raise ConfigError(

@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.config.schema import Config
+from nemo_lmpo.config.coerce import coerce
+from nemo_lmpo.config.loss_section import parse_loss
+from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.registry import DEFAULT_LOSS, parse_loss
+from nemo_lmpo.loss.registry import DEFAULT_LOSS
 
 GROUPS = ("model", "data", "loss", "optim", "trainer", "checkpoint", "logging", "setting")
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
@@ -161,104 +161,25 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     """A checked configuration from plain values.
 
     Raises:
-        ConfigError: unknown keys (with the nearest known one), wrong types.
+        ConfigError: unknown keys (with the nearest known one), wrong types, unknown choices; all of them, one a line.
     """
-    values = dict(raw)
-    loss = parse_loss(values.pop("loss", None))
-    config: Config = _fill(Config, values, prefix="")
-    config.loss = loss
-    if "name" not in raw:
-        config.name = name
+    values = {"name": name, **raw}
+    section = values.pop("loss", None)
+    config: Config = coerce(Config, values, unknown=_unknown_key)
+    config.loss = parse_loss(section)
     return config
 
 
-def _fill(cls: type[Any], raw: Any, *, prefix: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')}={raw!r} is not a group of settings; known: {', '.join(_names(cls))}")
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in hints:
-            raise _unknown(prefix + str(key), str(key), cls)
-        values[key] = _convert(prefix + key, value, hints[key])
-    return cls(**values)
-
-
-def _names(cls: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def all_keys(cls: type[Any] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the configuration."""
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from all_keys(hint, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _unknown(path: str, key: str, cls: type[Any]) -> ConfigError:
-    siblings = [name for name in _names(cls) if name.startswith(key) or key.startswith(name)]
-    siblings = siblings or difflib.get_close_matches(key, _names(cls), n=1)
-    parent = path.removesuffix(key)
-    near = [parent + siblings[0]] if siblings else difflib.get_close_matches(path, list(all_keys()), n=1)
-    elsewhere = [known for known in all_keys() if known.rsplit(".", 1)[-1] == key]
-    suggestion = elsewhere[0] if elsewhere else (near[0] if near else None)
-    hint = f"; did you mean {suggestion}?" if suggestion else f"; known: {', '.join(_names(cls))}"
-    return ConfigError(f"unknown key {path}{hint}")
-
-
-def _convert(path: str, value: Any, hint: Any) -> Any:
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _fill(hint, value, prefix=f"{path}.")
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ConfigError(f"{path} must not be empty; give {_describe(options)}")
-    for option in options:
-        converted = _as_type(value, option)
-        if converted is not None:
-            return converted[0]
-    raise ConfigError(f"{path}={value!r} is not {_describe(options)}")
-
-
-def _as_type(value: Any, option: Any) -> tuple[Any] | None:
-    """The value as that type in a tuple of one, or None if it does not fit."""
-    origin = typing.get_origin(option) or option
-    if option is bool:
-        return (value,) if isinstance(value, bool) else None
-    if option is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return (value,) if whole else ((int(value),) if isinstance(value, float) and value.is_integer() else None)
-    if option is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return (float(value),)
-        try:
-            return (float(value),) if isinstance(value, str) else None
-        except ValueError:
-            return None
-    if option is str:
-        # YAML reads durations and hub names of digits as numbers.
-        return (str(value),) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
-    if origin is list:
-        if not isinstance(value, list):
-            return None
-        items = [_as_type(item, typing.get_args(option)[0]) for item in value]
-        return None if None in items else ([item[0] for item in items if item is not None],)
-    return (dict(value),) if origin is dict and isinstance(value, Mapping) else None
-
-
-def _describe(options: Sequence[Any]) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    named = [
-        words.get(option) or ("a list" if typing.get_origin(option) is list else "a group")
-        for option in options
-        if option is not type(None)
-    ]
-    return " or ".join(dict.fromkeys(named))
+def _unknown_key(key: str, value: Any) -> str:
+    parent, _, last = key.rpartition(".")
+    known = all_keys()
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+    near = [name for name in siblings if name.startswith(last) or last.startswith(name)]
+    near = near or difflib.get_close_matches(last, siblings, n=1)
+    nearest = [f"{parent}.{near[0]}".lstrip(".")] if near else difflib.get_close_matches(key, known, n=1)
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    suggestion = next(iter([*elsewhere, *nearest]), None)
+    return f"unknown key {key}" + (f"; did you mean {suggestion}?" if suggestion else f"; known: {', '.join(siblings)}")
 
 
 def config_as_dict(config: Config) -> dict[str, Any]:

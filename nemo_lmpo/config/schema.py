@@ -1,13 +1,56 @@
 """The configuration of a run: dataclasses that hold the only defaults.
 
-Recipes (YAML) hold what differs from these; :mod:`nemo_lmpo.config.recipe` composes and checks them. Names follow
-NeMo where NeMo has one. This module imports nothing of the package, so every command can read it fast.
+Recipes (YAML) hold what differs from these; :mod:`nemo_lmpo.config.recipe` composes them and
+:mod:`nemo_lmpo.config.coerce` checks names, types and choices. What a number may be, and whether a resumed run may
+have another value than before, stands at the field (:func:`setting`); rules that look at several fields are in
+:mod:`nemo_lmpo.config.rules`. Names follow NeMo where NeMo has one. This module imports nothing of the package, so
+every command can read it fast.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a field's value may be, beyond its type; :mod:`nemo_lmpo.config.rules.bounds` applies it."""
+
+    minimum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    maximum: float | None = None
+    remedy: str = ""
+    """What to do instead, put behind the message."""
+    may_be_empty: bool = False
+    """Whether an empty text means something."""
+
+
+def setting(default: Any = dataclasses.MISSING, *, may_change: bool = False, **limits: Any) -> Any:
+    """A field with its default and what holds for its values.
+
+    Args:
+        default: the default; a list or a dataclass type is made anew for every configuration.
+        may_change: a resumed run may have another value than before: it changes cost, length or display, not what is
+            learned from which pairs. Of a group: all of its settings.
+        limits: of :class:`Limits`.
+    """
+    metadata = {"may_change": may_change, "limits": Limits(**limits)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def limits_of(of: dataclasses.Field[Any]) -> Limits:
+    """What holds for a field's values."""
+    limits: Limits = of.metadata.get("limits", Limits())
+    return limits
 
 
 @dataclass
@@ -23,35 +66,37 @@ class ModelConfig:
     """Tokenizer directory, hub name, or `builtin:NAME`; unset: the one beside the starting weights."""
     trust_remote_code: bool = False
     """Whether code that comes with a model or tokenizer may run."""
-    global_batch_size: int = 128
+    global_batch_size: int = setting(128, minimum=1)
     """Preference pairs of one optimizer step, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = setting(None, may_change=True, minimum=1, remedy="unset it for no limit")
     """At most this many pairs in one packed row; unset: as many as fit `data.row_tokens`; 1: unpacked."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
+    tensor_model_parallel_size: int = setting(1, may_change=True, minimum=1)
+    pipeline_model_parallel_size: int = setting(1, may_change=True, minimum=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, may_change=True, minimum=2, remedy="unset it for one chunk a stage"
+    )
     """Model chunks per pipeline stage (interleaved schedule)."""
-    context_parallel_size: int = 1
-    sequence_parallel: bool = False
+    context_parallel_size: int = setting(1, may_change=True, minimum=1)
+    sequence_parallel: bool = setting(False, may_change=True)
     """Split the activations outside attention and MLP along the sequence over the tensor-parallel group."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = setting(128, may_change=True, minimum=1, maximum=65536)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    transformer_engine: bool | None = None
+    transformer_engine: bool | None = setting(None, may_change=True)
     """Transformer Engine layers; unset: where there is a GPU and megatron-core can use the installed version."""
-    attention_backend: str = "auto"
+    attention_backend: Literal["auto", "flash", "te", "sdpa"] = setting("auto", may_change=True)
     """`flash` (torch's variable-length kernel: A100 or newer, bf16), `te` (Transformer Engine's: H100, or A100 with
     flash-attn; bf16), `sdpa` (torch, a call a span, runs everywhere), or `auto`: the first of these that runs."""
-    activations_checkpoint_granularity: str | None = None
+    activations_checkpoint_granularity: Literal["selective", "full"] | None = setting(None, may_change=True)
     """Recompute activations in backward: unset, `selective` (attention) or `full` (whole layers)."""
-    activations_checkpoint_method: str = "uniform"
+    activations_checkpoint_method: Literal["uniform", "block"] = setting("uniform", may_change=True)
     """For `full`: `uniform` or `block`."""
-    activations_checkpoint_num_layers: int = 1
+    activations_checkpoint_num_layers: int = setting(1, may_change=True, minimum=1)
     """For `full`: layers a recomputed unit (`uniform`), or recomputed layers a stage (`block`)."""
-    logprob_chunk_tokens: int = 1024
+    logprob_chunk_tokens: int = setting(1024, may_change=True, minimum=1)
     """Predicting positions whose logits exist at a time."""
-    reference_in_memory: bool = False
+    reference_in_memory: bool = setting(False, may_change=True)
     """Keep the reference model of DPO, IPO or KTO in memory, instead of computing its log-probabilities before."""
-    seed: int = 42
+    seed: int = setting(42, minimum=0, maximum=2**63 - 1)
     """Random start weights and the order of the data."""
 
 
@@ -59,15 +104,15 @@ class ModelConfig:
 class DatasetConfig:
     """Where preference pairs come from."""
 
-    path: Any = None
+    path: str | list[str] | None = None
     """A file (JSONL, JSONL.gz, Parquet), a directory saved by `datasets`, a hub name, `builtin:NAME`, or a list."""
     split: str = "train"
     """Split of hub datasets, saved dataset dictionaries and builtin tasks."""
-    weights: list[float] | None = None
+    weights: list[float] | None = setting(None, minimum=0, maximum=1000)
     """One a path: the fraction of it that an epoch holds (1: all, 0.5: half, 2: twice)."""
-    schema: str = "auto"
+    schema: Literal["auto", "messages", "strings", "hh"] = "auto"
     """`auto`, `messages` (UltraFeedback-binarized), `strings` (prompt/chosen/rejected) or `hh` (Anthropic HH)."""
-    limit: int | None = None
+    limit: int | None = setting(None, minimum=1, remedy="unset it for all rows")
     """Use the first N rows of each path."""
 
 
@@ -77,23 +122,23 @@ class DataConfig:
 
     train: DatasetConfig = field(default_factory=DatasetConfig)
     validation: DatasetConfig = field(default_factory=lambda: DatasetConfig(split="test"))
-    max_length: int = 2048
+    max_length: int = setting(2048, minimum=2)
     """Tokens of prompt and response together; responses are cut at the end."""
-    max_prompt_length: int = 1800
+    max_prompt_length: int = setting(1800, minimum=1)
     """Tokens of the prompt; longer ones keep their end."""
     chat_template: str | None = None
     """Unset: the tokenizer's; else a file, or a built-in name (`chatml`, `llama3`, `mistral`, `zephyr`, `plain`)."""
-    system_prompt: str | None = None
+    system_prompt: str | None = setting(None, may_be_empty=True)
     """A system message put in front of conversations that have none."""
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
     """`error` stops at the first unusable row; `skip` counts and drops it."""
-    share_prompt: bool = True
+    share_prompt: bool = setting(True, may_change=True)
     """Lay a pair's prompt in the row once for both responses; the numbers are the same either way."""
-    row_tokens: int | None = None
+    row_tokens: int | None = setting(None, may_change=True, minimum=1, remedy="unset it for 2 * data.max_length")
     """Token budget of a packed row; unset: two full-length sequences, see :attr:`row_budget`."""
-    cache_dir: str | None = None
+    cache_dir: str | None = setting(None, may_change=True)
     """Where tokenized pairs are kept; unset: `$XDG_CACHE_HOME/nemo_lmpo` or `~/.cache/nemo_lmpo`."""
-    num_workers: int | None = None
+    num_workers: int | None = setting(None, may_change=True, minimum=1, maximum=1024)
     """Processes that tokenize; unset: one for small data, else the number of CPU cores."""
 
     @property
@@ -106,11 +151,11 @@ class DataConfig:
 class ScheduleConfig:
     """Learning-rate schedule over the run's steps."""
 
-    name: str = "cosine"
+    name: Literal["cosine", "linear", "constant"] = "cosine"
     """`cosine`, `linear` or `constant`, each after the warm-up."""
-    warmup_fraction: float = 0.1
+    warmup_fraction: float = setting(0.1, minimum=0, below=1)
     """Part of all steps during which the rate rises linearly from 0."""
-    min_lr: float = 0.0
+    min_lr: float = setting(0.0, minimum=0)
     """The rate at the end."""
 
 
@@ -118,13 +163,13 @@ class ScheduleConfig:
 class OptimConfig:
     """AdamW through megatron-core."""
 
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    use_distributed_optimizer: bool = False
+    lr: float = setting(1e-6, minimum=0, maximum=1)
+    weight_decay: float = setting(0.0, minimum=0, maximum=1)
+    betas: list[float] = setting([0.9, 0.999], minimum=0, below=1)
+    eps: float = setting(1e-8, above=0, maximum=1, remedy="leave it at 1e-8")
+    use_distributed_optimizer: bool = setting(False, may_change=True)
     """Shard optimizer state over the data-parallel group."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = setting(False, may_change=True)
     """Reduce gradients while backward still runs."""
     sched: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -133,22 +178,24 @@ class OptimConfig:
 class TrainerConfig:
     """How long and how to train."""
 
-    max_epochs: int = 1
+    max_epochs: int = setting(1, may_change=True, minimum=1)
     """Passes over the pairs; `max_steps` overrides."""
-    max_steps: int | None = None
+    max_steps: int | None = setting(None, may_change=True, minimum=1, remedy="unset it to train max_epochs")
     """Optimizer steps of the whole run; unset: `max_epochs` passes."""
-    devices: int = 1
+    devices: int = setting(1, may_change=True, minimum=1, maximum=1024)
     """Processes a node that a recipe is laid out for; launchers and the dry run use it, a run counts its own."""
-    num_nodes: int = 1
-    precision: str = "bf16"
+    num_nodes: int = setting(1, may_change=True, minimum=1, maximum=65536)
+    precision: Literal["bf16", "32"] = "bf16"
     """`bf16` (BF16 compute, float32 main parameters) or `32`."""
-    gradient_clip_val: float = 1.0
+    gradient_clip_val: float = setting(1.0, minimum=0)
     """Largest gradient norm; 0: no clipping."""
-    val_check_interval: int = 400
+    val_check_interval: int = setting(400, may_change=True, minimum=0)
     """Steps between validations; 0: only at the end."""
-    max_time_per_run: str | None = None
+    max_time_per_run: str | None = setting(None, may_change=True)
     """`DD:HH:MM:SS` (NeMo's form) or `HH:MM:SS`: save and exit 0 before this much time has passed."""
-    num_threads: int | None = None
+    num_threads: int | None = setting(
+        None, may_change=True, minimum=1, maximum=1024, remedy="unset it to share the cores"
+    )
     """CPU threads a process; unset: the cores shared equally by the node's processes."""
 
 
@@ -156,15 +203,15 @@ class TrainerConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    save_interval: int = 100
+    save_interval: int = setting(100, minimum=0)
     """Steps between checkpoints; one is always saved at the end; 0: only then."""
-    keep_last: int = 2
+    keep_last: int = setting(2, minimum=1, remedy="resuming needs one")
     """Newest checkpoints kept."""
-    keep_best: int = 1
+    keep_best: int = setting(1, minimum=0)
     """Best checkpoints kept besides."""
     monitor: str = "val/loss"
     """Metric that ranks checkpoints."""
-    mode: str = "min"
+    mode: Literal["min", "max"] = "min"
     """`min` or `max`: which end of `monitor` is best."""
     async_save: bool = False
     """Write while training goes on, where the backend can."""
@@ -187,7 +234,7 @@ class LoggingConfig:
 
     tensorboard: bool = True
     progress_bar: bool = True
-    log_interval: int = 1
+    log_interval: int = setting(1, minimum=1)
     """Steps between lines of TensorBoard, W&B and the progress bar (`metrics.jsonl` has every step)."""
     report: bool = True
     """Draw `report.html` at the end."""
@@ -200,17 +247,38 @@ class Config:
 
     name: str = "run"
     """The recipe's name."""
-    run_dir: str | None = None
+    run_dir: str | None = setting(None, may_change=True)
     """Everything the run writes; unset: `runs/<name>` under the working directory."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: Any = None
-    """The dataclass of the chosen loss (see :mod:`nemo_lmpo.loss.registry`)."""
+    """The dataclass of the chosen loss (see :mod:`nemo_lmpo.config.loss_section`)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    dry_run: bool = False
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, may_change=True)
+    logging: LoggingConfig = setting(LoggingConfig, may_change=True)
+    dry_run: bool = setting(False, may_change=True)
     """Validate, print the layout and the memory expected, and exit."""
-    traceback: bool = False
+    traceback: bool = setting(False, may_change=True)
     """Show the full traceback of errors that are otherwise one message."""
+
+
+def all_settings(cls: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Dotted keys and fields; a group stands before its settings."""
+    hints = typing.get_type_hints(cls)
+    for of in dataclasses.fields(cls):
+        yield prefix + of.name, of
+        if dataclasses.is_dataclass(hints[of.name]):
+            yield from all_settings(hints[of.name], f"{prefix}{of.name}.")
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the configuration, groups themselves left out."""
+    keys = [key for key, _ in all_settings()]
+    return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a dotted key than before."""
+    allowed = {name for name, of in all_settings() if of.metadata.get("may_change", False)}
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)

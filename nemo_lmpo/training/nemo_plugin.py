@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_lmpo.checkpoint.export import write_policy_archive
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
@@ -24,7 +25,7 @@ from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.tokenizer import load_tokenizer, padding_id
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import BaseModel, find_base_model
-from nemo_lmpo.loss.registry import DEFAULT_LOSS, parse_loss
+from nemo_lmpo.loss.registry import DEFAULT_LOSS
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.runtime.launch import read_launch_info
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch

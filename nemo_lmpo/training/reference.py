@@ -28,7 +28,8 @@ from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 from nemo_lmpo.formats.base_model import BaseModel
-from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.registry import build_loss
+from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pipeline import run_pipeline
@@ -60,7 +61,7 @@ class ResponseSums:
         self.chunks = chunks
         self.groups = groups
         # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
-        loss = build_loss(parse_loss({"name": "sft"}))
+        loss = build_loss(SFTConfig())
         self.step = MicroBatchStep(loss, None, groups, chunk_tokens=chunk_tokens, device=device)
 
     def __call__(self, batch: StepBatch) -> Tensor:

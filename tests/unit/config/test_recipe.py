@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.config import schema as config_module
-from nemo_lmpo.config.recipe import all_keys, config_as_dict, config_from_mapping, load_recipe
-from nemo_lmpo.config.schema import Config
+from nemo_lmpo.config import schema
+from nemo_lmpo.config.coerce import alternatives, types_of
+from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping, load_recipe
+from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.registry import LOSSES
 
 WRONG = {
     "misspelt": ("model.tensor_model_paralel_size=2", ("model.tensor_model_parallel_size",)),
@@ -20,7 +23,7 @@ WRONG = {
     "wrong_group": ("trainer.lr=1e-3", ("trainer.lr", "optim.lr")),
     "no_group": ("max_steps=3", ("max_steps", "trainer.max_steps")),
     "deep": ("data.train.pth=x", ("data.train.pth", "data.train.path")),
-    "loss_option": ("loss.beeta=2", ("loss.beeta", "beta")),
+    "loss_option": ("loss.beeta=2", ("unknown key loss.beeta", "did you mean loss.beta?")),
     "loss_name": ("loss.name=lmp", ("loss.name='lmp'", "lmpo")),
     "text_for_number": ("optim.lr=fast", ("optim.lr='fast'", "a number")),
     "fraction_for_whole": ("trainer.max_steps=1.5", ("trainer.max_steps=1.5", "a whole number")),
@@ -31,6 +34,19 @@ WRONG = {
     "texts_in_list": ("optim.betas=[a,b]", ("optim.betas=['a', 'b']", "a list")),
     "number_for_group": ("optim.sched=3", ("optim.sched=3", "group of settings", "warmup_fraction")),
     "nothing": ("optim.lr=null", ("optim.lr", "must not be empty", "a number")),
+    **{
+        f"{name}_unknown": (f"{name}=odd", (f"{name}='odd'", "choose", known))
+        for name, known in (
+            ("trainer.precision", "bf16"),
+            ("data.on_bad_row", "skip"),
+            ("data.train.schema", "messages"),
+            ("checkpoint.mode", "max"),
+            ("optim.sched.name", "constant"),
+            ("model.attention_backend", "sdpa"),
+            ("model.activations_checkpoint_granularity", "selective"),
+            ("model.activations_checkpoint_method", "block"),
+        )
+    },
     "unreadable": ("model.seed", ("model.seed",)),
     "unclosed": ("optim.betas=[0.9", ("optim.betas",)),
 }
@@ -129,16 +145,49 @@ def test_what_is_saved_reads_back_the_same() -> None:
     assert config_from_mapping(config_as_dict(config)) == config
 
 
-def test_every_option_is_documented_or_plain() -> None:
-    """A field's type must be one that values can be checked against."""
-    for cls in (value for value in vars(config_module).values() if dataclasses.is_dataclass(value)):
-        for name, hint in typing.get_type_hints(cls).items():
-            options = typing.get_args(hint) or (hint,)
-            kinds = itertools.chain(*(typing.get_args(option) or (option,) for option in options))
-            assert all(
-                kind in (str, int, float, bool, type(None), typing.Any) or dataclasses.is_dataclass(kind)
-                for kind in kinds
-            ), f"{cls.__name__}.{name}"
+def plain_types(hint: object) -> Iterator[object]:
+    for option in alternatives(hint):
+        if typing.get_origin(option) is typing.Literal:
+            yield from map(type, typing.get_args(option))
+        elif typing.get_origin(option) in (list, dict):
+            yield from (part for argument in typing.get_args(option) for part in plain_types(argument))
+        else:
+            yield option
+
+
+def test_every_setting_has_a_type_that_values_are_checked_against() -> None:
+    groups = {value for value in vars(schema).values() if dataclasses.is_dataclass(value)} - {schema.Limits}
+    for cls in [*groups, *(entry.config for entry in LOSSES.values())]:
+        for name, hint in types_of(cls).items():
+            for kind in plain_types(hint):
+                fits = kind in (str, int, float, bool, type(None), typing.Any) or dataclasses.is_dataclass(kind)
+                assert fits, f"{cls.__name__}.{name}"
+
+
+def test_one_coercer_answers_alike() -> None:
+    """Words for switches, numbers as text: the same for settings and for options of losses."""
+    for word, meant in (("yes", True), ("Off", False), ("true", True)):
+        config = load_recipe("lmpo_tiny", [f"loss.z_score={word}", f"model.sequence_parallel={word}"])
+        assert (config.loss.z_score, config.model.sequence_parallel) == (meant, meant)
+    for key in ("loss.z_score", "model.sequence_parallel"):
+        with pytest.raises(ConfigError, match=rf"{key}=1 is not true or false"):
+            load_recipe("lmpo_tiny", [f"{key}=1"])
+    for key in ("loss.beta", "optim.lr"):
+        assert load_recipe("lmpo_tiny", [f"{key}='1e-3'"])
+        with pytest.raises(ConfigError, match=rf"{key}='fast' is not a number"):
+            load_recipe("lmpo_tiny", [f"{key}=fast"])
+
+
+def test_all_wrong_keys_and_values_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("lmpo_tiny", ["optim.lr=fast", "model.sede=3", "trainer.precision=16"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_the_sentence_about_an_unknown_key() -> None:
+    expected = "unknown key model.tensor_model_parallel_sise; did you mean model.tensor_model_parallel_size?"
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        load_recipe("lmpo_tiny", ["model.tensor_model_parallel_sise=2"])
 
 
 def test_keys_of_every_group_are_listed() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.interface import LossInputs, Statistics
 from nemo_lmpo.loss.numerics import log1mexp
-from nemo_lmpo.loss.registry import LOSSES, build_loss, parse_loss
+from nemo_lmpo.loss.registry import LOSSES, build_loss
 
 S_W, S_L, N_W, N_L = (-6.0, -30.0), (-20.0, -8.0), (4.0, 20.0), (10.0, 5.0)
 REF_W, REF_L = (-7.0, -25.0), (-18.5, -9.0)

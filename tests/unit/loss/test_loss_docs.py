@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import nemo_lmpo
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import registry
 from nemo_lmpo.loss.lmpo import DEFAULT_LOG_H, DEFAULT_MOMENTUM, LMPOConfig
@@ -33,12 +34,12 @@ def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
     exec(compile(module, "adding_a_loss.md", "exec", dont_inherit=True), rdpo.__dict__)
     ((name, line),) = eval("{" + entry.strip() + "}", {**rdpo.__dict__, "LossEntry": registry.LossEntry}).items()
     monkeypatch.setitem(registry.LOSSES, name, line)
-    loss = registry.build_loss(registry.parse_loss({"name": "rdpo", "beta": 0.1, "alpha": "0.01"}))
+    loss = registry.build_loss(parse_loss({"name": "rdpo", "beta": 0.1, "alpha": "0.01"}))
     losses = loss(make_inputs([-6.0], [-20.0], [4.0], [10.0], [-7.0], [-18.5])).losses
     # 0.1 * (1 + 1.5) + 0.01 * (4 - 10) = 0.19
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-0.19)))
     with pytest.raises(ConfigError, match="Options of rdpo: beta, alpha"):
-        registry.parse_loss({"name": "rdpo", "gamma": 1})
+        parse_loss({"name": "rdpo", "gamma": 1})
 
 
 def test_the_table_lists_every_loss_with_its_defaults():

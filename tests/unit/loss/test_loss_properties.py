@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.loss.interface import LossInputs, Statistics
-from nemo_lmpo.loss.registry import LOSSES, build_loss, parse_loss
+from nemo_lmpo.loss.registry import LOSSES, build_loss
 
 pair = st.tuples(
     st.floats(-2000, 0),

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.config.loss_section import parse_loss
+from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 MARGINS = {

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.loss.interface import LossInputs
-from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.data.pack import pack_pairs
 from nemo_lmpo.data.pair import PairTokens
-from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localize
 from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics, pair_columns
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_lmpo.config.architecture import architecture_from_hf
+from nemo_lmpo.config.coerce import types_of
 from nemo_lmpo.config.recipe import load_recipe
-from nemo_lmpo.config.rules import RULES, ParallelLayout, validate
+from nemo_lmpo.config.rules import LAYOUT_RULES, SETTING_RULES, ParallelLayout, check_settings, validate
+from nemo_lmpo.config.rules.bounds import out_of_bounds
+from nemo_lmpo.config.rules.settings import VALIDATION_METRICS
+from nemo_lmpo.config.schema import DatasetConfig
+from nemo_lmpo.data.schema import SCHEMAS
 from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.loss.registry import build_loss
+from nemo_lmpo.training.pair_metrics import pair_columns, table_metrics
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -53,18 +62,6 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "trainer.val_check_interval",
             "checkpoint.save_interval",
             "checkpoint.keep_best",
-        )
-    },
-    **{
-        f"{name}_unknown": ((f"{name}=odd",), 1, (f"{name}='odd'", "choose", known))
-        for name, known in (
-            ("trainer.precision", "bf16"),
-            ("data.on_bad_row", "skip"),
-            ("checkpoint.mode", "max"),
-            ("optim.sched.name", "constant"),
-            ("model.attention_backend", "sdpa"),
-            ("model.activations_checkpoint_granularity", "selective"),
-            ("model.activations_checkpoint_method", "block"),
         )
     },
     "too_few_processes": (("model.tensor_model_parallel_size=2",), 1, ("1 processes", "size=2", "a multiple of 2")),
@@ -151,7 +148,27 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "three_betas": (("optim.betas=[0.9,0.99,0.999]",), 1, ("optim.betas=[0.9, 0.99, 0.999]", "two numbers")),
     "beta_one": (("optim.betas=[0.9,1.0]",), 1, ("optim.betas=[0.9, 1.0]", "below 1")),
     "no_epsilon": (("optim.eps=0",), 1, ("optim.eps=0.0", "above 0")),
-    "not_a_number": (("optim.lr=nan",), 1, ("optim.lr=nan", "must not be negative")),
+    "not_a_number": (("optim.lr=nan",), 1, ("optim.lr=nan", "must be a finite number")),
+    "infinite": (("optim.weight_decay=inf",), 1, ("optim.weight_decay=inf", "must be a finite number")),
+    "rate_that_ruins": (("optim.lr=1e30",), 1, ("optim.lr=1e+30", "at most 1")),
+    "seed_of_too_many_bits": (("model.seed=18446744073709551616",), 1, ("model.seed=18446744073709551616", "correct")),
+    "threads_of_no_machine": (("trainer.num_threads=999999999999",), 1, ("num_threads=999999999999", "at most 1024")),
+    "huge_vocabulary": (("model.make_vocab_size_divisible_by=999999999999",), 1, ("divisible_by=9", "at most 65536")),
+    "loss_option_of_no_use": (("loss.log_h=1e30",), 1, ("loss.log_h=1e+30", "at most 1e+06")),
+    "empty_path": (("data.train.path=''",), 1, ("data.train.path=''", "must not be empty")),
+    "empty_validation": (("data.validation.path=[]",), 1, ("data.validation.path=[]", "set it to null")),
+    "no_rows": (("data.train.limit=0",), 1, ("data.train.limit=0", "at least 1", "unset it")),
+    "weights_for_other_paths": (("data.train.weights=[1,2]",), 1, ("data.train.weights has 2 values for 1 paths",)),
+    "weights_of_nothing": (("data.train.weights=[0]",), 1, ("data.train.weights=[0.0]", "take no row")),
+    "weight_that_is_none": (("data.train.weights=[nan]",), 1, ("data.train.weights=[nan]", "finite")),
+    "endless_weight": (("data.train.weights=[1e30]",), 1, ("data.train.weights=[1e+30]", "at most 1000")),
+    "unknown_metric": (("checkpoint.monitor=val/los",), 1, ("checkpoint.monitor='val/los'", "choose val/loss")),
+    "another_losss_metric": (("checkpoint.monitor=val/kto/z",), 1, ("checkpoint.monitor='val/kto/z'", "choose")),
+    "name_that_climbs": (("name=a/../../b",), 1, ("name='a/../../b'", "folder's name")),
+    "endless_name": ((f"run_dir=runs/{'x' * 300}",), 1, ("run_dir='runs/xxx", "255 bytes")),
+    "no_log_lines": (("logging.log_interval=0",), 1, ("logging.log_interval=0", "at least 1")),
+    "nul_in_a_path": (("run_dir='a\x00b'",), 1, ("run_dir='a\\x00b'", "control characters")),
+    "no_workers": (("data.num_workers=0",), 1, ("data.num_workers=0", "at least 1")),
     "odd_duration": (("trainer.max_time_per_run=4h",), 1, ("trainer.max_time_per_run='4h'", "DD:HH:MM:SS")),
 }
 
@@ -168,20 +185,39 @@ def test_is_refused(case: str) -> None:
 def test_every_rule_is_in_the_table() -> None:
     tripped = set()
     for overrides, world_size, _ in BAD.values():
-        layout = ParallelLayout(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), world_size)
-        for rule in RULES:
-            try:
-                tripped.update([rule] if list(rule(layout)) else [])
-            except ZeroDivisionError:
-                continue  # a size of 0 stops before the other rules
-    assert tripped == set(RULES)
+        config = load_recipe("lmpo_tiny", overrides)
+        if list(out_of_bounds(config)):
+            continue  # stops before the other rules
+        layout = ParallelLayout(config, architecture_from_hf(SHAPE), world_size)
+        tripped.update(rule for rule in SETTING_RULES if list(rule(config)))
+        tripped.update(rule for rule in LAYOUT_RULES if list(rule(layout)))
+    assert tripped == {*SETTING_RULES, *LAYOUT_RULES}
 
 
 def test_all_problems_are_told_at_once() -> None:
-    config = load_recipe("lmpo_tiny", ["optim.lr=-1", "trainer.precision=16", "trainer.max_steps=0"])
+    config = load_recipe("lmpo_tiny", ["optim.lr=-1", "optim.eps=0", "trainer.max_steps=0"])
     with pytest.raises(ConfigError) as caught:
         validate(config, architecture_from_hf(SHAPE), 1)
     assert len(str(caught.value).splitlines()) == 3
+    together = ["optim.betas=[0.9]", "data.max_length=129", "data.row_tokens=null", "name=a/b"]
+    with pytest.raises(ConfigError) as caught:
+        validate(load_recipe("lmpo_tiny", together), architecture_from_hf(SHAPE), 1)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_settings_are_checked_before_a_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs=0"):
+        check_settings(load_recipe("lmpo_tiny", ["trainer.max_epochs=0"]))
+
+
+def test_metrics_of_validation_are_those_that_runs_have() -> None:
+    columns = pair_columns(build_loss(load_recipe("sft_tiny").loss))
+    assert set(table_metrics(columns, torch.ones(1, len(columns)))) == set(VALIDATION_METRICS)
+
+
+def test_schemas_are_those_of_the_reader() -> None:
+    (known,) = [of for key, of in types_of(DatasetConfig).items() if key == "schema"]
+    assert set(typing.get_args(known)) == set(SCHEMAS)
 
 
 def test_heads_that_do_not_divide_into_groups() -> None:

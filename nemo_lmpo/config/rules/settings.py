@@ -1,0 +1,131 @@
+"""Rules about settings that need no model: what fits together, what names something that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_lmpo.config.coerce import shown
+from nemo_lmpo.config.duration import parse_duration
+from nemo_lmpo.config.rules.bounds import LONGEST_NAME
+from nemo_lmpo.config.schema import Config, DatasetConfig
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.registry import LOSSES
+
+VALIDATION_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/chosen_sum",
+    "logps/rejected_sum",
+    "lengths/chosen",
+    "lengths/rejected",
+)
+"""Means over the validation pairs that every loss has, without the prefix `val/`."""
+
+
+def names(config: Config) -> Iterator[str]:
+    """The run's name becomes a folder; paths are such that the system takes them."""
+    if config.name in (".", "..") or "/" in config.name or "\n" in config.name:
+        yield f"name={shown(config.name)} must be usable as a folder's name; set run_dir to write elsewhere"
+    paths = {
+        "name": config.name,
+        "run_dir": config.run_dir,
+        "data.cache_dir": config.data.cache_dir,
+        "data.chat_template": config.data.chat_template,
+        "model.restore_from_path": config.model.restore_from_path,
+        "model.tokenizer": config.model.tokenizer,
+        "data.train.path": config.data.train.path,
+        "data.validation.path": config.data.validation.path,
+    }
+    for key, value in paths.items():
+        for path in value if isinstance(value, list) else [value] if value else []:
+            if any(len(part.encode(errors="surrogateescape")) > LONGEST_NAME for part in path.split("/")):
+                yield f"{key}={shown(path)} holds a name of more than {LONGEST_NAME} bytes; shorten it"
+
+
+def sources(config: Config) -> Iterator[str]:
+    """Lists of paths hold some, and there are as many weights as paths."""
+    for key, which in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        paths = paths_of(which)
+        if which.path == []:
+            yield f"{key}.path=[] holds no path; give one, or set it to null"
+        if which.weights is not None and paths and len(which.weights) != len(paths):
+            yield f"{key}.weights has {len(which.weights)} values for {len(paths)} paths; give one a path"
+        elif which.weights is not None and paths and not any(which.weights):
+            yield f"{key}.weights={which.weights} take no row; give at least one above 0"
+
+
+def paths_of(which: DatasetConfig) -> list[str]:
+    """The paths of a dataset as a list."""
+    return [which.path] if isinstance(which.path, str) else list(which.path or [])
+
+
+def lengths(config: Config) -> Iterator[str]:
+    """A prompt leaves room for a response, and a packed row for a pair."""
+    data = config.data
+    if data.max_prompt_length >= data.max_length:
+        yield (
+            f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response within "
+            f"data.max_length={data.max_length}; lower it"
+        )
+    longest = 2 * data.max_length - (data.max_prompt_length if data.share_prompt else 0)
+    if data.row_tokens is not None and data.row_tokens < longest:
+        yield (
+            f"data.row_tokens={data.row_tokens} may be too small for one pair of data.max_length={data.max_length}; "
+            f"set it to at least {2 * data.max_length}, or unset it"
+        )
+
+
+def schedule(config: Config) -> Iterator[str]:
+    """The rate falls, and AdamW has two betas."""
+    optim = config.optim
+    if optim.sched.min_lr > optim.lr:
+        yield f"optim.sched.min_lr={optim.sched.min_lr} is above optim.lr={optim.lr}; lower it"
+    if len(optim.betas) != 2:
+        yield f"optim.betas={optim.betas} must be two numbers from 0 to below 1, as [0.9, 0.999]"
+
+
+def duration(config: Config) -> Iterator[str]:
+    """Time limits can be read."""
+    try:
+        parse_duration(config.trainer.max_time_per_run)
+    except ConfigError as error:
+        yield str(error)
+
+
+def monitor(config: Config) -> Iterator[str]:
+    """Checkpoints are ranked by something that validation measures."""
+    wanted = config.checkpoint.monitor
+    metric = wanted.removeprefix("val/")
+    known = metric in VALIDATION_METRICS or metric.startswith(f"{config.loss.name}/")
+    if not wanted.startswith("val/") or not known:
+        choices = ", ".join(f"val/{name}" for name in VALIDATION_METRICS)
+        yield f"checkpoint.monitor={shown(wanted)} is no metric of validation; choose {choices}"
+
+
+def reference(config: Config) -> Iterator[str]:
+    """A reference model is kept only where a loss compares with one."""
+    if config.model.reference_in_memory and not LOSSES[config.loss.name].needs_reference:
+        yield (
+            f"model.reference_in_memory=true, but loss.name={config.loss.name} compares with no reference model; "
+            f"remove it"
+        )
+
+
+def parallelism(config: Config) -> Iterator[str]:
+    """What splits work further needs the split that it builds on."""
+    model = config.model
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        yield (
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size of at least 2; "
+            "set it to false, there is nothing to split"
+        )
+    if model.virtual_pipeline_model_parallel_size is not None and model.pipeline_model_parallel_size == 1:
+        yield (
+            f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
+            f"model.pipeline_model_parallel_size of at least 2; unset it"
+        )
