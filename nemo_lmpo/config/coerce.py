@@ -10,7 +10,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError
@@ -42,7 +41,6 @@ def coerce(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey) -
     return value
 
 
-@lru_cache(maxsize=None)  # noqa: UP033  (mypy takes no class as an argument of `cache`)
 def types_of(cls: type[Any]) -> dict[str, Any]:
     """The annotated types of a dataclass's fields, by name."""
     hints = typing.get_type_hints(cls)
