@@ -18,7 +18,7 @@ from nemo_lmpo.config.schema import DatasetConfig
 from nemo_lmpo.data.schema import SCHEMAS
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.loss.registry import build_loss
-from nemo_lmpo.training.pair_metrics import pair_columns, table_metrics
+from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -212,7 +212,7 @@ def test_settings_are_checked_before_a_model_is_looked_for() -> None:
 
 def test_metrics_of_validation_are_those_that_runs_have() -> None:
     columns = pair_columns(build_loss(load_recipe("sft_tiny").loss))
-    assert set(table_metrics(columns, torch.ones(1, len(columns)))) == set(VALIDATION_METRICS)
+    assert set(PairMetrics(columns, 1, torch.device("cpu")).metrics()) == set(VALIDATION_METRICS)
 
 
 def test_schemas_are_those_of_the_reader() -> None:
