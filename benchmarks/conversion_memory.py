@@ -75,13 +75,11 @@ def _make(directory: Path, architecture: Architecture) -> None:
     import torch
 
     from nemo_lmpo.formats.huggingface_writer import write_safetensors
-    from nemo_lmpo.formats.sinks import DirectorySink
     from nemo_lmpo.formats.source import random_source
 
-    sink = DirectorySink(directory)
+    directory.mkdir()
     source = random_source(architecture, 0, torch.bfloat16)
-    write_safetensors(sink, source, dtype=torch.bfloat16, max_shard_bytes=1_000_000_000)
-    sink.close()
+    write_safetensors(directory, source, dtype=torch.bfloat16, max_shard_bytes=1_000_000_000)
     config = {**architecture_to_hf(architecture), "torch_dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(config))
 

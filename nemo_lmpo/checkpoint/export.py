@@ -52,7 +52,7 @@ def write_policy_archive(
         write_sidecars(parts)
         conversion = plan(open_model(parts), output)
         conversion.check([], overwrite=True)
-        write_nemo(conversion, hub_name=tokenizer or EMBEDDED_FOLDER)
+        write_nemo(conversion, hub_name=tokenizer or EMBEDDED_FOLDER, overwrite=True)
 
     on_main_rank(prepare)
     try:

@@ -6,13 +6,66 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.config.fields import Fields, shown
 from nemo_lmpo.errors import CheckpointError, ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+MOST_LAYERS = 10_000
+"""More than any model has; a larger number is a damaged config, and would take hours to count through."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of decoders differs from a Llama; the rest of the code asks for these properties only.
+
+    A new family is an entry of :data:`FAMILIES`, its tiny model in the tests, and, where it has a tensor that no
+    other has, a rule in :mod:`nemo_lmpo.formats.mapping`.
+    """
+
+    hf_class: str
+    nemo2_class: str
+    """The end of `_target_` in a NeMo 2 `model.yaml`."""
+    qkv_bias: bool = False
+    """The query, key and value projections have biases; no other projection has."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before the rotary embedding."""
+    window: str | None = None
+    """The switch of the sliding window; empty: `sliding_window` alone decides; None: the family has none."""
+    absent: Mapping[str, int] = field(default_factory=dict)
+    """What transformers puts in place of absent fields, where it is not Llama's."""
+    constant: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields that an exported config states."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", "LlamaModel", constant={"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "MistralModel",
+        window="",
+        absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "Qwen2Model",
+        qkv_bias=True,
+        window="use_sliding_window",
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        constant={"use_sliding_window": False},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+        qk_norm=True,
+        window="use_sliding_window",
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+        constant={"attention_bias": False, "use_sliding_window": False},
+    ),
+}
+"""By `model_type` of a Hugging Face config."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +84,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Llama or Mistral decoder: pre-norm RMSNorm, SwiGLU, grouped-query attention, rotary embedding."""
+    """A pre-norm decoder with RMSNorm, SwiGLU, grouped-query attention and rotary embedding."""
 
     model_type: str
+    """A key of :data:`FAMILIES`."""
     vocab_size: int
     """Rows of the embedding as stored, without padding for tensor parallelism."""
     hidden_size: int
@@ -51,6 +105,11 @@ class Architecture:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    @property
+    def family(self) -> Family:
+        """What the model's family has beside the sizes."""
+        return FAMILIES[self.model_type]
+
     def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
         """Vocabulary rounded up to a multiple of ``divisible_by * tensor_parallel_size``."""
         multiple = divisible_by * tensor_parallel_size
@@ -61,46 +120,10 @@ class Architecture:
         query = self.num_attention_heads * self.head_dim
         key_value = 2 * self.num_query_groups * self.head_dim
         attention = self.hidden_size * (query + key_value) + query * self.hidden_size
+        attention += (query + key_value) * self.family.qkv_bias + 2 * self.head_dim * self.family.qk_norm
         mlp = 3 * self.hidden_size * self.ffn_hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
-
-
-def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise CheckpointError(f"{origin}: partial_rotary_factor={partial!r} is not supported (only 1.0)")
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3",
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
-        )
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(parameters["factor"]))
-    raise CheckpointError(f"{origin}: rope_type '{kind}' is not supported; supported: default, linear, llama3")
-
-
-def _refuse_unsupported(config: Mapping[str, Any], origin: str) -> str:
-    model_type = str(config.get("model_type"))
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        near = difflib.get_close_matches(model_type, SUPPORTED_MODEL_TYPES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CheckpointError(
-            f"{origin}: model_type '{model_type}' is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}{hint}"
-        )
-    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if config.get(name, expected) != expected:
-            raise CheckpointError(f"{origin}: {name}={config[name]!r} is not supported (only {expected!r})")
-    return model_type
 
 
 def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Architecture:
@@ -109,62 +132,121 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     Raises:
         CheckpointError: another family, an unsupported variant, a missing field, or a value that is none.
     """
-    if not isinstance(config, Mapping):
-        raise CheckpointError(f"{origin} holds a {type(config).__name__} instead of named fields; restore the file")
-    model_type = _refuse_unsupported(config, origin)
-    heads = _size(config, "num_attention_heads", origin)
-    hidden = _size(config, "hidden_size", origin)
-    try:
-        theta, scaling = _rope(config, origin)
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: the field {error.args[0]} of the rotary embedding is missing") from None
-    except (TypeError, ValueError, AttributeError):
-        given = {name: config[name] for name in ("rope_parameters", "rope_scaling", "rope_theta") if name in config}
-        raise CheckpointError(f"{origin}: {given} does not describe a rotary embedding; correct it") from None
-    mistral = model_type == "mistral"
+    fields = Fields(config, origin)
+    model_type = _model_type(fields)
+    family = FAMILIES[model_type]
+    biases = {} if family.qkv_bias else {"attention_bias": (False, None)}
+    fields.require({"hidden_act": ("silu", None), "mlp_bias": (False, None), **biases}, f"{model_type} models here")
+    heads = fields.size("num_attention_heads")
+    hidden = fields.size("hidden_size")
+    absent = {"num_key_value_heads": heads, "max_position_embeddings": 2048, "head_dim": hidden // heads}
+    absent.update(family.absent)
+    layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
+    theta, scaling = _rope(fields)
     return Architecture(
         model_type=model_type,
-        vocab_size=_size(config, "vocab_size", origin),
+        vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
-        ffn_hidden_size=_size(config, "intermediate_size", origin),
-        num_layers=_size(config, "num_hidden_layers", origin),
+        ffn_hidden_size=fields.size("intermediate_size"),
+        num_layers=layers,
         num_attention_heads=heads,
-        num_query_groups=_size(config, "num_key_value_heads", origin, absent=8 if mistral else heads, null=heads),
-        head_dim=_size(config, "head_dim", origin, absent=hidden // heads, null=hidden // heads),
-        max_position_embeddings=_size(config, "max_position_embeddings", origin, absent=131072 if mistral else 2048),
-        rms_norm_eps=_number(config, "rms_norm_eps", origin, 1e-6),
+        num_query_groups=fields.size("num_key_value_heads", absent=absent["num_key_value_heads"], null=heads),
+        head_dim=even_head_dim(fields.size("head_dim", absent=absent["head_dim"], null=hidden // heads), origin),
+        max_position_embeddings=fields.size("max_position_embeddings", absent=absent["max_position_embeddings"]),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        # transformers gives no other family's attention a window, whatever the config says.
-        sliding_window=(_size(config, "sliding_window", origin, absent=4096, null=0) or None) if mistral else None,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        initializer_range=_number(config, "initializer_range", origin, 0.02),
+        sliding_window=_window(fields, family, layers),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        initializer_range=fields.number("initializer_range", 0.02),
     )
 
 
-def _size(
-    config: Mapping[str, Any], name: str, origin: str, *, absent: int | None = None, null: int | None = None
-) -> int:
-    """A whole number of at least 1; ``absent`` and ``null`` stand in for a field that is not there, or is null."""
-    if name not in config:
-        if absent is None:
-            raise CheckpointError(f"{origin}: the field {name} is missing; add it")
-        return absent
-    value = config[name]
-    if value is None and null is not None:
-        return null
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{origin}: {name}={value!r} is not a whole number of at least 1; correct it")
-    return value
+def _model_type(fields: Fields) -> str:
+    name = shown(fields.values.get("model_type")).strip("'")
+    if name.endswith("_moe") or name == "mixtral" or fields.has("num_experts") or fields.has("num_local_experts"):
+        raise CheckpointError(
+            f"{fields.origin}: model_type '{name}' is a mixture of experts, which is not supported; "
+            f"supported are the dense {', '.join(FAMILIES)}"
+        )
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CheckpointError(
+            f"{fields.origin}: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}{hint}"
+        )
+    return name
 
 
-def _number(config: Mapping[str, Any], name: str, origin: str, absent: float) -> float:
-    value = config.get(name, absent)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{origin}: {name}={value!r} is not a number above 0; correct it")
-    return float(value)
+def even_head_dim(head_dim: int, origin: str) -> int:
+    """``head_dim``, which the rotary embedding halves.
+
+    Raises:
+        CheckpointError: it is odd, or less than 2.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise CheckpointError(
+            f"{origin}: a head has {head_dim} channels, which a rotary embedding cannot halve; correct head_dim, "
+            "hidden_size or num_attention_heads"
+        )
+    return head_dim
+
+
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
+    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    given = fields.values.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise fields.error(name, "does not describe a rotary embedding; correct it")
+    rope = Fields({**_only(fields, "rope_theta", "partial_rotary_factor"), **given}, f"{fields.origin}: {name}")
+    rope.require({"partial_rotary_factor": (1.0, None)}, "the whole head is rotated")
+    theta = rope.number("rope_theta", 10000.0)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
+    if kind == "llama3":
+        return theta, llama3_scaling(rope, "factor", "original_max_position_embeddings")
+    raise CheckpointError(
+        f"{fields.origin}: rope_type {shown(kind)} is not supported; supported: default, linear, llama3"
+    )
+
+
+def llama3_scaling(fields: Fields, factor: str, original: str, defaults: RopeScaling | None = None) -> RopeScaling:
+    """Llama 3.1's scaling; ``factor`` and ``original`` name the fields that files call differently.
+
+    Raises:
+        CheckpointError: a value is none, or missing where there are no ``defaults``.
+    """
+    absent: dict[str, Any] = {} if defaults is None else vars(defaults)
+    scaling = RopeScaling(
+        kind="llama3",
+        factor=fields.number(factor, absent.get("factor")),
+        low_freq_factor=fields.number("low_freq_factor", absent.get("low_freq_factor")),
+        high_freq_factor=fields.number("high_freq_factor", absent.get("high_freq_factor")),
+        original_max_position_embeddings=fields.size(original, absent=absent.get("original_max_position_embeddings")),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise fields.error("high_freq_factor", f"is not above low_freq_factor={scaling.low_freq_factor}; correct it")
+    return scaling
+
+
+def _only(fields: Fields, *names: str) -> dict[str, Any]:
+    return {name: fields.values[name] for name in names if name in fields.values}
+
+
+def _window(fields: Fields, family: Family, layers: int) -> int | None:
+    """The window of all layers; transformers gives no other family's attention one, whatever the config says."""
+    if family.window is None:
+        return None
+    if not family.window:
+        return fields.size("sliding_window", absent=family.absent["sliding_window"], null=0) or None
+    windowed = fields.flag(family.window) and fields.size("max_window_layers", absent=28, null=28) < layers
+    kinds = fields.values.get("layer_types")
+    if windowed or (isinstance(kinds, list) and "sliding_attention" in kinds):
+        raise fields.error(family.window, "with a window in some layers only is not supported; supported: none")
+    return None
 
 
 def read_architecture(directory: Path) -> Architecture:
@@ -174,20 +256,30 @@ def read_architecture(directory: Path) -> Architecture:
         CheckpointError: no readable `config.json`, or one that is not supported.
     """
     path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist as a file; give a Hugging Face model directory")
+    return architecture_from_hf(parse_json(path.read_bytes(), str(path)), origin=str(path))
+
+
+def parse_json(content: bytes, origin: str) -> Any:
+    """What JSON text holds; ``origin`` names it in errors.
+
+    Raises:
+        CheckpointError: it is none, or nested beyond reason.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from None
-    return architecture_from_hf(config, origin=str(path))
+        return json.loads(content)
+    # Besides JSONDecodeError: text that is no UTF-8, numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise CheckpointError(f"{origin} is not valid JSON ({reason}); restore the file") from None
 
 
 def check_architecture(architecture: Architecture) -> None:
     """Refuse sizes that no layout could run.
 
     Raises:
-        ConfigError: heads that do not divide into query groups, or a size below 1.
+        ConfigError: heads that do not divide into query groups.
     """
     if architecture.num_attention_heads % architecture.num_query_groups:
         raise ConfigError(
@@ -199,11 +291,11 @@ def check_architecture(architecture: Architecture) -> None:
 def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     """A Hugging Face config of the architecture, the inverse of :func:`architecture_from_hf`.
 
-    Token ids and dtype are not part of an architecture; the caller adds them.
+    Token ids and dtype are not part of an architecture; an export adds them.
     """
     a = architecture
-    config: dict[str, Any] = {
-        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[a.model_type]],
+    return {
+        "architectures": [a.family.hf_class],
         "model_type": a.model_type,
         "vocab_size": a.vocab_size,
         "hidden_size": a.hidden_size,
@@ -221,12 +313,9 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": a.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
+        **a.family.constant,
+        **({"sliding_window": a.sliding_window} if a.family.window is not None else {}),
     }
-    if a.model_type == "llama":
-        config.update(attention_bias=False, mlp_bias=False)
-    else:
-        config.update(sliding_window=a.sliding_window)
-    return config
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

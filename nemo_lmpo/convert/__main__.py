@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import UserError
@@ -23,7 +25,7 @@ def hf_to_nemo(arguments: list[str] | None = None) -> int:
     """Convert a Hugging Face model to NeMo; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="convert_hf_to_nemo",
-        description="Convert a Hugging Face Llama or Mistral to NeMo: a .nemo file, or the same tree as a directory.",
+        description="Convert a Hugging Face Llama, Mistral or Qwen to NeMo: a .nemo file, or its tree as a directory.",
     )
     parser.add_argument("--input", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="FILE.nemo, or a directory")
@@ -103,11 +105,11 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
         return 0
     if nemo_applies_other_scaling(model.architecture):
         _say(
-            "warning: NeMo itself scales rotary frequencies by a fixed factor 8; this model has "
-            f"{model.architecture.rope_scaling}. This project reads the right factors from the file."
+            f"warning: NeMo reads this model's rotary scaling ({model.architecture.rope_scaling}) from 2.2 on; "
+            "NeMo 2.0, 2.1 and NeMo-Aligner's pinned version apply factor 8 instead, and older ones do not scale"
         )
     with _progress(work.num_tensors, options.quiet, "writing") as advance:
-        write_nemo(work, hub_name=hub_name, progress=advance)
+        write_nemo(work, hub_name=hub_name, overwrite=options.overwrite, progress=advance)
     _say(f"wrote {options.output}")
     return _verify_models(path, options.output, work, options) if options.verify else 0
 
@@ -130,7 +132,8 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
     if not any(name.startswith("tokenizer") for name in model.sidecars):
         _say(f"warning: {model.origin} holds no tokenizer files; add them with --tokenizer DIR")
     with _progress(work.num_tensors, options.quiet, "writing") as advance:
-        write_huggingface(work, max_shard_bytes=int(options.max_shard_gb * 1e9), progress=advance)
+        shard = int(options.max_shard_gb * 1e9)
+        write_huggingface(work, max_shard_bytes=shard, overwrite=options.overwrite, progress=advance)
     _say(f"wrote {options.output}")
     return _verify_models(options.output, path, work, options) if options.verify else 0
 
@@ -204,7 +207,15 @@ def _progress(total: int, quiet: bool, what: str) -> Iterator[Callable[[str], No
         yield advance
 
 
+class _Terminated(BaseException):
+    """SIGTERM: a scheduler ends the job."""
+
+
 def _guarded(work: Callable[[], int]) -> int:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         return work()
     except UserError as error:
@@ -213,9 +224,12 @@ def _guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error}; nothing was left behind\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; nothing was left behind\n")
-        return 130
+    except (KeyboardInterrupt, _Terminated) as error:
+        terminated = isinstance(error, _Terminated)
+        sys.stderr.write(f"error: {'terminated' if terminated else 'interrupted'}; nothing was left behind\n")
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str) -> None:

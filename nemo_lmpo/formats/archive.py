@@ -6,8 +6,6 @@ checkpoint needs no second copy on disk.
 
 from __future__ import annotations
 
-import io
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -73,14 +71,17 @@ class TarFiles:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._members: dict[str, tuple[int, int]] = {}
+        self._members: dict[str, tarfile.TarInfo] = {}
         try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    self._add(member)
-        except tarfile.TarError as error:
+            self._archive = tarfile.open(path, "r:")  # noqa: SIM115 - members are read as long as this lives
+            for member in self._archive:
+                self._add(member)
+        # A damaged header can hold numbers that are none, or that no file has.
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(self._not_an_archive(error)) from None
-        end = max((offset + size for offset, size in self._members.values()), default=0)
+        end = max((member.offset_data + member.size for member in self._members.values()), default=0)
         if end > path.stat().st_size:
             raise CheckpointError(f"{path} is cut off: its last member ends beyond the file; copy it again")
 
@@ -95,8 +96,9 @@ class TarFiles:
 
     def open(self, name: str) -> IO[bytes]:
         """A stream of one member."""
-        offset, size = self._members[name]
-        return io.BufferedReader(_Window(self._path, offset, size))
+        stream = self._archive.extractfile(self._members[name])
+        assert stream is not None, "only plain files are members"
+        return stream
 
     def _add(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
@@ -110,7 +112,7 @@ class TarFiles:
             )
         if path.as_posix() in self._members:
             raise CheckpointError(f"{self._path} holds '{member.name}' twice; do not use it")
-        self._members[path.as_posix()] = (member.offset_data, member.size)
+        self._members[path.as_posix()] = member
 
     def _not_an_archive(self, error: Exception) -> str:
         with self._path.open("rb") as stream:
@@ -120,38 +122,3 @@ class TarFiles:
         if "unexpected end" in str(error):
             return f"{self._path} is cut off in the middle of a member; copy it again"
         return f"{self._path} is not a NeMo file: it is no readable tar archive ({error})"
-
-
-class _Window(io.RawIOBase):
-    """Part of a file as a stream of its own."""
-
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._offset = offset
-        self._size = size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, start + position)
-        return self._position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view) or 0
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

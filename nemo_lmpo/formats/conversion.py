@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.config.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.huggingface_writer import MAX_SHARD_BYTES, write_safetensors
 from nemo_lmpo.formats.mapping import megatron_shape, part_shapes, rules
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles
 from nemo_lmpo.formats.nemo import nemo_config
-from nemo_lmpo.formats.outputs import check_disk, check_output, replaced_when_complete
+from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_at_all
+from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
 from nemo_lmpo.formats.source import fitting_source
 
@@ -108,14 +109,19 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
-def write_nemo(plan: Plan, *, hub_name: str | None = None, progress: Progress = lambda name: None) -> None:
+def write_nemo(
+    plan: Plan, *, hub_name: str | None = None, overwrite: bool = False, progress: Progress = lambda name: None
+) -> None:
     """Write a `.nemo` archive, or the same tree as a directory if the output does not end in `.nemo`.
 
     Besides what NeMo reads, the tree keeps the Hugging Face files of the model unchanged, so that converting
     back restores them. ``hub_name`` is what NeMo shall load a tokenizer by that it cannot keep itself.
+
+    Raises:
+        CheckpointError: the output has appeared meanwhile and is not to be overwritten; a damaged input.
     """
     archive = plan.output.suffix == ".nemo"
-    with replaced_when_complete(plan.output) as temporary:
+    with complete_or_not_at_all(plan.output, overwrite=overwrite) as temporary:
         sink: Sink = TarSink(temporary) if archive else DirectorySink(temporary)
         _write_nemo_tree(sink, plan, hub_name, progress)
         sink.close()
@@ -125,11 +131,11 @@ def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Pro
     model = plan.model
     section, artifacts = _nemo_tokenizer(model, hub_name)
     config = nemo_config(model.architecture, _PRECISION[plan.dtype], section)
-    _write(sink, NEMO_CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+    sink.add(NEMO_CONFIG, [yaml.safe_dump(config, sort_keys=False).encode()])
     for name, content in artifacts.items():
-        _write(sink, name, content)
+        sink.add(name, [content])
     for name, content in _hf_files(plan).items():
-        _write(sink, f"{EMBEDDED_FOLDER}/{name}", content)
+        sink.add(f"{EMBEDDED_FOLDER}/{name}", [content])
     write_distributed_checkpoint(
         sink,
         NEMO_WEIGHTS,
@@ -154,7 +160,7 @@ def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, 
     }
     content = model.side_file("tokenizer.model")
     # Llama 3 calls a file of another format by the same name; tokenizer.json is what describes it.
-    if content is None or not _is_sentencepiece(content):
+    if content is None or sentencepiece_model(content) is None:
         return section, {}
     name = f"{hashlib.sha256(content).hexdigest()[:32]}_tokenizer.model"
     changed = {"library": "sentencepiece", "type": None, "model": f"nemo:{name}", "sentencepiece_legacy": False}
@@ -162,25 +168,24 @@ def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, 
     return {**section, **changed}, {name: content}
 
 
-def _is_sentencepiece(content: bytes) -> bool:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return bool(SentencePieceProcessor(model_proto=content).get_piece_size())
-    except RuntimeError:
-        return False
-
-
 def write_huggingface(
-    plan: Plan, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: Progress = lambda name: None
+    plan: Plan,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress = lambda name: None,
 ) -> None:
-    """Write a Hugging Face directory that `AutoModelForCausalLM` and `AutoTokenizer` load."""
-    with replaced_when_complete(plan.output) as temporary:
+    """Write a Hugging Face directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    Raises:
+        CheckpointError: as for :func:`write_nemo`.
+    """
+    with complete_or_not_at_all(plan.output, overwrite=overwrite) as temporary:
         sink = DirectorySink(temporary)
         for name, content in _hf_files(plan).items():
-            _write(sink, name, content)
+            sink.add(name, [content])
         source = fitting_source(plan.model.source, plan.dtype)
-        write_safetensors(sink, source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_safetensors(temporary, source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
         sink.close()
 
 
@@ -193,39 +198,20 @@ def _hf_files(plan: Plan) -> dict[str, bytes]:
 
 def _hf_config(plan: Plan, files: dict[str, bytes]) -> bytes:
     dtype = str(plan.dtype).removeprefix("torch.")
-    if "config.json" in files:
-        config = json.loads(files["config.json"])
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        if config.get(key, dtype) == dtype:
-            return files["config.json"]
-        return _json({**config, key: dtype})
-    config = {**architecture_to_hf(plan.model.architecture), "torch_dtype": dtype}
-    generation = json.loads(files.get("generation_config.json", b"{}"))
-    config.update({key: generation[key] for key in _TOKEN_IDS if key in generation})
-    if not any(key in config for key in _TOKEN_IDS):
-        config.update(_token_ids(files))
-    return _json(config)
-
-
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def _token_ids(files: dict[str, bytes]) -> dict[str, int]:
-    """Ids of the special tokens, where only the tokenizer says them."""
-    content = files.get("tokenizer.model")
-    if content is None or not _is_sentencepiece(content):
-        return {}
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=content)
-    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
-    return {name: number for name, number in ids.items() if number >= 0}
-
-
-def _json(config: dict[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write(sink: Sink, name: str, content: bytes) -> None:
-    with sink.create(name) as stream:
-        stream.write(content)
+    given = files.get("config.json")
+    if given is None:
+        config = architecture_to_hf(plan.model.architecture)
+    else:
+        config = parse_json(given, f"{plan.model.origin}: config.json")
+    made = given is None or plan.model.kind == "training"
+    changed = dict(config)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if made or key in config:
+        changed[key] = dtype
+    if made:
+        # A config that was made from an architecture says nothing of tokens.
+        ids = special_token_ids(files, plan.model.origin)
+        changed.update({name: number for name, number in ids.items() if name not in changed})
+    if given is not None and changed == config:
+        return given
+    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator
-from contextlib import contextmanager
+import io
+import math
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.archive import CheckpointFiles
 from nemo_lmpo.formats.safe_metadata import read_metadata
+
+CHECKSUMS_FILE = "checksums.json"
+"""Checksum of every stored chunk, by data file and offset; checkpoints of this project have it."""
+CHECKSUM = "xxh3_64"
 
 
 class DistributedCheckpoint:
@@ -31,19 +33,19 @@ class DistributedCheckpoint:
 
     def __init__(self, files: CheckpointFiles, folder: str = "") -> None:
         self.origin = f"{files.origin}/{folder}" if folder else files.origin
-        self._check_backend(files, folder)
-        name = f"{folder}/.metadata" if folder else ".metadata"
-        with files.open(name) as stream:
-            self._metadata = read_metadata(stream, f"{files.origin}: {name}")
-        self._check_data_files(files, folder)
+        self._files = files
+        self._at = f"{folder}/" if folder else ""
+        self._names = set(files.names())
+        self._check_backend()
+        with files.open(f"{self._at}.metadata") as stream:
+            self._metadata = read_metadata(stream, f"{files.origin}: {self._at}.metadata")
+        self._check_data_files()
+        self._checksums = self._read_checksums()
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._reader = FileSystemReader(folder)
-        self._reader.fs = _ReadOnlyFiles(files)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """The tensor ``key``, or only its slice ``[index]`` along the first axis.
@@ -52,96 +54,105 @@ class DistributedCheckpoint:
             CheckpointError: the data file is damaged or does not hold all of it.
         """
         entry = self.tensors[key]
-        offsets, sizes = [0] * len(entry.size), list(entry.size)
+        first, size = [0] * len(entry.size), list(entry.size)
         if index is not None:
-            offsets[0], sizes[0] = index, 1
-        out = torch.empty(sizes, dtype=entry.properties.dtype)
-        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-        planner = _IntoTensor(out)
-        items = create_read_items_for_chunk_list(key, entry, [chunk])
-        try:
-            self._reader.read_data(LoadPlan(items), planner)
-        # torch.load raises several kinds of errors on damaged data; all mean the same to the user.
-        except Exception as error:
+            first[0], size[0] = index, 1
+        chunks = [(chunk, *found) for chunk in entry.chunks if (found := _overlap(chunk, first, size)) is not None]
+        present = sum(math.prod(part.stop - part.start for part in here) for _, here, _ in chunks)
+        if present != math.prod(size):
             raise CheckpointError(
-                f"{self.origin}: {key} cannot be read ({type(error).__name__}: {error}); copy the checkpoint again"
-            ) from None
-        if planner.elements != out.numel():
-            raise CheckpointError(
-                f"{self.origin}: {key} is incomplete ({planner.elements} of {out.numel()} elements); "
+                f"{self.origin}: {key} is incomplete ({present} of {math.prod(size)} elements); "
                 "copy the checkpoint again"
             )
+        if len(chunks) == 1 and list(chunks[0][0].sizes) == size:
+            out = self._read_chunk(key, entry, chunks[0][0])
+        else:
+            out = torch.empty(size, dtype=entry.properties.dtype)
+            for chunk, here, there in chunks:
+                out[here].copy_(self._read_chunk(key, entry, chunk)[there])
         return out if index is None else out[0]
 
-    def _check_backend(self, files: CheckpointFiles, folder: str) -> None:
-        names = set(files.names())
-        at = f"{folder}/" if folder else ""
-        if f"{at}.metadata" in names:
+    def _read_chunk(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if info is None:
+            raise self._unreadable(key, "its place is not recorded")
+        with self._files.open(self._at + info.relative_path) as stream:
+            stream.seek(info.offset)
+            content = stream.read(info.length)
+        name, expected = info.relative_path, self._checksums.get((info.relative_path, info.offset))
+        if expected is not None and xxhash.xxh3_64_hexdigest(content) != expected:
+            raise self._unreadable(key, f"{name} was changed after it was written: its checksum differs")
+        try:
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # torch.load raises several kinds of errors on damaged data; all mean the same to the user.
+        except Exception as error:
+            # torch goes on to advise unsafe loading.
+            reason = str(error).split("\n")[0].split(". ")[0][:200]
+            raise self._unreadable(key, f"{name}: {type(error).__name__}: {reason}") from None
+        if not isinstance(found, Tensor) or found.shape != chunk.sizes or found.dtype != entry.properties.dtype:
+            raise self._unreadable(key, f"{name} holds something else than the recorded piece of it")
+        return found
+
+    def _unreadable(self, key: str, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.origin}: {key} cannot be read ({reason}); copy the checkpoint again")
+
+    def _check_backend(self) -> None:
+        if f"{self._at}.metadata" in self._names:
             return
-        if any(name.startswith(at) and name.endswith(".zarray") for name in names):
+        if any(name.startswith(self._at) and name.endswith(".zarray") for name in self._names):
             raise CheckpointError(
                 f"{self.origin} is a zarr checkpoint, which is not supported; save it as torch_dist with NeMo first"
             )
-        backend = "an unknown"
-        if f"{at}metadata.json" in names:
-            with files.open(f"{at}metadata.json") as stream:
-                backend = f"the '{json.load(stream).get('sharded_backend')}'"
+        said = self._json("metadata.json")
+        backend = f"the '{said.get('sharded_backend')}'" if isinstance(said, dict) else "an unknown"
         raise CheckpointError(
-            f"{self.origin} has no .metadata file ({backend} backend); give a torch_dist distributed checkpoint"
+            f"{self.origin} has no .metadata file ({backend[:80]} backend); give a torch_dist distributed checkpoint"
         )
 
-    def _check_data_files(self, files: CheckpointFiles, folder: str) -> None:
-        names = set(files.names())
+    def _check_data_files(self) -> None:
         needed = {info.relative_path for info in self._metadata.storage_data.values()}
-        outside = sorted(str(name) for name in needed if PurePosixPath(name).name != name)
+        outside = sorted(name for name in needed if PurePosixPath(name).name != name)
         if outside:
             raise CheckpointError(f"{self.origin}: .metadata names files outside it: {', '.join(outside)}")
-        missing = sorted(name for name in needed if (f"{folder}/{name}" if folder else name) not in names)
+        missing = sorted(name for name in needed if self._at + name not in self._names)
         if missing:
             raise CheckpointError(
                 f"{self.origin} lacks {len(missing)} data file(s): {', '.join(missing)}; copy the checkpoint again"
             )
 
+    def _read_checksums(self) -> dict[tuple[str, int], str]:
+        said = self._json(CHECKSUMS_FILE)
+        if said is None:
+            return {}
+        try:
+            if said["algorithm"] != CHECKSUM:
+                raise ValueError(f"algorithm {said['algorithm']}")
+            return {
+                (file, int(offset)): str(checksum)
+                for file, chunks in said["chunks"].items()
+                for offset, checksum in chunks.items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(
+                f"{self.origin}/{CHECKSUMS_FILE} is damaged or of a newer version; copy the checkpoint again"
+            ) from None
 
-class _ReadOnlyFiles(FileSystem):
-    """Lets torch's reader open files that lie in an archive."""
-
-    def __init__(self, files: CheckpointFiles) -> None:
-        self._files = files
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Generator[IO[bytes], None, None]:  # type: ignore[override]
-        with self._files.open(PurePosixPath(path).as_posix()) as stream:
-            yield stream
+    def _json(self, name: str) -> Any:
+        if self._at + name not in self._names:
+            return None
+        with self._files.open(self._at + name) as stream:
+            return parse_json(stream.read(), f"{self.origin}/{name}")
 
 
-class _IntoTensor(LoadPlanner):
-    """Receives the pieces of one tensor; the plan is made by the caller."""
-
-    def __init__(self, out: Tensor) -> None:
-        self._out = out
-        self.elements = 0
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        view = self._out
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(axis, start, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        self.elements += tensor.numel()
-
-    def set_up_planner(self, *arguments: Any, **keywords: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise NotImplementedError
+def _overlap(
+    chunk: ChunkStorageMetadata, first: list[int], size: list[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a chunk meets the region that starts at ``first``: as slices of the region, and of the chunk."""
+    here, there = [], []
+    for start, length, at, extent in zip(chunk.offsets, chunk.sizes, first, size, strict=True):
+        begin, end = max(start, at), min(start + length, at + extent)
+        if begin >= end:
+            return None
+        here.append(slice(begin - at, end - at))
+        there.append(slice(begin - start, end - start))
+    return tuple(here), tuple(there)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -35,9 +35,9 @@ class HuggingFaceSource:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         index = directory / INDEX_FILE
-        if index.exists():
+        if index.is_file():
             self._open_index(index)
-        elif (directory / SINGLE_FILE).exists():
+        elif (directory / SINGLE_FILE).is_file():
             self._add_file(directory / SINGLE_FILE)
         else:
             raise CheckpointError(self._nothing_found())
@@ -78,9 +78,9 @@ class HuggingFaceSource:
 
     def _open_index(self, index: Path) -> None:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_json(index.read_bytes(), str(index))["weight_map"]
             listed = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(
                 f"{index} is not a safetensors index ({type(error).__name__}: {error}); restore the file"
             ) from None
@@ -88,7 +88,7 @@ class HuggingFaceSource:
         outside = [file for file in files if Path(file).name != file]
         if outside:
             raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}; restore the file")
-        absent = [file for file in files if not (index.parent / file).exists()]
+        absent = [file for file in files if not (index.parent / file).is_file()]
         if absent:
             raise CheckpointError(
                 f"{index} names {len(absent)} file(s) that are missing: {', '.join(absent)}; download them again"

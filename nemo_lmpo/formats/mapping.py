@@ -52,6 +52,8 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     layout: TensorLayout
+    only: str | None = None
+    """The property of a family without which the parameter does not exist."""
 
     @property
     def per_layer(self) -> bool:
@@ -63,6 +65,7 @@ class Rule:
         return tuple(name.format(layer=layer) for name in self.hf)
 
 
+_ATTENTION = "model.layers.{layer}.self_attn."
 _LAYER_RULES = (
     Rule(
         LAYERS + "self_attention.linear_qkv.layer_norm_weight",
@@ -71,14 +74,18 @@ _LAYER_RULES = (
     ),
     Rule(
         LAYERS + "self_attention.linear_qkv.weight",
-        tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.weight" for part in "qkv"),
+        tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv"),
         TensorLayout.QKV,
     ),
     Rule(
-        LAYERS + "self_attention.linear_proj.weight",
-        ("model.layers.{layer}.self_attn.o_proj.weight",),
-        TensorLayout.COLUMNS,
+        LAYERS + "self_attention.linear_qkv.bias",
+        tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"),
+        TensorLayout.QKV,
+        only="qkv_bias",
     ),
+    Rule(LAYERS + "self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), TensorLayout.WHOLE, "qk_norm"),
+    Rule(LAYERS + "self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), TensorLayout.WHOLE, "qk_norm"),
+    Rule(LAYERS + "self_attention.linear_proj.weight", (_ATTENTION + "o_proj.weight",), TensorLayout.COLUMNS),
     Rule(
         LAYERS + "mlp.linear_fc1.layer_norm_weight",
         ("model.layers.{layer}.post_attention_layernorm.weight",),
@@ -95,10 +102,12 @@ _LAYER_RULES = (
 
 def rules(architecture: Architecture) -> tuple[Rule, ...]:
     """All parameters of the model in forward order; a tied model has no output layer."""
+    family = architecture.family
+    layer = (rule for rule in _LAYER_RULES if rule.only is None or getattr(family, rule.only))
     head = () if architecture.tie_word_embeddings else (Rule(OUTPUT_LAYER, (HF_OUTPUT,), TensorLayout.VOCABULARY),)
     return (
         Rule(EMBEDDING, (HF_EMBEDDING,), TensorLayout.VOCABULARY),
-        *_LAYER_RULES,
+        *layer,
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), TensorLayout.WHOLE),
         *head,
     )
@@ -111,12 +120,13 @@ def part_shapes(rule: Rule, architecture: Architecture) -> tuple[tuple[int, ...]
     if rule.layout is TensorLayout.VOCABULARY:
         return ((a.vocab_size, a.hidden_size),)
     if rule.layout is TensorLayout.QKV:
-        return (query, a.hidden_size), (key, a.hidden_size), (key, a.hidden_size)
+        columns = () if rule.only == "qkv_bias" else (a.hidden_size,)
+        return (query, *columns), (key, *columns), (key, *columns)
     if rule.layout is TensorLayout.GATE_UP:
         return ((a.ffn_hidden_size, a.hidden_size),) * 2
     if rule.layout is TensorLayout.COLUMNS:
         return ((a.hidden_size, query if "linear_proj" in rule.megatron else a.ffn_hidden_size),)
-    return ((a.hidden_size,),)
+    return ((a.head_dim if rule.only == "qk_norm" else a.hidden_size,),)
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -148,7 +158,7 @@ def megatron_shape(
         return _divide(padded_vocab_size or architecture.vocab_size, tp_size, rule), architecture.hidden_size
     if rule.layout is TensorLayout.QKV:
         _divide(architecture.num_query_groups, tp_size, rule)
-    return sum(_divide(rows, tp_size, rule) for rows, _ in parts), architecture.hidden_size
+    return sum(_divide(shape[0], tp_size, rule) for shape in parts), *parts[0][1:]
 
 
 def _divide(size: int, tp_size: int, rule: Rule) -> int:
@@ -214,5 +224,5 @@ def separate(rule: Rule, tensor: Tensor, architecture: Architecture) -> tuple[Te
         heads = a.num_attention_heads // a.num_query_groups
         grouped = tensor.unflatten(0, (a.num_query_groups, heads + 2, a.head_dim))
         query, key, value = grouped[:, :heads], grouped[:, heads], grouped[:, heads + 1]
-        return tuple(part.reshape(-1, a.hidden_size).contiguous() for part in (query, key, value))
+        return tuple(part.reshape(-1, *tensor.shape[1:]).contiguous() for part in (query, key, value))
     return (tensor.contiguous(),)

@@ -10,12 +10,25 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.fields import LARGEST_SIZE
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
-from nemo_lmpo.formats.mapping import EMBEDDING, LAYERS, Rule, TensorLayout, hf_shapes, megatron_shape, rules, separate
-from nemo_lmpo.formats.source import raise_if_any
+from nemo_lmpo.formats.mapping import (
+    EMBEDDING,
+    LAYERS,
+    OUTPUT_LAYER,
+    Rule,
+    TensorLayout,
+    hf_shapes,
+    megatron_shape,
+    rules,
+    separate,
+)
+from nemo_lmpo.formats.source import check_tied, raise_if_any
 
 _PREFIX = re.compile(rf"((?:model\.|module\.)*){re.escape(EMBEDDING)}")
+_MOST_PADDING = 128 * 64
+"""Rows are padded to 128 times the tensor-parallel size, and no model is split over more than 64 GPUs."""
 _NOT_WEIGHTS = re.compile(r"_extra_state|rotary_pos_emb\.inv_freq$")
 
 
@@ -124,6 +137,27 @@ class MegatronSource:
             wrong_shapes=wrong_shapes,
             remedy="give the config that belongs to the weights",
         )
+        odd = sorted(key for key in expected if not stored[key].properties.dtype.is_floating_point)
+        if odd:
+            raise CheckpointError(
+                f"{self._checkpoint.origin}: {odd[0]} is stored as {stored[odd[0]].properties.dtype}, which is not "
+                "supported; save the weights as floating-point numbers"
+            )
+        self._check_output_layer()
+
+    def _check_output_layer(self) -> None:
+        """A tied model may store a copy of its embedding, never another output layer; only padding is cut off."""
+        rows = stored_rows(self._checkpoint)
+        vocabulary = self._architecture.vocab_size
+        if rows - vocabulary >= _MOST_PADDING:
+            raise CheckpointError(
+                f"{self._checkpoint.origin} holds {rows} rows of vocabulary, more than padding of a vocabulary of "
+                f"{vocabulary} explains; give the config that belongs to the weights"
+            )
+        output = self._prefix + OUTPUT_LAYER
+        if self._architecture.tie_word_embeddings and output in self._checkpoint.tensors:
+            embedding, head = (self._checkpoint.read(key) for key in (self._prefix + EMBEDDING, output))
+            check_tied(self._checkpoint.origin, embedding, head, "that they are not tied")
 
 
 def _fits(size: tuple[int, ...], expected: tuple[int, ...], rule: Rule) -> bool:
@@ -133,5 +167,14 @@ def _fits(size: tuple[int, ...], expected: tuple[int, ...], rule: Rule) -> bool:
 
 
 def stored_rows(checkpoint: DistributedCheckpoint) -> int:
-    """Vocabulary rows of the embedding as stored, padding included."""
-    return int(checkpoint.tensors[find_prefix(checkpoint) + EMBEDDING].size[0])
+    """Vocabulary rows of the embedding as stored, padding included.
+
+    Raises:
+        CheckpointError: it is no matrix, or larger than any.
+    """
+    size = checkpoint.tensors[find_prefix(checkpoint) + EMBEDDING].size
+    if len(size) != 2 or not 0 < size[0] <= LARGEST_SIZE:
+        raise CheckpointError(
+            f"{checkpoint.origin}: the embedding has the shape {list(size)}; copy the checkpoint again"
+        )
+    return int(size[0])

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.config.architecture import Architecture, architecture_from_hf, read_architecture
+from nemo_lmpo.config.architecture import (
+    Architecture,
+    architecture_from_hf,
+    check_architecture,
+    parse_json,
+    read_architecture,
+)
+from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, FileReference, TarFiles
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
-from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2
+from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
 from nemo_lmpo.formats.sidecars import (
+    content_of,
     is_sidecar,
     pruned_vocabulary,
     sentencepiece_files,
@@ -30,6 +37,8 @@ NEMO_CONFIG = "model_config.yaml"
 NEMO_WEIGHTS = "model_weights"
 NEMO2_CONFIG = "context/model.yaml"
 NEMO2_WEIGHTS = "weights"
+_MOST_YAML_BYTES = 1_000_000
+_MOST_YAML_BRACKETS = 1000
 TRAINING_CONFIG = "architecture.json"
 TRAINING_WEIGHTS = "state"
 TRAINING_TOKENIZER = "tokenizer"
@@ -50,7 +59,7 @@ class ModelFiles:
     def side_file(self, name: str) -> bytes | None:
         """Content of a side file, or None."""
         found = self.sidecars.get(name)
-        return found.read() if isinstance(found, FileReference) else found
+        return None if found is None else content_of(found)
 
     def save_sidecars(self, directory: Path) -> None:
         """Write config, tokenizer and the like where `transformers` can load them."""
@@ -70,20 +79,8 @@ def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None
     Raises:
         CheckpointError: nothing there, another format, or damaged; the message says which.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a model directory or a .nemo file")
-    if path.is_file():
-        model = _open_nemo(TarFiles(path), config)
-    elif (path / TRAINING_CONFIG).exists():
-        model = _open_training(path, config)
-    elif (path / NEMO_CONFIG).exists():
-        model = _open_nemo(DirectoryFiles(path), config)
-    elif (path / "context").is_dir() and (path / NEMO2_WEIGHTS).is_dir():
-        model = _open_nemo2(path, config)
-    elif (path / ".metadata").exists() or (path / "metadata.json").exists():
-        model = _open_bare(path, config)
-    else:
-        model = _open_huggingface(path, config)
+    model = _open(path, config)
+    check_architecture(model.architecture)
     if tokenizer is None:
         return model
     if not any(name.startswith(("token", "tekken", "vocab")) for name in _side_files(tokenizer)):
@@ -94,8 +91,24 @@ def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None
     return ModelFiles(model.kind, model.origin, model.architecture, model.source, {**kept, **replaced})
 
 
+def _open(path: Path, config: Path | None) -> ModelFiles:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model directory or a .nemo file")
+    if path.is_file():
+        return _open_nemo(TarFiles(path), config)
+    if (path / TRAINING_CONFIG).is_file():
+        return _open_training(path, config)
+    if (path / NEMO_CONFIG).is_file():
+        return _open_nemo(DirectoryFiles(path), config)
+    if (path / "context").is_dir() and (path / NEMO2_WEIGHTS).is_dir():
+        return _open_nemo2(path, config)
+    if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
+        return _open_bare(path, config)
+    return _open_huggingface(path, config)
+
+
 def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
-    looks_right = any((path / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE))
+    looks_right = any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE))
     if not looks_right:
         raise CheckpointError(
             f"{path} is no model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
@@ -131,6 +144,7 @@ def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
         )
     checkpoint = DistributedCheckpoint(files, NEMO_WEIGHTS)
     nemo = _yaml(FileReference(files, NEMO_CONFIG))
+    fields = nemo_fields(nemo, f"{files.origin}: {NEMO_CONFIG}")
     folder = f"{EMBEDDED_FOLDER}/"
     sidecars: dict[str, FileReference | bytes] = {
         name.removeprefix(folder): FileReference(files, name)
@@ -143,21 +157,21 @@ def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
         assert isinstance(embedded, FileReference)
         architecture = _parse_hf(embedded.read(), f"{files.origin}: {embedded.name}")
     else:
-        sidecars.update(_nemo_tokenizer(files, names, nemo))
-        rows = pruned_vocabulary(
-            sidecars,
-            stored_rows(checkpoint),
-            int(nemo.get("make_vocab_size_divisible_by", 128)) * int(nemo.get("tensor_model_parallel_size", 1)),
-        )
-        architecture = architecture_from_nemo(nemo, rows, f"{files.origin}: {NEMO_CONFIG}")
+        sidecars.update(_nemo_tokenizer(files, names, fields))
+        rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), _multiple(fields), files.origin)
+        architecture = architecture_from_nemo(nemo, rows, fields.origin)
     return ModelFiles("nemo", files.origin, architecture, MegatronSource(checkpoint, architecture), sidecars)
 
 
-def _nemo_tokenizer(
-    files: CheckpointFiles, names: set[str], nemo: Mapping[str, Any]
-) -> dict[str, FileReference | bytes]:
+def _multiple(fields: Fields) -> int:
+    """What the rows of the vocabulary were padded to a multiple of."""
+    sizes = (("make_vocab_size_divisible_by", 128), ("tensor_model_parallel_size", 1))
+    return math.prod(fields.size(name, absent=usual, null=usual) for name, usual in sizes)
+
+
+def _nemo_tokenizer(files: CheckpointFiles, names: set[str], fields: Fields) -> dict[str, FileReference | bytes]:
     """Tokenizer files of a `.nemo` that NeMo wrote: it keeps the SentencePiece model only."""
-    section = nemo.get("tokenizer") or {}
+    section = Fields(fields.values.get("tokenizer") or {}, f"{fields.origin}: tokenizer").values
     artifact = str(section.get("model") or "").removeprefix("nemo:")
     if artifact in names:
         return sentencepiece_files(FileReference(files, artifact))
@@ -178,12 +192,14 @@ def _open_nemo2(path: Path, config: Path | None) -> ModelFiles:
     if config:
         architecture = _given_architecture(config, sidecars)
     else:
-        if not (path / NEMO2_CONFIG).exists():
+        if not (path / NEMO2_CONFIG).is_file():
             raise CheckpointError(f"{path} has no {NEMO2_CONFIG}; give the model's Hugging Face config with --config")
         model = _yaml(FileReference(DirectoryFiles(path), NEMO2_CONFIG))
-        multiple = int((model.get("config") or {}).get("make_vocab_size_divisible_by") or 128)
-        rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), multiple)
-        architecture = architecture_from_nemo2(model, rows, f"{path / NEMO2_CONFIG}")
+        origin = str(path / NEMO2_CONFIG)
+        settings = Fields(model.get("config"), f"{origin}: config")
+        multiple = settings.size("make_vocab_size_divisible_by", absent=128, null=128)
+        rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), multiple, str(path))
+        architecture = architecture_from_nemo2(model, rows, origin)
     return ModelFiles("nemo2", str(path), architecture, MegatronSource(checkpoint, architecture), sidecars)
 
 
@@ -204,8 +220,10 @@ def _given_architecture(
 ) -> Architecture:
     """The architecture that the user named; a Hugging Face config also replaces the checkpoint's own."""
     path = config / "config.json" if config.is_dir() else config
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a config.json, a directory with one, or a {NEMO_CONFIG}")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist as a file; give a config.json, a directory with one, or a {NEMO_CONFIG}"
+        )
     if path.suffix in (".yaml", ".yml"):
         if rows is None:
             raise CheckpointError(f"{path}: give a Hugging Face config.json here, which holds the vocabulary's size")
@@ -216,11 +234,7 @@ def _given_architecture(
 
 
 def _parse_hf(content: bytes, origin: str) -> Architecture:
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{origin} is not valid JSON ({error}); restore the file") from None
-    return architecture_from_hf(config, origin)
+    return architecture_from_hf(parse_json(content, origin), origin)
 
 
 def _side_files(directory: Path) -> dict[str, FileReference | bytes]:
@@ -234,10 +248,15 @@ def _yaml(reference: FileReference) -> dict[str, Any]:
     import yaml
 
     origin = f"{reference.files.origin}: {reference.name}"
+    text = reference.read()
+    # PyYAML takes minutes over a large or deeply nested file, and a model's settings are neither.
+    if len(text) > _MOST_YAML_BYTES or max(text.count(bracket) for bracket in (b"[", b"{")) > _MOST_YAML_BRACKETS:
+        raise CheckpointError(f"{origin} is no model's settings: {len(text)} bytes of YAML; restore the file")
     try:
-        content = yaml.safe_load(reference.read())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = re.sub(r"\s+", " ", str(error))
+        content = yaml.safe_load(text)
+    # A date or a number can be written that is none.
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        problem = re.sub(r"\s+", " ", str(error))[:300]
         raise CheckpointError(f"{origin} is not plain YAML ({problem}); restore the file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{origin} holds no settings; restore the file")

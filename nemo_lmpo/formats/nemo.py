@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from nemo_lmpo.config.architecture import Architecture, RopeScaling
+from nemo_lmpo.config.architecture import (
+    FAMILIES,
+    MOST_LAYERS,
+    Architecture,
+    RopeScaling,
+    even_head_dim,
+    llama3_scaling,
+)
+from nemo_lmpo.config.fields import Fields, shown
 from nemo_lmpo.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
 
 _NEMO_LLAMA3_SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-"""What NeMo applies when `scale_positional_embedding` is set; it reads no other factors."""
+"""What NeMo applies when `scale_positional_embedding` is set without factors beside it."""
 
 _MODEL_CLASS = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 _VOCABULARY_MULTIPLE = 128
@@ -47,6 +54,8 @@ def nemo_config(architecture: Architecture, precision: str, tokenizer: Mapping[s
         "rotary_base": a.rope_theta,
         "make_vocab_size_divisible_by": _vocabulary_multiple(a.vocab_size),
         "share_embeddings_and_output_weights": a.tie_word_embeddings,
+        "qkv_bias": a.family.qkv_bias,
+        "qk_layernorm": a.family.qk_norm,
         "tokenizer": dict(tokenizer),
         "precision": precision if precision == "bf16" else int(precision),
         **_rope_keys(a.rope_scaling),
@@ -132,7 +141,7 @@ def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any]:
         return keys
     if scaling.kind == "linear":
         return {**keys, "seq_len_interpolation_factor": scaling.factor}
-    # NeMo knows only the switch; the factors are for this project's reader.
+    # NeMo reads the factors from 2.2 on; before, it knows only the switch.
     return {
         **keys,
         "scale_positional_embedding": True,
@@ -144,37 +153,88 @@ def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def nemo_applies_other_scaling(architecture: Architecture) -> bool:
-    """Whether NeMo itself would scale the rotary frequencies by other factors than the model's."""
+    """Whether NeMo before 2.2, which reads no factors, would scale the rotary frequencies by other ones."""
     scaling = architecture.rope_scaling
     return scaling is not None and scaling.kind == "llama3" and scaling != _NEMO_LLAMA3_SCALING
+
+
+def nemo_fields(config: Mapping[str, Any], origin: str) -> Fields:
+    """The model's settings in a `model_config.yaml`.
+
+    Raises:
+        CheckpointError: they have no names.
+    """
+    return Fields(config.get("model", config), origin, text_numbers=True)
+
+
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "normalization": ("rmsnorm", "RMSNorm"),
+    "activation": ("fast-swiglu", "swiglu"),
+    "position_embedding_type": ("rope",),
+    "bias": (False,),
+    "rotary_percentage": (1.0,),
+    "attention_type": ("multihead",),
+    "transformer_block_type": ("pre_ln",),
+    "headscale": (False,),
+    "openai_gelu": (False,),
+    "apply_embedding_scaling": (False,),
+}
+_REQUIRED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+    "rotary_interleaved": (False, None),
+    "layernorm_zero_centered_gamma": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "multi_latent_attention": (False, None),
+}
+_REQUIRED_NEMO2: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "gated_linear_unit": (True,),
+    "position_embedding_type": ("rope",),
+    "add_bias_linear": (False,),
+    "rotary_percent": (1.0,),
+}
+_SUPPORTED = f"as the supported families have it: {', '.join(FAMILIES)}"
 
 
 def architecture_from_nemo(config: Mapping[str, Any], vocab_size: int, origin: str) -> Architecture:
     """Read the `model_config.yaml` of a `.nemo` file; it does not hold the vocabulary's size.
 
     Raises:
-        CheckpointError: not a Llama or Mistral, or a field is missing.
+        CheckpointError: another model than the families here, a missing field, or a value that is none.
     """
-    model = config.get("model", config)
-    _refuse_other_models(model, origin)
-    scaling = None
-    if "max_position_embeddings" not in model:
-        raise CheckpointError(f"{origin}: the field max_position_embeddings is missing; add it")
-    positions = int(model["max_position_embeddings"])
-    if model.get("scale_positional_embedding"):
+    model = nemo_fields(config, origin)
+    _refuse_experts(model)
+    model.require(_REQUIRED | _REQUIRED_EVERYWHERE, _SUPPORTED)
+    window = _window(model)
+    bias, norm = model.flag("qkv_bias"), model.flag("qk_layernorm")
+    fitting = [
+        name
+        for name, family in FAMILIES.items()
+        if (family.qkv_bias, family.qk_norm) == (bias, norm) and (window is None or family.window == "")
+    ]
+    if not fitting:
+        raise CheckpointError(
+            f"{origin}: no supported family has qkv_bias={bias}, qk_layernorm={norm} and window_size="
+            f"{shown(model.values.get('window_size'))}; supported: {', '.join(FAMILIES)}"
+        )
+    positions = model.size("max_position_embeddings")
+    scaling = _linear_scaling(model)
+    if model.flag("scale_positional_embedding"):
         scaling = _meant_scaling(model, positions, origin)
-    elif model.get("seq_len_interpolation_factor"):
-        scaling = RopeScaling("linear", float(model["seq_len_interpolation_factor"]))
-    return _architecture(model, vocab_size, scaling, positions, origin)
+    return _architecture(model, fitting[0], vocab_size, scaling, positions)
 
 
-def _meant_scaling(model: Mapping[str, Any], positions: int, origin: str) -> RopeScaling | None:
+def _refuse_experts(model: Fields) -> None:
+    if model.values.get("num_moe_experts") not in (None, 0, 1):
+        raise model.error("num_moe_experts", f"is a mixture of experts; supported are the dense {', '.join(FAMILIES)}")
+
+
+def _meant_scaling(model: Fields, positions: int, origin: str) -> RopeScaling | None:
     """What `scale_positional_embedding: true` stands for: NVIDIA's Llama converter sets it for every Llama.
 
     Scaling stretches 8192 positions, so a model with no more than those was not trained with it.
     """
     scaling = _scaling(model)
-    if "scale_factor" in model:
+    if model.has("scale_factor"):
         return scaling
     if positions <= scaling.original_max_position_embeddings:
         _logger.warning(
@@ -196,77 +256,85 @@ def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: 
     """Read the `context/model.yaml` of a NeMo 2 checkpoint; ``vocab_size`` stands in where it has none.
 
     Raises:
-        CheckpointError: not a Llama or Mistral, or a field is missing.
+        CheckpointError: another model than the families here, a missing field, or a value that is none.
     """
-    target = str(config.get("_target_", ""))
-    if not target.endswith((".LlamaModel", ".MistralModel")):
-        raise CheckpointError(f"{origin}: the model '{target}' is not supported; supported: LlamaModel, MistralModel")
-    model = config.get("config") or {}
-    scaling = None
-    if "scale_factor" in model:
+    target = str(config.get("_target_", ""))[:80]
+    by_class = {family.nemo2_class: name for name, family in FAMILIES.items()}
+    model_type = by_class.get(target.rpartition(".")[2])
+    if model_type is None:
+        raise CheckpointError(f"{origin}: the model '{target}' is not supported; supported: {', '.join(by_class)}")
+    family = FAMILIES[model_type]
+    model = Fields(config.get("config"), f"{origin}: config", text_numbers=True)
+    _refuse_experts(model)
+    traits = {"add_qkv_bias": (family.qkv_bias,), "qk_layernorm": (family.qk_norm,)}
+    model.require(_REQUIRED_NEMO2 | _REQUIRED_EVERYWHERE | traits, _SUPPORTED)
+    activation = model.values.get("activation_func")
+    name = activation.get("_target_") if isinstance(activation, Mapping) else activation
+    if name is not None and not str(name).endswith("silu"):
+        raise model.error("activation_func", f"is not supported (only silu: {_SUPPORTED})")
+    positions = model.size("seq_length")
+    scaling = _linear_scaling(model)
+    if model.has("scale_factor"):
         scaling = _scaling(model)
-    elif model.get("seq_len_interpolation_factor"):
-        scaling = RopeScaling("linear", float(model["seq_len_interpolation_factor"]))
-    if "seq_length" not in model:
-        raise CheckpointError(f"{origin}: the field config.seq_length is missing; add it")
-    rows = int(model.get("vocab_size") or vocab_size)
-    architecture = _architecture(model, rows, scaling, int(model["seq_length"]), origin)
-    return replace(architecture, model_type="mistral" if target.endswith(".MistralModel") else "llama")
-
-
-def _scaling(model: Mapping[str, Any]) -> RopeScaling:
-    default = _NEMO_LLAMA3_SCALING
-    return RopeScaling(
-        "llama3",
-        float(model.get("scale_factor", default.factor)),
-        float(model.get("low_freq_factor", default.low_freq_factor)),
-        float(model.get("high_freq_factor", default.high_freq_factor)),
-        int(model.get("old_context_len", default.original_max_position_embeddings)),
+        _logger.warning(
+            "%s: NeMo 2 keeps the factor of a model's rotary scaling only; %d original positions are assumed (give the "
+            "model's Hugging Face config with --config if it has others)",
+            origin,
+            scaling.original_max_position_embeddings,
+        )
+    if _window(model) is not None:
+        if family.window != "":
+            raise model.error("window_size", f"is not supported for a {model_type}; correct it")
+        _logger.warning(
+            "%s: NeMo 2 keeps a model's window in place of its positions; max_position_embeddings becomes %d (give the "
+            "model's Hugging Face config with --config if it has more)",
+            origin,
+            positions,
+        )
+    return _architecture(
+        model, model_type, model.size("vocab_size", absent=vocab_size, null=vocab_size), scaling, positions
     )
 
 
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("rmsnorm", "RMSNorm"),
-    "activation": ("fast-swiglu", "swiglu"),
-    "position_embedding_type": ("rope",),
-    "bias": (False,),
-    "rotary_percentage": (1.0, 1),
-}
+def _scaling(model: Fields) -> RopeScaling:
+    return llama3_scaling(model, "scale_factor", "old_context_len", _NEMO_LLAMA3_SCALING)
 
 
-def _refuse_other_models(model: Mapping[str, Any], origin: str) -> None:
-    for name, allowed in _REQUIRED.items():
-        if name in model and model[name] not in allowed:
-            raise CheckpointError(
-                f"{origin}: {name}={model[name]!r} is not a Llama or Mistral (these have {allowed[0]!r}), "
-                "the families that are supported"
-            )
-    if model.get("num_moe_experts"):
-        raise CheckpointError(f"{origin}: mixture-of-experts models are not supported; supported: llama, mistral")
+def _linear_scaling(model: Fields) -> RopeScaling | None:
+    name = "seq_len_interpolation_factor"
+    return RopeScaling("linear", model.number(name)) if model.has(name) else None
+
+
+def _window(model: Fields) -> int | None:
+    window = model.values.get("window_size")
+    if window is None:
+        return None
+    if isinstance(window, list | tuple) and [type(side) for side in window] == [int, int]:
+        past, future = window
+        if past >= 1 and future == 0:
+            return int(past)
+    raise model.error("window_size", "is no window over past positions such as [4096, 0]; correct it")
 
 
 def _architecture(
-    model: Mapping[str, Any], vocab_size: int, scaling: RopeScaling | None, positions: int, origin: str
+    model: Fields, model_type: str, vocab_size: int, scaling: RopeScaling | None, positions: int
 ) -> Architecture:
-    window = model.get("window_size")
-    try:
-        heads, hidden = int(model["num_attention_heads"]), int(model["hidden_size"])
-        return Architecture(
-            model_type="mistral" if window else "llama",
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            ffn_hidden_size=int(model["ffn_hidden_size"]),
-            num_layers=int(model["num_layers"]),
-            num_attention_heads=heads,
-            num_query_groups=int(model.get("num_query_groups") or heads),
-            head_dim=int(model.get("kv_channels") or hidden // heads),
-            max_position_embeddings=positions,
-            rms_norm_eps=float(model["layernorm_epsilon"]),
-            rope_theta=float(model.get("rotary_base", 10000.0)),
-            rope_scaling=scaling,
-            sliding_window=int(window[0]) if window else None,
-            tie_word_embeddings=bool(model.get("share_embeddings_and_output_weights", False)),
-            initializer_range=float(model.get("init_method_std", 0.02)),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{origin}: the field {error.args[0]} is missing; add it") from None
+    heads, hidden = model.size("num_attention_heads"), model.size("hidden_size")
+    head_dim = model.size("kv_channels", absent=hidden // heads, null=hidden // heads)
+    return Architecture(
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        ffn_hidden_size=model.size("ffn_hidden_size"),
+        num_layers=model.size("num_layers", most=MOST_LAYERS),
+        num_attention_heads=heads,
+        num_query_groups=model.size("num_query_groups", absent=heads, null=heads),
+        head_dim=even_head_dim(head_dim, model.origin),
+        max_position_embeddings=positions,
+        rms_norm_eps=model.number("layernorm_epsilon"),
+        rope_theta=model.number("rotary_base", 10000.0),
+        rope_scaling=scaling,
+        sliding_window=_window(model),
+        tie_word_embeddings=model.flag("share_embeddings_and_output_weights"),
+        initializer_range=model.number("init_method_std", 0.02),
+    )

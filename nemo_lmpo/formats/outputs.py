@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from nemo_lmpo.errors import CheckpointError
 
@@ -64,41 +68,74 @@ def format_bytes(count: int) -> str:
 
 
 @contextmanager
-def replaced_when_complete(output: Path) -> Iterator[Path]:
+def complete_or_not_at_all(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of ``output`` to write to; it takes the output's place when the context succeeds.
 
     On an error or interruption it is removed. A process that is killed leaves it behind under a name that
-    starts with a dot and ends in `.partial`, and no output.
+    starts with a dot and ends in `.partial`, and no output; the next one to the same output removes it.
+
+    Raises:
+        CheckpointError: without ``overwrite``, an output that has appeared meanwhile, which stays as it is.
     """
-    temporary = output.parent / f".{output.name}.{os.getpid()}.partial"
+    _remove_leftovers(output)
+    temporary = output.parent / f".{output.name}.{platform.node()}.{os.getpid()}.partial"
     try:
         yield temporary
-        _take_place(temporary, output)
+        _take_place(temporary, output, overwrite)
     except BaseException:
         _remove(temporary)
         raise
 
 
-def _take_place(temporary: Path, output: Path) -> None:
-    if not output.is_dir() and not temporary.is_dir():
-        temporary.replace(output)
-    else:
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed processes of this machine left; another machine's may still be at work."""
+    start = f".{output.name}.{platform.node()}."
+    for path in output.parent.iterdir():
+        number = path.name.removeprefix(start).removesuffix(".partial")
+        if path.name == f"{start}{number}.partial" and number.isdecimal() and not psutil.pid_exists(int(number)):
+            _remove(path)
+
+
+def _take_place(temporary: Path, output: Path, overwrite: bool) -> None:
+    if overwrite and (output.is_dir() or (output.exists() and temporary.is_dir())):
         # A directory cannot be renamed over another one: the old one steps aside first.
         old = output.parent / f".{output.name}.{os.getpid()}.old"
-        if output.exists() or output.is_symlink():
-            output.rename(old)
+        output.rename(old)
         try:
             temporary.rename(output)
         except OSError:
-            if old.exists():
-                old.rename(output)
+            old.rename(output)
             raise
         _remove(old)
+    elif overwrite:
+        temporary.replace(output)
+    else:
+        _appear(temporary, output)
     descriptor = os.open(output.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _appear(temporary: Path, output: Path) -> None:
+    """Rename to a name that nobody has, even if another process is about to take it."""
+    try:
+        if temporary.is_dir():
+            # A directory is renamed over nothing, or over an empty directory.
+            temporary.rename(output)
+        else:
+            os.link(temporary, output)
+            temporary.unlink()
+    except OSError as error:
+        if output.exists():
+            raise CheckpointError(
+                f"{output} was made by another process meanwhile and stays as it is; give another output or --overwrite"
+            ) from None
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        # A file system without hard links has no such rename; the last look was just now.
+        temporary.rename(output)
 
 
 def _remove(path: Path) -> None:

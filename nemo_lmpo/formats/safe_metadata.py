@@ -90,6 +90,48 @@ def read_metadata(stream: IO[bytes], origin: str) -> records.Metadata:
         raise CheckpointError(
             f"{origin} is damaged or no checkpoint metadata ({type(error).__name__}: {error}); copy it again"
         ) from None
-    if not isinstance(metadata, records.Metadata) or not isinstance(metadata.storage_data, dict):
+    if not _is_whole(metadata):
         raise CheckpointError(f"{origin} is no checkpoint metadata; copy the checkpoint again")
     return metadata
+
+
+def _is_whole(metadata: Any) -> bool:
+    """Whether every record has its fields; unpickling fills them with whatever the file says, or not at all."""
+    try:
+        return (
+            isinstance(metadata, records.Metadata)
+            and all(isinstance(key, str) and _is_entry(it) for key, it in metadata.state_dict_metadata.items())
+            and all(_is_place(index, info) for index, info in metadata.storage_data.items())
+        )
+    except (AttributeError, TypeError):
+        return False
+
+
+def _is_entry(entry: Any) -> bool:
+    if isinstance(entry, records.BytesStorageMetadata):
+        return True
+    return (
+        isinstance(entry, records.TensorStorageMetadata)
+        and isinstance(entry.properties.dtype, torch.dtype)
+        and _are_sizes(entry.size)
+        and all(
+            _are_sizes(part) and len(part) == len(entry.size)
+            for chunk in entry.chunks
+            for part in (chunk.offsets, chunk.sizes)
+        )
+    )
+
+
+def _are_sizes(sizes: Any) -> bool:
+    return isinstance(sizes, torch.Size) and all(size >= 0 for size in sizes)
+
+
+def _is_place(index: Any, info: Any) -> bool:
+    return (
+        isinstance(index, records.MetadataIndex)
+        and isinstance(info, _StorageInfo)
+        and isinstance(info.relative_path, str)
+        and all(type(number) is int and number >= 0 for number in (info.offset, info.length))
+        # Extensions such as compression; megatron-core uses none.
+        and not getattr(info, "transform_descriptors", None)
+    )

@@ -7,8 +7,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from nemo_lmpo.config.architecture import parse_json
+from nemo_lmpo.config.fields import Fields
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.archive import FileReference
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
 
 _SIDE_FILES = (
     "config.json",
@@ -49,47 +57,107 @@ def sidecar_names(directory: Path) -> list[str]:
 
 
 def sentencepiece_files(model: FileReference) -> dict[str, FileReference | bytes]:
-    """Tokenizer files of a model that has a SentencePiece model only, as Llama 2 and Mistral have them."""
-    tokens = _special_tokens(model.read())
+    """Tokenizer files of a model that has a SentencePiece model only, as Llama 2 and Mistral have them.
+
+    Raises:
+        CheckpointError: it is no such model.
+    """
+    processor = sentencepiece_model(model.read())
+    if processor is None:
+        raise CheckpointError(
+            f"{model.files.origin}: {model.name} is no SentencePiece model; give the tokenizer with --tokenizer DIR"
+        )
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    tokens = {name: processor.id_to_piece(number) for name, number in ids.items() if number >= 0}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}
     return {"tokenizer.model": model, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _special_tokens(content: bytes) -> dict[str, str]:
+def sentencepiece_model(content: bytes | None) -> SentencePieceProcessor | None:
+    """The processor of a `tokenizer.model`; None if that is absent, or one of the other formats of this name."""
     from sentencepiece import SentencePieceProcessor
 
-    processor = SentencePieceProcessor(model_proto=content)
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    return {name: processor.id_to_piece(number) for name, number in ids.items() if number >= 0}
+    if content is None:
+        return None
+    try:
+        processor = SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        return None
+    return processor if processor.get_piece_size() else None
 
 
-def pruned_vocabulary(sidecars: Mapping[str, FileReference | bytes], rows: int, multiple: int) -> int:
+def special_token_ids(files: Mapping[str, bytes], origin: str) -> dict[str, Any]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`: of the generation config, else of the tokenizer.
+
+    Raises:
+        CheckpointError: one of the files is damaged.
+    """
+    generation = _fields(files, "generation_config.json", origin)
+    named = {f"{kind}_token_id": generation.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    if any(number is not None for number in named.values()):
+        return {name: number for name, number in named.items() if number is not None}
+    if "tokenizer.json" in files:
+        settings, tokenizer = _fields(files, "tokenizer_config.json", origin), fast_tokenizer(files, origin)
+        found = {}
+        for kind in ("bos", "eos", "pad"):
+            token = settings.get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if number is not None:
+                found[f"{kind}_token_id"] = int(number)
+        return found
+    processor = sentencepiece_model(files.get("tokenizer.model"))
+    if processor is None:
+        return {}
+    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
+    return {name: number for name, number in ids.items() if number >= 0}
+
+
+def _fields(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
+    return Fields(parse_json(files.get(name, b"{}"), f"{origin}: {name}"), f"{origin}: {name}").values
+
+
+def fast_tokenizer(files: Mapping[str, bytes], origin: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(files["tokenizer.json"].decode())
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = str(error).split("\n")[0][:200]
+        raise CheckpointError(f"{origin}: tokenizer.json cannot be read ({reason}); restore the file") from None
+
+
+def pruned_vocabulary(sidecars: Mapping[str, FileReference | bytes], rows: int, multiple: int, origin: str) -> int:
     """Vocabulary size behind ``rows`` stored rows that may be padded to a ``multiple``.
 
     It is the tokenizer's size if padding that gives exactly these rows; else all rows are the vocabulary, since
     models may have more rows than their tokenizer has tokens.
+
+    Raises:
+        CheckpointError: the tokenizer's files are damaged.
     """
-    size = _tokenizer_size(sidecars)
+    names = [name for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json") if name in sidecars]
+    size = _tokenizer_size({name: content_of(sidecars[name]) for name in names}, origin)
     if size is None or not 0 < size < rows:
         return rows
     return size if math.ceil(size / multiple) * multiple == rows else rows
 
 
-def _tokenizer_size(sidecars: Mapping[str, FileReference | bytes]) -> int | None:
-    def content(name: str) -> bytes | None:
-        found = sidecars.get(name)
-        return found.read() if isinstance(found, FileReference) else found
+def content_of(file: FileReference | bytes) -> bytes:
+    """A side file's bytes, wherever they are."""
+    return file.read() if isinstance(file, FileReference) else file
 
-    fast = content("tokenizer.json")
-    if fast is not None:
-        from tokenizers import Tokenizer
 
-        return int(Tokenizer.from_str(fast.decode("utf-8")).get_vocab_size(with_added_tokens=True))
-    slow = content("tokenizer.model")
-    if slow is None:
+def _tokenizer_size(files: Mapping[str, bytes], origin: str) -> int | None:
+    if "tokenizer.json" in files:
+        return int(fast_tokenizer(files, origin).get_vocab_size(with_added_tokens=True))
+    processor = sentencepiece_model(files.get("tokenizer.model"))
+    if processor is None:
         return None
-    from sentencepiece import SentencePieceProcessor
-
-    size = int(SentencePieceProcessor(model_proto=slow).get_piece_size())
-    added = json.loads(content("added_tokens.json") or b"{}")
-    return max([size, *(int(number) + 1 for number in added.values())])
+    added = [number for number in _fields(files, "added_tokens.json", origin).values() if isinstance(number, int)]
+    return max([int(processor.get_piece_size()), *(number + 1 for number in added)])

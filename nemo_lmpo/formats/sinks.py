@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import Protocol
+
+Content = Iterable[bytes | bytearray | memoryview]
+"""A file's bytes in pieces, so that a large one is never whole in memory."""
 
 
 class Sink(Protocol):
     """Takes files one after another; names are relative, with forward slashes."""
 
-    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A writable stream; the file is complete when the context ends."""
+    def add(self, name: str, content: Content) -> None:
+        """Write a new file."""
 
     def close(self) -> None:
         """Everything is written; make it durable."""
@@ -29,13 +30,13 @@ class DirectorySink:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[IO[bytes]]:
-        """A stream of a new file."""
+    def add(self, name: str, content: Content) -> None:
+        """Write a new file and make it durable."""
         path = self._directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
-            yield stream
+            for piece in content:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -49,22 +50,24 @@ class DirectorySink:
 
 
 class TarSink:
-    """Members of an uncompressed tar archive, written in place: the size enters the header afterwards."""
+    """Members of an uncompressed tar archive, written in place: the size enters the header afterwards.
+
+    `tarfile` wants to know a member's size before its content, which is as large as the model.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._directories: set[str] = set()
         self._time = int(time.time())
 
-    @contextmanager
-    def create(self, name: str) -> Iterator[IO[bytes]]:
-        """A stream of a new member; only one can be open."""
+    def add(self, name: str, content: Content) -> None:
+        """Write a new member, and its directories where they are new."""
         self._add_directories(name)
         header_at = self._file.tell()
-        self._file.write(bytes(tarfile.BLOCKSIZE))
-        member = _Member(self._file)
-        yield cast(IO[bytes], member)
-        size = member.tell()
+        start = header_at + self._file.write(self._header(name, tarfile.REGTYPE, 0))
+        for piece in content:
+            self._file.write(piece)
+        size = self._file.tell() - start
         self._file.write(bytes(-size % tarfile.BLOCKSIZE))
         end = self._file.tell()
         self._file.seek(header_at)
@@ -91,23 +94,5 @@ class TarSink:
         info = tarfile.TarInfo(f"./{name}" if name else ".")
         info.type, info.size, info.mtime = kind, size, self._time
         info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-        header = info.tobuf(tarfile.GNU_FORMAT)
-        assert len(header) == tarfile.BLOCKSIZE, f"member name too long: {name}"
-        return header
-
-
-class _Member(io.RawIOBase):
-    """The open member of an archive: positions count from its own start."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._start = file.tell()
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
-        return self._file.write(data)
+        # A long name takes further blocks, as many for any size.
+        return info.tobuf(tarfile.GNU_FORMAT)

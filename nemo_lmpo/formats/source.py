@@ -13,10 +13,11 @@ from torch import Tensor
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.errors import CheckpointError
-from nemo_lmpo.formats.mapping import HF_OUTPUT, hf_shapes
+from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT, hf_shapes
 
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Rotary frequencies that old files carry; they follow from the config."""
+_MOST_NAMED = 40
 
 
 class TensorSource(Protocol):
@@ -40,10 +41,11 @@ class TensorSource(Protocol):
 
 
 def check_source(source: TensorSource, architecture: Architecture) -> None:
-    """Compare names and shapes with what the architecture has, without reading tensors.
+    """Compare names and shapes with what the architecture has; no tensors are read but an output layer's, if tied.
 
     Raises:
-        CheckpointError: with all missing, unexpected and mis-shaped tensors.
+        CheckpointError: with missing, unexpected and mis-shaped tensors; or an output layer of its own in a model that
+            is said to share its embedding.
     """
     expected = hf_shapes(architecture)
     present = {name for name in source.names() if not _IGNORED.fullmatch(name)}
@@ -60,18 +62,33 @@ def check_source(source: TensorSource, architecture: Architecture) -> None:
         wrong_shapes=wrong_shapes,
         remedy="give the config that belongs to the weights",
     )
+    if architecture.tie_word_embeddings and HF_OUTPUT in present:
+        check_tied(source.origin, source.get(HF_EMBEDDING), source.get(HF_OUTPUT), "tie_word_embeddings: false")
+
+
+def check_tied(origin: str, embedding: Tensor, output: Tensor, remedy: str) -> None:
+    """Compare the output layer that a model stores with the embedding that is said to be the same.
+
+    Raises:
+        CheckpointError: they differ, so that leaving one out would make another model.
+    """
+    if not torch.equal(embedding, output):
+        raise CheckpointError(
+            f"{origin} stores an output layer that differs from the embedding, but its config calls the two tied; "
+            f"if the output layer is right, say {remedy} in the config"
+        )
 
 
 def raise_if_any(
     origin: str, *, missing: Iterable[str], unexpected: Iterable[str], wrong_shapes: Iterable[str], remedy: str
 ) -> None:
-    """One error that lists everything that does not fit.
+    """One error that lists what does not fit.
 
     Raises:
         CheckpointError: unless all three are empty.
     """
     problems = [
-        f"{len(items)} {kind}: {', '.join(items)}"
+        f"{len(items)} {kind}: {', '.join(items[:_MOST_NAMED])}{' ...' if len(items) > _MOST_NAMED else ''}"
         for kind, items in (
             ("missing tensors", sorted(missing)),
             ("unexpected tensors", sorted(unexpected)),
@@ -108,7 +125,7 @@ class _RandomSource:
     def get(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape, dtype=self._dtype)
+            return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)
         std = self._architecture.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self._architecture.num_layers)
@@ -118,7 +135,7 @@ class _RandomSource:
 
 
 def random_source(architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> TensorSource:
-    """Random start weights as megatron-core draws them: normal with ``initializer_range``, norms one.
+    """Random start weights as megatron-core draws them: normal with ``initializer_range``, norms one, biases zero.
 
     Attention and MLP output projections have their deviation divided by ``sqrt(2 * num_layers)``. Every tensor
     has a generator of its own, seeded by a hash of ``seed`` and its name, so the weights do not depend on the

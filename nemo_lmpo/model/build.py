@@ -49,6 +49,8 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=architecture.family.qkv_bias,
+        qk_layernorm=architecture.family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=architecture.initializer_range,
@@ -91,7 +93,7 @@ def _recomputes_layers(model: ModelConfig) -> bool:
     return model.activations_checkpoint_granularity == "full"
 
 
-def layer_spec(kernels: Kernels) -> ModuleSpec:
+def layer_spec(kernels: Kernels, *, qk_norm: bool) -> ModuleSpec:
     """Transformer Engine's layers, or megatron-core's own with this project's norm; always packed attention."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,10 +103,13 @@ def layer_spec(kernels: Kernels) -> ModuleSpec:
         )
 
     if kernels.transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _local_norm(kernels)
+        if qk_norm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = _local_norm(kernels)
     spec.submodules.self_attention.submodules.core_attention = _core_attention(kernels)
     return spec
 
@@ -121,7 +126,7 @@ def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None
     """The decoder block's spec: the layers of this stage and the final norm."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    layer = layer_spec(kernels)
+    layer = layer_spec(kernels, qk_norm=config.qk_layernorm)
     if kernels.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

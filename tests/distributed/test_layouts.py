@@ -52,6 +52,30 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
 }
+# Biases of q, k, v and norms over heads: split, replicated with partial gradients, or on one stage.
+QWEN2 = ("model.architecture.model_type=qwen2",)
+QWEN3 = ("model.architecture.model_type=qwen3", "model.architecture.head_dim=24")
+LAYOUTS |= {
+    "qwen2_tp2_pp2_sequence": (
+        4,
+        (
+            *QWEN2,
+            "model.tensor_model_parallel_size=2",
+            "model.pipeline_model_parallel_size=2",
+            "model.sequence_parallel=true",
+        ),
+    ),
+    "qwen3_tp2_sequence_dp2_distributed_optimizer": (
+        4,
+        (
+            *QWEN3,
+            "model.tensor_model_parallel_size=2",
+            "model.sequence_parallel=true",
+            "optim.use_distributed_optimizer=true",
+        ),
+    ),
+    "qwen3_cp2": (2, (*QWEN3, "model.context_parallel_size=2")),
+}
 RELATIVE = 1e-5
 BF16_LAYOUTS = ("tp2_sequence", "pp2_vpp2", "dp2_distributed_optimizer", "cp2", "tp2_dp2_everything")
 # Rounding to bfloat16 (8 significant bits) errs by 2^-7 / sqrt(12) relative, root mean square. Two layouts round their

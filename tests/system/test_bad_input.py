@@ -11,7 +11,7 @@ import torch
 
 from nemo_lmpo.train import main
 from tests.system.processes import SMALL
-from tests.unit.convert.tiny_models import save
+from tests.unit.formats.tiny_models import save
 
 GOOD = {"prompt": "sort b a", "chosen": "a b", "rejected": "b a"}
 

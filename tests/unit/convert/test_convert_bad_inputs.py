@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +25,7 @@ from nemo_lmpo.convert.__main__ import hf_to_nemo, main, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats import conversion
 from nemo_lmpo.formats.model_files import open_model
+from tests.unit.formats import tiny_models as tiny
 
 
 @pytest.fixture
@@ -259,9 +259,14 @@ def test_config_that_does_not_fit_the_weights(nemo: Path, source: Path, tmp_path
 
 def test_unsupported_architecture_names_the_supported_ones(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma2"}))
     message = _error(hf_to_nemo, source, tmp_path / "x.nemo")
-    assert "model_type 'qwen2' is not supported; supported: llama, mistral" in message
+    assert "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2, qwen3" in message
+    for experts in ({"model_type": "qwen3_moe"}, {"num_experts": 8}):
+        (source / "config.json").write_text(json.dumps({**config, **experts}))
+        message = _error(hf_to_nemo, source, tmp_path / "x.nemo")
+        assert "is a mixture of experts, which is not supported" in message
+        assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -273,7 +278,7 @@ def test_unsupported_architecture_names_the_supported_ones(source: Path, tmp_pat
         ("vocab_size", -5, "vocab_size=-5 is not a whole number of at least 1"),
         ("rms_norm_eps", "small", "rms_norm_eps='small' is not a number"),
         ("rope_parameters", "x", "does not describe a rotary embedding"),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "the field factor of the rotary embedding"),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "rope_parameters: the field factor is missing"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported"),
     ],
 )

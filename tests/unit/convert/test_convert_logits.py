@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf, verify
 from nemo_lmpo.convert.verify import megatron_model, model_logits
 from nemo_lmpo.formats.model_files import open_model
+from tests.unit.formats import tiny_models as tiny
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

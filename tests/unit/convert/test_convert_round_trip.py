@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
+from tests.unit.formats import tiny_models as tiny
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

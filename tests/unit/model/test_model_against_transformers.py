@@ -26,7 +26,7 @@ from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, localize
 from nemo_lmpo.training.step import MicroBatchStep
-from tests.unit.convert.tiny_models import FAMILIES, save
+from tests.unit.formats.tiny_models import FAMILIES, save
 from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import find_base_model
-from tests.unit.convert.tiny_models import save
+from tests.unit.formats.tiny_models import save
 
 
 def directory(path: Path, *overrides: str) -> RunDirectory:

@@ -8,7 +8,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
@@ -23,6 +22,7 @@ from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_config
 from nemo_lmpo.formats.sinks import DirectorySink
+from tests.unit.formats import tiny_models as tiny
 
 
 def _convert_back(source: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.source import check_source, random_source
+from tests.unit.formats import tiny_models as tiny
 
 _ARCHITECTURE = architecture_from_hf(tiny.config("llama3").to_dict())
 

@@ -1,0 +1,107 @@
+"""Plain values of a file that somebody else wrote: each is read with its field, value and remedy in the error."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_lmpo.errors import CheckpointError
+
+LARGEST_SIZE = 2**31 - 1
+"""No tensor library counts further in one dimension."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: its representation, cut to 80 letters however large or nested it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)[:80]
+
+
+class Fields:
+    """Named values, for example of a `config.json`; ``origin`` is what errors call the file.
+
+    Args:
+        values: what the file holds.
+        origin: the file.
+        text_numbers: YAML reads `1e-5` as text; take such text for the number that it is.
+
+    Raises:
+        CheckpointError: ``values`` have no names; so does every method for a value that is none.
+    """
+
+    def __init__(self, values: object, origin: str, *, text_numbers: bool = False) -> None:
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{origin} holds a {type(values).__name__} instead of named fields; restore the file")
+        self.values: Mapping[str, Any] = values
+        self.origin = origin
+        self._text_numbers = text_numbers
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(name) is not None
+
+    def size(
+        self,
+        name: str,
+        *,
+        absent: int | None = None,
+        null: int | None = None,
+        most: int = LARGEST_SIZE,
+    ) -> int:
+        """A whole number of at least 1; ``absent`` and ``null`` stand in for a field that is not there, or is null."""
+        value = self.values.get(name, _MISSING)
+        if value is _MISSING:
+            if absent is None:
+                raise CheckpointError(f"{self.origin}: the field {name} is missing; add it")
+            return absent
+        if value is None and null is not None:
+            return null
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(name, "is not a whole number of at least 1; correct it")
+        if value > most:
+            raise self.error(name, f"is more than {most}, the most that is supported; correct it")
+        return value
+
+    def number(self, name: str, absent: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.values.get(name, absent)
+        if value is None and name not in self.values:
+            raise CheckpointError(f"{self.origin}: the field {name} is missing; add it")
+        if self._text_numbers and isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise self.error(name, "is not a number above 0; correct it") from None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(name, "is not a number above 0; correct it")
+        return float(value)
+
+    def flag(self, name: str, absent: bool = False) -> bool:
+        """True or false; null is ``absent``."""
+        value = self.values.get(name)
+        if value is None:
+            return absent
+        if not isinstance(value, bool):
+            raise self.error(name, "is neither true nor false; correct it")
+        return value
+
+    def require(self, allowed: Mapping[str, tuple[Any, ...]], what: str) -> None:
+        """Refuse a field that is there with none of its ``allowed`` values; ``what`` says who has those."""
+        for name, values in allowed.items():
+            if name in self.values and not any(_same(self.values[name], value) for value in values):
+                raise self.error(name, f"is not supported (only {values[0]!r}: {what})")
+
+    def error(self, name: str, problem: str) -> CheckpointError:
+        """The error that says what is wrong with a field's value."""
+        return CheckpointError(f"{self.origin}: {name}={shown(self.values.get(name))} {problem}")
+
+
+_MISSING = object()
+
+
+def _same(value: object, allowed: object) -> bool:
+    """Equal, where a number is no truth value."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
