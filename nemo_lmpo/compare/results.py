@@ -9,10 +9,6 @@ from dataclasses import dataclass
 
 from nemo_lmpo.compare.suites import START, Claim, Variant
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last, the normal one.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL95 = 1.96
-
 Values = Mapping[tuple[Variant, int], Mapping[str, float]]
 """Measured numbers of each variant and seed that is finished."""
 
@@ -87,8 +83,9 @@ def _verdict(difference: Estimate) -> str:
         return "no difference"
     if difference.error is None:
         return "undecided"
-    freedom = difference.count - 1
-    quantile = _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95
+    from scipy.stats import t as student
+
+    quantile = float(student.ppf(0.975, difference.count - 1))
     if abs(difference.mean) <= quantile * difference.error:
         return "undecided"
     return "shown" if difference.mean > 0 else "contradicted"

@@ -229,6 +229,17 @@ class WandbConfig:
 
 
 @dataclass
+class MlflowConfig:
+    """MLflow; off unless `experiment` is set."""
+
+    experiment: str | None = None
+    name: str | None = None
+    """The run's name there; unset: that of the run directory."""
+    tracking_uri: str | None = None
+    """The server; unset: `MLFLOW_TRACKING_URI`."""
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and kept besides `metrics.jsonl`."""
 
@@ -239,6 +250,7 @@ class LoggingConfig:
     report: bool = True
     """Draw `report.html` at the end."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: `metrics.jsonl` (every step), TensorBoard, and Weights & Biases.
+"""Where a run's metrics go: `metrics.jsonl` (every step), and trackers.
 
 `metrics.jsonl` holds one JSON object a line: `step` (finished optimizer steps, from 1), `time` (unix seconds)
 and the metrics in the order given. Validation writes its own line with the same step and the prefix `val/`.
@@ -12,21 +12,19 @@ import json
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemo_lmpo.config.schema import LoggingConfig, WandbConfig
-from nemo_lmpo.errors import ConfigError, TrainingError
+from nemo_lmpo.config.schema import LoggingConfig
+from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.monitor.trackers import Trackers
 from nemo_lmpo.runtime.atomic import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
-WANDB_ID_FILE = "wandb_id"
-TENSORBOARD_DIR = "tensorboard"
 
 # A killed process loses nothing that was flushed; only a machine that dies needs fsync. Once in a few seconds
 # keeps that loss small without making fast steps wait for the disk.
@@ -97,7 +95,7 @@ class MetricsLog:
         run_dir: Path | str,
         config: LoggingConfig,
         *,
-        config_for_wandb: Mapping[str, Any],
+        settings: Mapping[str, Any],
         resume_step: int,
         total_steps: int | None = None,
     ) -> None:
@@ -105,27 +103,25 @@ class MetricsLog:
 
         Args:
             run_dir: the run's directory, made if missing.
-            config: which sinks, and how often TensorBoard and W&B get a line.
-            config_for_wandb: the resolved configuration, shown by W&B.
+            config: which trackers, and how often they get a line.
+            settings: the resolved configuration, which trackers show.
             resume_step: finished steps of the checkpoint that is resumed; 0 for a new run.
             total_steps: steps of the whole run, kept in `run.json` for the report.
 
         Raises:
-            ConfigError: W&B is configured but missing, or cannot start.
+            ConfigError: a tracker is configured but missing, or cannot start.
         """
         self._run_dir = Path(run_dir)
         self._log_interval = max(1, config.log_interval)
         self._resume_step = resume_step
-        wandb = _import_wandb(config.wandb) if config.wandb.project else None
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        # First: what is missing is refused before anything is written.
+        self._trackers = Trackers(self._run_dir, config, settings=settings, resume_step=resume_step)
         if total_steps is not None:
             replace_file(self._run_dir / RUN_FILE, json.dumps({"total_steps": total_steps}).encode() + b"\n")
         self._path = self._run_dir / METRICS_FILE
         self._present = truncate_metrics(self._path, resume_step)
         self._file = self._path.open("ab")
         self._synced_at = time.monotonic()
-        self._tensorboard = _open_tensorboard(self._run_dir, resume_step) if config.tensorboard else None
-        self._wandb = _start_wandb(wandb, self._run_dir, config.wandb, config_for_wandb) if wandb else None
 
     def log(self, step: int, metrics: Mapping[str, float], *, prefix: str = "") -> None:
         """Write one line.
@@ -154,15 +150,7 @@ class MetricsLog:
         except OSError as error:
             raise TrainingError(f"cannot write {self._path} ({error}); free the disk and resume the run") from error
         if prefix or step == 1 or step % self._log_interval == 0:
-            self._log_elsewhere(step, named)
-
-    def _log_elsewhere(self, step: int, named: Mapping[str, float]) -> None:
-        if self._tensorboard is not None:
-            for name, value in named.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            # Steps that W&B saw before an interruption are ignored there; a resumed run repeats them exactly.
-            self._wandb.log(dict(named), step=step)
+            self._trackers.log(step, named)
 
     def sync(self) -> None:
         """Bring all lines to the disk; to be called before a checkpoint becomes visible."""
@@ -175,12 +163,7 @@ class MetricsLog:
         if not self._file.closed:
             self.sync()
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        self._trackers.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -189,46 +172,3 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
-    # Imported here: it costs a second, and runs without TensorBoard need not pay it.
-    from torch.utils.tensorboard import SummaryWriter
-
-    # TensorBoard hides what earlier files have of this step and later ones.
-    return SummaryWriter(log_dir=str(run_dir / TENSORBOARD_DIR), purge_step=resume_step + 1)
-
-
-def _import_wandb(config: WandbConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            f"logging.wandb.project={config.project!r} needs the package wandb; "
-            "run `pip install 'nemo-lmpo[wandb]'` or unset logging.wandb.project"
-        ) from None
-    return wandb
-
-
-def _start_wandb(wandb: Any, run_dir: Path, config: WandbConfig, config_for_wandb: Mapping[str, Any]) -> Any:
-    """Start W&B, or go on with the run whose id is kept in the run directory."""
-    id_file = run_dir / WANDB_ID_FILE
-    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
-    if not run_id:
-        run_id = secrets.token_hex(4)
-        replace_file(id_file, run_id.encode() + b"\n")
-    try:
-        return wandb.init(
-            project=config.project,
-            name=config.name or run_dir.name,
-            entity=config.entity,
-            config=dict(config_for_wandb),
-            dir=str(run_dir),
-            id=run_id,
-            resume="allow",
-        )
-    except Exception as error:  # W&B raises many kinds (no login, no network), and no common one
-        raise ConfigError(
-            f"logging.wandb.project={config.project!r}: W&B cannot start ({error}); run `wandb login`, "
-            "set WANDB_MODE=offline, or unset logging.wandb.project"
-        ) from error

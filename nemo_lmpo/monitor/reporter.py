@@ -47,7 +47,7 @@ class Reporter:
         self.log = MetricsLog(
             run_dir,
             config.logging,
-            config_for_wandb=config_as_dict(config),
+            settings=config_as_dict(config),
             resume_step=start_step,
             total_steps=total_steps,
         )

@@ -63,6 +63,14 @@ def test_verdict_boundary_is_students():
     assert judge(CLAIM, values([2.0, 3.0, 4.0], [0.0, 0.0, 0.0])).verdict == "shown"
 
 
+def test_twelve_seeds_take_the_quantile_of_eleven_degrees():
+    # Six differences of 0 and six of 2 around a mean: deviation sqrt(12 / 11), error 0.3015; t(11) = 2.201 -> 0.6636.
+    ends = [-1.0, 1.0] * 6
+    below, above = [0.65 + end for end in ends], [0.68 + end for end in ends]
+    assert judge(CLAIM, values(below, [0.0] * 12)).verdict == "undecided"  # the normal 1.96 would show 0.59
+    assert judge(CLAIM, values(above, [0.0] * 12)).verdict == "shown"
+
+
 def test_one_seed_decides_nothing():
     assert judge(CLAIM, values([5.0], [1.0])).verdict == "undecided"
     assert judge(CLAIM, values([5.0], [5.0])).verdict == "no difference"

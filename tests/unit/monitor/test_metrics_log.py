@@ -1,16 +1,16 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from nemo_lmpo.config.schema import LoggingConfig, WandbConfig
+from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError, TrainingError
 from nemo_lmpo.monitor.metrics_log import MetricsLog, encode_number, truncate_metrics
 
@@ -18,7 +18,7 @@ QUIET = LoggingConfig(tensorboard=False)
 
 
 def open_log(run_dir, *, resume_step=0, config=QUIET, total_steps=None):
-    return MetricsLog(run_dir, config, config_for_wandb={"name": "t"}, resume_step=resume_step, total_steps=total_steps)
+    return MetricsLog(run_dir, config, settings={"name": "t"}, resume_step=resume_step, total_steps=total_steps)
 
 
 def lines(run_dir):
@@ -145,7 +145,7 @@ def test_killed_process_loses_at_most_the_last_line(tmp_path):
         import sys
         from nemo_lmpo.config.schema import LoggingConfig
         from nemo_lmpo.monitor.metrics_log import MetricsLog
-        log = MetricsLog(sys.argv[1], LoggingConfig(tensorboard=False), config_for_wandb={}, resume_step=0)
+        log = MetricsLog(sys.argv[1], LoggingConfig(tensorboard=False), settings={}, resume_step=0)
         for step in range(1, 10**9):
             log.log(step, {"loss": 0.5})
             if step == 200:
@@ -198,60 +198,79 @@ def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tm
     assert tensorboard_points(tmp_path, "val/loss") == [(5, 1.0)]
 
 
-class FakeRun:
-    def __init__(self):
-        self.logged = []
-        self.finished = False
-
-    def log(self, metrics, step):
-        self.logged.append((step, metrics))
-
-    def finish(self):
-        self.finished = True
-
-
-def install_fake_wandb(monkeypatch, error=None):
-    calls, runs = [], []
-
-    def init(**arguments):
-        if error:
-            raise error
-        calls.append(arguments)
-        runs.append(FakeRun())
-        return runs[-1]
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    return calls, runs
-
-
 WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
 
 
+def offline_runs(run_dir):
+    return sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
+
+
 def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
-    calls, runs = install_fake_wandb(monkeypatch)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     with open_log(tmp_path / "r", config=WANDB) as log:
         log.log(1, {"loss": 1.0})
         log.log(1, {"loss": 2.0}, prefix="val/")
+    run_id = (tmp_path / "r" / "wandb_id").read_text().strip()
+    first = offline_runs(tmp_path / "r")
+    assert len(first) == 1
+    assert first[0].endswith(run_id)
     open_log(tmp_path / "r", config=WANDB, resume_step=1).close()
-    assert runs[0].logged == [(1, {"loss": 1.0}), (1, {"val/loss": 2.0})]
-    assert runs[0].finished
-    assert calls[0]["id"] == calls[1]["id"] == (tmp_path / "r" / "wandb_id").read_text().strip()
-    assert (calls[0]["project"], calls[0]["entity"], calls[0]["name"]) == ("p", "e", "r")
-    assert calls[0]["resume"] == "allow"
-    assert calls[0]["config"] == {"name": "t"}
+    assert all(name.endswith(run_id) for name in offline_runs(tmp_path / "r"))
+    assert (tmp_path / "r" / "wandb_id").read_text().strip() == run_id
+    content = next((tmp_path / "r" / "wandb").glob("offline-run-*/run-*.wandb")).read_bytes()
+    assert b"val/loss" in content
 
 
-def test_missing_wandb_says_what_to_do_and_touches_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"logging\.wandb\.project='p' needs.*pip install 'nemo-lmpo\[wandb\]'"):
-        open_log(tmp_path / "r", config=WANDB)
+@pytest.mark.parametrize(
+    ("package", "config", "setting"),
+    [
+        ("wandb", WANDB, "logging.wandb.project='p'"),
+        ("mlflow", LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e")), "logging.mlflow.experiment='e'"),
+    ],
+)
+def test_missing_package_says_what_to_do_and_touches_nothing(tmp_path, monkeypatch, package, config, setting):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"{re.escape(setting)} needs.*pip install 'nemo-lmpo\[{package}\]'"):
+        open_log(tmp_path / "r", config=config)
     assert not (tmp_path / "r").exists()
 
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
-    install_fake_wandb(monkeypatch, error=RuntimeError("api_key not configured"))
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**settings):
+        raise wandb.errors.UsageError("api_key not configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"api_key not configured.*wandb login"):
         open_log(tmp_path, config=WANDB)
+
+
+def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file:{tmp_path / 'mlruns'}"
+    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e", tracking_uri=uri))
+    with open_log(tmp_path / "r", config=config) as log:
+        log.log(1, {"loss": 1.5})
+        log.log(1, {"loss": 2.0}, prefix="val/")
+    with open_log(tmp_path / "r", config=config, resume_step=1) as log:
+        log.log(2, {"loss": 0.5})
+    run_id = (tmp_path / "r" / "mlflow_id").read_text().strip()
+    client = tracking.MlflowClient(uri)
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")] == [(1, 1.5), (2, 0.5)]
+    assert client.get_run(run_id).data.metrics["val/loss"] == 2.0
+    assert client.get_run(run_id).data.params == {"name": "t"}
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_mlflow_without_a_server_says_what_to_set(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e"))
+    with pytest.raises(ConfigError, match=r"set logging\.mlflow\.tracking_uri or MLFLOW_TRACKING_URI"):
+        open_log(tmp_path, config=config)
 
 
 def test_closing_twice_is_fine(tmp_path):

@@ -1,0 +1,134 @@
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases and MLflow, through Lightning's loggers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.atomic import replace_file
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+
+WANDB_ID_FILE = "wandb_id"
+MLFLOW_ID_FILE = "mlflow_id"
+TENSORBOARD_DIR = "tensorboard"
+
+
+class Trackers:
+    """The trackers that a run asks for; to be made on global rank 0 only."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, *, settings: Mapping[str, Any], resume_step: int) -> None:
+        """Start them, or go on with the runs whose ids are kept in the run directory.
+
+        Args:
+            run_dir: the run's directory, made if missing once all packages are there.
+            config: which trackers.
+            settings: the resolved configuration, which W&B and MLflow show.
+            resume_step: finished steps of the checkpoint that is resumed; 0 for a new run.
+
+        Raises:
+            ConfigError: one is configured, but missing or unable to start.
+        """
+        openers: list[Callable[[], tuple[Logger, Callable[[], Any]]]] = []
+        if config.wandb.project:
+            _require("wandb", f"logging.wandb.project={config.wandb.project!r}")
+            openers.append(lambda: _wandb(run_dir, config.wandb, settings))
+        if config.mlflow.experiment:
+            _require("mlflow", f"logging.mlflow.experiment={config.mlflow.experiment!r}")
+            openers.append(lambda: _mlflow(run_dir, config.mlflow, settings))
+        if config.tensorboard:
+            openers.append(lambda: _tensorboard(run_dir, resume_step))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._open = [opener() for opener in openers]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; steps that a tracker saw before an interruption are repeated exactly."""
+        for logger, _ in self._open:
+            logger.log_metrics(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish all of them; can be called twice."""
+        while self._open:
+            _, finish = self._open.pop()
+            finish()
+
+
+def _require(package: str, setting: str) -> None:
+    try:
+        __import__(package)
+    except ImportError:
+        raise ConfigError(
+            f"{setting} needs the package {package}; run `pip install 'nemo-lmpo[{package}]'` or unset it"
+        ) from None
+
+
+def _tensorboard(run_dir: Path, resume_step: int) -> tuple[Logger, Callable[[], Any]]:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    # TensorBoard hides what earlier files have of this step and later ones.
+    logger = TensorBoardLogger(
+        run_dir, name=TENSORBOARD_DIR, version="", default_hp_metric=False, purge_step=resume_step + 1
+    )
+    logger.experiment  # noqa: B018  # opens the file, which hides the steps even if none follows
+    return logger, lambda: logger.finalize("")
+
+
+def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> tuple[Logger, Callable[[], Any]]:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    run_id = _kept_id(run_dir / WANDB_ID_FILE) or secrets.token_hex(4)
+    replace_file(run_dir / WANDB_ID_FILE, f"{run_id}\n")
+    logger: WandbLogger = WandbLogger(
+        project=config.project,
+        name=config.name or run_dir.name,
+        entity=config.entity,
+        save_dir=run_dir,
+        id=run_id,
+        config=dict(settings),
+    )
+    try:
+        logger.experiment  # noqa: B018  # starts the run
+    except (wandb.errors.Error, OSError) as error:
+        raise ConfigError(
+            f"logging.wandb.project={config.project!r}: W&B cannot start ({error}); run `wandb login`, "
+            "set WANDB_MODE=offline, or unset logging.wandb.project"
+        ) from error
+    return logger, logger.experiment.finish
+
+
+def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any]) -> tuple[Logger, Callable[[], Any]]:
+    from lightning.pytorch.loggers import MLFlowLogger
+    from mlflow.exceptions import MlflowException
+
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    setting = f"logging.mlflow.experiment={config.experiment!r}"
+    if not uri:
+        raise ConfigError(f"{setting} needs a server; set logging.mlflow.tracking_uri or MLFLOW_TRACKING_URI")
+    kept = _kept_id(run_dir / MLFLOW_ID_FILE)
+    try:
+        logger: MLFlowLogger = MLFlowLogger(
+            experiment_name=str(config.experiment),
+            run_name=config.name or run_dir.name,
+            tracking_uri=uri,
+            run_id=kept or None,
+        )
+        if not kept:
+            logger.log_hyperparams(dict(settings))
+    except (MlflowException, OSError) as error:
+        raise ConfigError(
+            f"{setting}: MLflow cannot start at {uri} ({error}); correct logging.mlflow.tracking_uri, or unset "
+            "logging.mlflow.experiment"
+        ) from error
+    replace_file(run_dir / MLFLOW_ID_FILE, f"{logger.run_id}\n")
+    return logger, lambda: logger.finalize("success")
+
+
+def _kept_id(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
