@@ -215,4 +215,8 @@ def _reference_logps(pairs: Sequence[PairTokens]) -> torch.Tensor | None:
     values = [(pair.reference_chosen_logp, pair.reference_rejected_logp) for pair in pairs]
     if any(chosen is None or rejected is None for chosen, rejected in values):
         return None
-    return torch.tensor(values, dtype=torch.float32).reshape(-1, 2)
+    sums = torch.tensor(values, dtype=torch.float32).reshape(-1, 2)
+    shared = [pair.reference_shared_logps for pair in pairs if pair.reference_shared_logps is not None]
+    if not shared or len(shared) < len(pairs):
+        return sums
+    return torch.cat([sums, torch.tensor(shared, dtype=torch.float32)], dim=1)

@@ -19,6 +19,8 @@ class PairTokens:
     reference_chosen_logp: float | None = None
     """Sum of response log-probabilities under the reference model, if one is used."""
     reference_rejected_logp: float | None = None
+    reference_shared_logps: tuple[float, float] | None = None
+    """The same over the common length of both responses, chosen and rejected, if the loss wants it."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class PackedSequence:
     response_lengths: Tensor
     """``[B, 2]`` float32: response tokens of chosen and rejected."""
     reference_logps: Tensor | None = None
-    """``[B, 2]`` float32: reference sums of chosen and rejected."""
+    """``[B, 2]`` float32: reference sums of chosen and rejected; ``[B, 4]`` with those over the common length."""
 
     @property
     def num_pairs(self) -> int:

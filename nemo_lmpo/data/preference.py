@@ -77,8 +77,8 @@ class PreferenceDataset:
         prompt, chosen, rejected = (
             table.column(name)[row].values.to_pylist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
-        reference = (None, None) if self._reference is None else self._reference[index].tolist()
-        return PairTokens(self.pair_id(index), prompt, chosen, rejected, *reference)
+        sums = [None, None] if self._reference is None else self._reference[index].tolist()
+        return PairTokens(self.pair_id(index), prompt, chosen, rejected, sums[0], sums[1], tuple(sums[2:]) or None)
 
     def pair_id(self, index: int) -> str:
         """The id of a pair; only a pair that an epoch holds several times occurs under one id twice."""
@@ -89,18 +89,27 @@ class PreferenceDataset:
         """The ids of all pairs in the dataset's order."""
         return [self.pair_id(index) for index in range(len(self))]
 
-    def attach_reference(self, pair_ids: Sequence[str], chosen_logps: np.ndarray, rejected_logps: np.ndarray) -> None:
+    def attach_reference(
+        self,
+        pair_ids: Sequence[str],
+        chosen_logps: np.ndarray,
+        rejected_logps: np.ndarray,
+        shared_logps: np.ndarray | None = None,
+    ) -> None:
         """Give every pair the log-probabilities of its responses under a reference model.
 
         Args:
             pair_ids: the pairs that the values belong to, in any order, at least those of this dataset.
             chosen_logps: sums over the chosen response's tokens, ``[len(pair_ids)]``, natural log.
             rejected_logps: the same of the rejected responses.
+            shared_logps: the same over the common length of both responses, ``[len(pair_ids), 2]``; optional.
 
         Raises:
             DataError: a pair has no value, or one that is not finite.
         """
         values = np.stack([np.asarray(chosen_logps), np.asarray(rejected_logps)], axis=1).astype(np.float64)
+        if shared_logps is not None:
+            values = np.concatenate([values, shared_logps], axis=1)
         places = {pair_id: place for place, pair_id in enumerate(pair_ids)}
         missing = [pair_id for pair_id in self.pair_ids if pair_id not in places]
         if missing:

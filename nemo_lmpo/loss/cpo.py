@@ -6,37 +6,45 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_name, check_non_negative, check_positive
+from nemo_lmpo.loss.checks import check_choice, check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import sums
+from nemo_lmpo.loss.numerics import NLL, chosen_nll, sums
+from nemo_lmpo.loss.options import PreferenceOptions
 
 
 @dataclass(frozen=True)
-class CPOConfig:
+class CPOConfig(PreferenceOptions):
     """Options of CPO."""
 
     name: str = "cpo"
     beta: float = 0.01
     """Scale of the compared log-probabilities. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
     lam: float = 1.0
-    """``lambda``, weight of the likelihood of the chosen response; 1.0 in SimPO's appendix."""
+    """``lambda``, weight of the likelihood of the chosen response; 1.0 in SimPO's appendix and in the CPO author's own
+    trainer (TRL's, pull request 1382)."""
+    nll: str = "mean"
+    """How that likelihood is taken. `mean` per token of the response, for which 0.01 and 1.0 are published: the CPO
+    author's trainer does so (with one pair a micro-batch; with more it is `token_mean`, over all chosen tokens of
+    the batch). `sum` is what the CPO and SimPO papers print; the preference is then about 1 % of the gradient."""
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "cpo")
         check_positive("beta", self.beta)
         check_non_negative("lam", self.lam)
+        check_choice("nll", self.nll, NLL)
 
 
 def cpo_loss(inputs: LossInputs, config: CPOConfig) -> LossOutputs:
     """CPO per pair, ``[B]``.
 
-    Formula: ``-logsigmoid(beta (S_w - S_l)) - lambda S_w`` with sums ``S`` = ``*_logps``. Some implementations
-    take the mean per token in the second term; this is the sum, as both papers print it. Rewards are ``beta S``.
+    Formula: ``-logsigmoid(beta (S_w - S_l)) + lambda nll_w`` with sums ``S`` = ``*_logps`` and ``nll_w`` =
+    ``-S_w / n_w`` (or as ``config.nll`` says). Rewards are ``beta S``.
     """
     sum_w, sum_l = sums(inputs)
     return LossOutputs(
-        losses=-F.logsigmoid(config.beta * (sum_w - sum_l)) - config.lam * sum_w,
+        losses=-F.logsigmoid(config.beta * (sum_w - sum_l)) + config.lam * chosen_nll(inputs, config.nll),
         chosen_rewards=config.beta * sum_w.detach(),
         rejected_rewards=config.beta * sum_l.detach(),
     )

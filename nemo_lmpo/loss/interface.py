@@ -8,21 +8,35 @@ handed in as numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running statistics as constants for the gradient."""
+    """Running statistics as constants for the gradient: one value for all pairs, or ``[B]`` tensors."""
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | Tensor = 0.0
+    std: float | Tensor = 1.0
     """Floored, so that a division by it is safe."""
-    count: int = 0
+    count: int | Tensor = 0
     """What the statistics rest on: batches (`ema`) or pairs (`cumulative`) that gave a standard deviation,
     values (`batch_mean`). 0: nothing was taken yet, ``mean`` and ``std`` must not be used."""
+
+    def of_pairs(self, index: Tensor) -> Statistics:
+        """The statistics of the pairs at ``index`` ``[b]``; values that hold for all pairs stay as they are."""
+
+        def pick(value: Any) -> Any:
+            return value[index] if isinstance(value, Tensor) else value
+
+        return Statistics(pick(self.mean), pick(self.std), pick(self.count))
+
+    def to(self, device: torch.device) -> Statistics:
+        """The statistics with their tensors on ``device``."""
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+        return Statistics(**moved)
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,9 @@ class StatisticsConfig:
     ``update``:
         ``after_step``: once per optimizer step with the values of the whole global batch, after its losses were
         computed with the statistics of the steps before.
-        ``before_micro_batch``: with the values of every micro-batch of all data-parallel ranks, before its losses.
-        ``before_step``: with the values of the whole global batch, before its losses; needs a forward pass of its
-        own.
+        ``before_step``: before the losses, from the global batch itself, which takes a forward pass of its own.
+        Every ``group_size`` pairs in the batch's order make one update, and the statistics after it are those
+        of these pairs; without a size the whole batch is one group.
     """
 
     kind: str
@@ -49,7 +63,11 @@ class StatisticsConfig:
     bias_correction: bool = True
     """Divide moving averages by the weight they have gathered, as Adam does (`ema`)."""
     in_evaluation: bool = False
-    """Whether validation batches update the statistics too."""
+    """Whether validation batches update the statistics too (`before_step`)."""
+    group_size: int | None = None
+    """Pairs of one update (`before_step`); None: the whole global batch."""
+    evaluation_group_size: int | None = None
+    """The same in evaluation."""
     log_as: str | None = None
     """Prefix under which mean and deviation are logged (`lmpo`: `lmpo/mean`, `lmpo/std`); None: not at all."""
 
@@ -60,6 +78,8 @@ class LossInputs:
 
     ``*_logps`` are sums of response-token log-probabilities in nats (``S`` in the paper), ``*_lengths`` the
     numbers of response tokens (``n``). Reference values are None for losses without a reference model.
+    ``*_shared_logps`` are sums over the tokens of a response that have a counterpart in the other one, the first
+    ``min(n_w, n_l)``; None for losses that do not ask for them.
     """
 
     chosen_logps: Tensor
@@ -68,6 +88,12 @@ class LossInputs:
     rejected_lengths: Tensor
     reference_chosen_logps: Tensor | None = None
     reference_rejected_logps: Tensor | None = None
+    chosen_shared_logps: Tensor | None = None
+    rejected_shared_logps: Tensor | None = None
+    reference_chosen_shared_logps: Tensor | None = None
+    reference_rejected_shared_logps: Tensor | None = None
+    mean_chosen_length: float | None = None
+    """Response tokens per chosen response of the whole global batch, for means over the batch's tokens."""
     statistics: Statistics = field(default_factory=Statistics)
 
 
@@ -95,6 +121,11 @@ class PreferenceLoss(Protocol):
     @property
     def needs_reference(self) -> bool:
         """Whether ``reference_*_logps`` must be given."""
+        ...
+
+    @property
+    def needs_shared_logps(self) -> bool:
+        """Whether ``*_shared_logps`` must be given, and those of the reference where it needs one."""
         ...
 
     @property

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios
+from nemo_lmpo.loss.options import PreferenceOptions
 
 
 @dataclass(frozen=True)
-class IPOConfig:
+class IPOConfig(PreferenceOptions):
     """Options of IPO."""
 
     name: str = "ipo"
@@ -23,6 +24,7 @@ class IPOConfig:
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "ipo")
         check_positive("tau", self.tau)
 

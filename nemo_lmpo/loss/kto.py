@@ -10,10 +10,11 @@ from torch import Tensor
 from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
 from nemo_lmpo.loss.numerics import log_ratios
+from nemo_lmpo.loss.options import PreferenceOptions
 
 
 @dataclass(frozen=True)
-class KTOConfig:
+class KTOConfig(PreferenceOptions):
     """Options of KTO."""
 
     name: str = "kto"
@@ -26,6 +27,7 @@ class KTOConfig:
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "kto")
         check_positive("beta", self.beta)
         check_positive("desirable_weight", self.desirable_weight)
@@ -58,7 +60,9 @@ def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
     Rewards are ``beta rho``.
     """
     ratio_w, ratio_l = log_ratios(inputs)
-    z = config.beta * max(0.0, inputs.statistics.mean) if inputs.statistics.count else 0.0
+    mean = torch.as_tensor(inputs.statistics.mean, dtype=ratio_w.dtype, device=ratio_w.device)
+    known = torch.as_tensor(inputs.statistics.count, device=ratio_w.device) > 0
+    z = torch.where(known, config.beta * mean.clamp(min=0), torch.zeros_like(mean))
     # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large.
     desirable = config.desirable_weight * torch.sigmoid(z - config.beta * ratio_w)
     undesirable = config.undesirable_weight * torch.sigmoid(config.beta * ratio_l - z)
@@ -66,5 +70,5 @@ def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
         losses=(desirable + undesirable) / 2,
         chosen_rewards=config.beta * ratio_w.detach(),
         rejected_rewards=config.beta * ratio_l.detach(),
-        metrics={"kto/z": torch.full_like(ratio_w, z).detach()},
+        metrics={"kto/z": z.expand_as(ratio_w).detach()},
     )

@@ -12,15 +12,28 @@ from torch import Tensor
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import margins
 from nemo_lmpo.loss.checks import check_choice, check_finite, check_name, check_non_negative, check_positive
-from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics, StatisticsConfig
 from nemo_lmpo.loss.numerics import averages
+from nemo_lmpo.loss.options import PreferenceOptions
 
 DEFAULT_LOG_H = 1.4
 DEFAULT_MOMENTUM = 0.9
+PAPER_STD_FLOOR = 0.01
+"""What rounding alone does to the margin of an answer of ten tokens in bfloat16: logits between 16 and 32 are 1/8
+apart, an error of 1/8 / sqrt(12) = 0.036 a token and 0.011 in the mean of ten, and the margin moves by at most as much
+as the mean does (``p_w |dm/dp_w| <= 1``). Margins that differ by less are equal, and a normalization by less would
+blow up noise: see docs/losses.md, which says what the floor bounds."""
+RELEASED_STD_FLOOR = 1e-6
+"""The authors' trainer has no floor; this only keeps a division by zero away."""
+RELEASED_GROUP_SIZE = 8
+"""Pairs of a micro-batch of the authors: 2 a GPU (their training configurations), gathered over 4 GPUs (their
+accelerate configuration)."""
+RELEASED_EVALUATION_GROUP_SIZE = 16
+"""The same in evaluation, where they take 4 a GPU."""
 
 
 @dataclass(frozen=True)
-class LMPOConfig:
+class LMPOConfig(PreferenceOptions):
     """Options of LMPO; the defaults are the paper's for Llama-3-Instruct 8B (Table 5).
 
     Options that default to None belong to one choice of another option and are an error where that choice is not
@@ -38,8 +51,8 @@ class LMPOConfig:
     """``lambda``, weight of the normalised margin (Eq. 11)."""
     compat: str = "paper"
     """`paper`: the equations as printed. `released_code`: what the authors' trainer does (margin halved and
-    without gradient, statistics from zero without bias correction, updated before use on every micro-batch, in
-    evaluation too)."""
+    without gradient, statistics from zero without bias correction, updated before use by every micro-batch of
+    ``group_size`` pairs, in evaluation too)."""
     margin: str = "power5"
     """Margin function: `power5` (Eq. 7), `log`, `cube` or `sigmoid` (Section 4.2)."""
     alpha: float | None = None
@@ -56,8 +69,11 @@ class LMPOConfig:
     """`ema` (Eq. 21-22) or `cumulative` (mean and deviation over all pairs so far, Eq. 9 read literally)."""
     momentum: float | None = None
     """Weight of the past in `statistics: ema`; unset: 0.9."""
-    std_floor: float = 1e-6
-    """The margin is never divided by less than this."""
+    group_size: int | None = None
+    """Pairs of a micro-batch of `compat: released_code`, in the order in which the data comes, however the model's own
+    micro-batches are laid; unset: 8 (the authors' 4 GPUs of 2 pairs), and 16 in evaluation (of 4)."""
+    std_floor: float | None = None
+    """The margin is never divided by less than this; unset: 0.01, and 1e-6 with `compat: released_code`."""
 
     @property
     def resolved_log_h(self) -> float:
@@ -65,6 +81,13 @@ class LMPOConfig:
         if self.log_h is not None:
             return self.log_h
         return math.log(self.h) if self.h is not None else DEFAULT_LOG_H
+
+    @property
+    def resolved_std_floor(self) -> float:
+        """The least standard deviation that divides."""
+        if self.std_floor is not None:
+            return self.std_floor
+        return RELEASED_STD_FLOOR if self.compat == "released_code" else PAPER_STD_FLOOR
 
     @property
     def resolved_detach_margin(self) -> bool:
@@ -77,10 +100,12 @@ class LMPOConfig:
         Raises:
             ConfigError: Naming the option, its value and the remedy.
         """
+        super().validate()
         check_name(self.name, "lmpo")
         check_positive("beta", self.beta)
         check_non_negative("lam", self.lam)
-        check_positive("std_floor", self.std_floor)
+        if self.std_floor is not None:
+            check_positive("std_floor", self.std_floor)
         check_choice("compat", self.compat, ("paper", "released_code"))
         check_choice("margin", self.margin, margins.MARGINS)
         check_choice("statistics", self.statistics, ("ema", "cumulative"))
@@ -113,12 +138,8 @@ class LMPOConfig:
     def _validate_statistics(self) -> None:
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ConfigError(f"loss.momentum={self.momentum!r}: must be at least 0 and less than 1.")
-        if not self.z_score and (self.statistics != "ema" or self.momentum is not None):
-            option = "momentum" if self.momentum is not None else "statistics"
-            raise ConfigError(
-                f"loss.{option}={getattr(self, option)!r}: loss.z_score=false keeps no statistics. "
-                f"Leave it out, or set loss.z_score=true."
-            )
+        if not self.z_score:
+            self._refuse_statistics_options()
         if self.statistics == "cumulative" and self.momentum is not None:
             raise ConfigError(
                 f"loss.momentum={self.momentum!r}: loss.statistics=cumulative has none. "
@@ -129,6 +150,23 @@ class LMPOConfig:
                 "loss.statistics='cumulative': the released code keeps moving averages. "
                 "Set loss.statistics=ema, or loss.compat=paper."
             )
+        if self.group_size is not None and self.group_size < 2:
+            raise ConfigError(f"loss.group_size={self.group_size!r}: must be 2 or more; one pair has no deviation.")
+        if self.group_size is not None and self.compat != "released_code":
+            raise ConfigError(
+                f"loss.group_size={self.group_size!r}: only loss.compat=released_code uses it, and loss.compat="
+                f"{self.compat}. Leave it out, or set loss.compat=released_code."
+            )
+
+    def _refuse_statistics_options(self) -> None:
+        given = {name: getattr(self, name) for name in ("momentum", "group_size", "std_floor")}
+        given["statistics"] = None if self.statistics == "ema" else self.statistics
+        for option, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"loss.{option}={value!r}: loss.z_score=false keeps no statistics. "
+                    "Leave it out, or set loss.z_score=true."
+                )
 
 
 def lmpo_statistics(config: LMPOConfig) -> StatisticsConfig | None:
@@ -138,11 +176,13 @@ def lmpo_statistics(config: LMPOConfig) -> StatisticsConfig | None:
     released = config.compat == "released_code"
     return StatisticsConfig(
         kind=config.statistics,
-        update="before_micro_batch" if released else "after_step",
+        update="before_step" if released else "after_step",
         momentum=DEFAULT_MOMENTUM if config.momentum is None else config.momentum,
-        eps=config.std_floor,
+        eps=config.resolved_std_floor,
         bias_correction=not released,
         in_evaluation=released,
+        group_size=(config.group_size or RELEASED_GROUP_SIZE) if released else None,
+        evaluation_group_size=(config.group_size or RELEASED_EVALUATION_GROUP_SIZE) if released else None,
         log_as="lmpo",
     )
 
@@ -171,6 +211,17 @@ def lmpo_observe(inputs: LossInputs, config: LMPOConfig) -> Tensor:
     return _margin(*_probabilities(inputs, config), config).detach()
 
 
+def _normalized(margin: Tensor, statistics: Statistics, config: LMPOConfig) -> Tensor:
+    """``mbar`` ``[B]`` (Eq. 9); 0 where nothing is known yet."""
+    if not config.z_score:
+        return margin
+    mean = torch.as_tensor(statistics.mean, dtype=margin.dtype, device=margin.device)
+    std = torch.as_tensor(statistics.std, dtype=margin.dtype, device=margin.device)
+    known = torch.as_tensor(statistics.count, device=margin.device) > 0
+    normalized = (margin - mean) / std.clamp(min=config.resolved_std_floor)
+    return torch.where(known, normalized, torch.zeros_like(margin))
+
+
 def lmpo_loss(inputs: LossInputs, config: LMPOConfig) -> LossOutputs:
     """LMPO per pair (Eq. 7-11), ``[B]``.
 
@@ -192,13 +243,7 @@ def lmpo_loss(inputs: LossInputs, config: LMPOConfig) -> LossOutputs:
     average_w, average_l = averages(inputs)
     p_w, p_l = _probabilities(inputs, config)
     margin = _margin(p_w, p_l, config)
-    statistics = inputs.statistics
-    if not config.z_score:
-        normalized = margin
-    elif statistics.count == 0:
-        normalized = torch.zeros_like(margin)
-    else:
-        normalized = (margin - statistics.mean) / max(statistics.std, config.std_floor)
+    normalized = _normalized(margin, inputs.statistics, config)
     reward_w, reward_l = config.beta * average_w, config.beta * average_l
     d = reward_w - reward_l - config.lam * normalized
     return LossOutputs(

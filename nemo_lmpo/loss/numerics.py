@@ -33,16 +33,52 @@ def log_ratios(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: The inputs carry no reference log-probabilities.
     """
-    if inputs.reference_chosen_logps is None or inputs.reference_rejected_logps is None:
-        raise ConfigError(
-            "reference_chosen_logps/reference_rejected_logps are None: this loss compares with a reference model; "
-            "give its log-probabilities or choose a loss.name without one (lmpo, simpo, cpo, orpo, slic, sft)."
-        )
-    chosen, rejected = sums(inputs)
-    return (
-        chosen - upcast(inputs.reference_chosen_logps).detach(),
-        rejected - upcast(inputs.reference_rejected_logps).detach(),
-    )
+    return _ratio(inputs, "chosen"), _ratio(inputs, "rejected")
+
+
+def shared_log_ratios(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """:func:`log_ratios` over the first ``min(n_w, n_l)`` tokens of both responses only, ``[B]``.
+
+    Raises:
+        ConfigError: The inputs carry no such sums, of the policy or of the reference.
+    """
+    return _ratio(inputs, "chosen_shared"), _ratio(inputs, "rejected_shared")
+
+
+def _ratio(inputs: LossInputs, part: str) -> Tensor:
+    policy, reference = getattr(inputs, f"{part}_logps"), getattr(inputs, f"reference_{part}_logps")
+    if policy is None or reference is None:
+        name = f"{part}_logps" if policy is None else f"reference_{part}_logps"
+        what = "the policy's" if policy is None else "a reference model's"
+        raise ConfigError(f"{name} is None: this loss needs {what} log-probabilities; hand them in.")
+    return upcast(policy) - upcast(reference).detach()
+
+
+NLL = ("mean", "token_mean", "sum")
+"""How the negative log-likelihood of chosen responses is taken; see :func:`chosen_nll`."""
+
+
+def chosen_nll(inputs: LossInputs, reduction: str) -> Tensor:
+    """Negative log-likelihood of the chosen response, ``[B]``.
+
+    - ``mean``: ``-S_w / n_w``; every response weighs the same in the batch mean, whatever its length.
+    - ``token_mean``: ``-S_w / mean n_w``; the batch mean is the mean over all chosen tokens of the global batch,
+      so every token weighs the same.
+    - ``sum``: ``-S_w``; every response weighs as much as it is long.
+
+    Raises:
+        ConfigError: ``token_mean`` without ``inputs.mean_chosen_length``.
+    """
+    sum_w = upcast(inputs.chosen_logps)
+    if reduction == "mean":
+        return -sum_w / inputs.chosen_lengths
+    if reduction == "sum":
+        return -sum_w
+    if reduction == "token_mean":
+        if inputs.mean_chosen_length is None:
+            raise ConfigError("mean_chosen_length is None: nll=token_mean needs the global batch's mean length.")
+        return -sum_w / inputs.mean_chosen_length
+    raise AssertionError(f"unvalidated nll {reduction!r}")
 
 
 def log1mexp(values: Tensor) -> Tensor:

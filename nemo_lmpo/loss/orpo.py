@@ -10,6 +10,7 @@ from torch import Tensor
 from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages, log1mexp
+from nemo_lmpo.loss.options import PreferenceOptions
 
 LARGEST_LOG_PROBABILITY = -1e-6
 """Odds are infinite at probability 1: mean log-probabilities are kept below this in the odds, where the log-odds
@@ -17,7 +18,7 @@ are 13.8 and their gradient is 1e6; above, the odds have no gradient."""
 
 
 @dataclass(frozen=True)
-class ORPOConfig:
+class ORPOConfig(PreferenceOptions):
     """Options of ORPO."""
 
     name: str = "orpo"
@@ -27,6 +28,7 @@ class ORPOConfig:
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "orpo")
         check_positive("lam", self.lam)
 
@@ -39,6 +41,9 @@ def _log_odds(average: Tensor) -> Tensor:
 
 def orpo_loss(inputs: LossInputs, config: ORPOConfig) -> LossOutputs:
     """ORPO per pair (its Eq. 6-7), ``[B]``.
+
+    The likelihood is that of the response, as the paper writes it; TRL's trainer takes it over prompt and response
+    together, averaged over the batch's tokens.
 
     Formula, with ``avg = S / n``: ``-avg_w - lambda logsigmoid(logodds(avg_w) - logodds(avg_l))`` where
     ``logodds(avg) = avg - log(1 - exp(avg))``. Rewards are ``lambda avg``.

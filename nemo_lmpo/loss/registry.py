@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.cpo import CPOConfig, cpo_loss
-from nemo_lmpo.loss.dpo import DPOConfig, dpo_loss
+from nemo_lmpo.loss.dpo import DPOConfig, dpo_loss, dpo_needs_shared
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss, StatisticsConfig
 from nemo_lmpo.loss.ipo import IPOConfig, ipo_loss
 from nemo_lmpo.loss.kto import KTOConfig, kto_loss, kto_observe, kto_statistics
 from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe, lmpo_statistics
+from nemo_lmpo.loss.numerics import chosen_nll
+from nemo_lmpo.loss.options import PreferenceOptions
 from nemo_lmpo.loss.orpo import ORPOConfig, orpo_loss
+from nemo_lmpo.loss.rdpo import RDPOConfig, rdpo_loss
+from nemo_lmpo.loss.rrhf import RRHFConfig, rrhf_loss
 from nemo_lmpo.loss.sft import SFTConfig, sft_loss
 from nemo_lmpo.loss.simpo import SimPOConfig, simpo_loss
 from nemo_lmpo.loss.slic import SLiCConfig, slic_loss
@@ -33,6 +38,8 @@ class LossEntry:
     """Inputs and options to per-pair losses; pure."""
     needs_reference: bool = False
     """Whether it compares with a frozen reference model."""
+    needs_shared_logps: Callable[[Any], bool] | None = None
+    """Options to whether it wants the log-probabilities of the two responses' common length, too."""
     statistics: Callable[[Any], StatisticsConfig | None] | None = None
     """Options to the running statistics they ask for."""
     observe: Callable[[LossInputs, Any], Tensor] | None = None
@@ -42,8 +49,10 @@ class LossEntry:
 LOSSES: dict[str, LossEntry] = {
     "lmpo": LossEntry(LMPOConfig, lmpo_loss, statistics=lmpo_statistics, observe=lmpo_observe),
     "sft": LossEntry(SFTConfig, sft_loss),
-    "dpo": LossEntry(DPOConfig, dpo_loss, needs_reference=True),
+    "dpo": LossEntry(DPOConfig, dpo_loss, needs_reference=True, needs_shared_logps=dpo_needs_shared),
+    "rdpo": LossEntry(RDPOConfig, rdpo_loss, needs_reference=True),
     "ipo": LossEntry(IPOConfig, ipo_loss, needs_reference=True),
+    "rrhf": LossEntry(RRHFConfig, rrhf_loss),
     "slic": LossEntry(SLiCConfig, slic_loss),
     "cpo": LossEntry(CPOConfig, cpo_loss),
     "kto": LossEntry(KTOConfig, kto_loss, needs_reference=True, statistics=kto_statistics, observe=kto_observe),
@@ -71,9 +80,18 @@ class ConfiguredLoss:
         """Whether ``reference_*_logps`` must be given."""
         return self.entry.needs_reference
 
+    @property
+    def needs_shared_logps(self) -> bool:
+        """Whether ``*_shared_logps`` must be given, and those of the reference where it needs one."""
+        return self.entry.needs_shared_logps is not None and self.entry.needs_shared_logps(self.config)
+
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Per-pair losses and metrics."""
-        return self.entry.function(inputs, self.config)
+        outputs = self.entry.function(inputs, self.config)
+        if not isinstance(self.config, PreferenceOptions) or self.config.sft_weight == 0:
+            return outputs
+        losses = outputs.losses + self.config.sft_weight * chosen_nll(inputs, "mean")
+        return dataclasses.replace(outputs, losses=losses)
 
     def observe(self, inputs: LossInputs) -> Tensor | None:
         """Detached ``[B]`` values for the running statistics; None where none are kept."""

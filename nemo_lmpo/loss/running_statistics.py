@@ -17,7 +17,7 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.loss.interface import Statistics, StatisticsConfig
 
 KINDS = ("ema", "cumulative", "batch_mean")
-UPDATES = ("after_step", "before_micro_batch", "before_step")
+UPDATES = ("after_step", "before_step")
 
 
 class RunningStatistics:
@@ -54,7 +54,7 @@ class RunningStatistics:
         self._spread_count = 0
 
     def update(self, values: Tensor) -> None:
-        """Take in all values of one global batch, or of one micro-batch over all data-parallel ranks.
+        """Take in all values of one global batch, or of one group of its pairs.
 
         Args:
             values: Any shape and floating type, treated as one list; an empty one changes nothing.
@@ -69,6 +69,28 @@ class RunningStatistics:
         else:
             self._mean = values.mean().item()
             self._mean_count = values.numel()
+
+    def update_in_groups(self, values: Tensor, *, evaluation: bool = False) -> Statistics:
+        """Take in a global batch before its losses, group by group.
+
+        Args:
+            values: ``[B]`` in the order of the global batch; the last group may be smaller than the others.
+            evaluation: Whether groups have the size for evaluation.
+
+        Returns:
+            For each pair the statistics after its own group's update: ``[B]`` tensors on the CPU, ``mean`` and
+            ``std`` in float64.
+        """
+        size = self.config.evaluation_group_size if evaluation else self.config.group_size
+        known: list[Statistics] = []
+        for group in values.split(size or max(values.numel(), 1)):
+            self.update(group)
+            known += [self.current()] * group.numel()
+        return Statistics(
+            mean=torch.tensor([one.mean for one in known], dtype=torch.float64),
+            std=torch.tensor([one.std for one in known], dtype=torch.float64),
+            count=torch.tensor([one.count for one in known], dtype=torch.int64),
+        )
 
     def _update_ema(self, values: Tensor) -> None:
         momentum = self.config.momentum

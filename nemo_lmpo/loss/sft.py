@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_lmpo.loss.checks import check_name
+from nemo_lmpo.loss.checks import check_choice, check_name
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import averages
+from nemo_lmpo.loss.numerics import NLL, averages, chosen_nll
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """SFT has no options."""
+    """Options of SFT."""
 
     name: str = "sft"
+    nll: str = "mean"
+    """How the likelihood is taken: the `mean` of a response, so that all responses weigh the same; `token_mean` over
+    all chosen tokens of the global batch, as TRL and other SFT trainers do; or the `sum`."""
 
     def validate(self) -> None:
-        """Nothing but the name can be wrong."""
+        """Check every option; raises ConfigError."""
         check_name(self.name, "sft")
+        check_choice("nll", self.nll, NLL)
 
 
 def sft_loss(inputs: LossInputs, config: SFTConfig) -> LossOutputs:
-    """SFT per pair, ``[B]``: the negative mean log-probability of the chosen response.
+    """SFT per pair, ``[B]``: the negative log-likelihood of the chosen response.
 
-    Formula: ``-S_w / n_w``. Every response weighs the same whatever its length. The rejected response has no
-    part in the loss; its reward is computed to be looked at. Rewards are ``S / n``.
+    Formula: ``-S_w / n_w`` (or as ``config.nll`` says). The rejected response has no part in the loss; its reward is
+    computed to be looked at. Rewards are ``S / n``.
     """
     average_w, average_l = averages(inputs)
-    return LossOutputs(losses=-average_w, chosen_rewards=average_w.detach(), rejected_rewards=average_l.detach())
+    return LossOutputs(
+        losses=chosen_nll(inputs, config.nll),
+        chosen_rewards=average_w.detach(),
+        rejected_rewards=average_l.detach(),
+    )

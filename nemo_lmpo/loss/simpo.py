@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from nemo_lmpo.loss.checks import check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages
+from nemo_lmpo.loss.options import PreferenceOptions
 
 
 @dataclass(frozen=True)
-class SimPOConfig:
+class SimPOConfig(PreferenceOptions):
     """Options of SimPO; the defaults are its Llama-3-Instruct setting.
 
     SimPO's README gives ``beta`` and the ratio ``gamma / beta`` per setting: Mistral-Base 2.0 and 0.8 (gamma 1.6),
-    Mistral-Instruct 2.5 and 0.1 (0.25), Llama-3-Base 2.0 and 0.5 (1.0), Llama-3-Instruct 2.5 and 0.55 (1.375).
+    Mistral-Instruct 2.5 and 0.1 (0.25), Llama-3-Base 2.0 and 0.5 (1.0), Llama-3-Instruct 2.5 and 0.55 (1.375),
+    Llama-3-Instruct v0.2 (pairs ranked by ArmoRM) 10 and 0.3 (3.0), Gemma 10 and 0.5 (5.0). It advises an additional
+    ``sft_weight`` where likelihoods fall (its section on an extra SFT loss).
     """
 
     name: str = "simpo"
@@ -27,6 +30,7 @@ class SimPOConfig:
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "simpo")
         check_positive("beta", self.beta)
         check_non_negative("gamma", self.gamma)

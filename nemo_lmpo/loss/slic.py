@@ -6,38 +6,45 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_name, check_non_negative, check_positive
+from nemo_lmpo.loss.checks import check_choice, check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import sums
+from nemo_lmpo.loss.numerics import NLL, chosen_nll, sums
+from nemo_lmpo.loss.options import PreferenceOptions
 
 
 @dataclass(frozen=True)
-class SLiCConfig:
+class SLiCConfig(PreferenceOptions):
     """Options of SLiC-HF."""
 
     name: str = "slic"
     delta: float = 1.0
-    """Wanted distance of the two log-probabilities, in nats. SimPO's appendix searches 0.1, 0.5, 1.0, 2.0."""
+    """Wanted distance of the two log-probabilities, in nats. SimPO's appendix searches 0.5, 1.0, 2.0, 10.0
+    and names no winner."""
     lam: float = 0.1
     """``lambda``, weight of the likelihood of the chosen response. SimPO's appendix searches 0.1, 0.5, 1.0, 10.0 and
     names no winner."""
+    nll: str = "sum"
+    """How that likelihood is taken: `sum` over the response as SimPO's appendix prints it, its `mean`, or
+    `token_mean` over all chosen tokens of the global batch."""
 
     def validate(self) -> None:
         """Check every option; raises ConfigError."""
+        super().validate()
         check_name(self.name, "slic")
         check_positive("delta", self.delta)
         check_non_negative("lam", self.lam)
+        check_choice("nll", self.nll, NLL)
 
 
 def slic_loss(inputs: LossInputs, config: SLiCConfig) -> LossOutputs:
     """SLiC-HF per pair, with the chosen response as the target of its regulariser, ``[B]``.
 
-    Formula: ``max(0, delta - S_w + S_l) - lambda S_w`` with sums ``S`` = ``*_logps``. Rewards are ``S``, what the
-    hinge compares.
+    Formula: ``max(0, delta - S_w + S_l) + lambda nll_w`` with sums ``S`` = ``*_logps`` and ``nll_w`` = ``-S_w`` (or as
+    ``config.nll`` says). Rewards are ``S``, what the hinge compares.
     """
     sum_w, sum_l = sums(inputs)
     return LossOutputs(
-        losses=F.relu(config.delta - sum_w + sum_l) - config.lam * sum_w,
+        losses=F.relu(config.delta - sum_w + sum_l) + config.lam * chosen_nll(inputs, config.nll),
         chosen_rewards=sum_w.detach(),
         rejected_rewards=sum_l.detach(),
     )

@@ -51,7 +51,9 @@ class MicroBatch:
     response_lengths: Tensor
     """``[B, 2]``, of the whole row."""
     reference_logps: Tensor | None
-    """``[B, 2]``, of the whole row."""
+    """``[B, 2]``, of the whole row; ``[B, 4]`` with the sums over the common length."""
+    shared: Tensor
+    """``[P]`` bool: targets within the common length of the pair's responses."""
 
     @property
     def num_pairs(self) -> int:
@@ -78,7 +80,21 @@ def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.d
         pair_index=row.pair_index.to(device),
         response_lengths=row.response_lengths.to(device),
         reference_logps=None if row.reference_logps is None else row.reference_logps.to(device),
+        shared=within_common_length(row.sequence_index, row.response_lengths)[here].to(device),
     )
+
+
+def within_common_length(sequence_index: Tensor, response_lengths: Tensor) -> Tensor:
+    """``[P]`` bool: which targets of a whole row have a counterpart in the pair's other response.
+
+    Args:
+        sequence_index: ``[P]``, targets of a response in their order, responses one behind the other.
+        response_lengths: ``[B, 2]``.
+    """
+    lengths = response_lengths.flatten().long()
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(sequence_index.numel()) - starts[sequence_index]
+    return place < response_lengths.amin(dim=1).long()[sequence_index // 2]
 
 
 @dataclass
@@ -94,6 +110,8 @@ class StepBatch:
     """Response tokens over all ranks: positions that meet the vocabulary matrix."""
     attended: int
     """Query-key pairs that attention computes over all ranks (for the FLOP count)."""
+    mean_chosen_length: float
+    """Response tokens per chosen response of the global batch."""
     imbalance: float
     """Tokens of the busiest data-parallel rank over the mean."""
 
@@ -161,6 +179,7 @@ class BatchBuilder:
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
             predicted=int(lengths[:, 1:].sum()),
             attended=attended_pairs(lengths, share_prompt=self.share_prompt, window=self.sliding_window),
+            mean_chosen_length=float(lengths[:, 1].mean()),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
         )
 

@@ -21,20 +21,24 @@ BASE_COLUMNS = (
     "lengths/chosen",
     "lengths/rejected",
 )
+CHOSEN_SHARED, REJECTED_SHARED = "logps/chosen_shared_sum", "logps/rejected_shared_sum"
 STATISTIC = "statistic"
-"""What feeds the running statistics; not a metric of its own."""
+"""What feeds the running statistics."""
+NO_METRICS = (CHOSEN_SHARED, REJECTED_SHARED, STATISTIC)
+"""Columns that are no metrics of their own."""
 
 
-def pair_columns(loss: PreferenceLoss) -> tuple[str, ...]:
+def pair_columns(loss: PreferenceLoss, *, shared_logps: bool = False) -> tuple[str, ...]:
     """The values that a loss gives for each pair; asked of the loss itself, on one made-up pair.
 
     Every pipeline stage must know them, and only the last one computes losses.
     """
     probe = torch.full((1,), -1.0)
     reference = probe if loss.needs_reference else None
-    inputs = LossInputs(probe, probe * 2, -probe, -probe, reference, reference)
+    inputs = LossInputs(*(probe, probe * 2, -probe, -probe), *(reference,) * 2, *(probe,) * 4, mean_chosen_length=1.0)
+    shared = (CHOSEN_SHARED, REJECTED_SHARED) if shared_logps else ()
     observed = (STATISTIC,) if loss.observe(inputs) is not None else ()
-    return (*BASE_COLUMNS, *loss(inputs).metrics, *observed)
+    return (*BASE_COLUMNS, *shared, *loss(inputs).metrics, *observed)
 
 
 class PairMetrics:
@@ -80,7 +84,7 @@ class PairMetrics:
         column = {name: self.column(name) for name in self.columns}
         chosen, rejected = column["rewards/chosen"], column["rewards/rejected"]
         per_pair = {
-            **{name: column[name] for name in self.columns if name != STATISTIC},
+            **{name: column[name] for name in self.columns if name not in NO_METRICS},
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).double(),
             "logps/chosen": column["logps/chosen_sum"] / column["lengths/chosen"],

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.loss.interface import Statistics
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.build import build_model_chunks, parameter_dtype
@@ -100,7 +100,7 @@ class Policy:
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
         self.attach_reference = attach_reference
         self.micro_batch_step = MicroBatchStep(
-            self.loss, self.statistics, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
+            self.loss, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
         )
 
     @property
@@ -129,7 +129,7 @@ class Policy:
         metrics = pairs.metrics()
         if self.statistics is not None and (name := self.statistics.config.log_as) is not None:
             current = self.statistics.current()
-            metrics[f"{name}/mean"], metrics[f"{name}/std"] = current.mean, current.std
+            metrics[f"{name}/mean"], metrics[f"{name}/std"] = float(current.mean), float(current.std)
         if not forward_only and self.statistics is not None and self.statistics.config.update == "after_step":
             self.statistics.update(pairs.column(STATISTIC))
         return StepOutcome(metrics["loss"], metrics, pairs.not_finite())
@@ -141,31 +141,31 @@ class Policy:
         """
         if self.attach_reference is not None:
             self.attach_reference(batch)
-        if self.statistics is not None and self.statistics.config.update == "before_step":
-            # The losses need the whole batch's statistic, so a forward pass of its own takes it first.
-            observed = self._run(batch, training=False, forward_only=True)
-            self.statistics.update(observed.column(STATISTIC))
-        pairs = self._run(batch, training=not forward_only, forward_only=forward_only)
-        self._share_statistics()
-        return pairs
+        return self._run(batch, self._statistics_of(batch, evaluation=forward_only), forward_only=forward_only)
 
-    def _run(self, batch: StepBatch, *, training: bool, forward_only: bool) -> PairMetrics:
-        pairs = self.micro_batch_step.begin(batch.num_pairs, training=training)
+    def _statistics_of(self, batch: StepBatch, *, evaluation: bool) -> Statistics:
+        """What the losses of this batch see.
+
+        Statistics that come before the losses are taken in a forward pass of their own. All ranks get the same
+        values in the batch's order from it, so their statistics are the same without being sent.
+        """
+        if self.statistics is None:
+            return Statistics()
+        config = self.statistics.config
+        if config.update != "before_step" or (evaluation and not config.in_evaluation):
+            return self.statistics.current()
+        observed = self._run(batch, Statistics(), forward_only=True)
+        return self.statistics.update_in_groups(observed.column(STATISTIC), evaluation=evaluation)
+
+    def _run(self, batch: StepBatch, statistics: Statistics, *, forward_only: bool) -> PairMetrics:
+        pairs = self.micro_batch_step.begin(
+            batch.num_pairs, mean_chosen_length=batch.mean_chosen_length, statistics=statistics
+        )
         run_pipeline(
             list(self.chunks), batch.micro_batches, self.micro_batch_step.forward_step, forward_only=forward_only
         )
         pairs.share(self.groups)
         return pairs
-
-    def _share_statistics(self) -> None:
-        """Bring statistics that only last stages updated to all stages; one broadcast over the pipeline."""
-        if self.statistics is None or self.groups.pipeline.size() == 1:
-            return
-        if self.statistics.config.update != "before_micro_batch":
-            return
-        state = [self.statistics.state_dict()]
-        dist.broadcast_object_list(state, self.groups.last_stage_rank, group=self.groups.pipeline)
-        self.statistics.load_state_dict(state[0])
 
     def finish_training_step(self) -> None:
         """Sum gradients over all ranks that share weights.

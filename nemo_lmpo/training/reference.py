@@ -32,6 +32,7 @@ from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy, build_chunks, kernels_for
 from nemo_lmpo.training.start import LoadedData, load_start_weights
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
 
     from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same weights and pairs would give other log-probabilities than before."""
 LOGPS_FILE = "logps.npy"
 META_FILE = "meta.json"
+SUMS = ("logps/chosen_sum", "logps/rejected_sum", CHOSEN_SHARED, REJECTED_SHARED)
+"""What is kept of each pair; all of it, so that every loss finds what it needs."""
 _HASH_CHUNK = 16 * 1024 * 1024
 
 _logger = logging.getLogger(__name__)
@@ -62,14 +65,17 @@ class ResponseSums:
         self.groups = groups
         # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
         loss = build_loss(SFTConfig())
-        self.step = MicroBatchStep(loss, None, groups, chunk_tokens=chunk_tokens, device=device)
+        self.step = MicroBatchStep(loss, groups, chunk_tokens=chunk_tokens, device=device, shared_logps=True)
 
     def __call__(self, batch: StepBatch) -> Tensor:
-        """Chosen and rejected sums of the whole global batch on every rank, ``[pairs, 2]`` float64."""
-        pairs = self.step.begin(batch.num_pairs, training=False)
+        """Sums of the whole global batch on every rank, ``[pairs, 4]`` float64.
+
+        Chosen and rejected, then both over the common length of the two responses.
+        """
+        pairs = self.step.begin(batch.num_pairs, mean_chosen_length=batch.mean_chosen_length)
         run_pipeline(self.chunks, batch.micro_batches, self.step.forward_step, forward_only=True)
         pairs.share(self.groups)
-        return torch.stack([pairs.column("logps/chosen_sum"), pairs.column("logps/rejected_sum")], dim=1)
+        return torch.stack([pairs.column(name) for name in SUMS], dim=1)
 
 
 class FrozenReference:
@@ -161,14 +167,15 @@ class ReferenceLogps:
             on_main_rank(lambda: self._keep(entry, key, values))
         else:
             _logger.info("reference log-probabilities of %d %s pairs: from %s", len(dataset), name, entry)
-        dataset.attach_reference(dataset.pair_ids, values[:, 0], values[:, 1])
+        shared = values[:, 2:] if build_loss(self.config.loss).needs_shared_logps else None
+        dataset.attach_reference(dataset.pair_ids, values[:, 0], values[:, 1], shared)
 
     def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
         _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
         size = self.config.model.global_batch_size
         # Pairs of similar length together: fewer rows, and no order has to be kept here.
         order = np.argsort(dataset.lengths.sum(axis=1), kind="stable")
-        values = np.zeros((len(dataset), 2))
+        values = np.zeros((len(dataset), len(SUMS)))
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
             for step in validation_steps(len(dataset), size):
@@ -187,7 +194,7 @@ class ReferenceLogps:
 
 
 def write_entry(directory: Path, key: ReferenceKey, values: np.ndarray) -> None:
-    """Write ``[pairs, 2]`` values and what they belong to."""
+    """Write ``[pairs, 4]`` values and what they belong to."""
     path = directory / LOGPS_FILE
     np.save(path, values, allow_pickle=False)
     meta = {**asdict(key), "pairs": len(values), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -195,7 +202,7 @@ def write_entry(directory: Path, key: ReferenceKey, values: np.ndarray) -> None:
 
 
 def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | None:
-    """The values of a cache entry ``[pairs, 2]``; None if it is absent, damaged, or of something else."""
+    """The values of a cache entry ``[pairs, 4]``; None if it is absent, damaged, or of something else."""
     path = directory / LOGPS_FILE
     try:
         meta = json.loads((directory / META_FILE).read_text())
@@ -206,7 +213,7 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
-    usable = values.shape == (pairs, 2) and np.isfinite(values).all()
+    usable = values.shape == (pairs, len(SUMS)) and np.isfinite(values).all()
     return values if usable else None
 
 

@@ -7,34 +7,51 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss
-from nemo_lmpo.loss.running_statistics import RunningStatistics
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss, Statistics
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch
-from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics, pair_columns
+from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED, STATISTIC, PairMetrics, pair_columns
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def loss_inputs(sums: Tensor, micro_batch: MicroBatch, statistics: RunningStatistics | None) -> LossInputs:
-    """The loss's view of a micro-batch; ``sums`` is ``[2 B]``, chosen and rejected in turn."""
-    reference = micro_batch.reference_logps
-    inputs = LossInputs(
-        chosen_logps=sums[0::2],
-        rejected_logps=sums[1::2],
+def loss_inputs(
+    logps: Tensor, micro_batch: MicroBatch, *, statistics: Statistics, mean_chosen_length: float | None
+) -> LossInputs:
+    """The loss's view of a micro-batch.
+
+    Args:
+        logps: ``[B, 2]`` sums of chosen and rejected, or ``[B, 4]`` with those over the common length behind them.
+        micro_batch: with reference sums in the same order if there are any.
+        statistics: of the global batch.
+        mean_chosen_length: of the global batch.
+    """
+
+    def columns(values: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * 4 if values is None else (*values.unbind(1), None, None)[:4]
+
+    chosen, rejected, shared_chosen, shared_rejected = columns(logps)
+    reference = columns(micro_batch.reference_logps)
+    assert chosen is not None
+    assert rejected is not None
+    return LossInputs(
+        chosen_logps=chosen,
+        rejected_logps=rejected,
         chosen_lengths=micro_batch.response_lengths[:, 0],
         rejected_lengths=micro_batch.response_lengths[:, 1],
-        reference_chosen_logps=None if reference is None else reference[:, 0],
-        reference_rejected_logps=None if reference is None else reference[:, 1],
+        reference_chosen_logps=reference[0],
+        reference_rejected_logps=reference[1],
+        chosen_shared_logps=shared_chosen,
+        rejected_shared_logps=shared_rejected,
+        reference_chosen_shared_logps=reference[2],
+        reference_rejected_shared_logps=reference[3],
+        mean_chosen_length=mean_chosen_length,
+        statistics=statistics.of_pairs(micro_batch.pair_index),
     )
-    if statistics is None:
-        return inputs
-    return LossInputs(**{**vars(inputs), "statistics": statistics.current()})
 
 
 class MicroBatchStep:
@@ -47,27 +64,41 @@ class MicroBatchStep:
     def __init__(
         self,
         loss: PreferenceLoss,
-        statistics: RunningStatistics | None,
         groups: ParallelGroups,
         *,
         chunk_tokens: int,
         device: torch.device,
+        shared_logps: bool = False,
     ) -> None:
+        """Prepare for a loss; ``shared_logps`` takes sums over the common length even if it does not ask for them."""
         self.loss = loss
-        self.statistics = statistics
+        self.shared_logps = shared_logps or loss.needs_shared_logps
         self.groups = groups
         self.chunk_tokens = chunk_tokens
         self.device = device
-        self.columns = pair_columns(loss)
+        self.columns = pair_columns(loss, shared_logps=self.shared_logps)
         self.pairs = PairMetrics(self.columns, 0, device)
         self.global_pairs = 0
-        self.training = True
+        self.mean_chosen_length: float | None = None
+        self.statistics = Statistics()
 
-    def begin(self, num_pairs: int, *, training: bool) -> PairMetrics:
-        """Start a pass over a global batch of ``num_pairs``; the returned values fill up as it goes."""
+    def begin(
+        self, num_pairs: int, *, mean_chosen_length: float | None = None, statistics: Statistics | None = None
+    ) -> PairMetrics:
+        """Start a pass over a global batch.
+
+        Args:
+            num_pairs: its pairs.
+            mean_chosen_length: response tokens per chosen response in it.
+            statistics: what the losses see, one for all pairs or ``[num_pairs]`` tensors.
+
+        Returns:
+            The per-pair values, which fill up as the pass goes.
+        """
         self.pairs = PairMetrics(self.columns, num_pairs, self.device)
         self.global_pairs = num_pairs
-        self.training = training
+        self.mean_chosen_length = mean_chosen_length
+        self.statistics = (statistics or Statistics()).to(self.device)
         return self.pairs
 
     def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
@@ -100,28 +131,31 @@ class MicroBatchStep:
         logprobs = model.logprobs(
             hidden, micro_batch.predict_positions, micro_batch.target_ids, chunk_tokens=self.chunk_tokens
         )
-        sums = torch.zeros(2 * micro_batch.num_pairs, dtype=torch.float32, device=logprobs.device)
-        sums = sums.index_add(0, micro_batch.sequence_index, logprobs)
-        sums = sum_over_group(sums, group=self.groups.context)
-        self._update_before_micro_batch(sums, micro_batch)
-        inputs = loss_inputs(sums, micro_batch, self.statistics)
+        inputs = loss_inputs(
+            self._sums(logprobs, micro_batch),
+            micro_batch,
+            statistics=self.statistics,
+            mean_chosen_length=self.mean_chosen_length,
+        )
         outputs = self.loss(inputs)
         self._record(micro_batch, inputs, outputs)
         count = torch.tensor(micro_batch.num_pairs, dtype=torch.int, device=logprobs.device)
         return outputs.losses.sum() / self.global_pairs, count, {}
 
-    def _update_before_micro_batch(self, sums: Tensor, micro_batch: MicroBatch) -> None:
-        """The released code's order: statistics of this micro-batch of all data-parallel ranks, before its losses.
+    def _sums(self, logprobs: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Log-probabilities ``[P]`` summed per response, ``[B, 2]``, or ``[B, 4]`` with those over the common length.
 
-        Communicates over the data-parallel group: two all-gathers. All ranks have equally many micro-batches.
+        Communicates over the context-parallel group.
         """
-        if self.statistics is None or self.statistics.config.update != "before_micro_batch":
-            return
-        if not self.training and not self.statistics.config.in_evaluation:
-            return
-        observed = self.loss.observe(loss_inputs(sums, micro_batch, self.statistics))
-        assert observed is not None, "a loss with statistics observes"
-        self.statistics.update(gather_uneven(observed.detach(), self.groups.data))
+        index, values = micro_batch.sequence_index, logprobs
+        pairs = micro_batch.num_pairs
+        if self.shared_logps:
+            index = torch.cat([index, index + 2 * pairs])
+            values = torch.cat([values, values * micro_batch.shared])
+        parts = 2 if self.shared_logps else 1
+        sums = torch.zeros(parts * 2 * pairs, dtype=torch.float32, device=logprobs.device)
+        sums = sum_over_group(sums.index_add(0, index, values), group=self.groups.context)
+        return torch.cat(sums.reshape(parts, pairs, 2).unbind(0), dim=1)
 
     def _record(self, micro_batch: MicroBatch, inputs: LossInputs, outputs: LossOutputs) -> None:
         values = {
@@ -132,23 +166,9 @@ class MicroBatchStep:
             "logps/rejected_sum": inputs.rejected_logps,
             "lengths/chosen": inputs.chosen_lengths,
             "lengths/rejected": inputs.rejected_lengths,
+            CHOSEN_SHARED: inputs.chosen_shared_logps,
+            REJECTED_SHARED: inputs.rejected_shared_logps,
             **outputs.metrics,
         }
-        observed = self.loss.observe(inputs)
-        if observed is not None:
-            values[STATISTIC] = observed
-        self.pairs.put(micro_batch.pair_index, values)
-
-
-def gather_uneven(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """1-D tensors of different lengths from all ranks of ``group``, one behind the other; two all-gathers."""
-    if group.size() == 1:
-        return values
-    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([values.numel()], device=values.device), group=group)
-    counts = [int(length) for length in lengths]
-    padded = values.new_zeros(max([*counts, 1]))
-    padded[: values.numel()] = values
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        values[STATISTIC] = self.loss.observe(inputs)
+        self.pairs.put(micro_batch.pair_index, {name: value for name, value in values.items() if value is not None})

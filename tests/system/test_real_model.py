@@ -62,7 +62,7 @@ def test_step_zero_on_real_pairs(compat: str, smollm2_dir: Path, shared_dir: Pat
         "data.max_prompt_length=128",
         f"run_dir={tmp_path / 'run'}",
         f"loss.compat={compat}",
-        "data.row_tokens=4000",  # one row: the released code's micro-batch is the batch
+        "data.row_tokens=4000",  # one row
     )
     (found,) = run_workers(1, first_step, overrides, timeout=300)
     tokens = [torch.tensor(logps, dtype=torch.float64) for logps in found["tokens"]]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,10 @@ def test_reference_logps_only_when_every_pair_has_them():
     row = pack_pairs([known, known], [0, 1], share_prompt=True)
     assert row.reference_logps.tolist() == [[-1.5, -2.5], [-1.5, -2.5]]
     assert pack_pairs([known, FIRST], [0, 1], share_prompt=True).reference_logps is None
+    whole = dataclasses.replace(known, reference_shared_logps=(-0.5, -2.5))
+    both = pack_pairs([whole, whole], [0, 1], share_prompt=True).reference_logps
+    assert both.tolist() == [[-1.5, -2.5, -0.5, -2.5]] * 2
+    assert pack_pairs([whole, known], [0, 1], share_prompt=True).reference_logps.shape == (2, 2)
 
 
 def visible(row, place):

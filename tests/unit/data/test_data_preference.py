@@ -237,6 +237,9 @@ def test_reference_log_probabilities(data_config, tiny, write_jsonl):
         pair = data[index]
         place = ids.index(pair.pair_id)
         assert (pair.reference_chosen_logp, pair.reference_rejected_logp) == (-place, -10 - place)
+        assert pair.reference_shared_logps is None
+    data.attach_reference(ids, -np.arange(9.0), -10 - np.arange(9.0), np.stack([np.arange(9.0), -np.arange(9.0)], 1))
+    assert data[0].reference_chosen_logp == -ids.index(data[0].pair_id) == -data[0].reference_shared_logps[0]
     with pytest.raises(DataError, match=r"7 pairs have no reference .*first: p1"):
         load(data_config(path), tiny).attach_reference(["p0"], np.zeros(1), np.zeros(1))
     values = np.where(np.arange(9) == 2, np.nan, 0.0)

@@ -12,7 +12,10 @@ MakeInputs = Callable[..., LossInputs]
 
 @pytest.fixture
 def make_inputs() -> MakeInputs:
-    """Loss inputs from plain numbers; sums `s`, lengths `n`, reference sums `ref`, of chosen and rejected."""
+    """Loss inputs from plain numbers; sums `s`, lengths `n`, reference sums `ref`, of chosen and rejected.
+
+    `shared` are the sums over the common length: chosen, rejected, and both of the reference.
+    """
 
     def make(
         s_w: Sequence[float],
@@ -22,12 +25,19 @@ def make_inputs() -> MakeInputs:
         ref_w: Sequence[float] | None = None,
         ref_l: Sequence[float] | None = None,
         statistics: Statistics | None = None,
+        shared: Sequence[Sequence[float]] = (),
         dtype: torch.dtype = torch.float64,
     ) -> LossInputs:
         tensors = [torch.tensor(list(values), dtype=dtype) for values in (s_w, s_l, n_w, n_l)]
         for tensor in tensors[:2]:
             tensor.requires_grad_()
         reference = [None if values is None else torch.tensor(list(values), dtype=dtype) for values in (ref_w, ref_l)]
-        return LossInputs(*tensors, *reference, statistics=statistics or Statistics())
+        parts = [torch.tensor(list(values), dtype=dtype) for values in shared]
+        for tensor in parts[:2]:
+            tensor.requires_grad_()
+        mean_length = sum(n_w) / len(n_w)
+        return LossInputs(
+            *tensors, *reference, *parts, mean_chosen_length=mean_length, statistics=statistics or Statistics()
+        )
 
     return make

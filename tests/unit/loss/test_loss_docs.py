@@ -15,9 +15,19 @@ import nemo_lmpo
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import registry
-from nemo_lmpo.loss.lmpo import DEFAULT_LOG_H, DEFAULT_MOMENTUM, LMPOConfig
+from nemo_lmpo.loss.lmpo import (
+    DEFAULT_LOG_H,
+    DEFAULT_MOMENTUM,
+    PAPER_STD_FLOOR,
+    RELEASED_EVALUATION_GROUP_SIZE,
+    RELEASED_GROUP_SIZE,
+    RELEASED_STD_FLOOR,
+    LMPOConfig,
+)
 from nemo_lmpo.loss.margins import DEFAULT_ALPHA, DEFAULT_BETA_S
 
+COMMON = ("name", "sft_weight")
+"""Options that stand in no row, since all losses have them."""
 DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
 
@@ -29,17 +39,18 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
     module, entry = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_loss.md").read_text(), re.DOTALL)
-    rdpo = types.ModuleType("rdpo")
-    monkeypatch.setitem(sys.modules, "rdpo", rdpo)
-    exec(compile(module, "adding_a_loss.md", "exec", dont_inherit=True), rdpo.__dict__)
-    ((name, line),) = eval("{" + entry.strip() + "}", {**rdpo.__dict__, "LossEntry": registry.LossEntry}).items()
+    cdpo = types.ModuleType("cdpo")
+    monkeypatch.setitem(sys.modules, "cdpo", cdpo)
+    exec(compile(module, "adding_a_loss.md", "exec", dont_inherit=True), cdpo.__dict__)
+    ((name, line),) = eval("{" + entry.strip() + "}", {**cdpo.__dict__, "LossEntry": registry.LossEntry}).items()
     monkeypatch.setitem(registry.LOSSES, name, line)
-    loss = registry.build_loss(parse_loss({"name": "rdpo", "beta": 0.1, "alpha": "0.01"}))
+    loss = registry.build_loss(parse_loss({"name": "cdpo", "beta": 0.1, "label_smoothing": "0.2"}))
     losses = loss(make_inputs([-6.0], [-20.0], [4.0], [10.0], [-7.0], [-18.5])).losses
-    # 0.1 * (1 + 1.5) + 0.01 * (4 - 10) = 0.19
-    assert losses.item() == pytest.approx(math.log(1 + math.exp(-0.19)))
-    with pytest.raises(ConfigError, match="Options of rdpo: beta, alpha"):
-        parse_loss({"name": "rdpo", "gamma": 1})
+    # 0.1 * (1 + 1.5) = 0.25
+    expected = 0.8 * math.log(1 + math.exp(-0.25)) + 0.2 * math.log(1 + math.exp(0.25))
+    assert losses.item() == pytest.approx(expected)
+    with pytest.raises(ConfigError, match=r"Options of cdpo: .*beta, label_smoothing"):
+        parse_loss({"name": "cdpo", "gamma": 1})
 
 
 def test_the_table_lists_every_loss_with_its_defaults():
@@ -52,16 +63,19 @@ def test_the_table_lists_every_loss_with_its_defaults():
         if name == "lmpo":
             continue
         given = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
-        defaults = {f.name: str(f.default).lower() for f in dataclasses.fields(entry.config) if f.name != "name"}
+        defaults = {f.name: str(f.default).lower() for f in dataclasses.fields(entry.config) if f.name not in COMMON}
         assert given == defaults
 
 
 def test_the_lmpo_table_lists_every_option():
     section = (DOCS / "losses.md").read_text().split("## LMPO")[1].split("### ")[0]
     rows = {name: row[1] for row in table_rows(section)[2:] for name in re.findall(r"`(\w+)`", row[0])}
-    fields = {f.name: f.default for f in dataclasses.fields(LMPOConfig) if f.name != "name"}
+    fields = {f.name: f.default for f in dataclasses.fields(LMPOConfig) if f.name not in COMMON}
     assert set(rows) == set(fields)
     conditional = {"alpha": DEFAULT_ALPHA, "beta_s": DEFAULT_BETA_S, "momentum": DEFAULT_MOMENTUM}
+    floors, groups = re.findall(r"[\d.e-]*\d", rows["std_floor"]), re.findall(r"\d+", rows["group_size"])
+    assert [float(floor) for floor in floors] == [PAPER_STD_FLOOR, RELEASED_STD_FLOOR]
+    assert [int(size) for size in groups] == [RELEASED_GROUP_SIZE, RELEASED_EVALUATION_GROUP_SIZE]
     for name, default in {**fields, **conditional}.items():
         if isinstance(default, bool | str):
             assert rows[name].strip("`") == str(default).lower()

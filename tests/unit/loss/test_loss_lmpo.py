@@ -10,6 +10,9 @@ import torch
 
 from nemo_lmpo.loss.interface import LossInputs, Statistics
 from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe
+from nemo_lmpo.loss.margins import paper_margin
+from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 # Two pairs: chosen shorter than rejected, and the other way round.
 S_W, S_L, N_W, N_L = (-6.0, -30.0), (-20.0, -8.0), (4.0, 20.0), (10.0, 5.0)
@@ -112,6 +115,43 @@ def test_margin_constants_are_used(make_inputs):
         config = LMPOConfig(beta=BETA, log_h=LOG_H, lam=LAM, margin=margin, **options)
         inputs = make_inputs(*([v] for v in pair), statistics=Statistics(A, B, 3))
         check(lmpo_loss(inputs, config), [expected(*pair, margin=margin, **options)])
+
+
+class TestStandardDeviationFloor:
+    """After batches of equal margins the deviation is 0 and the floor divides (docs/losses.md derives 0.01)."""
+
+    @staticmethod
+    def pair_after_equal_margins(make_inputs, **options):
+        loss = build_loss(parse_loss({"beta": 2.0, "log_h": 1.6, "lam": 1.0, **options}))
+        running = RunningStatistics(loss.statistics)
+        for _ in range(3):
+            running.update(loss.observe(make_inputs([-6.0, -6.0], [-8.0, -8.0], [4.0, 4.0], [4.0, 4.0])))
+        inputs = make_inputs([-12.0], [-8.0], [4.0], [4.0], statistics=running.current())
+        losses = loss(inputs).losses
+        (gradient,) = torch.autograd.grad(losses.sum(), inputs.chosen_logps)
+        return losses.item(), gradient.item() * 4  # by the mean log-probability, of 4 tokens
+
+    def test_loss_and_gradient_stay_in_reach(self, make_inputs):
+        # Before: p_w = e^-1.5, p_l = e^-2, so m = 0.776866. Now p_w = e^-3 = 0.049787, m = 0.950217.
+        # m_bar = 0.173351 / 0.01 = 17.3351; d = -6 + 4 - 17.3351; loss = ln(1 + e^(1.6 + 19.3351)) = 20.9351.
+        # Gradient: -(beta + lam / 0.01 * p_w |dm/dp_w|) = -(2 + 4.9787 (1 + 5 * 0.950213 * 0.0855483^4)) = -6.9800.
+        loss, gradient = self.pair_after_equal_margins(make_inputs)
+        assert loss == pytest.approx(20.9351, abs=1e-3)
+        assert gradient == pytest.approx(-6.9800, abs=1e-3)
+
+    def test_a_floor_of_rounding_size_loses_the_pair(self, make_inputs):
+        loss, gradient = self.pair_after_equal_margins(make_inputs, std_floor=1e-6)
+        assert loss == pytest.approx(173351, rel=1e-4)
+        assert gradient == pytest.approx(-49800, rel=1e-3)
+
+    def test_how_far_the_margin_follows_the_mean_log_probability(self):
+        # The bounds that the floor rests on: p_w |dm/dp_w| <= 1 and p_l |dm/dp_l| <= 5 for any two probabilities.
+        grid = torch.linspace(0, 1, 401, dtype=torch.float64)
+        p_w, p_l = (p.flatten().requires_grad_() for p in torch.meshgrid(grid, grid, indexing="ij"))
+        m = paper_margin("power5", p_w, p_l, 5.0, 0.1).sum()
+        by_w, by_l = torch.autograd.grad(m, (p_w, p_l))
+        assert (p_w * by_w).abs().max().item() == pytest.approx(1)
+        assert (p_l * by_l).abs().max().item() == pytest.approx(5)
 
 
 def test_h_and_log_h_are_the_same_number(make_inputs):

@@ -27,7 +27,7 @@ KNOWN = Statistics(mean=0.7, std=0.2, count=3)
 
 def as_inputs(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -> LossInputs:
     columns = [torch.tensor(column, dtype=dtype) for column in zip(*rows, strict=True)]
-    return LossInputs(*columns, statistics=KNOWN)
+    return LossInputs(*columns, mean_chosen_length=float(columns[2].mean()), statistics=KNOWN)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -44,7 +44,7 @@ def test_pairs_do_not_see_each_other(name, rows, data):
     assert torch.isfinite(whole.losses).all()
 
 
-@pytest.mark.parametrize("name", ["lmpo", "dpo", "cpo", "kto", "orpo", "simpo", "slic"])
+@pytest.mark.parametrize("name", ["lmpo", "dpo", "rdpo", "cpo", "kto", "orpo", "simpo", "slic", "rrhf"])
 @settings(max_examples=40, deadline=None)
 @given(row=pair, step=st.floats(1e-3, 50))
 def test_a_likelier_chosen_response_never_costs_more(name, row, step):

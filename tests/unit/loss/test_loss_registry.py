@@ -30,7 +30,7 @@ def test_every_entry_parses_builds_and_survives_a_round_trip(name):
     assert parse_loss(dataclasses.asdict(config)) == config
     loss = build_loss(config)
     assert loss.name == name
-    assert loss.needs_reference == (name in {"dpo", "ipo", "kto"})
+    assert loss.needs_reference == (name in {"dpo", "rdpo", "ipo", "kto"})
     assert (loss.statistics is not None) == (name in {"lmpo", "kto"})
 
 
@@ -58,8 +58,12 @@ def test_an_omegaconf_section_is_a_mapping():
         ({"name": "sipmo"}, r"loss\.name='sipmo' is unknown; did you mean loss\.name=simpo\? Known: lmpo, .*simpo"),
         ({"name": ["lmpo"]}, r"loss\.name=\['lmpo'\]"),
         ({"gamma": 1.6}, r"loss\.gamma=1\.6: loss\.name=lmpo does not use it \(simpo would\)"),
-        ({"name": "simpo", "lam": 1}, r"loss\.lam=1: loss\.name=simpo does not use it \(lmpo, slic, cpo, orpo would"),
-        ({"name": "sft", "beta": 1}, r"loss\.beta=1: .*Options of sft: none"),
+        (
+            {"name": "simpo", "lam": 1},
+            r"loss\.lam=1: loss\.name=simpo does not use it \(lmpo, rrhf, slic, cpo, orpo would",
+        ),
+        ({"name": "sft", "beta": 1}, r"loss\.beta=1: .*Options of sft: nll"),
+        ({"name": "sft", "sft_weight": 1}, r"loss\.sft_weight=1: loss\.name=sft does not use it"),
         ({"betta": 2}, r"unknown key loss\.betta; did you mean loss\.beta\? Options of lmpo: .*beta, h,"),
         ({"lambda": 0.2}, r"unknown key loss\.lambda; did you mean loss\.lam\?"),
         ({"name": "simpo", "gamma_beta_ratio": 0.5}, r"unknown key loss\.gamma_beta_ratio; did you mean loss\.gamma\?"),
@@ -88,6 +92,15 @@ def test_an_omegaconf_section_is_a_mapping():
         ({"z_score": False, "statistics": "cumulative"}, r"loss\.statistics='cumulative': loss\.z_score=false"),
         ({"statistics": "cumulative", "momentum": 0.9}, r"loss\.momentum=0\.9: loss\.statistics=cumulative has none"),
         ({"statistics": "cumulative", "compat": "released_code"}, r"loss\.statistics='cumulative': the released code"),
+        ({"group_size": 8}, r"loss\.group_size=8: only loss\.compat=released_code uses it"),
+        ({"compat": "released_code", "group_size": 1}, r"loss\.group_size=1: must be 2 or more"),
+        ({"compat": "released_code", "group_size": 2.5}, r"loss\.group_size=2\.5 is not a whole number"),
+        ({"compat": "released_code", "group_size": "x"}, r"loss\.group_size='x' is not a whole number"),
+        ({"z_score": False, "std_floor": 0.1}, r"loss\.std_floor=0\.1: loss\.z_score=false keeps no statistics"),
+        ({"std_floor": 0}, r"loss\.std_floor=0\.0: must be greater than 0"),
+        ({"name": "dpo", "ld_alpha": 1.5}, r"loss\.ld_alpha=1\.5: must be between 0 and 1"),
+        ({"name": "dpo", "ld_alpha": "nan"}, r"loss\.ld_alpha=nan: must be between 0 and 1"),
+        ({"name": "cpo", "nll": "average"}, r"loss\.nll='average': choose one of mean, token_mean, sum"),
         ({"name": "kto", "desirable_weight": 0}, r"loss\.desirable_weight=0\.0: must be greater than 0"),
         ({"name": "ipo", "tau": 0}, r"loss\.tau=0\.0"),
     ],
@@ -115,6 +128,9 @@ def test_statistics_follow_the_options(make_inputs):
     paper = build_loss(parse_loss({}))
     assert (paper.statistics.kind, paper.statistics.update, paper.statistics.momentum) == ("ema", "after_step", 0.9)
     assert paper.statistics.bias_correction
+    assert paper.statistics.eps == 0.01
+    assert paper.statistics.log_as == "lmpo"
+    assert build_loss(parse_loss({"compat": "released_code"})).statistics.eps == 1e-6
     assert not paper.statistics.in_evaluation
     assert paper.observe(inputs).shape == (1,)
     assert build_loss(parse_loss({"momentum": 0.5})).statistics.momentum == 0.5

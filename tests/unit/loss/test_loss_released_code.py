@@ -68,16 +68,23 @@ def test_several_micro_batches(make_inputs, margin):
         parse_loss({"compat": "released_code", "beta": 2.5, "log_h": 2.5 * 0.55, "lam": 0.2, "margin": margin})
     )
     assert loss.statistics is not None
-    assert loss.statistics.update == "before_micro_batch"
+    assert loss.statistics.update == "before_step"
     assert loss.statistics.in_evaluation
     running = RunningStatistics(loss.statistics)
-    for _ in range(6):
-        pairs = random_pairs(generator, 4)
+    for _ in range(3):  # steps of four micro-batches of the authors' eight pairs
+        pairs = random_pairs(generator, 32)
         inputs = make_inputs(*zip(*pairs, strict=True))
-        running.update(loss.observe(inputs))
-        outputs = loss(replace(inputs, statistics=running.current()))
-        expected = trainer.micro_batch(pairs)
+        outputs = loss(replace(inputs, statistics=running.update_in_groups(loss.observe(inputs))))
+        expected = [value for start in range(0, 32, 8) for value in trainer.micro_batch(pairs[start : start + 8])]
         torch.testing.assert_close(outputs.losses.detach(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_micro_batches_are_the_authors(make_inputs):
+    # 2 pairs a GPU in training, 4 in evaluation, gathered over 4 GPUs; an own size holds for both.
+    statistics = build_loss(parse_loss({"compat": "released_code"})).statistics
+    assert (statistics.group_size, statistics.evaluation_group_size) == (8, 16)
+    statistics = build_loss(parse_loss({"compat": "released_code", "group_size": 4})).statistics
+    assert (statistics.group_size, statistics.evaluation_group_size) == (4, 4)
 
 
 @pytest.mark.parametrize("margin", MARGINS)

@@ -106,8 +106,8 @@ def our_gradients(model: PackedGPTModel, rows: list[MicroBatch], groups: Paralle
     assert loss.statistics is not None
     statistics = RunningStatistics(loss.statistics)
     statistics.update(seen)
-    step = MicroBatchStep(loss, statistics, groups, chunk_tokens=11, device=CPU)
-    step.begin(sum(row.num_pairs for row in rows), training=True)
+    step = MicroBatchStep(loss, groups, chunk_tokens=11, device=CPU)
+    step.begin(sum(row.num_pairs for row in rows), statistics=statistics.current())
     for row in rows:
         hidden, finish = step.forward_step(iter([row]), model)
         finish(hidden)[0].backward()

@@ -71,13 +71,26 @@ def test_first_step_starts_at_the_reference(trainer):
     assert len(trainer.entries()) == 2  # training and validation
 
 
-@pytest.mark.parametrize("recipe", ["dpo_tiny", "ipo_tiny", "kto_tiny"])
-def test_in_memory_is_the_same(trainer, recipe):
-    cached = trainer.train(recipe=recipe)
-    in_memory = trainer.train("model.reference_in_memory=true", recipe=recipe, run="other")
+@pytest.mark.parametrize(
+    ("recipe", "loss"),
+    [("dpo_tiny", ()), ("dpo_tiny", ("loss.ld_alpha=0.3",)), ("ipo_tiny", ()), ("kto_tiny", ())],
+    ids=["dpo", "ld_dpo", "ipo", "kto"],
+)
+def test_in_memory_is_the_same(trainer, recipe, loss):
+    cached = trainer.train(*loss, recipe=recipe)
+    in_memory = trainer.train(*loss, "model.reference_in_memory=true", recipe=recipe, run="other")
     for step in (1, 2, 3):
         assert in_memory[step]["loss"] == pytest.approx(cached[step]["loss"], abs=1e-6)
         assert in_memory[step]["rewards/chosen"] == pytest.approx(cached[step]["rewards/chosen"], abs=1e-5)
+
+
+def test_ld_dpo_of_one_is_dpo_and_shares_its_cache(trainer, monkeypatch):
+    plain = trainer.train()
+    monkeypatch.setattr("nemo_lmpo.training.reference.ReferenceLogps._compute", _must_not_run)
+    assert trainer.train("loss.ld_alpha=1", run="one")[3]["loss"] == pytest.approx(plain[3]["loss"], abs=1e-6)
+    half = trainer.train("loss.ld_alpha=0.5", run="half")
+    assert half[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(half[3]["rewards/margins"] - plain[3]["rewards/margins"]) > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["false", "true"])
@@ -113,7 +126,7 @@ KEY = ReferenceKey("w", "d", "t", "32")
 
 
 def test_entry_round_trip_and_damage(tmp_path):
-    values = np.array([[-1.5, -2.25], [-3.0, -0.125]])
+    values = np.array([[-1.5, -2.25, -1.0, -2.25], [-3.0, -0.125, -3.0, -0.125]])
     write_entry(tmp_path, KEY, values)
     np.testing.assert_array_equal(read_entry(tmp_path, KEY, 2), values)
     assert read_entry(tmp_path, KEY, 3) is None

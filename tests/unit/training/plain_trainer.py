@@ -135,7 +135,7 @@ class PlainTrainer:
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, settings.warmup_steps, settings.total_steps)
 
     def losses(self, rows: list[list[Pair]], *, learning: bool) -> list[Tensor]:
-        """Losses pair by pair; ``rows`` are the micro-batches, which matter to the released code only."""
+        """Losses pair by pair; ``rows`` are the authors' micro-batches, which matter to the released code only."""
         losses, margins = [], []
         for row in rows:
             sums = [

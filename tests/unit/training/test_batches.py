@@ -38,6 +38,28 @@ def test_counts_are_those_of_the_rows(lengths: list[tuple[int, int, int]], share
     assert attended_pairs(np.array(lengths), share_prompt=share_prompt) == seen
 
 
+@given(LENGTHS, st.booleans(), st.sampled_from([1, 2]))
+def test_targets_within_the_common_length(
+    lengths: list[tuple[int, int, int]], share_prompt: bool, cp_size: int
+) -> None:
+    row = row_of(lengths, share_prompt=share_prompt, pad=2 * cp_size)
+    found = []
+    for rank in range(cp_size):
+        part = localize(row, cp_rank=rank, cp_size=cp_size, device=CPU)
+        assert part.shared.shape == part.sequence_index.shape
+        found += part.sequence_index[part.shared].tolist()
+    expected = [
+        2 * number + side for number, (_, *both) in enumerate(lengths) for side in (0, 1) for _ in range(min(both))
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_first_targets_are_the_shared_ones() -> None:
+    row = localize(row_of([(2, 4, 1), (1, 2, 3)], share_prompt=True), cp_rank=0, cp_size=1, device=CPU)
+    assert row.sequence_index.tolist() == [0, 0, 0, 0, 1, 2, 2, 3, 3, 3]
+    assert row.shared.tolist() == [True, False, False, False, True, True, True, True, True, False]
+
+
 def test_attended_pairs_by_hand() -> None:
     # Prompt of 3, chosen of 2 + 1 and rejected of 1 + 1 (the last is not fed): 6 + (2 * 3 + 3) + (3 + 1).
     lengths = np.array([[3, 3, 2]])

@@ -15,7 +15,7 @@ from nemo_lmpo.loss.interface import Statistics, StatisticsConfig
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 EMA = StatisticsConfig(kind="ema", update="after_step")
-RELEASED = StatisticsConfig(kind="ema", update="before_micro_batch", bias_correction=False, in_evaluation=True)
+RELEASED = StatisticsConfig(kind="ema", update="before_step", bias_correction=False, in_evaluation=True, group_size=2)
 CUMULATIVE = StatisticsConfig(kind="cumulative", update="after_step")
 BATCH_MEAN = StatisticsConfig(kind="batch_mean", update="before_step")
 
@@ -106,6 +106,41 @@ def test_cumulative_does_not_depend_on_how_values_are_grouped():
         parts.update(part)
     assert parts.current().mean == pytest.approx(whole.current().mean, rel=1e-14)
     assert parts.current().std == pytest.approx(whole.current().std, rel=1e-13)
+
+
+class TestGroups:
+    """A global batch before its losses: every pair sees the statistics after its own group."""
+
+    def test_by_hand(self):
+        # Means 0.3, 0.6, 1; deviations sqrt(0.02), sqrt(0.02) and none for the last pair alone.
+        running = RunningStatistics(RELEASED)
+        found = running.update_in_groups(torch.tensor([0.2, 0.4, 0.5, 0.7, 1.0], dtype=torch.float64))
+        first, second = 0.1 * math.sqrt(0.02), 0.19 * math.sqrt(0.02)
+        assert found.mean.tolist() == pytest.approx([0.03, 0.03, 0.087, 0.087, 0.1783])
+        assert found.std.tolist() == pytest.approx([first, first, second, second, second])
+        assert found.count.tolist() == [1, 1, 2, 2, 2]
+        assert running.current() == Statistics(pytest.approx(0.1783), pytest.approx(second), 2)
+
+    def test_evaluation_has_groups_of_its_own(self):
+        config = StatisticsConfig("ema", "before_step", group_size=2, evaluation_group_size=4)
+        values = torch.tensor([0.1, 0.2, 0.6, 0.9], dtype=torch.float64)
+        found = RunningStatistics(config).update_in_groups(values, evaluation=True)
+        assert found.mean.tolist() == pytest.approx([0.45] * 4)
+        assert RunningStatistics(config).update_in_groups(values).mean[0] == pytest.approx(0.15)
+
+    def test_without_a_size_the_batch_is_one_group(self):
+        found = RunningStatistics(BATCH_MEAN).update_in_groups(torch.tensor([1.0, 2.0, 6.0]))
+        assert (found.mean.tolist(), found.count.tolist()) == ([3.0] * 3, [3] * 3)
+
+    def test_no_pairs_change_nothing(self):
+        running = updated(RELEASED, [1.0, 3.0])
+        before = running.state_dict()
+        assert running.update_in_groups(torch.empty(0)).mean.numel() == 0
+        assert running.state_dict() == before
+
+    def test_pairs_pick_their_own(self):
+        found = Statistics(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.tensor([1, 1, 2])).of_pairs(torch.tensor([2, 0]))
+        assert (found.mean.tolist(), found.std, found.count.tolist()) == ([3.0, 1.0], 0.5, [2, 1])
 
 
 def test_batch_mean_forgets():
