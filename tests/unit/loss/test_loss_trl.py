@@ -1,7 +1,7 @@
-"""The losses against TRL's, value and gradient; TRL is no dependency, so all of it is skipped where it is not there.
+"""The losses against TRL's, value and gradient. TRL is a package for tests only, never for running.
 
 TRL computes DPO's and KTO's losses inside a method that also runs the model and logs. Here the model is a stub whose
-per-token log-probabilities are given, and everything that is only logged is zero.
+per-token log-probabilities or logits are given, and everything that is only logged is zero.
 """
 
 from __future__ import annotations
@@ -21,19 +21,11 @@ from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl accelerate)")
-pytest.importorskip("accelerate", reason="TRL's trainers need accelerate")
 
-TESTED = (1, 16)
-"""The release that these stubs were written for."""
-version = tuple(int(part) for part in trl.__version__.split(".")[:2])
-if version < TESTED or version[0] != TESTED[0]:
-    pytest.skip(f"written for TRL {TESTED[0]}.{TESTED[1]} and later of that line, not {trl.__version__}", True)
-
-from trl.experimental.cpo.cpo_trainer import CPOTrainer  # noqa: E402
-from trl.experimental.orpo.orpo_trainer import ORPOTrainer  # noqa: E402
-from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
-from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
+from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
 PAIRS, PROMPT, RESPONSE = 5, 3, 12
 
@@ -50,19 +42,49 @@ class Batch:
         tokens = -2 * torch.rand(2 * PAIRS, shape[1] - 1, generator=generator, dtype=torch.float64)
         self.tokens = (tokens * self.completion_mask[:, 1:]).requires_grad_()
         noise = torch.randn(2 * PAIRS, generator=generator, dtype=torch.float64)
-        self.reference = self.tokens.detach().sum(1) - drift + noise
+        moved = (noise - drift)[:, None] * self.completion_mask[:, 1:] / self.lengths[:, None]
+        self.reference_tokens = self.tokens.detach() + moved
+        self.reference = self.reference_tokens.sum(1)
         self.attention_mask = torch.ones(shape, dtype=torch.long)
         self.input_ids = torch.zeros(shape, dtype=torch.long)
 
     def ours(self) -> LossInputs:
         chosen, rejected = self.tokens.sum(1).chunk(2)
         lengths = self.lengths.double().chunk(2)
-        return LossInputs(chosen, rejected, *lengths, *self.reference.chunk(2))
+        common = torch.minimum(*self.lengths.chunk(2)).repeat(2)
+        shared = (torch.arange(self.tokens.shape[1]) < PROMPT - 1 + common[:, None]).double()
+        return LossInputs(
+            *(chosen, rejected, *lengths, *self.reference.chunk(2)),
+            *(self.tokens * shared).sum(1).chunk(2),
+            *(self.reference_tokens * shared).sum(1).chunk(2),
+            mean_chosen_length=lengths[0].mean().item(),
+        )
+
+    def pair(self, number: int) -> Batch:
+        """One of the pairs as a batch of its own, on the same tokens."""
+        rows = [number, PAIRS + number]
+        one = object.__new__(Batch)
+        one.tokens = self.tokens[rows]
+        for name in ("lengths", "completion_mask", "reference_tokens", "reference", "attention_mask", "input_ids"):
+            setattr(one, name, getattr(self, name)[rows])
+        return one
+
+    def given(self) -> dict[str, torch.Tensor]:
+        """What TRL's DPO trainer takes."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "completion_mask": self.completion_mask,
+        }
 
     def stub(self, **_: Any) -> SimpleNamespace:
-        """A model's answer."""
+        """The policy's answer."""
         unused = torch.zeros_like(self.tokens)
         return SimpleNamespace(log_probs=self.tokens, entropy=unused, mean_logits=unused, is_top1=unused.bool())
+
+    def stub_reference(self, **_: Any) -> SimpleNamespace:
+        """The reference model's answer."""
+        return SimpleNamespace(log_probs=self.reference_tokens)
 
 
 def trainer(**settings: Any) -> SimpleNamespace:
@@ -71,11 +93,13 @@ def trainer(**settings: Any) -> SimpleNamespace:
 
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
     metrics: Any = defaultdict(lambda: defaultdict(list))
+    model = torch.nn.Module().eval()
+    model.is_gradient_checkpointing = False
     return SimpleNamespace(
-        model=SimpleNamespace(training=False),
+        model=model,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         accelerator=accelerator,
         aux_loss_enabled=False,
-        precompute_ref_logps=True,
         _metrics=metrics,
         _total_train_tokens=0,
         **settings,
@@ -89,64 +113,141 @@ def assert_same(batch: Batch, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(grads[0] * mask, grads[1] * mask, rtol=1e-9, atol=1e-9)
 
 
+def dpo_trainer_loss(batch: Batch, **settings: Any) -> tuple[torch.Tensor, Any]:
+    """The loss of TRL's DPO trainer, and what it would log."""
+    defaults: dict[str, Any] = {"ld_alpha": None, "loss_weights": [1.0], "f_divergence_type": "reverse_kl"}
+    fake = trainer(**{**defaults, "use_weighting": False, "ref_model": batch.stub_reference, **settings})
+    fake.precompute_ref_logps = False
+    return DPOTrainer._compute_loss(fake, batch.stub, batch.given(), False), fake._metrics["eval"]
+
+
 @pytest.mark.parametrize(
-    ("loss_type", "beta", "options"),
+    ("settings", "options"),
     [
-        ("sigmoid", 0.1, {"name": "dpo", "beta": 0.1}),
-        ("ipo", 0.3, {"name": "ipo", "tau": 0.3}),
+        ({"loss_types": ["sigmoid"], "beta": 0.1}, {"name": "dpo", "beta": 0.1}),
+        ({"loss_types": ["ipo"], "beta": 0.3}, {"name": "ipo", "tau": 0.3}),
+        (
+            {"loss_types": ["sigmoid_norm"], "beta": 5.0},
+            {"name": "dpo", "beta": 5.0, "average_log_probs": True},
+        ),
+        *(
+            ({"loss_types": ["sigmoid"], "beta": 0.1, "ld_alpha": a}, {"name": "dpo", "beta": 0.1, "ld_alpha": a})
+            for a in (0.0, 0.4, 1.0)
+        ),
+        (
+            {"loss_types": ["sigmoid_norm"], "beta": 5.0, "ld_alpha": 0.4},
+            {"name": "dpo", "beta": 5.0, "ld_alpha": 0.4, "average_log_probs": True},
+        ),
     ],
 )
-def test_losses_of_the_dpo_trainer(loss_type, beta, options):
+def test_losses_of_the_dpo_trainer(settings, options):
     batch = Batch(drift=1.0)
-    inputs = batch.ours()
-    fake = trainer(
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        beta=beta,
-        use_weighting=False,
-    )
-    reference = batch.reference.chunk(2)
-    given = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "completion_mask": batch.completion_mask,
-        "ref_chosen_logps": reference[0],
-        "ref_rejected_logps": reference[1],
-    }
-    theirs = DPOTrainer._compute_loss(fake, batch.stub, given, False)
-    outputs = build_loss(parse_loss(options))(inputs)
+    theirs, metrics = dpo_trainer_loss(batch, **settings)
+    outputs = build_loss(parse_loss(options))(batch.ours())
     assert_same(batch, outputs.losses.mean(), theirs)
-    if loss_type == "sigmoid":
-        metrics = fake._metrics["eval"]
+    if settings["loss_types"] == ["sigmoid"]:  # elsewhere TRL logs sums, not what the loss compares
         assert outputs.chosen_rewards.mean().item() == pytest.approx(metrics["rewards/chosen"][0])
         assert outputs.rejected_rewards.mean().item() == pytest.approx(metrics["rewards/rejected"][0])
 
 
 def test_slic_hinge_is_the_dpo_trainers_hinge_without_a_reference():
-    # TRL: max(0, 1 - beta (chosen - rejected)); ours with delta 1 and no regulariser, at beta 1 and reference 0.
+    # TRL: max(0, 1 - beta (chosen - rejected)); ours with delta 1 and no regularizer, at beta 1 and reference 0.
     batch = Batch(drift=0.0)
-    fake = trainer(
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        loss_types=["hinge"],
-        loss_weights=[1.0],
-        beta=1.0,
-        use_weighting=False,
-    )
-    zeros = torch.zeros(PAIRS, dtype=torch.float64)
-    given = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "completion_mask": batch.completion_mask,
-        "ref_chosen_logps": zeros,
-        "ref_rejected_logps": zeros,
-    }
-    theirs = DPOTrainer._compute_loss(fake, batch.stub, given, False)
+    batch.reference_tokens = torch.zeros_like(batch.reference_tokens)
+    theirs, _ = dpo_trainer_loss(batch, loss_types=["hinge"], beta=1.0)
     losses = build_loss(parse_loss({"name": "slic", "delta": 1.0, "lam": 0.0}))(batch.ours()).losses
     assert 0 < (losses > 0).sum() < PAIRS
     assert_same(batch, losses.mean(), theirs)
+
+
+def test_sft_per_token_of_the_batch():
+    batch = Batch(drift=0.0)
+    theirs, _ = dpo_trainer_loss(batch, loss_types=["sft"], beta=0.1)
+    losses = build_loss(parse_loss({"name": "sft", "nll": "token_mean"}))(batch.ours()).losses
+    assert_same(batch, losses.mean(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        ("sigmoid", {"name": "dpo", "beta": 0.1}),
+        ("ipo", {"name": "ipo", "tau": 0.1}),
+        ("hinge", {"name": "slic", "delta": 10.0, "lam": 0.0}),  # ten times TRL's, at beta 0.1
+    ],
+)
+def test_sft_weight_is_the_dpo_trainers_loss_mix(loss_type, options):
+    # TRL's likelihood is a mean over the batch's tokens, ours over responses: equal where there is one response.
+    batch = Batch(drift=1.0)
+    scale = 10.0 if loss_type == "hinge" else 1.0
+    if loss_type == "hinge":
+        batch.reference_tokens = torch.zeros_like(batch.reference_tokens)
+    losses = build_loss(parse_loss({**options, "sft_weight": 0.3}))(batch.ours()).losses
+    for number in range(PAIRS):
+        mix = {"loss_types": [loss_type, "sft"], "loss_weights": [scale, 0.3], "beta": 0.1}
+        assert_same(batch, losses[number], dpo_trainer_loss(batch.pair(number), **mix)[0])
+
+
+def cpo_trainer_loss(batch: Batch, logits: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """The whole objective of TRL's CPO trainer on a model's ``[2 B, L, V]`` logits."""
+    fake = trainer(label_smoothing=0.0, alpha=0.0, is_encoder_decoder=False, pad_token_id=0, **settings)
+    fake.concatenated_inputs, fake.get_batch_logps = CPOTrainer.concatenated_inputs, CPOTrainer.get_batch_logps
+    fake.concatenated_forward = lambda model, given: CPOTrainer.concatenated_forward(fake, model, given)
+    fake.cpo_loss = lambda *logps: CPOTrainer.cpo_loss(fake, *logps)
+    labels = batch.input_ids.masked_fill(batch.completion_mask == 0, -100)
+    given = {}
+    for side, half in (("chosen", slice(None, len(labels) // 2)), ("rejected", slice(len(labels) // 2, None))):
+        given[f"{side}_input_ids"] = batch.input_ids[half]
+        given[f"{side}_attention_mask"] = batch.attention_mask[half]
+        given[f"{side}_labels"] = labels[half]
+    return CPOTrainer.get_batch_loss_metrics(fake, lambda *_, **__: SimpleNamespace(logits=logits), given)[0]
+
+
+class TestWholeCPOObjective:
+    """Preference and likelihood together, from logits; the likelihood is where definitions differ."""
+
+    VOCABULARY = 7
+
+    def batch(self) -> tuple[Batch, torch.Tensor]:
+        batch = Batch(drift=0.0)
+        generator = torch.Generator().manual_seed(8)
+        batch.input_ids = torch.randint(self.VOCABULARY, batch.input_ids.shape, generator=generator)
+        shape = (*batch.input_ids.shape, self.VOCABULARY)
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        logps = torch.log_softmax(logits[:, :-1], dim=-1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
+        batch.tokens = logps * batch.completion_mask[:, 1:]
+        return batch, logits
+
+    @staticmethod
+    def assert_same(ours: torch.Tensor, theirs: torch.Tensor, logits: torch.Tensor) -> None:
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+    def test_token_mean_is_that_of_one_micro_batch(self):
+        batch, logits = self.batch()
+        theirs = cpo_trainer_loss(batch, logits, beta=0.01, loss_type="sigmoid", cpo_alpha=1.0)
+        ours = build_loss(parse_loss({"name": "cpo", "nll": "token_mean"}))(batch.ours()).losses.mean()
+        self.assert_same(ours, theirs, logits)
+
+    @pytest.mark.parametrize(
+        ("loss_type", "settings", "options"),
+        [
+            ("sigmoid", {"beta": 0.01, "cpo_alpha": 1.0}, {"name": "cpo"}),
+            (
+                "simpo",  # CPO-SimPO: SimPO with a likelihood
+                {"beta": 2.0, "simpo_gamma": 1.6, "cpo_alpha": 0.5},
+                {"name": "simpo", "beta": 2.0, "gamma": 1.6, "sft_weight": 0.5},
+            ),
+            ("hinge", {"beta": 1.0, "cpo_alpha": 0.5}, {"name": "slic", "lam": 0.5, "nll": "mean"}),
+        ],
+    )
+    def test_mean_is_that_of_one_pair_a_micro_batch(self, loss_type, settings, options):
+        batch, logits = self.batch()
+        losses = build_loss(parse_loss(options))(batch.ours()).losses
+        for number in range(PAIRS):
+            rows = [number, PAIRS + number]
+            theirs = cpo_trainer_loss(batch.pair(number), logits[rows], loss_type=loss_type, **settings)
+            self.assert_same(losses[number], theirs, logits)
 
 
 @pytest.mark.parametrize("drift", [3.0, -3.0])
@@ -158,6 +259,7 @@ def test_kto_with_its_own_responses_as_kl_estimate(drift):
         beta=0.1,
         loss_type="kto",
         calculate_KL=True,
+        precompute_ref_logps=True,
         desirable_weight=1.3,
         undesirable_weight=0.6,
         _compute_kl_logps=lambda model, given: policy,
@@ -225,31 +327,9 @@ def test_orpo_odds_ratio_term():
 
 
 def test_sft_of_one_pair():
-    batch = Batch(drift=0.0)
-    fake = trainer(
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        loss_types=["sft"],
-        loss_weights=[1.0],
-        beta=0.1,
-        use_weighting=False,
-    )
     # TRL averages over the batch's tokens, ours over responses: equal where there is one response.
-    inputs = batch.ours()
-    for pair in range(PAIRS):
-        rows = [pair, PAIRS + pair]
-        unused = torch.zeros_like(batch.tokens[rows])
-
-        def stub(rows=rows, unused=unused, **_: Any) -> SimpleNamespace:
-            log_probs = batch.tokens[rows]
-            return SimpleNamespace(log_probs=log_probs, entropy=unused, mean_logits=unused, is_top1=unused.bool())
-
-        given = {
-            "input_ids": batch.input_ids[rows],
-            "attention_mask": batch.attention_mask[rows],
-            "completion_mask": batch.completion_mask[rows],
-            "ref_chosen_logps": batch.reference[rows[:1]],
-            "ref_rejected_logps": batch.reference[rows[1:]],
-        }
-        theirs = DPOTrainer._compute_loss(fake, stub, given, False)
-        assert_same(batch, build_loss(parse_loss({"name": "sft"}))(inputs).losses[pair], theirs)
+    batch = Batch(drift=0.0)
+    losses = build_loss(parse_loss({"name": "sft"}))(batch.ours()).losses
+    for number in range(PAIRS):
+        theirs, _ = dpo_trainer_loss(batch.pair(number), loss_types=["sft"], beta=0.1)
+        assert_same(batch, losses[number], theirs)
