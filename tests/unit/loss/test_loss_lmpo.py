@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
+from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.loss.interface import LossInputs, Statistics
 from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe
 from nemo_lmpo.loss.margins import paper_margin
-from nemo_lmpo.loss.registry import build_loss, parse_loss
+from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
 # Two pairs: chosen shorter than rejected, and the other way round.
