@@ -7,15 +7,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.checkpoint.manager import on_main_rank, serve_write_results
+from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.writers import write_state
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.conversion import plan, write_nemo
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, TRAINING_WEIGHTS, open_model
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
+EXTRA_STATE = "_extra_state"
+
 
 def sharded_weights(chunks: list[PackedGPTModel]) -> dict[str, Any]:
-    """This process's part of the policy's weights, as megatron-core's distributed checkpoints take them."""
-    return {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
+    """This process's part of the policy's weights, as megatron-core's distributed checkpoints take them.
+
+    Without Transformer Engine's extra states: they hold scales of FP8, which is not used, and which of them exist
+    depends on the kernels, so that a checkpoint could be read by the same kernels only.
+    """
+    return {
+        f"model{index}": {
+            name: entry
+            for name, entry in chunk.sharded_state_dict(prefix="model.").items()
+            if not name.endswith(EXTRA_STATE)
+        }
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def load_weights(chunks: list[PackedGPTModel], state: dict[str, Any]) -> None:
+    """Put weights that were loaded into :func:`sharded_weights` into the model.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing, or one is there that it does not have.
+    """
+    for index, chunk in enumerate(chunks):
+        tensors = {name.removeprefix("model."): tensor for name, tensor in state[f"model{index}"].items()}
+        result = chunk.load_state_dict(tensors, strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {len(missing)} tensors are missing and "
+                f"{len(result.unexpected_keys)} unknown, first {[*missing, *result.unexpected_keys][0]}"
+            )
 
 
 def write_policy_archive(
@@ -40,8 +72,6 @@ def write_policy_archive(
         CheckpointError: no room on the disk, or ``output`` is in the way of something.
         OSError: it could not be written; an ``output`` that was there is untouched.
     """
-    from megatron.core import dist_checkpointing
-
     parts = output.with_name(f"{output.name}.parts")
 
     def prepare() -> None:
@@ -56,8 +86,7 @@ def write_policy_archive(
 
     on_main_rank(prepare)
     try:
-        serve_write_results(in_background=False)
-        dist_checkpointing.save(sharded_weights(chunks), str(parts / TRAINING_WEIGHTS))
+        write_state(sharded_weights(chunks), parts / TRAINING_WEIGHTS, in_background=False)
         on_main_rank(convert)
     finally:
         on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))

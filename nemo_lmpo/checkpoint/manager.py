@@ -1,115 +1,38 @@
 """Saving and resuming: megatron-core distributed checkpoints that appear by one rename when they are whole.
 
-A run's `checkpoints/` holds directories `step_0000100/` with::
-
-    state/             weights, optimizer, random states: a megatron-core distributed checkpoint
-    progress.json      step, margin statistics, metrics, layout
-    config.yaml        the run's resolved configuration
-    architecture.json  the model's Hugging Face config
-    tokenizer/         the tokenizer's files
-    manifest.json      size of every file above; written last
-
-A checkpoint being written is called `step_0000100.tmp`.
+What a run's `checkpoints/` holds is told in :mod:`nemo_lmpo.runtime.run_files`. A checkpoint is looked at before
+anything of it is loaded: damage in its files makes a resume fall back to the one before, which all ranks decide
+together. Whatever goes wrong after that is no damage and ends the run, so nothing that was loaded in part ever trains.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
-import queue
-import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from nemo_lmpo.checkpoint.agreement import disk_is_full, from_all_ranks, on_main_rank, reason_of, storage_errors
+from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, file_checksum, find_damage, inspect, write_manifest
+from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
+from nemo_lmpo.checkpoint.state_reader import reading_safely
+from nemo_lmpo.checkpoint.train_state import DamageError, TrainState
+from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import CheckpointConfig
-from nemo_lmpo.errors import TrainingError, UserError
-from nemo_lmpo.runtime.atomic import replace_file
-from nemo_lmpo.runtime.children import following_forks, following_queue
-
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
-STATE = "state"
-_NAME = re.compile(r"step_(\d{7,})")
+from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
+from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.atomic import replace_file, set_aside
+from nemo_lmpo.runtime.children import following_forks
+from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """What must survive besides tensors."""
-
-    step: int = 0
-    """Finished optimizer steps."""
-    statistics: dict[str, Any] | None = None
-    """State of the running margin statistics."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics when it was saved, validation ones included; `checkpoint.monitor` ranks by them."""
-    layout: dict[str, int] = field(default_factory=dict)
-    """Sizes of the parallel groups that wrote it."""
-    save_seconds: float = 0.0
-    """How long the last save took; a resumed run reserves as much before its time limit."""
-
-
-def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step_{step:07d}"
-
-
-def saved_steps(root: Path) -> list[int]:
-    """Steps of visible checkpoints, oldest first."""
-    if not root.is_dir():
-        return []
-    return sorted(int(match[1]) for entry in root.iterdir() if (match := _NAME.fullmatch(entry.name)))
-
-
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint directory by its manifest, or None."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        for name, size in manifest["files"].items():
-            actual = (directory / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        return f"{MANIFEST} is not readable"
-    return None
-
-
-def write_manifest(directory: Path) -> None:
-    """List every file with its size; the last file of a checkpoint."""
-    files = {
-        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-    replace_file(directory / MANIFEST, json.dumps({"files": files}, indent=1))
-
-
-def on_main_rank(action: Callable[[], Any]) -> Any:
-    """Run ``action`` on rank 0 and give every rank its result, or raise its user error on every rank.
-
-    Communicates: one object broadcast over all ranks. A rank that failed alone would leave the others waiting.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (UserError, TrainingError, OSError) as error:
-            outcome[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 class CheckpointManager:
@@ -120,22 +43,28 @@ class CheckpointManager:
         root: Path,
         config: CheckpointConfig,
         *,
-        make_state: Callable[[bool], dict[str, Any]],
+        make_state: Callable[[TrainState | None], dict[str, Any]],
         load_state: Callable[[dict[str, Any], TrainState], None],
         write_sidecars: Callable[[Path], None],
         state_bytes: int,
         layout: dict[str, int],
+        find_missing: Callable[[TrainState], str | None] = lambda progress: None,
+        data: dict[str, str] | None = None,
     ) -> None:
         """Collect what saving needs.
 
         Args:
             root: the run's `checkpoints/`.
             config: how often and how many.
-            make_state: sharded state dict of model, optimizer and random states; told whether it is for loading.
-            load_state: puts a loaded state dict back.
+            make_state: sharded state dict of model and optimizer; told the progress of the checkpoint that is to be
+                loaded into it, or None for saving.
+            load_state: puts a loaded state dict back; ``random_state`` is in it if the layout is the same.
             write_sidecars: writes config, architecture and tokenizer into a directory (called on rank 0).
             state_bytes: size of a checkpoint, to check the disk before writing.
             layout: sizes of the parallel groups.
+            find_missing: what of a progress is not there that this run needs; raises a UserError where the run does
+                not fit the checkpoint. Called before anything is loaded.
+            data: fingerprints of the pairs, kept with every checkpoint.
         """
         self.root = root
         self.config = config
@@ -144,8 +73,8 @@ class CheckpointManager:
         self.write_sidecars = write_sidecars
         self.state_bytes = state_bytes
         self.layout = layout
-        self.loading: TrainState | None = None
-        """Progress of the checkpoint that is being loaded."""
+        self.find_missing = find_missing
+        self.data = data or {}
         self._queue: Any = None
         self._in_background: Path | None = None
         """The checkpoint that was last given to background writers."""
@@ -160,55 +89,54 @@ class CheckpointManager:
         """
         self.wait()
         started = time.monotonic()
-        progress.layout = self.layout
+        progress.layout, progress.data = self.layout, self.data
         final = step_directory(self.root, progress.step)
-        temporary = final.with_suffix(".tmp")
+        temporary = final.with_suffix(run_files.TEMPORARY)
+        on_main_rank(lambda: self._prepare(temporary, final))
         try:
-            on_main_rank(lambda: self._prepare(temporary))
+            state = {**self.make_state(None), "random_state": sharded_random_state(), STEP_KEY: progress.step}
             with following_forks():
-                request = self._write_state(temporary / STATE)
+                request = write_state(state, temporary / run_files.STATE, in_background=self.config.async_save)
                 if request is not None:
                     request.finalize_fns.append(lambda: self._finish(temporary, final, progress))
                     self._in_background = final
                     self._async_queue().schedule_async_request(request)
             if request is None:
                 self._finish(temporary, final, progress)
-        except _storage_errors() as error:
+        except storage_errors() as error:
             self._discard(temporary)
             raise _save_error(final, error) from error
         return time.monotonic() - started
 
-    def _write_state(self, directory: Path) -> Any:
-        from megatron.core import dist_checkpointing
-
-        serve_write_results(in_background=self.config.async_save)
-        save = dist_checkpointing.save
-        # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
-        own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-        return save(self.make_state(False), str(directory), async_sharded_save=self.config.async_save, **own_writers)
-
-    def _prepare(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / STATE).mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
+    def _prepare(self, temporary: Path, final: Path) -> None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / run_files.STATE).mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+        except OSError as error:
+            raise _save_error(final, error) from error
         if free < self.state_bytes:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
-                f"a checkpoint needs {self.state_bytes / 2**30:.2f} GiB, but {self.root} has {free / 2**30:.2f} GiB "
-                f"free; free the disk or lower checkpoint.keep_last={self.config.keep_last}, then resume"
+                f"checkpoint {final} could not be written: it needs {format_bytes(self.state_bytes)}, and {self.root} "
+                f"has {format_bytes(free)} free; older ones are untouched: free the disk or lower "
+                f"checkpoint.keep_last={self.config.keep_last}, and repeat the command to resume"
             )
 
     def _finish(self, temporary: Path, final: Path, progress: TrainState) -> None:
-        on_main_rank(lambda: self._publish(temporary, final, progress))
+        """Every rank reads back what it wrote itself; rank 0 the rest, and publishes."""
+        own = {name: file_checksum(temporary / name) for name in data_files(temporary, dist.get_rank())}
+        checksums = {name: checksum for part in from_all_ranks(own) for name, checksum in part.items()}
+        on_main_rank(lambda: self._publish(temporary, final, progress, checksums))
 
-    def _publish(self, temporary: Path, final: Path, progress: TrainState) -> None:
+    def _publish(self, temporary: Path, final: Path, progress: TrainState, checksums: dict[str, str]) -> None:
         self.write_sidecars(temporary)
-        replace_file(temporary / PROGRESS, json.dumps(vars(progress), indent=1))
-        write_manifest(temporary)
+        replace_file(temporary / run_files.PROGRESS, json.dumps(vars(progress), indent=1))
+        write_manifest(temporary, checksums)
         if final.exists():
-            # Only a damaged one can stand here: a good one would have been resumed from.
-            shutil.rmtree(final)
+            set_aside(final, run_files.REPLACED)
         temporary.replace(final)
-        self._prune()
+        self._prune(progress.step)
 
     def _discard(self, temporary: Path) -> None:
         if dist.get_rank() == 0:
@@ -239,21 +167,25 @@ class CheckpointManager:
             return
         try:
             self._queue.maybe_finalize_async_calls(blocking=blocking)
-        except _storage_errors() as error:
+        except storage_errors() as error:
             assert self._in_background is not None
-            self._discard(self._in_background.with_suffix(".tmp"))
+            self._discard(self._in_background.with_suffix(run_files.TEMPORARY))
             raise _save_error(self._in_background, error) from error
 
-    def _prune(self) -> None:
-        """Keep the newest and the best; called on rank 0 after a new one became visible."""
-        steps = saved_steps(self.root)
-        keep = set(steps[-max(self.config.keep_last, 1) :])
-        keep.update(self._best(steps))
+    def _prune(self, published: int) -> None:
+        """Keep the newest and the best; called on rank 0 after ``published`` became visible.
+
+        Only whole checkpoints count, and later ones than the published one are not this run's to remove.
+        """
+        steps = [step for step in saved_steps(self.root) if step < published]
+        steps = [step for step in steps if find_damage(step_directory(self.root, step), content=False) is None]
+        steps.append(published)
+        keep = {published, *steps[-max(self.config.keep_last, 1) :], *self._best(steps)}
         for step in steps:
             if step not in keep:
                 doomed = step_directory(self.root, step)
                 # Out of sight first, so that a kill while files go leaves no half-deleted checkpoint in view.
-                grave = doomed.with_suffix(".deleted")
+                grave = doomed.with_suffix(run_files.DELETED)
                 doomed.replace(grave)
                 shutil.rmtree(grave, ignore_errors=True)
 
@@ -267,7 +199,7 @@ class CheckpointManager:
 
     def _monitored(self, step: int) -> float | None:
         try:
-            metrics = json.loads((step_directory(self.root, step) / PROGRESS).read_text())["metrics"]
+            metrics = json.loads((step_directory(self.root, step) / run_files.PROGRESS).read_text())["metrics"]
             return float(metrics[self.config.monitor])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -276,74 +208,115 @@ class CheckpointManager:
         """Remove what an interrupted save or deletion left behind (rank 0)."""
         if dist.get_rank() == 0 and self.root.is_dir():
             for entry in self.root.iterdir():
-                if entry.suffix in (".tmp", ".deleted") and _NAME.fullmatch(entry.stem):
+                left_over = entry.suffix in (run_files.TEMPORARY, run_files.DELETED)
+                if left_over and run_files.step_of(entry.stem) is not None:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def load_newest(self) -> TrainState:
-        """Resume from the newest good checkpoint; damaged ones are named and skipped.
+        """Resume from the newest whole checkpoint; damaged ones are named, skipped, and renamed `step_N.damaged`.
 
         Returns:
-            Its progress, or that of a new run when there is none.
+            Its progress, or that of a new run when there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+            TrainingError: a whole one could not be loaded, for whatever reason; this process's weights are then of no
+                use any more.
+            UserError: the run does not fit the checkpoint.
         """
-        for step in reversed(on_main_rank(lambda: saved_steps(self.root))):
+        damaged: dict[Path, str] = {}
+        try:
+            steps = on_main_rank(lambda: saved_steps(self.root))
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot be read ({error.strerror}); make it readable") from None
+        for step in reversed(steps):
             directory = step_directory(self.root, step)
-            damage = on_main_rank(partial(find_damage, directory))
-            if damage is None:
-                try:
-                    return self._load(directory)
-                except _storage_errors() as error:
-                    damage = _reason(error)
-            if dist.get_rank() == 0:
-                _logger.warning("checkpoint %s is damaged (%s); trying the one before", directory, damage)
+            progress = self._inspect(directory, step, damaged)
+            if progress is not None:
+                self._load(directory, progress)
+                self._set_damaged_aside(damaged, directory)
+                return progress
+        if damaged:
+            found = "; ".join(f"{directory.name}: {reason}" for directory, reason in damaged.items())
+            raise CheckpointError(
+                f"no checkpoint in {self.root} can be read ({found}); nothing was changed: restore one of them, or set "
+                f"checkpoint.resume=false, which moves this run aside and starts anew"
+            )
         return TrainState()
 
-    def _load(self, directory: Path) -> TrainState:
-        from megatron.core import dist_checkpointing
-
-        progress = TrainState(**json.loads((directory / PROGRESS).read_text()))
-        self.loading = progress
-        state = dist_checkpointing.load(self.make_state(True), str(directory / STATE))
-        self.load_state(state, progress)
+    def _inspect(self, directory: Path, step: int, damaged: dict[Path, str]) -> TrainState | None:
+        """The progress of a whole checkpoint; else None and an entry in ``damaged``. All ranks come to the same."""
+        progress: TrainState | None = None
+        found: str | Exception | None = None
+        try:
+            content = self.config.verify == "full"
+            progress = inspect(directory, step, content=content, share=(dist.get_rank(), dist.get_world_size()))
+            found = self.find_missing(progress)
+        except DamageError as error:
+            found = str(error)
+        except UserError as error:
+            found = error
+        except OSError as error:
+            found = TrainingError(f"{directory} could not be looked at ({error.strerror}); repeat the command")
+        findings = [finding for finding in from_all_ranks(found) if finding is not None]
+        for finding in findings:
+            if isinstance(finding, Exception):
+                raise finding
+        if findings:
+            damaged[directory] = findings[0]
+            return None
         return progress
 
+    def _set_damaged_aside(self, damaged: dict[Path, str], used: Path) -> None:
+        """Rename what was skipped, so that it neither counts as a checkpoint nor is written over."""
+        for directory, reason in damaged.items():
+            try:
+                kept = on_main_rank(partial(set_aside, directory, run_files.DAMAGED))
+            except OSError as error:
+                raise TrainingError(f"{directory} is damaged ({reason}) and cannot be renamed ({error})") from None
+            if dist.get_rank() == 0:
+                _logger.warning(
+                    "checkpoint %s is damaged (%s); going on from %s, and keeping it as %s",
+                    directory,
+                    reason,
+                    used.name,
+                    kept.name,
+                )
 
-def serve_write_results(*, in_background: bool) -> None:
-    """Give megatron-core's writers the queue in which they report.
+    def _load(self, directory: Path, progress: TrainState) -> None:
+        from megatron.core import dist_checkpointing
 
-    Its own is a server process, which imports everything again and outlives a killed run. A synchronous save needs
-    none, as this process itself puts and gets; for an asynchronous one the server ends with this process.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    present = getattr(filesystem_async, "_results_queue", None)
-    if in_background and (present is None or isinstance(present, queue.Queue)):
-        filesystem_async._results_queue = following_queue()
-    elif present is None:
-        filesystem_async._results_queue = queue.Queue()
-
-
-def _storage_errors() -> tuple[type[BaseException], ...]:
-    """What reading and writing a distributed checkpoint raises where a file or the disk is at fault."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint.api import CheckpointException  # wraps what a rank raised; no Exception
-
-    return OSError, RuntimeError, EOFError, ValueError, KeyError, CheckpointingException, CheckpointException
+        try:
+            with reading_safely():
+                state = dist_checkpointing.load(self.make_state(progress), str(directory / run_files.STATE))
+            if progress.layout == self.layout:
+                state["random_state"] = read_random_state(directory / run_files.STATE)
+            self.load_state(state, progress)
+        except UserError:
+            raise
+        except storage_errors() as error:
+            raise TrainingError(
+                f"checkpoint {directory} could not be loaded ({type(error).__name__}: {reason_of(error)}); nothing was "
+                f"changed: remove the cause and repeat the command{_HINT[self.config.verify]}"
+            ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """One line; what a rank raised stands last in what torch made of it."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        wrapped = next(iter(failures.values()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+_HINT = {"full": "", "size": ", or set checkpoint.verify=full to have its files looked at"}
+
+
+def format_bytes(number: float) -> str:
+    """A size in the unit that shows it best."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
 
 
 def _save_error(final: Path, error: BaseException) -> TrainingError:
-    full = "No space left on device" in str(error)
-    remedy = "free the disk" if full else "remove the cause"
+    remedy = "free the disk" if disk_is_full(error) else "remove the cause"
+    reason = "the disk is full or a limit on files was reached" if "unexpected pos" in str(error) else reason_of(error)
     return TrainingError(
-        f"checkpoint {final} could not be written ({_reason(error)}); older ones are "
-        f"untouched: {remedy} and repeat the command to resume"
+        f"checkpoint {final} could not be written ({reason}); older ones are untouched: {remedy} and repeat the "
+        f"command to resume"
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from nemo_lmpo.checkpoint.state_reader import read_object
 
 
 def seed_everything(seed: int) -> None:
@@ -24,14 +27,16 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Everything that :func:`restore_random_state` needs."""
+    """Everything that :func:`restore_random_state` needs, as tensors and plain values."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    numpy_state = dict(np.random.get_state(legacy=False))
+    key = numpy_state["state"]["key"]
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": torch.from_numpy(key.astype(np.int64))}},
         "torch": torch.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -39,19 +44,41 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put a saved state back."""
+    """Put a saved state back.
+
+    What belongs to the device is left alone if the run moved from CPUs to GPUs or back: the generators differ.
+    """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    key = state["numpy"]["state"]["key"]
+    key = key.numpy() if isinstance(key, torch.Tensor) else key
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key.astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
+    if ("cuda" in state) != torch.cuda.is_initialized():
+        return
     get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and torch.cuda.is_initialized():
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def sharded_random_state() -> Any:
     """This rank's state as one object of a distributed checkpoint that has an object a rank."""
+    return _sharded_object(random_state())
+
+
+def _sharded_object(data: Any) -> Any:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    return ShardedObject("random_state", random_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+    return ShardedObject("random_state", data, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def read_random_state(state: Path) -> dict[str, Any]:
+    """This rank's state in the checkpoint whose tensors lie in ``state``; it had as many ranks.
+
+    Raises:
+        CheckpointError: there is none, or it holds what does not belong there.
+        OSError: it cannot be read.
+    """
+    found: dict[str, Any] = read_object(state, _sharded_object(None).unique_key)[0]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,16 +15,15 @@ from nemo_lmpo.config.architecture import architecture_to_hf
 from nemo_lmpo.config.schema import Config, may_change
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.sidecars import sidecar_names
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.atomic import replace_file, set_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nemo_lmpo.formats.base_model import BaseModel
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-ARCHITECTURE_FILE = "architecture.json"
+_logger = logging.getLogger(__name__)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -41,22 +41,23 @@ class RunDirectory:
     def __init__(self, config: Config, plain: Mapping[str, Any]) -> None:
         self.path = Path(config.run_dir) if config.run_dir else Path("runs") / config.name
         self.plain = plain
+        self.resumes = config.checkpoint.resume
 
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
-        return self.path / "checkpoints"
+        return self.path / run_files.CHECKPOINTS
 
     def check_owner(self) -> None:
-        """Refuse a directory that another run wrote.
+        """Refuse a directory that another run wrote, unless it is to be moved aside (`checkpoint.resume=false`).
 
         Raises:
             ConfigError: names the settings that differ.
         """
-        path = self.path / CONFIG_FILE
+        path = self.path / run_files.CONFIG
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir={self.path} is a file; give a directory")
-        if not path.exists() or not self._has_begun():
+        if not self.resumes or not path.exists() or not self._has_begun():
             return
         try:
             before = dict(flatten(yaml.safe_load(path.read_text())))
@@ -76,26 +77,32 @@ class RunDirectory:
 
     def _has_begun(self) -> bool:
         """Whether there is anything to lose; a run that was refused for its data leaves its configuration only."""
-        metrics = self.path / METRICS_FILE
+        metrics = self.path / run_files.METRICS
         return (metrics.is_file() and metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
 
     def create(self) -> None:
         """Make the directory and save the resolved configuration (rank 0).
 
+        With `checkpoint.resume=false` a run that is there already is moved aside, as a whole.
+
         Raises:
             ConfigError: it cannot be written.
         """
         try:
+            if not self.resumes and self.path.is_dir() and self._has_begun():
+                _logger.info(
+                    "checkpoint.resume=false: the run before is now %s", set_aside(self.path, run_files.BEFORE)
+                )
             self.path.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
+            replace_file(self.path / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
         except OSError as error:
             raise ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one") from None
 
     def write_sidecars(self, directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
-        replace_file(directory / CONFIG_FILE, yaml.safe_dump(dict(self.plain), sort_keys=False))
-        replace_file(directory / ARCHITECTURE_FILE, json.dumps(model_config(start), indent=1))
-        _save_tokenizer(directory / "tokenizer", start, tokenizer)
+        replace_file(directory / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        replace_file(directory / run_files.ARCHITECTURE, json.dumps(model_config(start), indent=1))
+        _save_tokenizer(directory / run_files.TOKENIZER, start, tokenizer)
 
 
 def _save_tokenizer(directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:

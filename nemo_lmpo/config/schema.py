@@ -216,7 +216,11 @@ class CheckpointConfig:
     async_save: bool = False
     """Write while training goes on, where the backend can."""
     resume: bool = True
-    """Go on from the newest good checkpoint of the run directory."""
+    """Go on from the newest whole checkpoint of the run directory; `false` moves what is there aside."""
+    verify: Literal["full", "size"] = "full"
+    """What a resume compares of a checkpoint's files: `full` (checksums) or `size` (sizes only; no file is read)."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Settings that a resume may change on purpose, such as `optim.lr` or `data.train.path` (its pairs)."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cached_directory, default_cache_dir
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1
 """Raised whenever the same input would give other tokens than before: old cache entries are then not used."""
+
+_ROWS_A_BLOCK = 65536
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,18 @@ class PreferenceDataset:
     def pair_ids(self) -> list[str]:
         """The ids of all pairs in the dataset's order."""
         return [self.pair_id(index) for index in range(len(self))]
+
+    def token_hash(self) -> str:
+        """A hash of the token ids of all pairs in the dataset's order: the same wherever they come from."""
+        digest = xxhash.xxh3_128(self.lengths.tobytes())
+        for number, table in enumerate(self._tables):
+            rows = self._row[self._part == number]
+            for start in range(0, len(rows), _ROWS_A_BLOCK):
+                block = table.take(rows[start : start + _ROWS_A_BLOCK])
+                for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                    for chunk in block.column(name).chunks:
+                        digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
+        return digest.hexdigest()
 
     def attach_reference(
         self,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from nemo_lmpo.checkpoint.manager import saved_steps, step_directory
 from nemo_lmpo.config.architecture import architecture_to_hf
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.encode import PairEncoder
@@ -20,6 +19,7 @@ from nemo_lmpo.data.tokenizer import chat_template_text, load_tokenizer, padding
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.conversion import tensor_names
 from nemo_lmpo.formats.model_files import ModelFiles, open_model
+from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,10 +21,8 @@ from typing import Any
 from nemo_lmpo.config.schema import LoggingConfig
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.trackers import Trackers
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
-
-METRICS_FILE = "metrics.jsonl"
-RUN_FILE = "run.json"
 
 # A killed process loses nothing that was flushed; only a machine that dies needs fsync. Once in a few seconds
 # keeps that loss small without making fast steps wait for the disk.
@@ -117,8 +115,8 @@ class MetricsLog:
         # First: what is missing is refused before anything is written.
         self._trackers = Trackers(self._run_dir, config, settings=settings, resume_step=resume_step)
         if total_steps is not None:
-            replace_file(self._run_dir / RUN_FILE, json.dumps({"total_steps": total_steps}).encode() + b"\n")
-        self._path = self._run_dir / METRICS_FILE
+            replace_file(self._run_dir / run_files.RUN_FACTS, json.dumps({"total_steps": total_steps}).encode() + b"\n")
+        self._path = self._run_dir / run_files.METRICS
         self._present = truncate_metrics(self._path, resume_step)
         self._file = self._path.open("ab")
         self._synced_at = time.monotonic()

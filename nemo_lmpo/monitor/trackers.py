@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
-WANDB_ID_FILE = "wandb_id"
 MLFLOW_ID_FILE = "mlflow_id"
-TENSORBOARD_DIR = "tensorboard"
 
 
 class Trackers:
@@ -73,7 +72,7 @@ def _tensorboard(run_dir: Path, resume_step: int) -> tuple[Logger, Callable[[], 
 
     # TensorBoard hides what earlier files have of this step and later ones.
     logger = TensorBoardLogger(
-        run_dir, name=TENSORBOARD_DIR, version="", default_hp_metric=False, purge_step=resume_step + 1
+        run_dir, name=run_files.TENSORBOARD, version="", default_hp_metric=False, purge_step=resume_step + 1
     )
     logger.experiment  # noqa: B018  # opens the file, which hides the steps even if none follows
     return logger, lambda: logger.finalize("")
@@ -83,8 +82,8 @@ def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> t
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    run_id = _kept_id(run_dir / WANDB_ID_FILE) or secrets.token_hex(4)
-    replace_file(run_dir / WANDB_ID_FILE, f"{run_id}\n")
+    run_id = _kept_id(run_dir / run_files.WANDB_ID) or secrets.token_hex(4)
+    replace_file(run_dir / run_files.WANDB_ID, f"{run_id}\n")
     logger: WandbLogger = WandbLogger(
         project=config.project,
         name=config.name or run_dir.name,

@@ -23,3 +23,18 @@ def replace_file(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename ``path`` to itself with a suffix and, where that is taken, a number; the new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number = 1
+    target = path.with_name(path.name + suffix)
+    while target.exists() or target.is_symlink():
+        number += 1
+        target = path.with_name(f"{path.name}{suffix}.{number}")
+    path.rename(target)
+    return target

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_lmpo.checkpoint.manager import on_main_rank
+from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cached_directory, default_cache_dir
 from nemo_lmpo.data.order import validation_steps

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_lmpo.checkpoint.export import sharded_weights, write_policy_archive
-from nemo_lmpo.checkpoint.manager import CheckpointManager, TrainState
+from nemo_lmpo.checkpoint.export import load_weights, sharded_weights, write_policy_archive
+from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything, sharded_random_state
+from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_data_on_other_ranks
+from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.rules import validate
@@ -65,6 +67,8 @@ class TrainingSession:
         self.device = device
         seed_everything(config.model.seed)
         self.data = load_data(config, base)
+        self.fingerprints = self.data.fingerprints()
+        refuse_other_data_on_other_ranks(config, self.fingerprints)
         self.sampler = PairSampler(len(self.data.train), config.model.global_batch_size, config.model.seed)
         self.total_steps = total_steps(config, self.sampler)
         self.policy = Policy(
@@ -118,6 +122,8 @@ class TrainingSession:
             write_sidecars=self.write_sidecars,
             state_bytes=bytes_a_parameter * self.base.architecture.num_parameters(),
             layout=self.layout(),
+            find_missing=self.find_missing,
+            data=self.fingerprints,
         )
 
     def layout(self) -> dict[str, int]:
@@ -130,23 +136,25 @@ class TrainingSession:
             "virtual_pipeline": self.config.model.virtual_pipeline_model_parallel_size or 1,
         }
 
-    def sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        """Weights, optimizer and random states as megatron-core's sharded state dict."""
+    def sharded_state(self, progress: TrainState | None) -> dict[str, Any]:
+        """Weights and optimizer as megatron-core's sharded state dict; ``progress`` is None for saving."""
         state = sharded_weights(self.policy.models)
-        state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=is_loading)
-        if not is_loading or self._same_layout():
-            state["random_state"] = sharded_random_state()
+        state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=progress is not None)
         return state
 
-    def _same_layout(self) -> bool:
-        return self.checkpoints.loading is not None and self.checkpoints.loading.layout == self.layout()
+    def find_missing(self, progress: TrainState) -> str | None:
+        """What a checkpoint lacks for this run to go on from it; before anything of it is loaded.
+
+        Raises:
+            DataError: the checkpoint is of other pairs.
+            CheckpointError: its margin statistics are of another kind.
+        """
+        refuse_changed_data(self.config, progress.data, self.fingerprints)
+        return find_missing_statistics(self.policy.statistics, progress)
 
     def load_sharded_state(self, state: dict[str, Any], progress: TrainState) -> None:
         """Put a loaded state back into model, optimizer, generators and margin statistics."""
-        for index, chunk in enumerate(self.policy.models):
-            chunk.load_state_dict(
-                {name.removeprefix("model."): tensor for name, tensor in state[f"model{index}"].items()}
-            )
+        load_weights(self.policy.models, state)
         load_optimizer_state(self.optimizer, state["optimizer"], step=progress.step)
         if "random_state" in state:
             restore_random_state(state["random_state"])

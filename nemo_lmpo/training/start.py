@@ -28,6 +28,11 @@ class LoadedData:
     train: PreferenceDataset
     validation: PreferenceDataset | None
 
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of all token ids, by split."""
+        parts = {"train": self.train, "validation": self.validation}
+        return {name: pairs.token_hash() for name, pairs in parts.items() if pairs is not None}
+
 
 def load_data(config: Config, base: BaseModel) -> LoadedData:
     """Tokenize (or read from the cache) what the run trains and validates on."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_lmpo.checkpoint.manager import CheckpointManager, TrainState
+from nemo_lmpo.checkpoint.manager import CheckpointManager
+from nemo_lmpo.checkpoint.train_state import TrainState
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.checkpoint.manager import find_damage, saved_steps, step_directory
+from nemo_lmpo.checkpoint.manifest import find_damage
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 from tests.distributed.training_runs import COMMON, metrics_of
 from tests.distributed.workers import run_workers
 

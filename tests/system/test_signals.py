@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.checkpoint.manager import find_damage, saved_steps, step_directory
+from nemo_lmpo.checkpoint.manifest import find_damage
+from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 from tests.distributed.training_runs import metrics_of, weights_of
 from tests.system.processes import SMALL, training
 

@@ -1,0 +1,39 @@
+"""megatron-core's checkpoint writers, made to end with the run and to say what they wrote."""
+
+from __future__ import annotations
+
+import inspect
+import queue
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.runtime.children import following_queue
+
+
+def serve_write_results(*, in_background: bool) -> None:
+    """Give megatron-core's writers the queue in which they report.
+
+    Its own is a server process, which imports everything again and outlives a killed run. A synchronous save needs
+    none, as this process itself puts and gets; for an asynchronous one the server ends with this process.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    present = getattr(filesystem_async, "_results_queue", None)
+    if in_background and (present is None or isinstance(present, queue.Queue)):
+        filesystem_async._results_queue = following_queue()
+    elif present is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) -> Any:
+    """Write a sharded state dict; with ``in_background`` only the request to do so, for a queue of calls.
+
+    Communicates over all ranks.
+    """
+    from megatron.core import dist_checkpointing
+
+    serve_write_results(in_background=in_background)
+    save = dist_checkpointing.save
+    # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
+    own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+    return save(state, str(directory), async_sharded_save=in_background, **own_writers)

@@ -1,0 +1,88 @@
+"""Runs and archives of an earlier version (see the asset's README) still resume, answer and convert."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_lmpo import training
+from nemo_lmpo.checkpoint.manifest import find_damage
+from nemo_lmpo.checkpoint.run_directory import flatten
+from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.runtime.launch import LaunchInfo
+from tests.distributed.training_runs import metrics_of
+
+ASSET = Path(__file__).parents[2] / "assets" / "written_by_a3f51bc"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    shutil.copytree(ASSET / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def same_settings(run: Path) -> Config:
+    """The run's settings as its user would give them now: what it had, and defaults for what came later."""
+    known = {key for key, _ in flatten(config_as_dict(load_recipe("lmpo_tiny")))}
+    before = dict(flatten(yaml.safe_load((run / "config.yaml").read_text())))
+    overrides = [f"{key}={_quoted(value)}" for key, value in before.items() if key in known and key != "run_dir"]
+    return load_recipe("lmpo_tiny", [*overrides, f"run_dir={run}"])
+
+
+def _quoted(value: Any) -> str:
+    return "null" if value is None else f"'{value}'" if isinstance(value, str) else json.dumps(value)
+
+
+def test_its_checkpoints_are_whole_and_damage_is_noticed_without_checksums(run: Path) -> None:
+    directory = run / "checkpoints" / "step_0000002"
+    assert find_damage(directory) is None
+    data = directory / "state" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert "state/__0_0.distcp is damaged at byte" in (find_damage(directory) or "")
+
+
+def test_its_run_resumes_as_it_went_on_then(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step_0000004")
+    config = same_settings(run)
+    assert training.run(config, LaunchInfo()).step == 4
+    found, expected = metrics_of(run), metrics_of(ASSET / "run")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 4]
+    for line, wanted in zip(found, expected, strict=True):
+        for name in line.keys() & wanted.keys():
+            # The same code on the same processor gives the same bits; other processors sum in another order.
+            assert line[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), (line["step"], name)
+        assert wanted.keys() <= line.keys()
+
+
+def test_its_run_and_its_archive_answer_alike(run: Path, tmp_path: Path) -> None:
+    from nemo_lmpo.generate.__main__ import main
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "sort c a b"}\n{"prompt": "sort b a"}\n')
+    answers = {}
+    for name, model in (("run", run), ("archive", ASSET / "policy.nemo")):
+        output = tmp_path / f"{name}.jsonl"
+        command = ["--checkpoint", str(model), "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]
+        template = [] if name == "run" else ["--chat-template", "chatml"]
+        assert main([*command, "--max-new-tokens", "8", "--device", "cpu", "--quiet", *template]) == 0
+        answers[name] = output.read_text()
+    assert answers["run"] == answers["archive"]
+
+
+def test_its_run_and_its_archive_convert_alike(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from nemo_lmpo.convert.__main__ import nemo_to_hf
+
+    for name, model in (("run", run / "checkpoints" / "step_0000004"), ("archive", ASSET / "policy.nemo")):
+        assert nemo_to_hf(["--input", str(model), "--output", str(tmp_path / f"{name}_hf")]) == 0
+    found, expected = (load_file(tmp_path / f"{name}_hf" / "model.safetensors") for name in ("archive", "run"))
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
