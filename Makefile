@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/lmpo_tiny
 
-.PHONY: help install demo test test-unit test-distributed test-slurm test-latest lint format typecheck benchmark wheel clean
+.PHONY: help install demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -31,6 +31,9 @@ test-unit: $(STAMP)  ## tests without further processes
 
 test-distributed: $(STAMP)  ## layouts over several processes
 	$(BIN)/python -m pytest tests/distributed
+
+fuzz: $(STAMP)  ## thousands of damaged inputs (minutes; not part of test)
+	$(BIN)/python -m pytest tests/fuzz
 
 test-slurm: $(STAMP)  ## templates on a local Slurm (Debian, root)
 	$(BIN)/python -m pytest tests/slurm

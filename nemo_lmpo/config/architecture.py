@@ -267,8 +267,12 @@ def parse_json(content: bytes, origin: str) -> Any:
     Raises:
         CheckpointError: it is none, or nested beyond reason.
     """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no number there")
+
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=refuse)
     # Besides JSONDecodeError: text that is no UTF-8, numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
