@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from nemo_lmpo.compare.results import Values, estimate, of_variant
 from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
 from nemo_lmpo.report.charts import Chart, Curve, Panel
-from nemo_lmpo.report.plots import DARK, LIGHT, Theme, draw, picture_bytes
+from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, draw, picture_bytes
 from nemo_lmpo.report.read import VALIDATION, Metrics, Run, Series
 
 MARGIN_METRIC = "logps/margin"
@@ -63,59 +63,54 @@ def _with_margin(metrics: Metrics) -> dict[str, Series]:
     return series
 
 
-def curve_pictures(chart: Chart, runs: Sequence[Run]) -> tuple[bytes, bytes] | None:
-    """The chart in light and dark, or None without data."""
-    if not runs:
-        return None
-    light, dark = draw(chart, runs, LIGHT), draw(chart, runs, DARK)
-    return (light, dark) if light is not None and dark is not None else None
+def curve_picture(chart: Chart, runs: Sequence[Run]) -> bytes | None:
+    """The chart, or None without data."""
+    return draw(chart, runs) if runs else None
 
 
-def measure_pictures(suite: Suite, values: Values) -> tuple[bytes, bytes] | None:
-    """Every measure of a suite as a row of dots with standard errors, in light and dark."""
+def measure_picture(suite: Suite, values: Values) -> bytes | None:
+    """Every measure of a suite as a row of dots with standard errors."""
     shown = [name for name in suite.measures if name != "chosen_change" and _has(suite, values, name)]
-    if not shown:
-        return None
-    return _measures(suite, values, shown, LIGHT), _measures(suite, values, shown, DARK)
+    return _measures(suite, values, shown) if shown else None
 
 
 def _has(suite: Suite, values: Values, name: str) -> bool:
     return sum(bool(of_variant(values, variant, name)) for variant in suite.variants) > 1
 
 
-def _measures(suite: Suite, values: Values, names: Sequence[str], theme: Theme) -> bytes:
+def _measures(suite: Suite, values: Values, names: Sequence[str]) -> bytes:
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     height = rows * (0.75 + 0.27 * len(suite.variants))
-    figure = Figure(figsize=(3.1 * columns + 1.6, height), dpi=160, facecolor=theme.background, layout="constrained")
+    figure = Figure(figsize=(3.1 * columns + 1.6, height), dpi=160, facecolor=BACKGROUND, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for place, axes in enumerate(grid.flat):
         if place < len(names):
-            _dots(axes, suite.variants, values, names[place], theme)
+            _dots(axes, suite.variants, values, names[place])
         else:
             axes.set_visible(False)
     return picture_bytes(canvas)
 
 
-def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str, theme: Theme) -> None:
+def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str) -> None:
     for row, variant in enumerate(variants):
         found = estimate(list(of_variant(values, variant, name).values()))
         if found is None:
             continue
-        color = theme.roles["neutral"] if variant == START else theme.runs[0]
+        color = ROLES["neutral"] if variant == START else RUN_COLORS[0]
         axes.errorbar(
             found.mean, row, xerr=found.error, fmt="o", color=color, markersize=5, elinewidth=1.6, capsize=3, zorder=3
         )
         if variant == START:
-            axes.axvline(found.mean, color=theme.muted, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
-    axes.set_facecolor(theme.background)
+            axes.axvline(found.mean, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+    axes.set_facecolor(BACKGROUND)
     axes.set_title(f"{MEASURES[name].label} ({MEASURES[name].unit.split(',')[0].split(' of ')[0]})", fontsize=9)
-    axes.title.set_color(theme.text)
+    axes.title.set_color(TEXT)
     axes.set_yticks(range(len(variants)), [variant.label for variant in variants])
     axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.tick_params(colors=theme.text, labelsize=8.5, length=0)
-    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))

@@ -1,16 +1,15 @@
-"""The page of a comparison, as HTML with the pictures inside and as Markdown with pictures beside it."""
+"""The page of a comparison: Markdown with pictures beside it, and HTML of it with the pictures inside."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemo_lmpo.compare.results import Estimate, Judgement, Values, estimate, judge, of_variant
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import MEASURES, Suite, Variant
-from nemo_lmpo.report import html
+from nemo_lmpo.report.document import render_markdown, templates_of
 from nemo_lmpo.report.read import Metrics
 
 FIGURES_DIR = "figures"
@@ -36,14 +35,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture in both themes."""
+    """A picture of a suite."""
 
     name: str
     title: str
     caption: str
-    light: bytes
-    dark: bytes
-    wide: bool = False
+    png: bytes
+
+    @property
+    def path(self) -> str:
+        """Where it lies beside the page."""
+        return f"{FIGURES_DIR}/{self.name}.png"
 
 
 def format_estimate(found: Estimate | None, measure: str) -> str:
@@ -91,24 +93,22 @@ def _claim_row(judgement: Judgement) -> list[str]:
 
 def figures_of(suite: Suite, comparison: Comparison) -> list[Figure]:
     """The suite's pictures."""
-    from nemo_lmpo.compare.figures import CURVES, average, curve_pictures, measure_pictures
+    from nemo_lmpo.compare.figures import CURVES, average, curve_picture, measure_picture
 
-    found = []
     runs = []
     for variant in suite.variants:
         metrics = [found for (who, _), found in comparison.metrics.items() if who == variant]
         if metrics and max(one.last_step for one in metrics) > 1:
             runs.append(average(variant.label, metrics))
-    for name in suite.curves:
-        pictures = curve_pictures(CURVES[name], runs)
-        if pictures is not None:
-            chart = CURVES[name]
-            found.append(Figure(f"{suite.name}_{name}", chart.title, chart.caption, *pictures))
-    pictures = measure_pictures(suite, comparison.values)
-    if pictures is not None:
-        caption = "Means over seeds with standard errors. The dashed line is the start model."
-        found.append(Figure(f"{suite.name}_measures", "Measures side by side", caption, *pictures, wide=True))
-    return found
+    drawn = [
+        (f"{suite.name}_{name}", CURVES[name].title, CURVES[name].caption, curve_picture(CURVES[name], runs))
+        for name in suite.curves
+    ]
+    caption = "Means over seeds with standard errors. The dashed line is the start model."
+    drawn.append(
+        (f"{suite.name}_measures", "Measures side by side", caption, measure_picture(suite, comparison.values))
+    )
+    return [Figure(name, title, text, png) for name, title, text, png in drawn if png is not None]
 
 
 def _about(comparison: Comparison) -> list[str]:
@@ -137,80 +137,40 @@ def _measure_notes(suites: Sequence[Suite], comparison: Comparison) -> list[str]
     return [f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used]
 
 
-def build_html(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) -> str:
-    """The self-contained page."""
-    title = f"Comparison at scale {comparison.scale.name}"
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in _about(comparison))]
-    parts.append(f"<pre>{html.escape(comparison.command)}</pre>")
-    for suite in comparison.suites:
-        header, rows = table_of(suite, comparison)
-        claims = claim_rows(suite, comparison)
-        parts.append(f"<h2>{html.escape(suite.title)}</h2><p>{html.escape(suite.about)}</p>")
-        parts.append(f'<section class="card">{html.table(rows, header=header, kind="numbers")}</section><br>')
-        if claims:
-            table = html.table(claims, header=("the paper says", "where", "this run", "numbers"), kind="claims")
-            parts.append(f'<section class="card">{table}</section><br>')
-        narrow, wide = (
-            "".join(
-                html.figure(one.title, one.caption, one.light, one.dark)
-                for one in figures[suite.name]
-                if one.wide == wide
-            )
-            for wide in (False, True)
-        )
-        parts.append(f'<div class="curves">{narrow}</div><br>{wide}')
-    parts.append(_closing_html(comparison))
-    return html.document(title, "\n".join(parts))
-
-
-def _closing_html(comparison: Comparison) -> str:
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _measure_notes(comparison.suites, comparison))
-    recipes = [[variant.label, text] for variant, text in comparison.settings.items()]
+def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) -> str:
+    """The page for repositories and terminals, which the HTML page is made of."""
     answers = [
-        [variant.label, example["prompt"], example["answer"]]
+        (variant.label, example["prompt"], example["answer"])
         for variant, examples in comparison.examples.items()
         for example in examples[:2]
     ]
-    shown = html.table(answers, header=("", "prompt", "greedy answer"), kind="settings") if answers else ""
     return (
-        f'<h2>Measures</h2><ul class="notes">{notes}</ul><h2>Runs</h2>'
-        f'<section class="card">{html.table(recipes, kind="settings")}</section>'
-        + (f'<h2>Answers</h2><section class="card">{shown}</section>' if answers else "")
+        templates_of("nemo_lmpo.compare")
+        .get_template("comparison.md.j2")
+        .render(
+            comparison=comparison,
+            about=_about(comparison),
+            suites=[
+                (suite, *table_of(suite, comparison), claim_rows(suite, comparison), figures[suite.name])
+                for suite in comparison.suites
+            ],
+            notes=_measure_notes(comparison.suites, comparison),
+            recipes=[(variant.label, text) for variant, text in comparison.settings.items()],
+            answers=answers,
+        )
     )
-
-
-def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) -> str:
-    """The page for repositories and terminals."""
-    lines = [f"# Comparison at scale {comparison.scale.name}", ""]
-    for paragraph in _about(comparison):
-        lines += [paragraph, ""]
-    lines += ["```", comparison.command, "```", ""]
-    for suite in comparison.suites:
-        lines += [f"## {suite.title}", "", suite.about, ""]
-        lines += [*_markdown_table(*table_of(suite, comparison)), ""]
-        claims = claim_rows(suite, comparison)
-        if claims:
-            lines += [*_markdown_table(["the paper says", "where", "this run", "numbers"], claims), ""]
-        for one in figures[suite.name]:
-            lines += [f"![{one.title}]({FIGURES_DIR}/{one.name}.png)", ""]
-    lines += ["## Measures", "", *(f"- {note}" for note in _measure_notes(comparison.suites, comparison)), ""]
-    return "\n".join(lines)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *escaped)]
 
 
 def write_page(comparison: Comparison, directory: Path) -> Path:
     """Write `comparison.html`, `comparison.md` and `figures/`; returns the first."""
     figures = {suite.name: figures_of(suite, comparison) for suite in comparison.suites}
-    folder = directory / FIGURES_DIR
-    folder.mkdir(parents=True, exist_ok=True)
-    for found in figures.values():
-        for one in found:
-            (folder / f"{one.name}.png").write_bytes(one.light)
+    (directory / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
+    pictures = {one.path: one.png for found in figures.values() for one in found}
+    for path, png in pictures.items():
+        (directory / path).write_bytes(png)
+    text = build_markdown(comparison, figures)
+    (directory / "comparison.md").write_text(text, encoding="utf-8")
     page = directory / "comparison.html"
-    page.write_text(build_html(comparison, figures), encoding="utf-8")
-    (directory / "comparison.md").write_text(build_markdown(comparison, figures), encoding="utf-8")
+    title = f"Comparison at scale {comparison.scale.name}"
+    page.write_text(render_markdown(title, text, pictures), encoding="utf-8")
     return page

@@ -43,52 +43,16 @@ _SMOOTH_FROM_STEPS = 25
 _SMOOTH_FRACTION, _SMOOTH_MOST_STEPS = 0.02, 200.0
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture."""
-
-    name: str
-    background: str
-    text: str
-    muted: str
-    grid: str
-    roles: dict[str, str]
-    runs: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light",
-    background="#ffffff",
-    text="#1f2328",
-    muted="#59636e",
-    grid="#e4e8ec",
-    roles={
-        "chosen": "#0072b2",
-        "rejected": "#d55e00",
-        "margin": "#00805d",
-        "accuracy": "#aa4a80",
-        "loss": "#6a51a3",
-        "neutral": "#4d5560",
-    },
-    runs=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1f2328"),
-)
-
-DARK = Theme(
-    "dark",
-    background="#161b22",
-    text="#e6edf3",
-    muted="#9da7b3",
-    grid="#2b323b",
-    roles={
-        "chosen": "#56b4e9",
-        "rejected": "#f08a3c",
-        "margin": "#2fc79a",
-        "accuracy": "#e08db9",
-        "loss": "#ab9df2",
-        "neutral": "#c0c8d2",
-    },
-    runs=("#56b4e9", "#e69f00", "#2fc79a", "#e08db9", "#f0703c", "#a5c8ff", "#e6edf3"),
-)
+BACKGROUND, TEXT, MUTED, GRID = "#ffffff", "#1f2328", "#59636e", "#e4e8ec"
+ROLES = {
+    "chosen": "#0072b2",
+    "rejected": "#d55e00",
+    "margin": "#00805d",
+    "accuracy": "#aa4a80",
+    "loss": "#6a51a3",
+    "neutral": "#4d5560",
+}
+RUN_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#1f2328")
 
 _LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
@@ -99,7 +63,6 @@ class Picture:
 
     chart: Chart
     png: bytes
-    theme: Theme
 
 
 def smoothing_sigma(points: int) -> float:
@@ -141,13 +104,13 @@ def _scaled(series: Series | None, scale: float) -> Series | None:
     return Series(series.steps, [value * scale for value in series.values]) if series is not None else None
 
 
-def _run_look(index: int, theme: Theme) -> tuple[str, Any]:
+def _run_look(index: int) -> tuple[str, Any]:
     """Colour and dashes of a run among several; more runs than colours go on with other dashes."""
-    turn, color = divmod(index, len(theme.runs))
-    return theme.runs[color], _LINE_STYLES[turn % len(_LINE_STYLES)]
+    turn, color = divmod(index, len(RUN_COLORS))
+    return RUN_COLORS[color], _LINE_STYLES[turn % len(_LINE_STYLES)]
 
 
-def _lines(panel: Panel, runs: Sequence[Run], theme: Theme) -> list[_Line]:
+def _lines(panel: Panel, runs: Sequence[Run]) -> list[_Line]:
     lines = []
     for curve_index, curve in enumerate(panel.curves):
         for run_index, run in enumerate(runs):
@@ -156,9 +119,9 @@ def _lines(panel: Panel, runs: Sequence[Run], theme: Theme) -> list[_Line]:
             if train is None and validation is None:
                 continue
             if len(runs) == 1:
-                color, style = theme.roles[curve.role], _LINE_STYLES[0]
+                color, style = ROLES[curve.role], _LINE_STYLES[0]
             else:
-                color, style = _run_look(run_index, theme)
+                color, style = _run_look(run_index)
                 # Runs differ by colour, curves of a panel by dashes.
                 style = _LINE_STYLES[curve_index % len(_LINE_STYLES)] if curve_index else style
             lines.append(_Line(color, style, curve, train, validation))
@@ -195,7 +158,7 @@ def _draw_line(axes: Any, line: _Line, low: float, high: float) -> None:
         )
 
 
-def _draw_band(axes: Any, panel: Panel, run: Run, theme: Theme) -> tuple[Line2D, float, float] | None:
+def _draw_band(axes: Any, panel: Panel, run: Run) -> tuple[Line2D, float, float] | None:
     """Draw the panel's band; returns its legend entry and its range, but for its few most extreme steps."""
     if panel.band is None:
         return None
@@ -205,7 +168,7 @@ def _draw_band(axes: Any, panel: Panel, run: Run, theme: Theme) -> tuple[Line2D,
     middle, half = _finite_or_gap(center.values), _finite_or_gap(width.values)
     if not np.isfinite(middle - half).any():
         return None
-    color = theme.roles["neutral"]
+    color = ROLES["neutral"]
     axes.fill_between(center.steps, middle - half, middle + half, color=color, alpha=0.16, linewidth=0, zorder=1)
     entry = Line2D([], [], color=color, alpha=0.3, linewidth=7, label=panel.band[2])
     return entry, float(np.nanpercentile(middle - half, 2)), float(np.nanpercentile(middle + half, 98))
@@ -232,22 +195,22 @@ def _limits(panel: Panel, lines: Sequence[_Line]) -> tuple[float, float, list[fl
     return float(bottom), float(top), outside
 
 
-def _frame(axes: Any, panel: Panel, theme: Theme) -> None:
-    axes.set_facecolor(theme.background)
-    axes.set_ylabel(panel.ylabel, color=theme.text, fontsize=9.5)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+def _frame(axes: Any, panel: Panel) -> None:
+    axes.set_facecolor(BACKGROUND)
+    axes.set_ylabel(panel.ylabel, color=TEXT, fontsize=9.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.muted, labelsize=9, length=3)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.grid)
+        axes.spines[side].set_color(GRID)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.get_offset_text().set_color(theme.muted)
+    axes.yaxis.get_offset_text().set_color(MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _legend_style(labels: Sequence[str], theme: Theme) -> dict[str, Any]:
+def _legend_style(labels: Sequence[str]) -> dict[str, Any]:
     """Common looks, with as many columns as have room."""
     widths = [len(label) * _LETTER_INCHES + _HANDLE_INCHES for label in labels]
     in_one_row = sum(widths) <= _LEGEND_INCHES
@@ -257,60 +220,61 @@ def _legend_style(labels: Sequence[str], theme: Theme) -> dict[str, Any]:
         "fontsize": 9,
         "handlelength": 1.6,
         "columnspacing": 1.3,
-        "labelcolor": theme.text,
+        "labelcolor": TEXT,
     }
 
 
-def _panel_legend(axes: Any, lines: Sequence[_Line], extra: Sequence[Line2D], theme: Theme, *, several: bool) -> None:
+def _panel_legend(axes: Any, lines: Sequence[_Line], extra: Sequence[Line2D], *, several: bool) -> None:
     """What the lines of a panel are; of several runs only the dashes, as the figure's legend has the colours."""
     entries: list[Line2D] = []
     if not several:
         entries = [Line2D([], [], color=line.color, linewidth=2.2, label=line.curve.label) for line in lines]
     elif len({line.curve.label for line in lines}) > 1:
         styles = {line.curve.label: line.style for line in lines}
-        entries = [Line2D([], [], color=theme.muted, linestyle=s, linewidth=1.8, label=n) for n, s in styles.items()]
+        entries = [Line2D([], [], color=MUTED, linestyle=s, linewidth=1.8, label=n) for n, s in styles.items()]
     entries += extra
     if not several and any(line.validation is not None for line in lines):
-        entries.append(_validation_entry(theme))
+        entries.append(_validation_entry())
     if not entries or (len(entries) == 1 and not several):
         return  # the axis label already says it
-    style = _legend_style([str(entry.get_label()) for entry in entries], theme)
+    style = _legend_style([str(entry.get_label()) for entry in entries])
     axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, **style)
 
 
-def _validation_entry(theme: Theme) -> Line2D:
-    return Line2D([], [], marker="o", linestyle="none", markersize=5.5, color=theme.muted, label="validation")
+def _validation_entry() -> Line2D:
+    return Line2D([], [], marker="o", linestyle="none", markersize=5.5, color=MUTED, label="validation")
 
 
-def _figure_legend(figure: Figure, panels: Sequence[Panel], runs: Sequence[Run], theme: Theme) -> None:
+def _figure_legend(figure: Figure, panels: Sequence[Panel], runs: Sequence[Run]) -> None:
     """Which run has which colour."""
     entries = []
     for index, run in enumerate(runs):
-        color, style = _run_look(index, theme)
+        color, style = _run_look(index)
         label = run.label if len(run.label) <= _LABEL_LETTERS else run.label[: _LABEL_LETTERS - 1] + "…"
         entries.append(Line2D([], [], color=color, linestyle=style, linewidth=2.2, label=label))
-    if any(line.validation is not None for panel in panels for line in _lines(panel, runs, theme)):
-        entries.append(_validation_entry(theme))
-    style = _legend_style([str(entry.get_label()) for entry in entries], theme)
+    if any(line.validation is not None for panel in panels for line in _lines(panel, runs)):
+        entries.append(_validation_entry())
+    style = _legend_style([str(entry.get_label()) for entry in entries])
     figure.legend(handles=entries, loc="outside upper left", **style)
 
 
-def _note_outside(axes: Any, outside: Sequence[float], theme: Theme) -> None:
+def _note_outside(axes: Any, outside: Sequence[float]) -> None:
     extremes = sorted({min(outside), max(outside)})
     noun = "step" if len(outside) == 1 else "steps"
     note = f"{len(outside)} {noun} not shown ({' to '.join(f'{value:.3g}' for value in extremes)})"
-    place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8}
-    axes.text(1.0, 1.01, note, color=theme.muted, **place)
+    # Inside the frame: above it stands the legend.
+    place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 8, "zorder": 5}
+    axes.text(0.995, 0.02, note, color=MUTED, bbox={"facecolor": BACKGROUND, "edgecolor": "none", "pad": 1.0}, **place)
 
 
-def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> None:
-    lines = _lines(panel, runs, theme)
+def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
+    lines = _lines(panel, runs)
     bottom, top, outside = _limits(panel, lines)
-    _frame(axes, panel, theme)
+    _frame(axes, panel)
     for line in lines:
         _draw_line(axes, line, bottom, top)
     extra = []
-    band = _draw_band(axes, panel, runs[0], theme) if len(runs) == 1 else None
+    band = _draw_band(axes, panel, runs[0]) if len(runs) == 1 else None
     if band is not None:
         entry, low, high = band
         extra.append(entry)
@@ -318,14 +282,14 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run], theme: Theme) -> N
         bottom, top = min(bottom, low - pad), max(top, high + pad)
     if panel.reference is not None:
         level, name = panel.reference
-        dashes: dict[str, Any] = {"color": theme.muted, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+        dashes: dict[str, Any] = {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
         bottom, top = min(bottom, level - 0.03 * (top - level)), max(top, level + 0.03 * (level - bottom))
         axes.axhline(level, zorder=1, **dashes)
         extra.append(Line2D([], [], label=name, **dashes))
     axes.set_ylim(bottom, top)
     if outside:
-        _note_outside(axes, outside, theme)
-    _panel_legend(axes, lines, extra, theme, several=len(runs) > 1)
+        _note_outside(axes, outside)
+    _panel_legend(axes, lines, extra, several=len(runs) > 1)
 
 
 def picture_bytes(canvas: FigureCanvasAgg) -> bytes:
@@ -338,34 +302,33 @@ def picture_bytes(canvas: FigureCanvasAgg) -> bytes:
     return buffer.getvalue()
 
 
-def draw(chart: Chart, runs: Sequence[Run], theme: Theme = LIGHT) -> bytes | None:
+def draw(chart: Chart, runs: Sequence[Run]) -> bytes | None:
     """A chart as PNG; None if no run has any of its metrics.
 
     Args:
         chart: what to draw; panels without a metric are left out.
         runs: one run, drawn in the colours of the series, or several, one colour each.
-        theme: light or dark.
     """
-    panels = [panel for panel in chart.panels if _lines(panel, runs, theme)]
+    panels = [panel for panel in chart.panels if _lines(panel, runs)]
     if not panels:
         return None
     height = _PANEL_INCHES.get(len(panels), _LOW_PANEL_INCHES) * len(panels) + _FRAME_INCHES
     with matplotlib.rc_context({"font.family": "sans-serif", "axes.formatter.useoffset": False}):
-        figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, facecolor=theme.background, layout="constrained")
+        figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, facecolor=BACKGROUND, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
         for axes, panel in zip(grid[:, 0], panels, strict=True):
-            _draw_panel(axes, panel, runs, theme)
+            _draw_panel(axes, panel, runs)
         last_step = max(run.metrics.last_step for run in runs)
         grid[-1, 0].set_xlim(0, last_step * 1.015 + 0.5)
-        grid[-1, 0].set_xlabel("optimizer step", color=theme.text, fontsize=9.5)
+        grid[-1, 0].set_xlabel("optimizer step", color=TEXT, fontsize=9.5)
         figure.align_ylabels(grid[:, 0])
         if len(runs) > 1:
-            _figure_legend(figure, panels, runs, theme)
+            _figure_legend(figure, panels, runs)
         return picture_bytes(canvas)
 
 
-def draw_all(runs: Sequence[Run], theme: Theme = LIGHT, charts: Sequence[Chart] = CHARTS) -> list[Picture]:
+def draw_all(runs: Sequence[Run], charts: Sequence[Chart] = CHARTS) -> list[Picture]:
     """All charts for which the runs have metrics."""
-    drawn = ((chart, draw(chart, runs, theme)) for chart in charts)
-    return [Picture(chart, png, theme) for chart, png in drawn if png is not None]
+    drawn = ((chart, draw(chart, runs)) for chart in charts)
+    return [Picture(chart, png) for chart, png in drawn if png is not None]

@@ -129,7 +129,8 @@ class Policy:
         metrics = pairs.metrics()
         if self.statistics is not None and (name := self.statistics.config.log_as) is not None:
             current = self.statistics.current()
-            metrics[f"{name}/mean"], metrics[f"{name}/std"] = float(current.mean), float(current.std)
+            if float(current.count) > 0:  # before the first update there is no mean, and a 0 would flatten the chart
+                metrics[f"{name}/mean"], metrics[f"{name}/std"] = float(current.mean), float(current.std)
         if not forward_only and self.statistics is not None and self.statistics.config.update == "after_step":
             self.statistics.update(pairs.column(STATISTIC))
         return StepOutcome(metrics["loss"], metrics, pairs.not_finite())

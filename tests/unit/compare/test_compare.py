@@ -1,5 +1,6 @@
 """Comparisons: planning, statistics, pages; and a whole one, small, end to end."""
 
+import dataclasses
 import math
 import re
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from nemo_lmpo.compare.__main__ import find_suites, main, unique
 from nemo_lmpo.compare.measure import from_metrics
-from nemo_lmpo.compare.page import Comparison, build_html, build_markdown, claim_rows, table_of
+from nemo_lmpo.compare.page import Comparison, build_markdown, claim_rows, table_of
 from nemo_lmpo.compare.plan import plan_runs
 from nemo_lmpo.compare.results import estimate, judge, of_variant
 from nemo_lmpo.compare.scales import SCALES, TINY, find_scale
@@ -27,6 +28,7 @@ from nemo_lmpo.compare.suites import (
     Claim,
 )
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.report.document import render_markdown
 from nemo_lmpo.report.read import Metrics, Series
 
 CLAIM = Claim("LMPO is longer", "nowhere", "length", LMPO, SIMPO)
@@ -182,10 +184,20 @@ def test_page_says_what_there_is_and_what_is_missing():
     assert rows[2] == ["SimPO", "-3.000", "-1.000", "1.500", "20.0"]
     claims = claim_rows(FIGURE2, page)
     assert [row[2] for row in claims] == ["undecided", "not measured", "undecided", "undecided"]
-    figures = {"figure2": []}
-    for text in (build_html(page, figures), build_markdown(page, figures)):
-        assert "SimPO (seed 43)" in text
-        assert "-1.100 ± 0.100" in text
+    text = build_markdown(page, {"figure2": []})
+    for shown in (text, render_markdown("title", text, {})):
+        assert "SimPO (seed 43)" in shown
+        assert "-1.100 ± 0.100" in shown
+
+
+def test_text_of_answers_stays_text_in_both_pages():
+    page = dataclasses.replace(comparison({}), examples={LMPO: [{"prompt": "a|b\n<user>", "answer": "<b>x</b>"}]})
+    text = build_markdown(page, {"figure2": []})
+    assert "| LMPO | a\\|b<br>&lt;user&gt; | &lt;b&gt;x&lt;/b&gt; |" in text
+    shown = render_markdown("a < b", text, {})
+    assert "<title>a &lt; b</title>" in shown
+    assert "<td>a|b<br>&lt;user&gt;</td>" in shown
+    assert "<b>x</b>" not in shown
 
 
 SMALL = [
@@ -202,8 +214,6 @@ SMALL = [
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
 def test_small_comparison_end_to_end(tmp_path, monkeypatch, capsys):
-    import dataclasses
-
     small = dataclasses.replace(TINY, start=(*TINY.start, *SMALL), answers=4, answer_tokens=8)
     monkeypatch.setitem(SCALES, "tiny", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -213,7 +223,7 @@ def test_small_comparison_end_to_end(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "out" / "comparison.html").read_text()
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     assert "Without a result" not in page
-    assert page.count("data:image/png") == 6  # three pictures in two themes
+    assert page.count("data:image/png") == 3
     for name in re.findall(r"\((figures/\w+\.png)\)", markdown):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     assert re.search(r"\| LMPO \| -\d\.\d+ ± \d", markdown)
@@ -226,8 +236,6 @@ def test_small_comparison_end_to_end(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
 def test_failed_run_is_named_and_the_page_is_written(tmp_path, monkeypatch, capsys):
-    import dataclasses
-
     small = dataclasses.replace(TINY, start=(), answers=0)
     monkeypatch.setitem(SCALES, "tiny", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from nemo_lmpo.report.charts import CHARTS, LOGPS, Curve, Panel
-from nemo_lmpo.report.plots import DARK, LIGHT, _limits, _Line, draw, draw_all, smooth, smoothing_sigma
+from nemo_lmpo.report.plots import ROLES, RUN_COLORS, _limits, _Line, draw, draw_all, smooth, smoothing_sigma
 from nemo_lmpo.report.read import Metrics, Run, Series, read_run
 
 
@@ -37,13 +37,7 @@ def test_charts_of_a_whole_run_are_pictures_in_their_colours(make_run):
         assert pixels.shape[1] == 1008  # 5.6 inches of 180 points
         for panel in drawn.chart.panels:
             if panel.curves[0].metric != "mfu":
-                assert has_color(pixels, LIGHT.roles[panel.curves[0].role]), drawn.chart.name
-
-
-def test_dark_pictures_are_dark(make_run):
-    pixels = picture(draw(LOGPS, [read_run(make_run())], DARK))
-    assert pixels[0, 0].max() < 40
-    assert has_color(pixels, DARK.roles["chosen"])
+                assert has_color(pixels, ROLES[panel.curves[0].role]), drawn.chart.name
 
 
 def test_charts_and_panels_without_metrics_are_left_out():
@@ -59,9 +53,9 @@ def test_charts_and_panels_without_metrics_are_left_out():
 def test_several_runs_have_one_colour_each(make_run):
     first, second = read_run(make_run(name="a"), label="LMPO"), read_run(make_run(name="b"), label="SimPO")
     pixels = picture(draw(LOGPS, [first, second]))
-    assert has_color(pixels, LIGHT.runs[0])
-    assert has_color(pixels, LIGHT.runs[1])
-    assert not has_color(pixels, LIGHT.roles["rejected"])
+    assert has_color(pixels, RUN_COLORS[0])
+    assert has_color(pixels, RUN_COLORS[1])
+    assert not has_color(pixels, ROLES["rejected"])
 
 
 def test_more_runs_than_colours_and_long_names_can_be_drawn(make_run):
