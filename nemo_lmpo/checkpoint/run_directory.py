@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -35,6 +36,35 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
+def default_settings(config: Config) -> dict[str, Any]:
+    """What a setting is worth where a run of an earlier version does not have it: mostly its default.
+
+    A field whose default changes what earlier versions did says so by its metadata ``absent_means``.
+    """
+    values = dict(flatten(dataclasses.asdict(dataclasses.replace(Config(), loss=type(config.loss)()))))
+    for of in dataclasses.fields(config.loss):
+        if "absent_means" in of.metadata:
+            values[f"loss.{of.name}"] = of.metadata["absent_means"]
+    return values
+
+
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that a resumed run must have as before and has not: old and new value by dotted key.
+
+    Settings that came later count as what they are worth without being set, and settings that are gone do not count.
+    """
+    changes = {}
+    for key in sorted(before.keys() | now.keys()):
+        if key not in now and key not in defaults and not key.startswith("model.architecture."):
+            continue
+        old, new = before.get(key, defaults.get(key)), now.get(key, defaults.get(key))
+        if old != new and not may_change(key):
+            changes[key] = (old, new)
+    return changes
+
+
 class RunDirectory:
     """``runs/<recipe>`` unless set: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report.html`."""
 
@@ -42,6 +72,7 @@ class RunDirectory:
         self.path = Path(config.run_dir) if config.run_dir else Path("runs") / config.name
         self.plain = plain
         self.resumes = config.checkpoint.resume
+        self.defaults = default_settings(config)
 
     @property
     def checkpoints(self) -> Path:
@@ -63,15 +94,11 @@ class RunDirectory:
             before = dict(flatten(yaml.safe_load(path.read_text())))
         except (yaml.YAMLError, AttributeError, TypeError):
             raise ConfigError(f"{path} is not readable; remove it or choose another run_dir") from None
-        now = dict(flatten(self.plain))
-        differing = [
-            f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not may_change(key)
-        ]
-        if differing:
+        changes = changed_settings(before, dict(flatten(self.plain)), self.defaults)
+        if changes:
+            differing = "; ".join(f"{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items())
             raise ConfigError(
-                f"run_dir={self.path} holds another run ({'; '.join(differing)}); choose another run_dir, or remove "
+                f"run_dir={self.path} holds another run ({differing}); choose another run_dir, or remove "
                 f"that one to start anew"
             )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.checkpoint.run_directory import RunDirectory, flatten
+from nemo_lmpo.checkpoint.run_directory import RunDirectory, changed_settings, default_settings, flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
@@ -126,3 +126,26 @@ def test_checkpoints_keep_the_start_models_files(own_tokenizer: bool, tmp_path: 
         assert same == (own_tokenizer or name == "generation_config.json"), name
     assert not (kept / "config.json").exists()
     assert not list(kept.glob("*.safetensors"))
+
+
+def test_settings_that_came_later_or_are_gone(tmp_path: Path) -> None:
+    """A run of an earlier version goes on unless a setting that it had not is set to something else."""
+    run = directory(tmp_path)
+    before = {key: value for key, value in flatten(run.plain) if key != "loss.std_floor"} | {"optim.momentum": 0.5}
+    now = dict(flatten(run.plain))
+    assert changed_settings(before, now, run.defaults) == {}
+    changed = directory(tmp_path, "loss.std_floor=0.5")
+    changes = changed_settings(before, dict(flatten(changed.plain)), changed.defaults)
+    assert changes == {"loss.std_floor": (run.defaults["loss.std_floor"], 0.5)}
+    other = {**before, "model.architecture.hidden_size": 64, "model.architecture.rope_scaling": "linear"}
+    assert changed_settings(other, now, run.defaults).keys() == {
+        "model.architecture.hidden_size",
+        "model.architecture.rope_scaling",
+    }
+
+
+def test_a_default_that_means_something_else_than_before() -> None:
+    """CPO summed its NLL before it took the mean; a run of then must say so to go on."""
+    config = load_recipe("lmpo_tiny", ["loss=cpo"])
+    assert default_settings(config)["loss.nll"] == "sum"
+    assert config.loss.nll == "mean"
