@@ -101,7 +101,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
-def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+def assert_same_metrics(
+    found: list[dict[str, float]], expected: list[dict[str, float]], *, rewards: float | None = None
+) -> None:
+    """``rewards`` is how far rewards, and a loss that is made of them, may lie apart by rounding."""
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for line, wanted in zip(found, expected, strict=True):
         # A normalised margin is a difference of float32 numbers near one, divided by the standard deviation:
@@ -112,6 +115,9 @@ def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, 
         for prefix in ("", "val/"):
             reward = abs(wanted.get(f"{prefix}rewards/chosen", 0.0))
             slack[f"{prefix}rewards/margins"] = slack[f"{prefix}lmpo/margin"] = 4 * 2.0**-24 * reward
+        if rewards is not None:
+            names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "loss")
+            slack |= {f"{prefix}{name}": rewards for prefix in ("", "val/") for name in names}
         for name, value in wanted.items():
             assert line[name] == pytest.approx(value, rel=RELATIVE, abs=slack.get(name, 1e-7)), name
 
@@ -134,6 +140,35 @@ def test_layout_trains_like_one_process(layout: str, reference, tmp_path: Path) 
     statistics = run_workers(world_size, train, str(tmp_path / "run"), overrides)
     assert all(state == statistics[0] for state in statistics), "the statistics differ between ranks"
     assert_same_metrics(metrics_of(tmp_path / "run"), metrics_of(expected))
+    assert_same_weights(weights_of(tmp_path / "run", STEPS), weights_of(expected, STEPS), RELATIVE)
+
+
+LOSSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # Statistics before the losses, over groups of pairs that neither rows nor ranks follow.
+    "released_code": (
+        ("loss.compat=released_code", "loss.group_size=5", "loss.momentum=0.5"),
+        ("model.pipeline_model_parallel_size=2", "data.row_tokens=200"),
+    ),
+    # Sums over part of a response, which context parallelism cuts, too.
+    "ld_dpo": (("loss.name=dpo", "loss.ld_alpha=0.3", "loss.beta=0.5"), ("model.context_parallel_size=2",)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_that_look_beyond_their_micro_batch(loss: str, reference, tmp_path: Path) -> None:
+    options, layout = LOSSES[loss]
+    expected = reference((*options, f"data.cache_dir={tmp_path / 'one'}"))
+    # A cache of its own, so that this layout computes the reference's log-probabilities itself.
+    layout = (*layout, f"data.cache_dir={tmp_path / 'cache'}")
+    statistics = run_workers(4, train, str(tmp_path / "run"), (*options, *layout))
+    assert all(state == statistics[0] for state in statistics), "the statistics differ between ranks"
+    lines, wanted = metrics_of(tmp_path / "run"), metrics_of(expected)
+    if loss == "ld_dpo":
+        # In the first step the policy is the reference: what is ranked right is up to rounding.
+        for line in (lines[0], wanted[0]):
+            del line["rewards/accuracies"]
+    # Sums of 20 tokens of 4 nats, rounded in policy and reference, times beta; the margins' rewards are means.
+    assert_same_metrics(lines, wanted, rewards=4 * 2.0**-24 * 80 * 0.5 if loss == "ld_dpo" else None)
     assert_same_weights(weights_of(tmp_path / "run", STEPS), weights_of(expected, STEPS), RELATIVE)
 
 

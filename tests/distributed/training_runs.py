@@ -31,7 +31,7 @@ COMMON = (
 
 
 def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive: str | None = None) -> dict[str, Any]:
-    """Train, and save the policy as ``archive``; the margin statistics that this rank ends with."""
+    """Train, and save the policy as ``archive``; the running statistics that this rank ends with."""
     from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.training.session import open_session
 
@@ -40,8 +40,8 @@ def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive:
         session.train(time.time())
         if archive is not None:
             session.save_to(archive)
-        assert session.policy.statistics is not None
-        return session.policy.statistics.state_dict()
+        statistics = session.policy.statistics
+        return statistics.state_dict() if statistics is not None else {}
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
