@@ -65,12 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, started: float) -> int:
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe, recipe_names, recipes_dir
+    from nemo_lmpo.config.recipe import config_as_dict, load_recipe, recipe_names
     from nemo_lmpo.errors import ConfigError
 
     if options.list:
-        folders = [recipes_dir()] + ([options.config_dir] if options.config_dir else [])
-        print("\n".join(name for folder in folders for name in recipe_names(folder)))  # noqa: T201
+        print("\n".join(recipe_names(options.config_dir)))  # noqa: T201
         return 0
     if options.config_name is None:
         raise ConfigError("--config-name is missing; name a recipe (see --list)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from nemo_lmpo.config.coerce import coerce
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.registry import DEFAULT_LOSS
+from nemo_lmpo.loss.registry import LOSSES
 
-GROUPS = ("model", "data", "loss", "optim", "trainer", "checkpoint", "logging", "setting")
+LOSS, SETTING, SPECIALIZATION = "loss", "setting", "specialization"
+ANY_RUN = "train"
+"""The recipe of any loss on any setting, `loss=... setting=...`."""
+_GROUP_CHOICE = re.compile(r"^(?P<sign>\+{0,2})(?P<group>[\w-]+)=(?P<choice>[\w/-]+)$")
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
-_LOSS_CHOICE = re.compile(r"^\+{0,2}loss=([\w/-]+)$")
-_LOSS_OPTION = re.compile(r"^\+{0,2}loss\.(\w+)=(.*)$")
 
 
 def recipes_dir() -> Path:
@@ -31,104 +32,146 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def recipe_names(directory: Path) -> list[str]:
-    """Names that ``--config-name`` takes from a directory."""
-    return sorted(path.stem for path in directory.glob("*.yaml"))
+def recipe_names(config_dir: Path | None = None) -> list[str]:
+    """Names that ``--config-name`` takes: files, and every loss on every setting as `LOSS_SETTING`."""
+    folders = _folders(config_dir)
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")} | _products(folders).keys())
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> Config:
     """Compose a recipe with overrides and check every key and type.
 
     Args:
-        name: file name without `.yaml`, looked for in ``config_dir`` and then among the package's recipes.
+        name: a file's name without `.yaml`, looked for in ``config_dir`` and then among the package's recipes, or
+            `LOSS_SETTING`.
         overrides: Hydra overrides, as `model.tensor_model_parallel_size=2`; groups are chosen as `loss=simpo`.
         config_dir: the user's own recipes; may extend the package's by their name in `defaults`.
 
     Raises:
         ConfigError: unknown recipe, unknown key, wrong type, or an override that cannot be read.
     """
-    return config_from_mapping(compose(name, overrides, config_dir=config_dir), name=name)
+    return config_from_mapping(compose(name, overrides, config_dir=config_dir), name=name.removesuffix(".yaml"))
 
 
-def compose(name: str, overrides: Sequence[str], *, config_dir: Path | None) -> dict[str, Any]:
+def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
     """A recipe as plain values, keys not checked yet.
 
-    Choosing another loss, as `loss=simpo` or `loss.name=simpo`, leaves the recipe's loss options behind: they belong
-    to the recipe's own loss.
+    Another loss, as `loss=simpo` or `loss.name=simpo`, brings what is particular to it on the recipe's setting, and
+    leaves behind what is particular to the recipe's own loss.
     """
-    files = [found[1] for override in overrides if (found := _LOSS_CHOICE.match(override))]
-    given = {found[1]: found[2] for override in overrides if (found := _LOSS_OPTION.match(override))}
-    rest = [override for override in overrides if not _LOSS_CHOICE.match(override)]
-    plain = _compose(name, rest, config_dir)
-    if files:
-        chosen = _loss_file(files[-1], config_dir)
-    elif "name" in given:
-        own = _compose(name, [override for override in rest if not _LOSS_OPTION.match(override)], config_dir)
-        if plain["loss"]["name"] == (own.get("loss") or {}).get("name", DEFAULT_LOSS):
-            return plain
-        chosen = {}
-    else:
-        return plain
-    plain["loss"] = {**chosen, **{option: plain["loss"][option] for option in given}}
-    return plain
+    name = name.removesuffix(".yaml")
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a directory; give the folder of your recipes")
+    folders = _folders(config_dir)
+    known = recipe_names(config_dir)
+    if name not in known:
+        raise ConfigError(f"--config-name {name} is no recipe{_did_you_mean(name, known)} Known: {', '.join(known)}")
+    _require_readable(overrides)
+    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+    with_groups = [_choose_loss_by_name(override, folders) for override in overrides]
+    for override in with_groups:
+        _require_choice(override, groups, folders)
+    try:
+        return _compose(name, [_for_hydra(override, groups) for override in with_groups], folders)
+    except _NoGroupError:
+        # The user's own recipe names no loss file: then `loss=simpo` adds one, and `loss.name=simpo` is a value.
+        added = [re.sub(r"^loss=", "+loss=", override) for override in overrides]
+        return _compose(name, [_for_hydra(override, groups) for override in added], folders)
 
 
-def _loss_file(choice: str, config_dir: Path | None) -> dict[str, Any]:
-    """A file of the group `loss`."""
-    import yaml
-
-    folders = [recipes_dir() / "loss"] if config_dir is None else [config_dir / "loss", recipes_dir() / "loss"]
-    for folder in folders:
-        path = folder / f"{choice}.yaml"
-        if path.is_file():
-            try:
-                return dict(yaml.safe_load(path.read_text()))
-            except (yaml.YAMLError, TypeError, ValueError):
-                raise ConfigError(f"{path} holds no options of a loss; write them as `name: simpo`") from None
-    known = sorted({known for folder in folders for known in recipe_names(folder)})
-    near = difflib.get_close_matches(choice, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"loss={choice} is no file of the group loss{hint} Known: {', '.join(known)}")
+class _NoGroupError(Exception):
+    """A choice of a loss for a recipe that has none to replace."""
 
 
-def _compose(name: str, overrides: Sequence[str], config_dir: Path | None) -> dict[str, Any]:
+def _folders(config_dir: Path | None) -> list[Path]:
+    return [recipes_dir()] if config_dir is None else [config_dir, recipes_dir()]
+
+
+def _choices(group: str, folders: Sequence[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
+    """Loss and setting by the name of both together; files of the group `loss` that vary a loss are left out."""
+    own = _choices(LOSS, folders[:-1])
+    losses = [choice for choice in _choices(LOSS, folders) if choice in LOSSES or choice in own]
+    return {f"{loss}_{setting}": (loss, setting) for loss in losses for setting in _choices(SETTING, folders)}
+
+
+def _did_you_mean(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _choose_loss_by_name(override: str, folders: Sequence[Path]) -> str:
+    """`loss.name=simpo`, and `+loss=simpo`, as the choice of the file of that name, where there is one."""
+    found = re.fullmatch(r"\+{0,2}loss(?:\.name)?=([\w-]+)", override)
+    return (
+        f"loss={found[1]}" if found and (found[1] in _choices(LOSS, folders) or ".name" not in override) else override
+    )
+
+
+def _require_choice(override: str, groups: Set[str], folders: Sequence[Path]) -> None:
+    found = _GROUP_CHOICE.match(override)
+    if found is None or found["group"] not in groups or found["choice"] == "null":
+        return
+    group, choice, known = found["group"], found["choice"], _choices(found["group"], folders)
+    if "/" not in choice and choice not in known:
+        hint = _did_you_mean(choice, known)
+        raise ConfigError(f"{group}={choice} is no file of the group {group}{hint} Known: {', '.join(known)}")
+
+
+def _compose(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """Hydra's composition."""
     import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    name = name.removesuffix(".yaml")
-    _require_recipe(name, config_dir)
-    _require_readable(overrides)
-    folders = [recipes_dir()] if config_dir is None else [config_dir, recipes_dir()]
-    primary = next(folder for folder in folders if name in recipe_names(folder))
+    _register_products(folders)
+    primary = next((folder for folder in folders if (folder / f"{name}.yaml").is_file()), folders[-1])
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
-            config = hydra_compose(name, overrides=[*search, *map(_force, overrides)])
+            config = hydra_compose(name, overrides=[*search, *overrides], return_hydra_config=True)
+            choices = dict(config.hydra.runtime.choices)
+            with open_dict(config):
+                del config["hydra"]
             plain = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        if f"Could not override '{LOSS}'" in str(error):
+            raise _NoGroupError from None
         reason = " ".join(str(error).split())
         raise ConfigError(f"recipe {name}: {reason}") from None
     if not isinstance(plain, dict):
         raise ConfigError(f"recipe {name}: {primary / name}.yaml holds no settings; write them as `key: value`")
+    if name == ANY_RUN:
+        plain.setdefault("name", f"{choices[LOSS]}_{choices[SETTING]}")
     return {str(key): value for key, value in plain.items()}
 
 
-def _require_recipe(name: str, config_dir: Path | None) -> None:
-    if config_dir is not None and not config_dir.is_dir():
-        raise ConfigError(f"--config-dir {config_dir} is not a directory; give the folder of your recipes")
-    folders = [recipes_dir()] if config_dir is None else [config_dir, recipes_dir()]
-    known = sorted({recipe for folder in folders for recipe in recipe_names(folder)})
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--config-name {name} is no recipe{hint} Known: {', '.join(known)}")
+def _register_products(folders: Sequence[Path]) -> None:
+    """Let Hydra find every loss on every setting by name, also in the `defaults` of the user's own recipes.
+
+    Where there is a file, Hydra would take the entry for the file's schema.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for name, (loss, setting) in _products(folders).items():
+        entry = f"{name}.yaml"
+        if any((folder / entry).is_file() for folder in folders):
+            store.repo.pop(entry, None)
+            continue
+        if entry in store.repo:
+            continue
+        special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
+        node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, "_self_"], "name": name}
+        store.store(name=name, node=node, provider="nemo_lmpo")
 
 
 def _require_readable(overrides: Sequence[str]) -> None:
@@ -147,13 +190,11 @@ def _require_readable(overrides: Sequence[str]) -> None:
             ) from None
 
 
-def _force(override: str) -> str:
+def _for_hydra(override: str, groups: Set[str]) -> str:
     """Let `a.b=c` set keys that a recipe does not mention; unknown ones are caught later, with a suggestion."""
-    if not _VALUE_OVERRIDE.match(override):
+    choice = _GROUP_CHOICE.match(override)
+    if not _VALUE_OVERRIDE.match(override) or (choice is not None and choice["group"] in groups):
         return override
-    key, value = override.split("=", 1)
-    if key in GROUPS and re.fullmatch(r"[\w/-]+", value):
-        return override  # choice of a group's file
     return f"++{override}"
 
 

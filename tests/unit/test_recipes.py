@@ -1,10 +1,16 @@
 """Every recipe composes, has known keys only, and is valid for the processes that it is laid out for."""
 
+import copy
 import dataclasses
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_lmpo.config.recipe import compose, load_recipe, recipe_names, recipes_dir
+from nemo_lmpo.config.recipe import compose, config_as_dict, load_recipe, recipe_names, recipes_dir
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import find_base_model
@@ -25,29 +31,83 @@ SMOLLM2 = {
 }
 
 
-@pytest.mark.parametrize("name", recipe_names(recipes_dir()))
+@cache
+def recipe(name):
+    return load_recipe(name)
+
+
+# Written by the code of the time before recipes were put together from losses and settings: all defaults, each
+# setting's values that differ from them, and each recipe's that differ from its setting's.
+BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
+CHANGED_ON_PURPOSE: dict[tuple[str, str], Any] = {
+    # The start model's own template, as the released code trains it.
+    ("mistral_7b_base", "data.chat_template"): "zephyr",
+    ("mistral_7b_base", "data.system_prompt"): "",
+    # The floor of the margin's deviation protects now; unset is 0.01.
+    ("lmpo", "loss.std_floor"): None,
+    # Published in SimPO's README.
+    ("dpo_llama3_8b", "optim.lr"): 7e-7,
+}
+"""Of a setting, a loss (all of its recipes) or a recipe: key and today's value."""
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
+def before(name: str) -> tuple[str, dict[str, Any]]:
+    """A recipe's setting and values."""
+    settings = BEFORE["settings"]
+    setting = next(known for known in sorted(settings, key=len, reverse=True) if name.endswith(f"_{known}"))
+    return setting, {**BEFORE["defaults"], **settings[setting], **BEFORE["recipes"][name], "name": name}
+
+
+@pytest.mark.parametrize("name", BEFORE["recipes"])
+def test_composes_as_before(name: str) -> None:
+    setting, expected = before(name)
+    changed = {key: value for (of, key), value in CHANGED_ON_PURPOSE.items() if of in (setting, expected["loss.name"], name)}
+    for key, value in changed.items():
+        assert expected.get(key) != value, f"{key} is as before; take it out of the list"
+    found = flat(config_as_dict(recipe(name)))
+    differing = {
+        key: (value, found.get(key)) for key, value in {**expected, **changed}.items() if found.get(key) != value
+    }
+    assert not differing, "before, now"
+
+
+@pytest.mark.parametrize("name", recipe_names())
 def test_is_valid_for_its_own_world_size(name):
-    config = load_recipe(name)
+    config = copy.deepcopy(recipe(name))
     if config.model.architecture is None:
         config.model.architecture = SMOLLM2
     start = find_base_model(config.model, fetch=False)
     layout = validate(config, start.architecture, config.trainer.devices * config.trainer.num_nodes)
     assert layout.data_parallel_size >= 1
-    assert config.name == name
+    assert config.name == ("lmpo_tiny" if name == "train" else name)
 
 
 def test_every_group_file_is_used_or_can_be_chosen():
     for path in recipes_dir().rglob("*.yaml"):
         group = path.relative_to(recipes_dir()).parent.as_posix()
-        assert group in (".", "setting", "model", "data", "loss", "optim", "trainer"), path
+        assert group in (".", "setting", "model", "data", "loss", "optim", "trainer", "specialization"), path
         if group == "loss":
             assert load_recipe("lmpo_tiny", [f"loss={path.stem}"]).loss.name in LOSSES
+        if group == "specialization":
+            assert path.stem in recipe_names(), f"{path} belongs to no loss on no setting"
 
 
-def test_all_settings_and_methods_of_the_paper_are_there():
-    assert {f"{method}_{setting}" for method in METHODS for setting in SETTINGS} <= set(recipe_names(recipes_dir()))
-    assert {f"{method}_tiny" for method in LOSSES} <= set(recipe_names(recipes_dir()))
-    assert {f"{method}_smollm2_135m" for method in METHODS} <= set(recipe_names(recipes_dir()))
+def test_a_dozen_files_at_the_top():
+    assert len(list(recipes_dir().glob("*.yaml"))) <= 12
+
+
+def test_every_loss_on_every_setting_is_a_recipe():
+    settings = (*SETTINGS, "smollm2_135m", "tiny")
+    assert {*METHODS, "orpo"} <= set(LOSSES)
+    assert {f"{loss}_{setting}" for loss in LOSSES for setting in settings} <= set(recipe_names())
 
 
 # The paper's Table 5 and Appendix D; gamma from SimPO's README.
@@ -62,7 +122,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_published_values(setting):
     beta, log_h, lam, lr, max_length, max_prompt_length, gamma = PUBLISHED[setting]
-    lmpo, simpo = load_recipe(f"lmpo_{setting}"), load_recipe(f"simpo_{setting}")
+    lmpo, simpo = recipe(f"lmpo_{setting}"), recipe(f"simpo_{setting}")
     assert (lmpo.loss.beta, lmpo.loss.log_h, lmpo.loss.lam) == (beta, log_h, lam)
     assert (simpo.loss.beta, simpo.loss.gamma) == (beta, gamma)
     for config in (lmpo, simpo):
@@ -76,7 +136,7 @@ def test_published_values(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting):
     def rest(name):
-        values = dataclasses.asdict(load_recipe(name))
+        values = dataclasses.asdict(recipe(name))
         values["optim"].pop("lr")
         return {key: value for key, value in values.items() if key not in ("loss", "name")}
 
@@ -85,10 +145,15 @@ def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting):
 
 
 @pytest.mark.parametrize("override", ["loss=simpo", "loss.name=simpo", "+loss=simpo"])
-@pytest.mark.parametrize("recipe", ["lmpo_tiny", "lmpo_llama3_8b", "lmpo_smollm2_135m"])
-def test_another_loss_by_one_line(recipe, override):
-    loss = load_recipe(recipe, [override]).loss
-    assert (loss.name, loss.beta, loss.gamma) == ("simpo", 2.5, 1.375)  # SimPO's own defaults, not LMPO's values
+@pytest.mark.parametrize("setting", ["tiny", "llama3_8b", "smollm2_135m"])
+def test_another_loss_by_one_line(setting, override):
+    """The recipe's own loss leaves nothing behind; what is particular to the new one on the setting comes."""
+    config = load_recipe(f"lmpo_{setting}", [override])
+    assert config == dataclasses.replace(recipe(f"simpo_{setting}"), name=f"lmpo_{setting}")
+
+
+def test_any_loss_on_any_setting_by_the_general_recipe():
+    assert load_recipe("train", ["loss=dpo", "setting=llama3_8b"]) == recipe("dpo_llama3_8b")
 
 
 def test_options_given_with_another_loss_count():
@@ -101,9 +166,45 @@ def test_naming_the_same_loss_keeps_its_options():
     assert load_recipe("lmpo_mistral_7b_base", ["loss.name=lmpo", "loss.lam=0.05"]).loss.log_h == 1.6
 
 
+def test_own_recipe_extends_a_loss_on_a_setting_that_has_no_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [dpo_tiny, _self_]\noptim: {lr: 5.0e-4}\n")
+    config, base = load_recipe("mine", config_dir=tmp_path), recipe("dpo_tiny")
+    assert (config.optim.lr, config.loss, config.model) == (5e-4, base.loss, base.model)
+    assert load_recipe("mine", ["loss=kto"], config_dir=tmp_path).loss == recipe("kto_tiny").loss
+
+
+def test_own_file_of_a_name_that_is_a_loss_on_a_setting_comes_first(tmp_path):
+    assert load_recipe("ipo_tiny").optim.lr == 1e-3
+    (tmp_path / "ipo_tiny.yaml").write_text("defaults: [{setting: tiny}, {loss: ipo}, _self_]\noptim: {lr: 5.0e-4}\n")
+    assert load_recipe("ipo_tiny", config_dir=tmp_path).optim.lr == 5e-4
+    assert load_recipe("ipo_tiny").optim.lr == 1e-3
+
+
+def test_own_settings_and_losses_join_the_product(tmp_path):
+    for group, name, text in (
+        ("setting", "small", "# @package _global_\ndefaults: [tiny, _self_]\noptim: {lr: 2.0e-3}\n"),
+        ("loss", "bold", "name: simpo\ngamma: 3.0\n"),
+        ("specialization", "bold_small", "# @package _global_\nloss: {beta: 0.5}\n"),
+    ):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text(text)
+    assert {"bold_small", "bold_tiny", "dpo_small"} <= set(recipe_names(tmp_path))
+    config = load_recipe("bold_small", config_dir=tmp_path)
+    assert (config.loss.gamma, config.loss.beta, config.optim.lr) == (3.0, 0.5, 2e-3)
+    assert load_recipe("dpo_small", config_dir=tmp_path).loss == load_recipe("dpo_tiny", ["loss.beta=0.01"]).loss
+
+
+def test_a_loss_for_an_own_recipe_that_names_none(tmp_path):
+    (tmp_path / "alone.yaml").write_text("trainer: {max_steps: 2}\n")
+    for override in ("loss=dpo", "loss.name=dpo"):
+        assert load_recipe("alone", [override], config_dir=tmp_path).loss.name == "dpo"
+
+
 def test_unknown_loss_file_names_the_nearest():
     with pytest.raises(ConfigError, match=r"loss=simpoo is no file of the group loss; did you mean simpo\?"):
-        compose("lmpo_tiny", ["loss=simpoo"], config_dir=None)
+        compose("lmpo_tiny", ["loss=simpoo"])
+    with pytest.raises(ConfigError, match=r"setting=llama_8b is no file of the group.*mean llama3_8b\?"):
+        compose("lmpo_tiny", ["setting=llama_8b"])
 
 
 def test_own_recipe_extends_the_packages(tmp_path):
