@@ -69,7 +69,9 @@ def before(name: str) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", BEFORE["recipes"])
 def test_composes_as_before(name: str) -> None:
     setting, expected = before(name)
-    changed = {key: value for (of, key), value in CHANGED_ON_PURPOSE.items() if of in (setting, expected["loss.name"], name)}
+    changed = {
+        key: value for (of, key), value in CHANGED_ON_PURPOSE.items() if of in (setting, expected["loss.name"], name)
+    }
     for key, value in changed.items():
         assert expected.get(key) != value, f"{key} is as before; take it out of the list"
     found = flat(config_as_dict(recipe(name)))
