@@ -21,3 +21,15 @@ class CheckpointError(UserError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on, for example because a loss is not finite."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Text from outside as it may stand in a message: quoted, printable, in one line, at most ``most`` letters.
+
+    Args:
+        value: whatever a file or a user gave.
+        most: longest result; what is longer loses its end.
+    """
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = text if text.isprintable() else ascii(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

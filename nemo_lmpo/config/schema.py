@@ -105,7 +105,8 @@ class DatasetConfig:
     """Where preference pairs come from."""
 
     path: str | list[str] | None = None
-    """A file (JSONL, JSONL.gz, Parquet), a directory saved by `datasets`, a hub name, `builtin:NAME`, or a list."""
+    """A file (JSON lines, JSON, CSV, TSV, each also .gz or .zst; Parquet), a directory saved by `datasets`, a hub name,
+    `builtin:NAME`, or a list."""
     split: str = "train"
     """Split of hub datasets, saved dataset dictionaries and builtin tasks."""
     weights: list[float] | None = setting(None, minimum=0, maximum=1000)

@@ -26,6 +26,8 @@ class EncodedRow:
     rejected_ids: list[int]
     prompt_cut: bool
     response_cut: bool
+    special_tokens: bool = False
+    """Whether the texts hold special tokens of the tokenizer."""
 
 
 class PairEncoder:

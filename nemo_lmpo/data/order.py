@@ -8,12 +8,13 @@ from nemo_lmpo.errors import ConfigError, DataError
 
 
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, ``[num_pairs]`` int64, the same on every machine and numpy version.
+    """The order of one epoch, ``[num_pairs]`` int32 (int64 beyond 2^31 pairs), the same on all machines and versions.
 
     numpy promises stable bit streams but not a stable ``Generator.permutation``; so the raw bits are sorted.
     """
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_pairs)
-    return np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind="stable")
+    return order.astype(np.int32) if num_pairs <= np.iinfo(np.int32).max else order
 
 
 class PairSampler:
@@ -45,7 +46,7 @@ class PairSampler:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order = np.empty(0, dtype=np.int32)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,7 +58,7 @@ class PairSampler:
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = epoch_order(self.num_pairs, self.seed, epoch), epoch
-        return self._order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size].copy()
+        return self._order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size].astype(np.int64)
 
 
 def validation_steps(num_pairs: int, global_batch_size: int) -> list[np.ndarray]:

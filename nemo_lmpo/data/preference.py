@@ -5,137 +5,137 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cached_directory, default_cache_dir
 from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.schema import check_schema_name
-from nemo_lmpo.data.store import StoreMeta, read_store
+from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
+from nemo_lmpo.data.text import COMPRESSIONS, TEXT_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
-from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same input would give other tokens than before: old cache entries are then not used."""
 
-_ROWS_A_BLOCK = 65536
+_SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Tokenised:
-    """One source's pairs on disk."""
+class _Part:
+    """One source in a dataset."""
 
     source: Source
     key: str
-    table: Any
-    meta: StoreMeta
-    used: np.ndarray
-    """Rows of the table that an epoch takes, ``[n]`` int64."""
+    """Names its pairs in the cache."""
+    weight: float
+    budget: list[Any] | None
+    """Row budget and sharing of prompts, where they left pairs out."""
+    share: Share
+
+    def fingerprint(self, content: str) -> list[Any]:
+        """What decides the part's pairs and their order, where ``content`` names the source's pairs."""
+        return [content, self.weight, self.budget]
 
 
 class PreferenceDataset:
     """Tokenized pairs of one or several sources, by index.
 
+    What has a value for each pair is mapped into memory or computed; only reference log-probabilities are held.
     Make one with :func:`load_preference_dataset`.
     """
 
     def __init__(
-        self, parts: Sequence[_Tokenised], tokenizer: PreTrainedTokenizerBase, name: str, dropped: dict[str, int]
+        self, parts: Sequence[_Part], tokenizer: PreTrainedTokenizerBase, name: str, dropped: dict[str, int]
     ) -> None:
-        self._tables = [part.table for part in parts]
+        self._parts = list(parts)
+        self._epoch = Epoch([part.share for part in parts])
         self._tokenizer = tokenizer
-        self._part = np.concatenate([np.full(len(part.used), i, dtype=np.int32) for i, part in enumerate(parts)])
-        self._row = np.concatenate([part.used for part in parts])
-        self._pair_ids = _unique_pair_ids(parts)
         self._reference: np.ndarray | None = None
-        self.lengths = np.concatenate([_table_lengths(part.table)[part.used] for part in parts])
-        """Tokens of prompt, chosen and rejected, ``[N, 3]`` int64."""
-        self.fingerprint = _hash([(part.key, hashlib.sha256(part.used.tobytes()).hexdigest()) for part in parts])
-        """Changes whenever any pair's tokens or the pairs' order would."""
-        self.summary = _summarise(parts, name, dropped, self.lengths)
+        self.source_names = source_names([part.source.short_name for part in parts])
+        """What metrics and pair ids call the sources."""
+        self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
+        """Changes whenever any pair's tokens or the pairs' order would; the same in every process."""
+        self.summary = _summarise(parts, name, dropped)
         """What there is to say of the data at start."""
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._epoch)
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
+        return Lengths(self._epoch)
 
     def __getitem__(self, index: int) -> PairTokens:
         """The pair at ``index``."""
-        table, row = self._tables[self._part[index]], int(self._row[index])
-        prompt, chosen, rejected = (
-            table.column(name)[row].values.to_pylist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
+        source, row = self._epoch.locate(index)
+        ids = self._epoch.shares[source].store.ids(row)
         sums = [None, None] if self._reference is None else self._reference[index].tolist()
-        return PairTokens(self.pair_id(index), prompt, chosen, rejected, sums[0], sums[1], tuple(sums[2:]) or None)
+        return PairTokens(self.pair_id(index), *ids, sums[0], sums[1], tuple(sums[2:]) or None)
 
     def pair_id(self, index: int) -> str:
-        """The id of a pair; only a pair that an epoch holds several times occurs under one id twice."""
-        return self._pair_ids[self._part[index]][int(self._row[index])]
+        """The id of a pair, behind its source's name where there are several sources.
+
+        Only a pair that an epoch holds several times occurs under one id twice.
+        """
+        source, row = self._epoch.locate(index)
+        name = self._epoch.shares[source].store.pair_id(row)
+        return name if len(self.source_names) == 1 else f"{self.source_names[source]}:{name}"
+
+    def sources(self, indices: np.ndarray) -> np.ndarray:
+        """Which of :attr:`source_names` the pairs at ``indices`` come from, as numbers."""
+        return self._epoch.sources(np.asarray(indices))
 
     @property
     def pair_ids(self) -> list[str]:
-        """The ids of all pairs in the dataset's order."""
+        """The ids of all pairs in the dataset's order; for small data."""
         return [self.pair_id(index) for index in range(len(self))]
 
     def token_hash(self) -> str:
-        """A hash of the token ids of all pairs in the dataset's order: the same wherever they come from."""
-        digest = xxhash.xxh3_128(self.lengths.tobytes())
-        for number, table in enumerate(self._tables):
-            rows = self._row[self._part == number]
-            for start in range(0, len(rows), _ROWS_A_BLOCK):
-                block = table.take(rows[start : start + _ROWS_A_BLOCK])
-                for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-                    for chunk in block.column(name).chunks:
-                        digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
-        return digest.hexdigest()
+        """A hash of the token ids of all pairs in the dataset's order: the same wherever they come from.
 
-    def attach_reference(
-        self,
-        pair_ids: Sequence[str],
-        chosen_logps: np.ndarray,
-        rejected_logps: np.ndarray,
-        shared_logps: np.ndarray | None = None,
-    ) -> None:
+        The ids are hashed when a source is tokenized, so this costs nothing at a start.
+        """
+        return _hash([part.fingerprint(part.share.store.meta.token_hash) for part in self._parts])
+
+    def attach_reference(self, logps: np.ndarray) -> None:
         """Give every pair the log-probabilities of its responses under a reference model.
 
         Args:
-            pair_ids: the pairs that the values belong to, in any order, at least those of this dataset.
-            chosen_logps: sums over the chosen response's tokens, ``[len(pair_ids)]``, natural log.
-            rejected_logps: the same of the rejected responses.
-            shared_logps: the same over the common length of both responses, ``[len(pair_ids), 2]``; optional.
+            logps: sums over the tokens of the chosen and of the rejected response of each pair, in the dataset's
+                order, ``[N, 2]``, natural log; or ``[N, 4]``, behind them the same over the responses' common length.
 
         Raises:
-            DataError: a pair has no value, or one that is not finite.
+            DataError: there are values for other pairs than these, or one is not finite.
         """
-        values = np.stack([np.asarray(chosen_logps), np.asarray(rejected_logps)], axis=1).astype(np.float64)
-        if shared_logps is not None:
-            values = np.concatenate([values, shared_logps], axis=1)
-        places = {pair_id: place for place, pair_id in enumerate(pair_ids)}
-        missing = [pair_id for pair_id in self.pair_ids if pair_id not in places]
-        if missing:
-            raise DataError(
-                f"{len(missing)} pairs have no reference log-probabilities (first: {missing[0]}); compute them again"
-            )
-        reference = values[[places[pair_id] for pair_id in self.pair_ids]]
-        broken = np.flatnonzero(~np.isfinite(reference).all(axis=1))
+        if logps.shape not in ((len(self), 2), (len(self), 4)):
+            raise DataError(f"there are reference log-probabilities {logps.shape} for {len(self)} pairs")
+        values = logps.astype(np.float32)
+        broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(broken):
-            raise DataError(f"the reference log-probability of pair {self.pair_id(int(broken[0]))} is not finite")
-        self._reference = reference
+            raise DataError(
+                f"the reference log-probability of pair {shown(self.pair_id(int(broken[0])))} is not finite"
+            )
+        self._reference = values
 
     def example_text(self, index: int = 0) -> str:
         """One pair as the model sees it, decoded, with the responses between markers."""
@@ -182,12 +182,13 @@ def load_preference_dataset(
     parts = []
     for number, (path, weight) in enumerate(zip(paths, weights, strict=True)):
         source = open_source(path, which.split, which.limit)
-        part = _tokenised(source, encoder, config, which.schema)
-        for reason, count in part.meta.dropped.items():
+        key, store = _tokenized(source, encoder, config, which.schema)
+        for reason, count in store.meta.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
-        kept = _within_budget(part, config, dropped)
-        parts.append(_Tokenised(source, part.key, part.table, part.meta, _weighted(kept, weight, number)))
-    if not any(len(part.used) for part in parts):
+        usable = _within_budget(source, store, config, dropped)
+        budget = None if usable is None else [config.row_budget, config.share_prompt]
+        parts.append(_Part(source, key, weight, budget, share_of(store, weight, number, usable)))
+    if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
     return PreferenceDataset(parts, tokenizer, name, dropped)
@@ -216,8 +217,8 @@ def _check_settings(config: DataConfig, which: DatasetConfig, field: str) -> tup
     return paths, weights
 
 
-def _tokenised(source: Source, encoder: PairEncoder, config: DataConfig, schema: str) -> _Tokenised:
-    """The source's pairs from the cache, tokenized before if need be."""
+def _tokenized(source: Source, encoder: PairEncoder, config: DataConfig, schema: str) -> tuple[str, Store]:
+    """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
     key = _cache_key(source, encoder, schema)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
 
@@ -228,15 +229,15 @@ def _tokenised(source: Source, encoder: PairEncoder, config: DataConfig, schema:
         )
 
     entry = cached_directory(cache / "pairs", key, build, usable=lambda path: read_store(path) is not None)
-    stored = read_store(entry)
-    if stored is None:
+    store = read_store(entry)
+    if store is None:
         raise DataError(f"the cached data in {entry} cannot be read; delete that directory")
-    table, meta = stored
+    meta = store.meta
     if meta.first_bad is not None and config.on_bad_row == "error":  # cached by a run that skipped
         raise bad_row_error(source, meta.first_bad[0], meta.first_bad[2])
     if meta.rows_read == 0:
         raise DataError(f"{source.name} holds no rows; give a dataset with preference pairs")
-    return _Tokenised(source, key, table, meta, np.arange(meta.pairs))
+    return key, store
 
 
 def _cache_key(source: Source, encoder: PairEncoder, schema: str) -> str:
@@ -260,61 +261,49 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _table_lengths(table: Any) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    columns = (table.column(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    return np.stack([pc.list_value_length(column).to_numpy() for column in columns], axis=1).astype(np.int64)
-
-
-def _within_budget(part: _Tokenised, config: DataConfig, dropped: dict[str, int]) -> np.ndarray:
-    """Rows of the table that fit a packed row on their own."""
+def _within_budget(source: Source, store: Store, config: DataConfig, dropped: dict[str, int]) -> np.ndarray | None:
+    """Places in the store's rows whose pairs fit a packed row on their own; None: all."""
     budget = config.row_budget
-    costs = pair_tokens(_table_lengths(part.table), config.share_prompt)
+    if store.meta.most_tokens[0 if config.share_prompt else 1] <= budget:
+        return None
+    costs = pair_tokens(store.lengths, config.share_prompt)
     too_long = np.flatnonzero(costs > budget)
-    if len(too_long) == 0:
-        return part.used
     if config.on_bad_row == "error":
         first = int(too_long[0])
         raise DataError(
-            f"{part.source.name}: pair {part.table.column('pair_id')[first]} takes {int(costs[first])} tokens, "
+            f"{source.name}: pair {shown(store.pair_id(int(store.rows[first])))} takes {int(costs[first])} tokens, "
             f"more than data.row_tokens={budget}; raise it (2 * data.max_length always suffices), "
             "lower data.max_length, or set data.on_bad_row=skip"
         )
     dropped["longer than data.row_tokens"] = dropped.get("longer than data.row_tokens", 0) + len(too_long)
-    return np.flatnonzero(costs <= budget)
+    return np.flatnonzero(costs <= budget).astype(np.int32)
 
 
-def _weighted(rows: np.ndarray, weight: float, number: int) -> np.ndarray:
-    """``rows`` as often as ``weight`` says: whole copies and, of the rest, a fixed random part in the data's order."""
-    copies, rest = divmod(weight, 1.0)
-    count = round(rest * len(rows))
-    keys = np.random.PCG64(np.random.SeedSequence([number, len(rows)])).random_raw(len(rows))
-    part = np.sort(np.argsort(keys, kind="stable")[:count])
-    return np.concatenate([rows] * int(copies) + [rows[part]])
+def source_names(short_names: Sequence[str]) -> list[str]:
+    """A name for each source that can stand in a metric's name: the last part of its own, made unique by a number."""
+    names: list[str] = []
+    for short in short_names:
+        stem = short.rsplit("/", 1)[-1]
+        while Path(stem).suffix.lower() in _SUFFIXES:
+            stem = Path(stem).stem
+        name = re.sub(r"[^\w.\-]+", "_", stem)
+        number = sum(name == known or known.startswith(f"{name}_") for known in names)
+        names.append(name if name not in names else f"{name}_{number + 1}")
+    return names
 
 
-def _unique_pair_ids(parts: Sequence[_Tokenised]) -> list[list[str]]:
-    """Each table's ids; one that an earlier source has too gets its source's name in front."""
-    seen: set[str] = set()
-    tables = []
-    for part in parts:
-        ids = part.table.column("pair_id").to_pylist()
-        ids = [f"{part.source.name}:{pair_id}" if pair_id in seen else pair_id for pair_id in ids]
-        seen.update(ids)
-        tables.append(ids)
-    return tables
-
-
-def _summarise(parts: Sequence[_Tokenised], name: str, dropped: dict[str, int], lengths: np.ndarray) -> DataSummary:
+def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int]) -> DataSummary:
+    metas = [part.share.store.meta for part in parts]
     return DataSummary(
         name=name,
-        pairs=len(lengths),
+        pairs=sum(len(part.share) for part in parts),
         sources=[
-            SourceSummary(part.source.name, part.meta.rows_read, part.meta.pairs, len(part.used)) for part in parts
+            SourceSummary(part.source.name, meta.rows_read, meta.pairs, len(part.share))
+            for part, meta in zip(parts, metas, strict=True)
         ],
         dropped=dropped,
-        prompts_cut=sum(part.meta.prompts_cut for part in parts),
-        responses_cut=sum(part.meta.responses_cut for part in parts),
-        length_percentiles=length_percentiles(lengths),
+        prompts_cut=sum(meta.prompts_cut for meta in metas),
+        responses_cut=sum(meta.responses_cut for meta in metas),
+        special_tokens=sum(meta.special_tokens for meta in metas),
+        length_percentiles=length_percentiles([part.share.histograms() for part in parts]),
     )

@@ -1,27 +1,41 @@
-"""Where rows come from: files, saved datasets, the hub, generated tasks. Each source knows a hash of its content."""
+"""Where rows come from: files, saved datasets, the hub, generated tasks. Each source knows a hash of its content.
+
+Whatever the source is, its rows become a memory-mapped `datasets.Dataset`, so that nothing here grows with the data.
+"""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.schema import RowError
-from nemo_lmpo.errors import DataError
+from nemo_lmpo.data.text import (
+    COMPRESSIONS,
+    CSV_SUFFIXES,
+    TEXT_SUFFIXES,
+    is_document,
+    parse_line,
+    read_lines,
+    uncompressed_name,
+)
+from nemo_lmpo.errors import DataError, shown
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 BUILTIN_PREFIX = "builtin:"
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-_FILE_SUFFIXES = (*_JSON_SUFFIXES, ".parquet")
+_FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
 _HUB_NAME = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
+_READ_ROWS = 1024
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -46,75 +60,133 @@ class Source:
     """`line` or `row`: what ``RawRow.number`` counts."""
     fingerprint: str
     """Changes whenever the content does."""
-    read: Callable[[], Iterator[RawRow]]
-    """Starts reading from the first row."""
+    load: Callable[[str | None], datasets.Dataset]
+    """The rows, memory-mapped; those of files are converted into the directory given (None: the libraries' cache)."""
 
     def location(self, number: int) -> str:
         """How messages name a row."""
         return f"{self.name} {self.unit} {number}"
+
+    def rows(self, directory: str | None = None) -> datasets.Dataset:
+        """The rows as :func:`raw_rows` takes them.
+
+        Args:
+            directory: where files that have to be converted are; it may go when the rows are not used any more.
+
+        Raises:
+            DataError: the source breaks off or cannot be read.
+        """
+        return self.load(directory).with_format("arrow")
+
+    def read(self) -> Iterator[RawRow]:
+        """All rows, one after the other."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as directory:
+            rows = self.rows(directory)
+            for start in range(0, len(rows), _READ_ROWS):
+                table = rows[start : start + _READ_ROWS]
+                yield from raw_rows(table, range(start, start + table.num_rows))
+
+
+def raw_rows(table: pa.Table, indices: Sequence[int]) -> list[RawRow]:
+    """Rows of a part of :meth:`Source.rows`; ``indices`` are their places in the whole."""
+    if table.column_names == ["number", "line"]:
+        numbers, lines = (table.column(name).to_pylist() for name in table.column_names)
+        return [RawRow(number, parse_line(line)) for number, line in zip(numbers, lines, strict=True)]
+    try:
+        values: list[Any] = table.to_pylist()
+    except UnicodeDecodeError:
+        values = [_row_value(table.slice(place, 1)) for place in range(table.num_rows)]
+    return [RawRow(index + 1, value) for index, value in zip(indices, values, strict=True)]
+
+
+def _row_value(row: pa.Table) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError("not text", f"a field is not UTF-8 text ({error.reason} at byte {error.start})")
 
 
 def open_source(path: str, split: str, limit: int | None = None) -> Source:
     """Find a source and hash its content; rows are read only when asked for.
 
     Args:
-        path: a JSONL(.gz) or Parquet file, a directory written by `datasets`' `save_to_disk`, `builtin:NAME`, or a
-            hub name.
+        path: a JSON lines, JSON, CSV or Parquet file, a directory written by `datasets`' `save_to_disk`,
+            `builtin:NAME`, or a hub name.
         split: the split of hub datasets, saved dataset dictionaries and builtin tasks; files have none.
         limit: only the first so many rows.
 
     Raises:
         DataError: nothing there, empty, no such split, or unreadable.
     """
-    source = _open(path, split)
-    if limit is None:
-        return source
-    return Source(
-        source.name,
-        source.short_name,
-        source.unit,
-        f"{source.fingerprint}/first {limit}",
-        lambda: islice(source.read(), limit),
-    )
-
-
-def _open(path: str, split: str) -> Source:
     if path.startswith(BUILTIN_PREFIX):
-        name = path.removeprefix(BUILTIN_PREFIX)
-        rows = builtin_rows(name, split)
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Source(path, f"{name}-{split}", "row", digest, lambda: _numbered(rows))
+        return _builtin(path, split, limit)
     file = Path(path).expanduser()
-    if file.is_dir():
-        return _saved_dataset(path, file, split)
-    if file.is_file():
-        return _file(path, file)
-    if path.endswith(_FILE_SUFFIXES) or path.startswith(("/", ".", "~")) or not _HUB_NAME.match(path):
-        raise DataError(f"{path} does not exist; give a JSONL(.gz) or Parquet file, a saved dataset or a hub name")
-    return _hub_dataset(path, split)
+    try:
+        if file.is_dir():
+            return _saved_dataset(path, file, split, limit)
+        if file.is_file():
+            return _file(path, file, limit)
+        special = file.exists()
+    except (OSError, ValueError) as error:  # too long a name, no permission, a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{_printable(path)} cannot be looked for ({reason}); correct the path") from None
+    path = _printable(path)
+    if special:
+        raise DataError(f"{path} is neither a file nor a directory; give a file with preference pairs")
+    is_file = path.lower().endswith((*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet")) or path.startswith(("/", ".", "~"))
+    if is_file or not _HUB_NAME.match(path):
+        raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
+    return _hub_dataset(path, split, limit)
 
 
-def _numbered(rows: Any) -> Iterator[RawRow]:
-    for number, row in enumerate(rows, start=1):
-        yield RawRow(number, row)
+def _printable(path: str) -> str:
+    """How messages name a path: as it is, unless that is no line of reasonable length."""
+    return path if path.isprintable() and len(path) <= _LONGEST_NAME else shown(path, _LONGEST_NAME)
 
 
-def _file(path: str, file: Path) -> Source:
-    if not path.endswith(_FILE_SUFFIXES):
-        raise DataError(f"{path} has an unknown ending; supported: {', '.join(_FILE_SUFFIXES)}")
+def _builtin(path: str, split: str, limit: int | None) -> Source:
+    import datasets
+
+    name = path.removeprefix(BUILTIN_PREFIX)
+    rows = builtin_rows(name, split)[:limit]
+    digest = _hash_bytes(json.dumps(rows).encode())
+    return Source(path, f"{name}-{split}", "row", digest, lambda directory: datasets.Dataset.from_list(rows))
+
+
+def _hash_bytes(content: bytes) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def _file(path: str, file: Path, limit: int | None) -> Source:
+    name = uncompressed_name(path)
+    parquet = path.lower().endswith(".parquet")
+    if not parquet and not name.endswith(TEXT_SUFFIXES):
+        raise DataError(f"{path} has an unknown ending; give {_FORMATS}, a saved dataset or a hub name")
     try:
         if file.stat().st_size == 0:
             raise DataError(f"{path} is empty; give a file with preference pairs")
-        digest = _hash_files([file])
+        digest = _hash_files([file]) + _first(limit)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if path.endswith(".parquet"):
-        return Source(path, file.name, "row", digest, lambda: _read_parquet(path, file))
-    return Source(path, file.name, "line", digest, lambda: _read_jsonl(path, file))
+    if parquet:
+        return Source(path, file.name, "row", digest, partial(_load_parquet, path, file, limit))
+    unit = "row" if not name.endswith(CSV_SUFFIXES) and is_document(path) else "line"
+    return Source(path, file.name, unit, digest, partial(_load_text, path, limit))
+
+
+def _first(limit: int | None) -> str:
+    return "" if limit is None else f"/first {limit}"
 
 
 def _hash_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    """A hash of names and contents; against accidents, so a fast one."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
     for file in files:
         digest.update(f"\0{file.name}\0".encode())
         with file.open("rb") as stream:
@@ -123,52 +195,36 @@ def _hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_jsonl(path: str, file: Path) -> Iterator[RawRow]:
-    number = 0
-    opener: Callable[..., IO[bytes]] = gzip.open if path.endswith(".gz") else open  # type: ignore[assignment]
+def _load_text(path: str, limit: int | None, directory: str | None) -> datasets.Dataset:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    features = datasets.Features({"number": datasets.Value("int64"), "line": datasets.Value("large_binary")})
+    if next(read_lines(path, limit), None) is None:  # which `datasets` takes for an error
+        return datasets.Dataset.from_dict({"number": [], "line": []}, features=features)
     try:
-        with opener(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield RawRow(number, _parse_line(path, number, line))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path} is damaged after line {number} ({error}); restore the file, it may be a broken download"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read after line {number} ({error.strerror})") from None
+        return datasets.Dataset.from_generator(
+            read_lines, features=features, cache_dir=directory, gen_kwargs={"path": path, "limit": limit}
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError | OSError):
+            raise error.__cause__ from None
+        raise
 
 
-def _parse_line(path: str, number: int, line: bytes) -> Any:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return RowError("broken JSON", f"the line is not UTF-8 text ({error.reason} at byte {error.start})")
-    except (json.JSONDecodeError, RecursionError) as error:
-        if number == 1 and line.lstrip().startswith(b"["):
-            raise DataError(f"{path} holds one JSON array; write one object a line, e.g. with: jq -c '.[]'") from None
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        return RowError("broken JSON", f"the JSON is broken: {where}")
-    if number == 1 and isinstance(row, list):
-        raise DataError(f"{path} holds one JSON array; write one object a line, e.g. with: jq -c '.[]'")
-    return row
-
-
-def _read_parquet(path: str, file: Path) -> Iterator[RawRow]:
+def _load_parquet(path: str, file: Path, limit: int | None, directory: str | None) -> datasets.Dataset:
+    import datasets
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield RawRow(number, row)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({_first_line(error)}); restore the file") from None
+        loaded = datasets.Dataset.from_parquet(str(file), cache_dir=directory)
+    except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{path} is not a readable Parquet file ({_first_line(cause)}); restore the file") from None
+    return _head(loaded, limit)
 
 
-def _saved_dataset(path: str, directory: Path, split: str) -> Source:
+def _saved_dataset(path: str, directory: Path, split: str, limit: int | None) -> Source:
     import datasets
 
     folder = directory
@@ -181,20 +237,20 @@ def _saved_dataset(path: str, directory: Path, split: str) -> Source:
         elif not (directory / "state.json").exists():
             raise DataError(
                 f"{path} is a directory that datasets' save_to_disk did not write; "
-                "give such a directory, or the JSONL(.gz) or Parquet files themselves as a list"
+                f"give such a directory, or the files themselves ({_FORMATS}) as a list"
             )
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             raise DataError(f"{path} holds no rows; give a dataset with preference pairs")
         loaded = datasets.Dataset.load_from_disk(str(folder))
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-        return _arrow_source(path, directory.name, loaded, _hash_files(files))
+        return _arrow_source(path, directory.name, loaded, _hash_files(files), limit)
     except DataError:
         raise
     except Exception as error:  # whatever a damaged directory makes pyarrow, json or datasets raise
         raise DataError(f"{path} is not a readable saved dataset ({_first_line(error)}); save it again") from None
 
 
-def _hub_dataset(path: str, split: str) -> Source:
+def _hub_dataset(path: str, split: str, limit: int | None) -> Source:
     import datasets
 
     try:
@@ -205,13 +261,18 @@ def _hub_dataset(path: str, split: str) -> Source:
             f"{path} (split '{split}') is no file here and could not be loaded from the hub ({_first_line(error)}); "
             "check the name, the split and the network, or give a local file"
         ) from None
-    return _arrow_source(path, path, loaded, str(loaded._fingerprint))
+    return _arrow_source(path, path, loaded, str(loaded._fingerprint), limit)
 
 
-def _arrow_source(path: str, short_name: str, dataset: Any, fingerprint: str) -> Source:
+def _arrow_source(path: str, short_name: str, dataset: datasets.Dataset, fingerprint: str, limit: int | None) -> Source:
     if len(dataset) == 0:
         raise DataError(f"{path} holds no rows; give a dataset with preference pairs")
-    return Source(path, short_name, "row", fingerprint, lambda: _numbered(dataset))
+    rows = _head(dataset, limit)
+    return Source(path, short_name, "row", fingerprint + _first(limit), lambda directory: rows)
+
+
+def _head(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ class RowError(Exception):
     """A row that cannot be used: ``reason`` groups such rows in counts, ``detail`` explains this one."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 

@@ -1,18 +1,30 @@
-"""Tokenized pairs on disk: an Arrow stream (what `datasets.Dataset.from_file` opens) and what there is to say of it."""
+"""Tokenized pairs of one source on disk, and what there is to say of them without reading them.
+
+Everything that has a value for each pair stays in files that are mapped into memory: many processes of a machine
+share their pages, and what is not looked at costs nothing.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.encode import EncodedRow
+import numpy as np
+
+from nemo_lmpo.data.pack import pair_tokens
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PAIRS_FILE = "pairs.arrow"
+"""`datasets` puts a worker's number into the name where there are several."""
 META_FILE = "meta.json"
+ROWS_FILE, LENGTHS_FILE, REPEATED_FILE = "rows.npy", "lengths.npy", "repeated.npy"
+PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass
@@ -24,73 +36,157 @@ class StoreMeta:
     prompts_cut: int = 0
     responses_cut: int = 0
     """Pairs of which at least one response was cut."""
+    special_tokens: int = 0
+    """Pairs whose texts hold special tokens of the tokenizer."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
     first_bad: list[Any] | None = None
     """Number, reason and detail of the first row not used."""
+    most_tokens: list[int] = field(default_factory=lambda: [0, 0])
+    """Row tokens of the longest pair with its prompt once, and twice."""
+    token_hash: str = ""
+    """Of the token ids of all pairs in their order."""
+    histograms: list[list[int]] = field(default_factory=lambda: [[], [], []])
+    """How many prompts, chosen and rejected responses have 0, 1, 2, ... tokens."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Size of each other file."""
 
 
-def _schema() -> Any:
+@dataclass(frozen=True)
+class Store:
+    """Tokenized pairs on disk; arrays are mapped into memory."""
+
+    table: pa.Table
+    """A row for each row of the source, the unusable ones, too (columns: :func:`pairs_schema`)."""
+    rows: np.ndarray
+    """``[pairs]`` int32: the table's rows that are pairs."""
+    lengths: np.ndarray
+    """``[pairs, 3]`` int32: tokens of prompt, chosen and rejected."""
+    repeated: np.ndarray
+    """Sorted int32: rows of the table whose id an earlier row has, too."""
+    meta: StoreMeta
+
+    def pair_id(self, row: int) -> str:
+        """The id of the pair in a row of the table; the row's number behind it where an earlier pair has the same."""
+        name, place = self.table.column("pair_id")[row].as_py(), np.searchsorted(self.repeated, row)
+        if place < len(self.repeated) and self.repeated[place] == row:
+            return f"{name}#{self.table.column('number')[row].as_py()}"
+        return name
+
+    def ids(self, row: int) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of prompt, chosen and rejected in a row of the table."""
+        prompt, chosen, rejected = (self.table.column(f"{part}_ids")[row].values.to_numpy().tolist() for part in PARTS)
+        return prompt, chosen, rejected
+
+
+def pairs_schema() -> pa.Schema:
+    """Columns of a source's rows after tokenizing; an unusable row has a reason and no ids."""
     import pyarrow as pa
 
-    ids = pa.list_(pa.int32())
-    return pa.schema([("pair_id", pa.string()), ("prompt_ids", ids), ("chosen_ids", ids), ("rejected_ids", ids)])
-
-
-class PairWriter:
-    """Writes pairs batch by batch, so that memory does not grow with the data."""
-
-    def __init__(self, directory: Path) -> None:
-        import pyarrow as pa
-
-        self.meta = StoreMeta()
-        self._directory = directory
-        self._file = pa.OSFile(str(directory / PAIRS_FILE), "wb")
-        self._stream = pa.ipc.new_stream(self._file, _schema())
-        self._seen: set[str] = set()
-
-    def __enter__(self) -> PairWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        self._file.close()
-        if kind is None:
-            (self._directory / META_FILE).write_text(json.dumps(asdict(self.meta)), encoding="utf-8")
-
-    def add(self, numbers: Sequence[int], pair_ids: Sequence[str], rows: Sequence[EncodedRow]) -> None:
-        """Append pairs; an id that occurred before gets the row's number behind it."""
-        import pyarrow as pa
-
-        if not rows:
-            return
-        unique = []
-        for number, pair_id in zip(numbers, pair_ids, strict=True):
-            name = f"{pair_id}#{number}" if pair_id in self._seen else pair_id
-            self._seen.add(name)
-            unique.append(name)
-        columns = [
-            unique,
-            *([getattr(row, name) for row in rows] for name in ("prompt_ids", "chosen_ids", "rejected_ids")),
+    ids, flag, text = pa.list_(pa.int32()), pa.bool_(), pa.string()
+    return pa.schema(
+        [
+            ("number", pa.int64()),
+            ("pair_id", text),
+            *((f"{part}_ids", ids) for part in PARTS),
+            ("prompt_cut", flag),
+            ("response_cut", flag),
+            ("special_tokens", flag),
+            ("reason", text),
+            ("detail", text),
         ]
-        schema = _schema()
-        arrays = [pa.array(values, type=kind) for values, kind in zip(columns, schema.types, strict=True)]
-        self._stream.write_batch(pa.record_batch(arrays, schema=schema))
-        self.meta.pairs += len(rows)
-        self.meta.prompts_cut += sum(row.prompt_cut for row in rows)
-        self.meta.responses_cut += sum(row.response_cut for row in rows)
-
-    def drop(self, number: int, reason: str, detail: str) -> None:
-        """Count a row that is not used."""
-        self.meta.dropped[reason] = self.meta.dropped.get(reason, 0) + 1
-        if self.meta.first_bad is None:
-            self.meta.first_bad = [number, reason, detail]
+    )
 
 
-def read_store(directory: Path) -> tuple[Any, StoreMeta] | None:
-    """The memory-mapped table (columns `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`) and its description.
+def summarize_store(directory: Path) -> None:
+    """Write what stands beside the tokenized rows in ``directory``: see :class:`Store`."""
+    import xxhash
+
+    table = _read_table(directory)
+    meta = StoreMeta(rows_read=table.num_rows)
+    # one hash for each column: how many rows a batch has, which the number of workers decides, does not matter
+    tokens = [xxhash.xxh3_128() for _ in range(4)]
+    rows, lengths, hashes = [np.empty(0, np.int32)], [np.empty((0, 3), np.int32)], [np.empty(0, np.uint64)]
+    start = 0
+    for batch in table.to_batches():
+        good = np.asarray(batch.column("reason").is_null())
+        _count(meta, batch, good)
+        rows.append((start + np.flatnonzero(good)).astype(np.int32))
+        lengths.append(_lengths(batch)[good])
+        hashes.append(_hashes(batch))
+        columns = [lengths[-1], *(np.asarray(batch.column(f"{part}_ids").flatten()) for part in PARTS)]
+        for digest, column in zip(tokens, columns, strict=True):
+            digest.update(column.tobytes())
+        start += batch.num_rows
+    found = np.concatenate(lengths)
+    meta.pairs = len(found)
+    meta.token_hash = "".join(digest.hexdigest() for digest in tokens)
+    meta.most_tokens = [int(pair_tokens(found, share).max(initial=0)) for share in (True, False)]
+    meta.histograms = [np.bincount(found[:, part]).tolist() for part in range(3)]
+    np.save(directory / ROWS_FILE, np.concatenate(rows))
+    np.save(directory / LENGTHS_FILE, found)
+    np.save(directory / REPEATED_FILE, _repeated(np.concatenate(hashes)))
+    meta.bytes = {path.name: path.stat().st_size for path in _files(directory)}
+    (directory / META_FILE).write_text(json.dumps(asdict(meta)), encoding="utf-8")
+
+
+def _count(meta: StoreMeta, batch: pa.RecordBatch, good: np.ndarray) -> None:
+    import pyarrow.compute as pc
+
+    meta.prompts_cut += pc.sum(batch.column("prompt_cut")).as_py() or 0
+    meta.responses_cut += pc.sum(batch.column("response_cut")).as_py() or 0
+    meta.special_tokens += pc.sum(batch.column("special_tokens")).as_py() or 0
+    bad = np.flatnonzero(~good)
+    reasons = Counter(meta.dropped)
+    reasons.update(batch.column("reason").take(bad).to_pylist())
+    meta.dropped = dict(reasons)
+    if len(bad) and meta.first_bad is None:
+        meta.first_bad = [batch.column(name)[int(bad[0])].as_py() for name in ("number", "reason", "detail")]
+
+
+def _lengths(batch: pa.RecordBatch) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    columns = (pc.fill_null(pc.list_value_length(batch.column(f"{part}_ids")), 0) for part in PARTS)
+    return np.stack([np.asarray(column) for column in columns], axis=1).astype(np.int32)
+
+
+def _hashes(batch: pa.RecordBatch) -> np.ndarray:
+    """64 bits for each id: enough to find those that occur twice without holding texts."""
+    import xxhash
+
+    ids = batch.column("pair_id").cast("binary").to_pylist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(pair_id) for pair_id in ids), np.uint64, len(ids))
+
+
+def _repeated(hashes: np.ndarray) -> np.ndarray:
+    """Places whose value stands at an earlier place, too, sorted."""
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(hashes[order][1:] == hashes[order][:-1]) + 1
+    return np.sort(order[again]).astype(np.int32)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.iterdir()) if path.suffix in (".arrow", ".npy"))
+
+
+def _read_table(directory: Path) -> pa.Table:
+    """All rows, mapped into memory; of several workers one behind the other."""
+    import pyarrow as pa
+
+    files = sorted(directory.glob("pairs*.arrow"))
+    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in files]
+    schema = pairs_schema()
+    return pa.concat_tables([table.cast(schema) for table in tables]) if tables else schema.empty_table()
+
+
+def _mapped(path: Path) -> np.ndarray:
+    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.asarray(mapped)
+
+
+def read_store(directory: Path) -> Store | None:
+    """Open what tokenizing left in ``directory``.
 
     Returns:
         None if the directory is not there, damaged or incomplete.
@@ -99,7 +195,12 @@ def read_store(directory: Path) -> tuple[Any, StoreMeta] | None:
 
     try:
         meta = StoreMeta(**json.loads((directory / META_FILE).read_text(encoding="utf-8")))
-        table = pa.ipc.open_stream(pa.memory_map(str(directory / PAIRS_FILE))).read_all()
+        if meta.bytes != {path.name: path.stat().st_size for path in _files(directory)}:
+            return None
+        table = _read_table(directory)
+        rows, lengths, repeated = (_mapped(directory / name) for name in (ROWS_FILE, LENGTHS_FILE, REPEATED_FILE))
     except (OSError, ValueError, TypeError, pa.ArrowException):
         return None
-    return (table, meta) if table.num_rows == meta.pairs and table.schema.equals(_schema()) else None
+    store = Store(table, rows, lengths, repeated, meta)
+    fits = table.num_rows == meta.rows_read and len(store.rows) == len(store.lengths) == meta.pairs
+    return store if fits else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,8 @@ class DataSummary:
     """Pairs whose prompt lost its beginning."""
     responses_cut: int = 0
     """Pairs of which at least one response lost its end."""
+    special_tokens: int = 0
+    """Pairs whose texts hold special tokens of the tokenizer."""
     length_percentiles: dict[str, dict[int, int]] = field(default_factory=dict)
     """Tokens of `prompt`, `chosen`, `rejected` at the percentiles 50, 90, 99 and 100."""
 
@@ -46,15 +49,29 @@ class DataSummary:
             lines.append(f"  dropped: {reasons}")
         if self.prompts_cut or self.responses_cut:
             lines.append(f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} pairs")
+        if self.special_tokens:
+            lines.append(
+                f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
+            )
         lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
         return "\n".join(lines)
 
 
-def length_percentiles(lengths: np.ndarray) -> dict[str, dict[int, int]]:
-    """Percentiles of ``lengths`` ``[N, 3]`` (prompt, chosen, rejected): lengths that occur, none interpolated."""
-    return {
-        part: {p: int(np.percentile(lengths[:, column], p, method="higher")) for p in PERCENTILES}
-        for column, part in enumerate(("prompt", "chosen", "rejected"))
-    }
+def length_percentiles(histograms: Sequence[Sequence[np.ndarray]]) -> dict[str, dict[int, int]]:
+    """Percentiles of lengths: values that occur, none interpolated.
+
+    Args:
+        histograms: of each source, how many prompts, chosen and rejected responses have 0, 1, 2, ... tokens.
+    """
+    found = {}
+    for part, name in enumerate(("prompt", "chosen", "rejected")):
+        counts = np.zeros(max(len(source[part]) for source in histograms), dtype=np.int64)
+        for source in histograms:
+            counts[: len(source[part])] += source[part]
+        below = np.cumsum(counts)
+        # the place of a percentile in the sorted lengths, rounded up
+        places = {p: -(-p * (int(below[-1]) - 1) // 100) for p in PERCENTILES}
+        found[name] = {p: int(np.searchsorted(below, place, side="right")) for p, place in places.items()}
+    return found

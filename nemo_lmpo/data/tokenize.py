@@ -1,39 +1,94 @@
-"""One source tokenized into a store, by one or several processes."""
+"""Rows of one source as token ids: `datasets` reads, maps in one or several processes, and writes."""
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.encode import EncodedRow, PairEncoder
-from nemo_lmpo.data.read import RawRow, Source
-from nemo_lmpo.data.schema import RowError, parse_row
-from nemo_lmpo.data.store import PairWriter
-from nemo_lmpo.errors import DataError
+from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.read import RawRow, Source, raw_rows
+from nemo_lmpo.data.schema import PreferenceRow, RowError, parse_row
+from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
+from nemo_lmpo.errors import DataError, shown
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 CHUNK_ROWS = 256
+"""Rows that are tokenized in one call."""
+BATCH_ROWS = 4096
+"""Rows of one record batch on disk; each costs every process some kilobytes as long as the file is open."""
 SMALL_DATA_ROWS = 50_000
 """Up to so many rows one process suffices: the tokenizer's own threads use the other cores (about a minute)."""
 MOST_WORKERS = 32
 """Chosen at most when `data.num_workers` is unset: each process takes seconds and memory to start."""
 
 
-@dataclass
-class _Chunk:
-    """Rows of one chunk after tokenisation."""
+class UnusableRow(Exception):
+    """A row that stops the tokenizing; goes from worker processes to the one that started them."""
 
-    numbers: list[int]
-    pair_ids: list[str]
-    rows: list[EncodedRow]
-    bad: list[tuple[int, str, str]]
-    read: int
+    def __init__(self, number: int, detail: str) -> None:
+        super().__init__(number, detail)
+        self.number = number
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class RowsToPairs:
+    """What `datasets` maps over a source: rows in, pairs out; a row that cannot be used says why in its columns."""
+
+    encoder: PairEncoder
+    schema: str
+    short_name: str
+    stop_at_bad: bool
+
+    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        """The pairs of ``table`` (columns of :func:`pairs_schema`); ``indices`` are its rows' places in the source.
+
+        Raises:
+            UnusableRow: the first row that cannot be used, where one has to stop.
+        """
+        import pyarrow as pa
+
+        parts = []
+        for start in range(0, table.num_rows, CHUNK_ROWS):
+            part = table.slice(start, CHUNK_ROWS)
+            columns = self._columns(raw_rows(part, indices[start : start + CHUNK_ROWS]))
+            parts.append(pa.Table.from_pydict(columns, schema=pairs_schema()))
+        return pa.concat_tables(parts)
+
+    def _columns(self, rows: list[RawRow]) -> dict[str, list[Any]]:
+        parsed = [self._parsed(raw.value) for raw in rows]
+        encoded = iter(self.encoder.encode([row for row in parsed if isinstance(row, PreferenceRow)]))
+        columns: dict[str, list[Any]] = {name: [] for name in pairs_schema().names}
+        for raw, result in zip(rows, parsed, strict=True):
+            row = result if isinstance(result, RowError) else next(encoded)
+            values: dict[str, Any] = {"number": raw.number, "pair_id": pair_id(raw, self.short_name)}
+            if isinstance(row, RowError):
+                detail = f"{row.detail} (pair {shown(values['pair_id'])})"
+                if self.stop_at_bad:
+                    raise UnusableRow(raw.number, detail)
+                values |= {"reason": row.reason, "detail": detail}
+            else:
+                values |= vars(row)
+            for name, column in columns.items():
+                column.append(values.get(name))
+        return columns
+
+    def _parsed(self, value: Any) -> PreferenceRow | RowError:
+        if isinstance(value, RowError):
+            return value
+        try:
+            return parse_row(value, self.schema)
+        except RowError as error:
+            return error
 
 
 def tokenize_source(
@@ -42,19 +97,20 @@ def tokenize_source(
     """Write the tokenized pairs of ``source`` into ``directory`` in the order of its rows.
 
     Raises:
-        DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at the first unusable row.
+        DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at an unusable row.
     """
-    rows = source.read()
-    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    job = (encoder, schema, source.short_name)
-    with PairWriter(directory) as writer:
-        for chunk in _encoded_chunks(chunks, job, num_workers):
-            writer.meta.rows_read += chunk.read
-            for number, reason, detail in chunk.bad:
-                if on_bad_row == "error":
-                    raise bad_row_error(source, number, detail)
-                writer.drop(number, reason, detail)
-            writer.add(chunk.numbers, chunk.pair_ids, chunk.rows)
+    job = RowsToPairs(encoder, schema, source.short_name, stop_at_bad=on_bad_row == "error")
+    rows_directory = directory / "rows"
+    try:
+        with _progress_bar(shows=False):
+            rows = source.rows(str(rows_directory))
+        if len(rows):
+            _map(rows, job, directory, num_workers)
+        summarize_store(directory)
+    except UnusableRow as error:
+        raise bad_row_error(source, error.number, error.detail) from None
+    finally:
+        shutil.rmtree(rows_directory, ignore_errors=True)
 
 
 def bad_row_error(source: Source, number: int, detail: str) -> DataError:
@@ -64,45 +120,46 @@ def bad_row_error(source: Source, number: int, detail: str) -> DataError:
     )
 
 
-def _encoded_chunks(
-    chunks: Iterator[list[RawRow]], job: tuple[PairEncoder, str, str], num_workers: int | None
-) -> Iterator[_Chunk]:
-    """Chunks in order, from this process or from workers; unless told, workers start once the data proves large."""
+def pair_id(raw: RawRow, short_name: str) -> str:
+    """A row's `prompt_id` or `id`, else its place."""
+    if isinstance(raw.value, Mapping):
+        for name in ("prompt_id", "id"):
+            value = raw.value.get(name)
+            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+                return str(value).encode(errors="replace").decode()  # an id need not be valid text
+    return f"{short_name}:{raw.number}"
+
+
+def _map(rows: datasets.Dataset, job: RowsToPairs, directory: Path, num_workers: int | None) -> None:
+    import datasets
+
+    large = len(rows) > SMALL_DATA_ROWS
     if num_workers is None:
-        for chunk in islice(chunks, SMALL_DATA_ROWS // CHUNK_ROWS):
-            yield _encode_chunk(chunk, *job)
-        first = next(chunks, None)
-        if first is None:
-            return
-        chunks = chain([first], chunks)
-        num_workers = min(_cpu_cores(), MOST_WORKERS)
-    if num_workers <= 1:
-        yield from (_encode_chunk(chunk, *job) for chunk in chunks)
-    else:
-        yield from _encoded_by_workers(chunks, job, num_workers)
-
-
-def _encoded_by_workers(
-    chunks: Iterator[list[RawRow]], job: tuple[PairEncoder, str, str], num_workers: int
-) -> Iterator[_Chunk]:
-    # spawn: the parent may already hold threads of torch or of a process group, which do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=job)
+        num_workers = min(_cpu_cores(), MOST_WORKERS) if large else 1
+    num_workers = min(num_workers, len(rows))
     try:
-        waiting: deque[Future[_Chunk]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
+        with _progress_bar(shows=large and sys.stderr.isatty()), _spawned_workers():
+            rows.map(
+                job,
+                with_indices=True,
+                batched=True,
+                batch_size=BATCH_ROWS,
+                writer_batch_size=BATCH_ROWS,
+                remove_columns=rows.column_names,
+                features=datasets.Features.from_arrow_schema(pairs_schema()),
+                num_proc=num_workers if num_workers > 1 else None,
+                load_from_cache_file=False,
+                cache_file_name=str(directory / PAIRS_FILE),
+                new_fingerprint="pairs",
+                desc="tokenizing",
+            )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
         raise DataError(
             "a process that tokenizes died (out of memory, or started from a script without "
             "`if __name__ == '__main__'`); set data.num_workers=1"
         ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _cpu_cores() -> int:
@@ -110,49 +167,27 @@ def _cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_worker_job: tuple[PairEncoder, str, str] | None = None
+@contextlib.contextmanager
+def _spawned_workers() -> Iterator[None]:
+    """Inside, `datasets` starts its workers anew: the threads of torch and of a process group survive no fork."""
+    import multiprocess
+
+    before = multiprocess.get_start_method(allow_none=True)
+    multiprocess.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocess.set_start_method(before, force=True)
 
 
-def _start_worker(encoder: PairEncoder, schema: str, short_name: str) -> None:
-    global _worker_job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_job = (encoder, schema, short_name)
+@contextlib.contextmanager
+def _progress_bar(*, shows: bool) -> Iterator[None]:
+    """Inside, `datasets` shows its progress bars or not."""
+    import datasets
 
-
-def _encode_in_worker(chunk: list[RawRow]) -> _Chunk:
-    assert _worker_job is not None
-    return _encode_chunk(chunk, *_worker_job)
-
-
-def _encode_chunk(chunk: list[RawRow], encoder: PairEncoder, schema: str, short_name: str) -> _Chunk:
-    numbers, pair_ids, parsed = [], [], []
-    result = _Chunk([], [], [], [], read=len(chunk))
-    for raw in chunk:
-        pair_id = _pair_id(raw, short_name)
-        try:
-            if isinstance(raw.value, RowError):
-                raise raw.value
-            parsed.append(parse_row(raw.value, schema))
-        except RowError as error:
-            result.bad.append((raw.number, error.reason, f"{error.detail} (pair {pair_id})"))
-            continue
-        numbers.append(raw.number)
-        pair_ids.append(pair_id)
-    for number, pair_id, row in zip(numbers, pair_ids, encoder.encode(parsed), strict=True):
-        if isinstance(row, RowError):
-            result.bad.append((number, row.reason, f"{row.detail} (pair {pair_id})"))
-            continue
-        result.numbers.append(number)
-        result.pair_ids.append(pair_id)
-        result.rows.append(row)
-    result.bad.sort()
-    return result
-
-
-def _pair_id(raw: RawRow, short_name: str) -> str:
-    if isinstance(raw.value, Mapping):
-        for name in ("prompt_id", "id"):
-            value = raw.value.get(name)
-            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-                return str(value).encode(errors="replace").decode()  # an id need not be valid text
-    return f"{short_name}:{raw.number}"
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shows else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.epoch import Lengths
 from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
 from nemo_lmpo.data.pair import PackedSequence, PairTokens
 from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
@@ -22,8 +23,9 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 class Pairs(Protocol):
     """What training needs of a dataset."""
 
-    lengths: np.ndarray
-    """``[N, 3]``: tokens of prompt, chosen and rejected."""
+    @property
+    def lengths(self) -> np.ndarray | Lengths:
+        """``[N, 3]``: tokens of prompt, chosen and rejected."""
 
     def __len__(self) -> int: ...
 

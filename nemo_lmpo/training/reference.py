@@ -167,14 +167,14 @@ class ReferenceLogps:
             on_main_rank(lambda: self._keep(entry, key, values))
         else:
             _logger.info("reference log-probabilities of %d %s pairs: from %s", len(dataset), name, entry)
-        shared = values[:, 2:] if build_loss(self.config.loss).needs_shared_logps else None
-        dataset.attach_reference(dataset.pair_ids, values[:, 0], values[:, 1], shared)
+        columns = len(SUMS) if build_loss(self.config.loss).needs_shared_logps else 2
+        dataset.attach_reference(values[:, :columns])
 
     def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
         _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
         size = self.config.model.global_batch_size
         # Pairs of similar length together: fewer rows, and no order has to be kept here.
-        order = np.argsort(dataset.lengths.sum(axis=1), kind="stable")
+        order = np.argsort(np.asarray(dataset.lengths).sum(axis=1), kind="stable")
         values = np.zeros((len(dataset), len(SUMS)))
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:

@@ -1,6 +1,6 @@
 import json
-import multiprocessing
 import os
+import shutil
 
 import datasets
 import numpy as np
@@ -8,10 +8,9 @@ import pytest
 from pair_rows import message_row
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
-from nemo_lmpo.data import preference, tokenize
+from nemo_lmpo.data import preference
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
 
 GOOD = [message_row(f"sort b a {'cdefghij'[i]}", "a b", "b a", prompt_id=f"p{i}") for i in range(8)]
@@ -40,7 +39,7 @@ def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
     assert tiny.decode(pair.chosen_ids) == "a b <eos>"
     assert tiny.decode(pair.rejected_ids) == "b a <eos>"
     assert all(type(token) is int for token in pair.prompt_ids)
-    assert data.lengths.tolist() == [[7, 3, 3]] * 8
+    assert data.lengths[:].tolist() == [[7, 3, 3]] * 8
     assert [data[i].pair_id for i in range(8)] == data.pair_ids == [f"p{i}" for i in range(8)]
     example = data.example_text(2)
     assert "sort b a e" in example
@@ -50,11 +49,12 @@ def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
 
 def test_lengths_are_those_of_the_pairs(data_config, tiny):
     data = load(data_config("builtin:tiny", limit=50), tiny)
-    for index, lengths in enumerate(data.lengths.tolist()):
+    for index, lengths in enumerate(np.asarray(data.lengths).tolist()):
         pair = data[index]
         assert lengths == [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)]
-    assert data.summary.length_percentiles["chosen"][100] == data.lengths[:, 1].max()
-    assert data.summary.length_percentiles["prompt"][50] in data.lengths[:, 0]
+    for column, part in enumerate(("prompt", "chosen", "rejected")):
+        found = np.percentile(np.asarray(data.lengths)[:, column], [50, 90, 99, 100], method="higher").tolist()
+        assert list(data.summary.length_percentiles[part].values()) == found
 
 
 def test_second_load_comes_from_the_cache(data_config, tiny, write_jsonl, no_tokenising):
@@ -78,6 +78,17 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(data_config, tiny, 
     prints.append(load(data_config(path), smollm2).fingerprint)
     prints.append(load(data_config(write_jsonl([*GOOD[:7], {**GOOD[7], "prompt_id": "new"}])), tiny).fingerprint)
     assert len(set(prints)) == len(prints)
+
+
+def test_token_hash_follows_the_tokens_only(data_config, tiny, write_jsonl):
+    def hashed(rows, name="pairs.jsonl", **changes):
+        return load(data_config(write_jsonl(rows, name), **changes), tiny).token_hash()
+
+    same = {hashed(GOOD), hashed(GOOD, "b.jsonl"), hashed([{**row, "prompt_id": "new"} for row in GOOD], max_length=63)}
+    assert len(same) == 1
+    other = [hashed(GOOD[::-1]), hashed(GOOD[:7]), hashed(GOOD, weights=[2.0]), hashed(GOOD, chat_template="plain")]
+    moved = message_row("sort b a c a", "b", "b a")  # the same tokens behind each other as GOOD[0], cut elsewhere
+    assert len({*same, *other, hashed([moved, *GOOD[1:]])}) == 6
 
 
 def test_cache_is_readable_with_datasets(data_config, tiny, write_jsonl, tmp_path):
@@ -117,28 +128,6 @@ def test_leftovers_of_a_killed_process_are_removed(data_config, tiny, write_json
     assert stored.exists()
 
 
-def _load_in_process(config, results, start):
-    start.wait()
-    data = load(config, load_tokenizer("builtin:tiny"))
-    results.put((data.fingerprint, len(data), data[3].chosen_ids))
-
-
-def test_several_processes_at_once(data_config, tmp_path):
-    config = data_config("builtin:tiny")
-    context = multiprocessing.get_context("spawn")
-    results, start = context.Queue(), context.Event()
-    processes = [context.Process(target=_load_in_process, args=(config, results, start)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    start.set()
-    found = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert found[0] == found[1]
-    assert found[0][1] == 4096
-    assert len(list((tmp_path / "cache" / "pairs").iterdir())) == 2, "one entry and its lock, nothing half-built"
-
-
 def test_cache_that_cannot_be_written(data_config, tiny, write_jsonl, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written .*data.cache_dir"):
@@ -149,7 +138,7 @@ def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
     path = write_jsonl(
         [GOOD[0], message_row("sort", "same", "same", prompt_id="x"), "{broken", GOOD[1], {"prompt": "q"}]
     )
-    with pytest.raises(DataError, match=r"pairs.jsonl line 2: .* are equal \(pair x\); .*data.on_bad_row=skip"):
+    with pytest.raises(DataError, match=r"pairs.jsonl line 2: .* are equal \(pair 'x'\); .*data.on_bad_row=skip"):
         load(data_config(path), tiny)
     data = load(data_config(path, on_bad_row="skip"), tiny)
     assert data.pair_ids == ["p0", "p1"]
@@ -165,13 +154,6 @@ def test_broken_json_names_file_and_line(data_config, tiny, write_jsonl):
         load(data_config(write_jsonl([*GOOD[:2], '{"a": '], "pairs.jsonl.gz")), tiny)
 
 
-def test_error_with_workers_is_the_same(data_config, tiny, write_jsonl):
-    rows = [*GOOD] * 100
-    rows[600] = {"prompt": "q"}
-    with pytest.raises(DataError, match="line 601"):
-        load(data_config(write_jsonl(rows), num_workers=2), tiny)
-
-
 def test_no_row_left(data_config, tiny, write_jsonl):
     same = message_row("sort", "same", "same")
     with pytest.raises(DataError, match=r"data.train.path=.*no row is left .*2 chosen equals rejected"):
@@ -185,15 +167,15 @@ def test_no_row_left(data_config, tiny, write_jsonl):
 def test_pair_longer_than_the_row_budget(data_config, tiny, write_jsonl):
     path = write_jsonl([GOOD[0], message_row("sort b a c d e f g", "a b", "b a", prompt_id="long")])
     # prompts of 7 and 11 tokens; with 3 + 3 - 2 more: 11 and 15, and 18 and 26 with the prompt twice
-    with pytest.raises(DataError, match=r"pair long takes 15 tokens, more than data.row_tokens=14"):
+    with pytest.raises(DataError, match=r"pair 'long' takes 15 tokens, more than data.row_tokens=14"):
         load(data_config(path, row_tokens=14), tiny)
     data = load(data_config(path, row_tokens=14, on_bad_row="skip"), tiny)
     assert data.pair_ids == ["p0"]
     assert data.summary.dropped == {"longer than data.row_tokens": 1}
     assert len(load(data_config(path, row_tokens=15), tiny)) == 2
-    with pytest.raises(DataError, match="pair p0 takes 18 tokens"):
+    with pytest.raises(DataError, match="pair 'p0' takes 18 tokens"):
         load(data_config(path, row_tokens=15, share_prompt=False), tiny)
-    assert pair_tokens(load(data_config(path), tiny).lengths, False).tolist() == [18, 26]
+    assert pair_tokens(load(data_config(path), tiny).lengths[:], False).tolist() == [18, 26]
 
 
 def test_pair_ids(data_config, tiny, write_jsonl):
@@ -211,40 +193,45 @@ def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
         write_jsonl([{**row, "prompt_id": f"q{i}"} for i, row in enumerate(GOOD)], "b.jsonl"),
     ]
     data = load(data_config(paths), tiny)
-    assert data.pair_ids == [f"p{i}" for i in range(8)] + [f"q{i}" for i in range(8)]
+    assert data.pair_ids == [f"a:p{i}" for i in range(8)] + [f"b:q{i}" for i in range(8)]
+    assert data.source_names == ["a", "b"]
+    assert data.sources(np.array([[0, 7], [15, 8]])).tolist() == [[0, 0], [1, 1]]
     no_tokenising()  # other weights need no tokenizing
     data = load(data_config(paths, weights=[0.5, 2]), tiny)
-    first = [pair_id for pair_id in data.pair_ids if pair_id.startswith("p")]
+    first = [pair_id for pair_id in data.pair_ids if pair_id.startswith("a:")]
     assert len(first) == len(set(first)) == 4
-    assert sorted(data.pair_ids[4:]) == sorted([f"q{i}" for i in range(8)] * 2)
+    assert sorted(data.pair_ids[4:]) == sorted([f"b:q{i}" for i in range(8)] * 2)
     assert [source.used for source in data.summary.sources] == [4, 16]
     assert load(data_config(paths, weights=[0.5, 2]), tiny).pair_ids == data.pair_ids
     assert len(load(data_config(paths, weights=[1.25, 0]), tiny)) == 10
 
 
-def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jsonl):
+def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jsonl, tmp_path):
     paths = [write_jsonl(GOOD[:1], "a.jsonl"), write_jsonl(GOOD[:1], "b.jsonl")]
-    assert load(data_config(paths), tiny).pair_ids == ["p0", f"{paths[1]}:p0"]
+    assert load(data_config(paths), tiny).pair_ids == ["a:p0", "b:p0"]
+    folder = tmp_path / "more"
+    folder.mkdir()
+    shutil.copy(paths[0], folder / "a.JSONL")
+    assert load(data_config([paths[0], str(folder / "a.JSONL")]), tiny).pair_ids == ["a:p0", "a_2:p0"]
 
 
 def test_reference_log_probabilities(data_config, tiny, write_jsonl):
     path = write_jsonl(GOOD)
     data = load(data_config(path, weights=[1.5]), tiny)
     assert data[0].reference_chosen_logp is None
-    ids = [f"p{i}" for i in reversed(range(8))] + ["other"]
-    data.attach_reference(ids, -np.arange(9.0), -10 - np.arange(9.0))
+    values = np.stack([-np.arange(12.0), -10 - np.arange(12.0)], axis=1)
+    data.attach_reference(values)
     for index in range(len(data)):
         pair = data[index]
-        place = ids.index(pair.pair_id)
-        assert (pair.reference_chosen_logp, pair.reference_rejected_logp) == (-place, -10 - place)
+        assert (pair.reference_chosen_logp, pair.reference_rejected_logp) == (-index, -10 - index)
         assert pair.reference_shared_logps is None
-    data.attach_reference(ids, -np.arange(9.0), -10 - np.arange(9.0), np.stack([np.arange(9.0), -np.arange(9.0)], 1))
-    assert data[0].reference_chosen_logp == -ids.index(data[0].pair_id) == -data[0].reference_shared_logps[0]
-    with pytest.raises(DataError, match=r"7 pairs have no reference .*first: p1"):
-        load(data_config(path), tiny).attach_reference(["p0"], np.zeros(1), np.zeros(1))
-    values = np.where(np.arange(9) == 2, np.nan, 0.0)
-    with pytest.raises(DataError, match="pair p5 is not finite"):
-        data.attach_reference(ids, values, np.zeros(9))
+    data.attach_reference(np.concatenate([values, -values], axis=1))
+    assert (data[3].reference_chosen_logp, data[3].reference_shared_logps) == (-3, (3, 13))
+    with pytest.raises(DataError, match=r"\(12, 2\) for 8 pairs"):
+        load(data_config(path), tiny).attach_reference(values)
+    values[2, 1] = np.nan
+    with pytest.raises(DataError, match="pair 'p2' is not finite"):
+        data.attach_reference(values)
 
 
 def test_wrong_settings(data_config, tiny, write_jsonl):
@@ -280,11 +267,12 @@ def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
     path = str(shared_dir / "data" / "alpaca_pairs_train.jsonl.gz")
     data = load(data_config(path, max_length=384, max_prompt_length=128), smollm2)
     assert len(data) == len(real_pairs)
-    assert data.lengths.sum(axis=0).min() > 0
-    assert (data.lengths[:, 0] + data.lengths[:, 1:].max(axis=1)).max() == 384
-    assert data.lengths[:, 0].max() == 128
-    assert data.summary.prompts_cut == (data.lengths[:, 0] == 128).sum()
-    uncut = next(i for i in range(len(data)) if data.lengths[i].sum() < 384)
+    lengths = np.asarray(data.lengths)
+    assert lengths.sum(axis=0).min() > 0
+    assert (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max() == 384
+    assert lengths[:, 0].max() == 128
+    assert data.summary.prompts_cut == (lengths[:, 0] == 128).sum()
+    uncut = next(i for i in range(len(data)) if lengths[i].sum() < 384)
     pair, row = data[uncut], real_pairs[uncut]
     assert smollm2.decode(pair.chosen_ids) == row["chosen"][-1]["content"] + "<|im_end|>"
     assert pair.pair_id == row["prompt_id"]
@@ -294,27 +282,3 @@ def test_the_environment_is_left_alone(data_config, tiny):
     before = dict(os.environ)
     load(data_config("builtin:tiny", limit=300), tiny)
     assert dict(os.environ) == before
-
-
-def test_large_data_goes_from_one_process_to_workers(data_config, tiny, monkeypatch, tmp_path):
-    one = load(data_config("builtin:tiny", limit=600), tiny)
-    started = []
-    real = tokenize._encoded_by_workers
-    monkeypatch.setattr(tokenize, "SMALL_DATA_ROWS", 256)
-    monkeypatch.setattr(tokenize, "_cpu_cores", lambda: 2)
-    monkeypatch.setattr(tokenize, "_encoded_by_workers", lambda *args: started.append(args[2]) or real(*args))
-    many = load(data_config("builtin:tiny", limit=600, num_workers=None, cache_dir=str(tmp_path / "other")), tiny)
-    assert started == [2]
-    assert [many[i] for i in range(600)] == [one[i] for i in range(600)]
-    load(data_config("builtin:tiny", limit=256, num_workers=None), tiny)
-    assert started == [2], "no more rows than one process takes: no workers"
-
-
-def _die(chunk):
-    os._exit(1)
-
-
-def test_workers_that_die(data_config, tiny, monkeypatch):
-    monkeypatch.setattr(tokenize, "_encode_in_worker", _die)
-    with pytest.raises(DataError, match=r"process that tokenizes died .*data\.num_workers=1"):
-        load(data_config("builtin:tiny", limit=10, num_workers=2), tiny)

@@ -1,7 +1,13 @@
+import csv
 import gzip
+import io
+import json
+import os
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pair_rows import message_row
 
@@ -102,18 +108,139 @@ def test_what_is_not_there_or_not_readable(tmp_path, write_jsonl):
     empty.touch()
     with pytest.raises(DataError, match=r"empty\.jsonl is empty"):
         open_source(str(empty), "train")
-    (tmp_path / "pairs.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"unknown ending; supported: .jsonl"):
-        open_source(str(tmp_path / "pairs.csv"), "train")
+    (tmp_path / "pairs.xlsx").write_text("a,b")
+    with pytest.raises(DataError, match=r"unknown ending; give JSON lines, .*CSV"):
+        open_source(str(tmp_path / "pairs.xlsx"), "train")
     (tmp_path / "pairs.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         values(open_source(str(tmp_path / "pairs.parquet"), "train"))
     with pytest.raises(DataError, match="save_to_disk did not write"):
         open_source(str(tmp_path), "train")
-    with pytest.raises(DataError, match="one JSON array"):
-        values(open_source(write_jsonl(["[", "{}", "]"], "array.json"), "train"))
-    with pytest.raises(DataError, match="one JSON array"):
-        values(open_source(write_jsonl(['[{"a": 1}]'], "array.json"), "train"))
+
+
+DOCUMENTS = {
+    "array": json.dumps(ROWS),
+    "indented array": json.dumps(ROWS, indent=2),
+    "a row a line in brackets": "[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n",
+    "indented objects": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "byte order mark": "\ufeff" + json.dumps(ROWS, indent=1),
+}
+
+
+@pytest.mark.parametrize("form", DOCUMENTS)
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.json.gz"])
+def test_json_documents_are_their_rows(form, name, tmp_path):
+    path = tmp_path / name
+    content = DOCUMENTS[form].encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    source = open_source(str(path), "train")
+    assert values(source) == ROWS
+    assert [row.number for row in source.read()] == [1, 2, 3, 4, 5]
+    assert source.location(4) == f"{path} row 4"
+    assert values(open_source(str(path), "train", limit=2)) == ROWS[:2]
+
+
+def test_one_indented_object_is_one_row(tmp_path):
+    (tmp_path / "pair.json").write_text(json.dumps(ROWS[0], indent=4))
+    assert values(open_source(str(tmp_path / "pair.json"), "train")) == ROWS[:1]
+
+
+@pytest.mark.parametrize("first", ["{broken", "[1, 2", "[1, 2]", "{", "["])
+def test_lines_with_a_bad_first_one_stay_lines(first, write_jsonl):
+    source = open_source(write_jsonl([first, *ROWS], "pairs.json"), "train")
+    bad, *good = source.read()
+    assert bad.number == 1
+    assert isinstance(bad.value, RowError) or bad.value == [1, 2]
+    assert [(row.number, row.value) for row in good] == [(i + 2, row) for i, row in enumerate(ROWS)]
+    assert source.unit == "line"
+
+
+TEXTS = [
+    {"prompt_id": f"p{i}", "prompt": f'say "{i}",\n\nplease', "chosen": f"gut, é{i}", "rejected": f"{i}"}
+    for i in range(4)
+]
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.CSV", "pairs.tsv", "pairs.csv.gz", "pairs.csv.zst"])
+def test_tables(name, tmp_path):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, TEXTS[0], delimiter="\t" if "tsv" in name else ",")
+    writer.writeheader()
+    writer.writerows(TEXTS)
+    write_compressed(tmp_path / name, ("\ufeff" + text.getvalue()).encode())
+    source = open_source(str(tmp_path / name), "train")
+    assert values(source) == TEXTS, "texts stay texts, also those that look like numbers"
+    assert [row.number for row in source.read()] == [4, 7, 10, 13], "the lines on which the rows end"
+
+
+def write_compressed(path, content):
+    if path.name.endswith(".zst"):
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+
+
+def test_tables_that_are_broken(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\nq,a,b\nq,a\nq,a,b,c\n")
+    good, short, long = values(open_source(str(path), "train"))
+    assert good == {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert short["rejected"] is None
+    assert "more cells" in next(iter(long))
+    path.write_text('prompt,chosen,rejected\nq,a,"b\n')
+    with pytest.raises(DataError, match=r"pairs.csv line 2: the table is broken"):
+        values(open_source(str(path), "train"))
+    path.write_bytes(b"prompt,chosen,rejected\nq,a,\xff\n")
+    with pytest.raises(DataError, match=r"pairs.csv line 2 is not UTF-8"):
+        values(open_source(str(path), "train"))
+
+
+@pytest.mark.parametrize("name", ["PAIRS.JSONL", "pairs.Json", "pairs.jsonl.zst", "pairs.ndjson.GZ"])
+def test_endings_in_any_letters_and_compressions(name, tmp_path):
+    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    write_compressed(tmp_path / name.replace("GZ", "gz"), content)
+    (tmp_path / name.replace("GZ", "gz")).rename(tmp_path / name)
+    assert values(open_source(str(tmp_path / name), "train")) == ROWS
+
+
+def test_zstd_that_breaks_off(tmp_path):
+    content = "".join(json.dumps({"n": i, "t": os.urandom(20).hex()}) + "\n" for i in range(9000)).encode()
+    write_compressed(tmp_path / "pairs.jsonl.zst", content)
+    whole = (tmp_path / "pairs.jsonl.zst").read_bytes()
+    (tmp_path / "pairs.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"pairs.jsonl.zst is damaged after line [1-9]\d* \(Truncated"):
+        values(open_source(str(tmp_path / "pairs.jsonl.zst"), "train"))
+    (tmp_path / "pairs.jsonl.zst").write_bytes(b"no zstd")
+    with pytest.raises(DataError, match="is damaged after line 0"):
+        values(open_source(str(tmp_path / "pairs.jsonl.zst"), "train"))
+
+
+def test_numbers_with_more_digits_than_python_reads(write_jsonl):
+    path = write_jsonl(['{"prompt": ' + "7" * 5000 + "}", ROWS[0]])
+    bad, good = values(open_source(path, "train"))
+    assert bad.reason == "broken JSON"
+    assert "too many digits" in bad.detail
+    assert good == ROWS[0]
+
+
+def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path):
+    raw = pa.StringArray.from_buffers(3, *pa.array([b"good", b"\xff\xfe", b"more"], pa.binary()).buffers()[1:])
+    table = pa.table({"prompt": raw, "chosen": pa.array(["a"] * 3), "rejected": pa.array(["b"] * 3)})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    first, bad, last = values(open_source(str(tmp_path / "pairs.parquet"), "train"))
+    assert first["prompt"] == "good"
+    assert last["prompt"] == "more"
+    assert bad.reason == "not text"
+    assert "not UTF-8" in bad.detail
+
+
+def test_paths_that_no_system_takes():
+    for path in ("x" * 5000 + ".jsonl", "a\0b.jsonl", "/" + "y" * 300):
+        with pytest.raises(DataError) as caught:
+            open_source(path, "train")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
 
 
 def test_damaged_saved_dataset(tmp_path):
