@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/lmpo_tiny
 
-.PHONY: help install demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
+EVAL_VENV ?= .venv-eval
+EVAL_STAMP := $(EVAL_VENV)/.installed
+
+.PHONY: help install eval-env demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -19,6 +22,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 install: $(STAMP)  ## make the environment
+
+$(EVAL_STAMP): constraints-eval.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(EVAL_VENV)/bin/python -m pip install --quiet -c constraints-eval.txt torch alpaca_eval 'lm_eval[hf,api,math,ifeval]' \
+		setuptools scikit-learn
+	@# Of litellm only the tables that count tokens are wanted, which tiktoken would download.
+	$(EVAL_VENV)/bin/python -m pip install --quiet --no-deps -c constraints-eval.txt litellm
+	@touch $@
+
+eval-env: $(EVAL_STAMP)  ## make the environment that scores evaluations (two minutes, 2 GB)
 
 demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two cores)
 	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
@@ -61,4 +75,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval build dist .pytest_cache .mypy_cache .ruff_cache

@@ -175,9 +175,28 @@ def load_generator(
         CheckpointError: no model there, or a damaged one.
         ConfigError: there is no tokenizer or chat template, or no such device.
     """
-    directory = newest_checkpoint(checkpoint)
     device = _device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    prompting = open_prompting(checkpoint, chat_template=chat_template, system_prompt=system_prompt)
+    model = transformers_model(prompting.files, dtype).to(device).eval()
+    return Generator(model, prompting.tokenizer, prompting.encoder, prompting.stop_ids)
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """All of a stored model but its weights: how conversations become its token ids, and which ids end an answer."""
+
+    files: ModelFiles
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PairEncoder
+    stop_ids: list[int]
+
+
+def open_prompting(
+    checkpoint: Path, *, chat_template: str | None = None, system_prompt: str | None = None
+) -> Prompting:
+    """As :func:`load_generator`, without reading the weights."""
+    directory = newest_checkpoint(checkpoint)
     files = open_model(directory)
     tokenizer = _tokenizer(files)
     trained = _trained_data(directory)
@@ -189,8 +208,7 @@ def load_generator(
         max_prompt_length=files.architecture.max_position_embeddings,
         system_prompt=system_prompt or trained.system_prompt,
     )
-    model = transformers_model(files, dtype).to(device).eval()
-    return Generator(model, tokenizer, encoder, _stop_ids(files, tokenizer, encoder))
+    return Prompting(files, tokenizer, encoder, _stop_ids(files, tokenizer, encoder))
 
 
 def newest_checkpoint(path: Path) -> Path:

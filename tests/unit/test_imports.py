@@ -29,11 +29,11 @@ ROOMS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 # Commands start runs through the training command, which stands on their floor.
-NEIGHBORS_THAT_MAY = {("compare", "train"), ("compare", "generate")}
+NEIGHBORS_THAT_MAY = {("compare", "train"), ("compare", "generate"), ("evaluate", "generate")}
 NOT_FROM_OUTSIDE = {"loss": ("megatron", "torch.distributed", "nemo", "lightning", "transformers")}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 COMMANDS = {
-    **{name: ["-m", f"nemo_lmpo.{name}"] for name in ("train", "generate", "compare", "report", "slurm")},
+    **{name: ["-m", f"nemo_lmpo.{name}"] for name in ("train", "generate", "compare", "report", "slurm", "evaluate")},
     **{path.stem: [str(path)] for path in sorted((PACKAGE.parent / "conversion").glob("*.py"))},
 }
 

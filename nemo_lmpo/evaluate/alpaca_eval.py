@@ -1,0 +1,170 @@
+"""AlpacaEval 2: judged and scored by the `alpaca_eval` package, in the scoring environment."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lmpo.errors import DataError, UserError
+from nemo_lmpo.evaluate.answers import Answer
+from nemo_lmpo.evaluate.bootstrap import SEED, Interval, weighted_means
+from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
+from nemo_lmpo.evaluate.endpoint import Endpoint
+from nemo_lmpo.evaluate.environment import run_program
+from nemo_lmpo.evaluate.gateway import Gateway, answering_models
+from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value, interval, standard_error
+from nemo_lmpo.evaluate.storage import Journal
+
+CALLS_FILE = "judge_calls.jsonl"
+PROMPT_NAME = "alpaca_eval_clf (alpaca_eval 0.6)"
+MOST_UNPARSED = 0.01
+OUTPUT_TOKENS = 1
+
+
+def check_logprobs(response: dict[str, Any]) -> None:
+    """Refuse an answer without the likeliest tokens, of which the preference is made.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        tokens = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    except (KeyError, IndexError, TypeError):
+        tokens = None
+    if not tokens:
+        raise UserError(
+            "the judge returns no top_logprobs, and AlpacaEval's preferences are made of them; choose a judge or "
+            "server that does (vLLM does; reasoning models do not)"
+        )
+
+
+def judge(
+    chosen: Sequence[Instruction],
+    answers: Mapping[str, Answer],
+    folder: Path,
+    endpoint: Endpoint,
+    name: str,
+    *,
+    quiet: bool,
+) -> tuple[dict[str, float | None], Judge]:
+    """Preferences by instruction: 1 the baseline's answer, 2 the model's, None neither label.
+
+    Raises:
+        UserError: the judge cannot be asked; what it said is kept.
+    """
+    from tqdm import tqdm
+
+    rows = [
+        {"index": one.id, "instruction": one.text, "output_1": one.baseline_answer, "output_2": answers[one.id].output}
+        for one in chosen
+    ]
+    with (
+        Journal(folder / CALLS_FILE, "key") as journal,
+        tqdm(total=len(rows), desc="judge", unit="call", disable=True if quiet else None) as bar,
+        Gateway(endpoint, journal, check_logprobs, bar.update) as gateway,
+        tempfile.TemporaryDirectory(prefix="nemo_lmpo_judge_") as scratch,
+    ):
+        config = Path(scratch) / "client.yaml"
+        config.write_text(f"default:\n- api_key: none\n  base_url: {gateway.url}\n")
+        variables = {
+            "OPENAI_CLIENT_CONFIG_PATH": str(config),
+            "OPENAI_MAX_CONCURRENCY": str(endpoint.limits.concurrency),
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        request = {"judge": name, "rows": rows, "folder": scratch}
+        try:
+            found = run_program("alpaca_judge", request, log=folder / "judge.log", environment=variables)
+        except UserError:
+            raise gateway.failure or UserError(f"judging failed; see {folder / 'judge.log'}") from None
+        preferences = {one.id: found[one.id] for one in chosen}
+        return preferences, Judge(name, answering_models(journal), endpoint.shown, PROMPT_NAME)
+
+
+def check_labels(preferences: Mapping[str, float | None], judge: str) -> int:
+    """How many answers of the judge had neither label.
+
+    Raises:
+        DataError: more than 1 %.
+    """
+    return refuse_many_unparsed(sum(value is None for value in preferences.values()), len(preferences), judge)
+
+
+def refuse_many_unparsed(unparsed: int, count: int, judge: str) -> int:
+    """The count, if it is at most 1 %.
+
+    Raises:
+        DataError: it is more.
+    """
+    if unparsed > MOST_UNPARSED * count:
+        raise DataError(
+            f"the judge {judge} gave no verdict in {unparsed} of {count} answers, more than 1 %: its numbers would say "
+            "little; choose another judge"
+        )
+    return unparsed
+
+
+def score(
+    chosen: Sequence[Instruction],
+    answers: Mapping[str, Answer],
+    preferences: Mapping[str, float | None],
+    data: Path,
+    rounds: int,
+) -> tuple[dict[str, Value], dict[str, Any], dict[str, Any]]:
+    """Values, details and numbers by instruction."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = {
+            "name": "model",
+            "index": [int(one.id) for one in chosen],
+            "preferences": [preferences[one.id] for one in chosen],
+            "lengths": [len(answers[one.id].output) for one in chosen],
+            "baseline_lengths": [len(one.baseline_answer) for one in chosen],
+        }
+        request = {
+            "df_gamed": str(df_gamed_file(data, Path(scratch))),
+            "models": [model],
+            "rounds": rounds,
+            "seed": SEED,
+        }
+        found = run_program("alpaca_score", request)[0]
+    units = {
+        "ids": [one.id for one in chosen],
+        "wins": [None if preferences[one.id] is None else 100 * (preferences[one.id] or 0) - 100 for one in chosen],
+        "lengths": model["lengths"],
+        "lc_replicates": found["lc_replicates"],
+        "rounds": rounds,
+        "seed": SEED,
+    }
+    metrics = found["metrics"]
+    lc = np.array(found["lc_replicates"])
+    values = {
+        "lc": Value(
+            metrics["length_controlled_winrate"],
+            metrics["lc_standard_error"],
+            {BY_INSTRUCTION: interval(Interval.of(lc))},
+        ),
+        **win_and_length(units),
+    }
+    details = {"C": found["C"], "weights": found["weights"], "alpaca_eval": metrics}
+    return values, details, units
+
+
+def win_and_length(units: Mapping[str, Any]) -> dict[str, Value]:
+    """Plain win rate and mean length in characters."""
+    wins = np.array([win for win in units["wins"] if win is not None])
+    lengths = np.array(units["lengths"], dtype=float)
+    return {
+        "wr": Value(
+            float(wins.mean()), standard_error(wins), {BY_INSTRUCTION: interval(Interval.of(weighted_means(wins)))}
+        ),
+        "length": Value(
+            statistics.fmean(lengths),
+            standard_error(lengths),
+            {BY_INSTRUCTION: interval(Interval.of(weighted_means(lengths)))},
+        ),
+    }

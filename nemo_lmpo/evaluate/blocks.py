@@ -1,0 +1,64 @@
+"""What a page is made of, as HTML in the look of the other reports and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from markupsafe import Markup
+
+from nemo_lmpo.report.document import templates_of
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title; level 1 is the page's."""
+
+    level: int
+    text: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows; footnotes belong to it, and a new line in a cell is one."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    style: str = "numbers"
+    """`numbers`, `settings` or `claims`."""
+    notes: Sequence[str] = ()
+    title: str = ""
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Lines to be shown on demand."""
+
+    summary: str
+    lines: Sequence[str] = field(default_factory=tuple)
+    kind: ClassVar[str] = "details"
+
+
+Block = Heading | Text | Table | Details
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """A self-contained page."""
+    body = templates_of("nemo_lmpo.evaluate").get_template("blocks.html.j2").render(blocks=blocks)
+    return templates_of("nemo_lmpo.report").get_template("base.html.j2").render(title=title, body=Markup(body))
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """For repositories and terminals."""
+    return templates_of("nemo_lmpo.evaluate").get_template("blocks.md.j2").render(blocks=blocks).rstrip() + "\n"

@@ -1,0 +1,172 @@
+"""What the paper claims, as differences that a page can judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from nemo_lmpo.evaluate.comparisons import Difference, Ranks, average_ranks, compare, compare_ranks, newest
+from nemo_lmpo.evaluate.published import TABLE1, TABLE2, TABLE2_SETTING, TABLE3, TABLE3_SETTING, TABLE4
+from nemo_lmpo.evaluate.result import Result
+from nemo_lmpo.evaluate.suites import (
+    ALPACA_EVAL,
+    ARENA_HARD,
+    LEADERBOARD,
+    PAPER_LAMBDA,
+    PAPER_LAMBDA_ELSE,
+    SETTINGS,
+)
+
+Row = tuple[str, str, str | None]
+"""Setting, method, variant."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`value` of ``larger`` is above that of ``smaller``."""
+
+    table: int
+    text: str
+    suite: str
+    value: str
+    larger: Row
+    smaller: Row
+    published: float | None
+    """The difference in the paper's numbers; None: the setting is none of the paper's."""
+
+
+class Results:
+    """Results by suite and row."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.all = list(results)
+        self._rows: dict[tuple[str, Row], list[Result]] = {}
+        for result in self.all:
+            model = result.model
+            if model.setting is not None and model.method is not None:
+                key = (result.suite, (model.setting, model.method, model.variant))
+                self._rows.setdefault(key, []).append(result)
+
+    def row(self, suite: str, row: Row) -> Result | None:
+        """The newest of a row."""
+        return newest(self._rows.get((suite, row), []))
+
+    def several(self) -> list[str]:
+        """Rows that more than one result stands for."""
+        return [
+            f"{suite}: {'/'.join(filter(None, row))}" for (suite, row), found in self._rows.items() if len(found) > 1
+        ]
+
+    def settings(self) -> list[str]:
+        """The paper's settings, then others that were measured."""
+        others = dict.fromkeys(row[0] for _, row in self._rows if row[0] not in SETTINGS)
+        return [*SETTINGS, *sorted(others)]
+
+    def ranks(self, setting: str) -> Ranks | None:
+        """Average ranks of the methods in a setting."""
+        found = {
+            row[1]: newest(results)
+            for (suite, row), results in self._rows.items()
+            if suite == LEADERBOARD and row[0] == setting and row[2] is None
+        }
+        return average_ranks({method: result for method, result in found.items() if result is not None})
+
+
+def claims_of(setting: str) -> list[Claim]:
+    """The paper's claims for a setting; for one that is not the paper's, those that it makes of all.
+
+    Where the paper's own numbers say the opposite of its words, the claim is left out.
+    """
+    found = [*_table1(setting), *_table2(setting), *_table3(setting), *_table4(setting)]
+    return [claim for claim in found if claim.published is None or claim.published > 0]
+
+
+def _difference(table: Mapping[tuple[str, str], Mapping[str, float]], setting: str, column: str) -> float | None:
+    """LMPO less SimPO in the paper."""
+    if (setting, "LMPO") not in table:
+        return None
+    return table[setting, "LMPO"][column] - table[setting, "SimPO"][column]
+
+
+def _table1(setting: str) -> list[Claim]:
+    lmpo, simpo = (setting, "LMPO", None), (setting, "SimPO", None)
+
+    def published(column: str, sign: int = 1) -> float | None:
+        found = _difference(TABLE1, setting, column)
+        return None if found is None else sign * found
+
+    return [
+        Claim(
+            *(1, "LMPO answers shorter than SimPO", ALPACA_EVAL, "length", simpo, lmpo),
+            published("length", -1),
+        ),
+        Claim(1, "LMPO's length-controlled win rate is above SimPO's", ALPACA_EVAL, "lc", lmpo, simpo, published("lc")),
+        Claim(1, "LMPO wins more in Arena-Hard than SimPO", ARENA_HARD, "wr", lmpo, simpo, published("arena_wr")),
+        Claim(
+            *(1, "LMPO's answers in Arena-Hard are shorter than SimPO's", ARENA_HARD, "length", simpo, lmpo),
+            published("arena_length", -1),
+        ),
+    ]
+
+
+def _table2(setting: str) -> list[Claim]:
+    if setting in SETTINGS and setting != TABLE2_SETTING:
+        return []
+    whole = next(row for row in TABLE2 if row.method == "LMPO" and row.variant is None)
+    return [
+        Claim(
+            2,
+            f"LMPO wins more in Arena-Hard than {row.label if row.method != 'LMPO' else f'LMPO, {row.label}'}",
+            ARENA_HARD,
+            "wr",
+            (setting, "LMPO", None),
+            (setting, row.method, row.variant),
+            whole.wr - row.wr if setting == TABLE2_SETTING else None,
+        )
+        for row in TABLE2
+        if row.variant is not None
+    ]
+
+
+def lambda_variant(setting: str, value: float) -> str | None:
+    """Which variant has that lambda in a setting; None: it is the setting's own."""
+    return None if value == PAPER_LAMBDA.get(setting, PAPER_LAMBDA_ELSE) else f"lambda={value:g}"
+
+
+def _table3(setting: str) -> list[Claim]:
+    if setting in SETTINGS and setting != TABLE3_SETTING:
+        return []
+    low, high = TABLE3[0], TABLE3[-1]
+    ours = setting == TABLE3_SETTING
+    small, large = ((setting, "LMPO", lambda_variant(setting, row.value)) for row in (low, high))
+    names = f"from λ = {low.value} to {high.value}"
+    return [
+        Claim(3, f"LC rises {names}", ALPACA_EVAL, "lc", large, small, high.lc - low.lc if ours else None),
+        Claim(
+            3,
+            f"answers get shorter {names}",
+            ALPACA_EVAL,
+            "length",
+            small,
+            large,
+            low.length - high.length if ours else None,
+        ),
+    ]
+
+
+def _table4(setting: str) -> list[Claim]:
+    found = _difference(TABLE4, setting, "rank")
+    return [
+        Claim(
+            *(4, "LMPO ranks before SimPO over the ten tasks", LEADERBOARD, "rank"),
+            *((setting, "SimPO", None), (setting, "LMPO", None)),
+            None if found is None else -found,
+        )
+    ]
+
+
+def judge(claim: Claim, results: Results) -> Difference:
+    """The claim's difference as measured."""
+    if claim.value == "rank":
+        return compare_ranks(results.ranks(claim.larger[0]), claim.larger[1], claim.smaller[1])
+    return compare(results.row(claim.suite, claim.larger), results.row(claim.suite, claim.smaller), claim.value)

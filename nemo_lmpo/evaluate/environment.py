@@ -1,0 +1,131 @@
+"""The scoring environment: another interpreter, where `alpaca_eval` and `lm_eval` live, run as a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.errors import ConfigError, UserError
+
+VARIABLE = "NEMO_LMPO_EVAL_PYTHON"
+_FOLDER = Path(__file__).resolve().parent / "scoring"
+_LAST_LINES = 3
+
+
+def scoring_python() -> Path:
+    """The interpreter of the scoring environment.
+
+    Raises:
+        ConfigError: it is not set, or not there.
+    """
+    named = os.environ.get(VARIABLE)
+    if not named:
+        raise ConfigError(
+            f"{VARIABLE} is not set; make the scoring environment with `make eval-env` and set it to "
+            ".venv-eval/bin/python"
+        )
+    path = Path(named).expanduser()
+    if not (path.is_file() and os.access(path, os.X_OK)):
+        raise ConfigError(f"{VARIABLE}={named} is no interpreter; make it with `make eval-env`")
+    return path.absolute()
+
+
+def packages() -> dict[str, str]:
+    """Versions of the scoring environment's packages that decide numbers."""
+    names = ("alpaca_eval", "lm_eval", "scikit-learn", "tiktoken", "transformers", "torch")
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: found[n.replace('-', '_')] for n in sys.argv[1:] if n.replace('-', '_') in found}))"
+    )
+    done = subprocess.run([scoring_python(), "-c", code, *names], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"{VARIABLE}={scoring_python()} does not run ({_last_line(done.stderr)})")
+    versions: dict[str, str] = json.loads(done.stdout)
+    return versions
+
+
+def run_program(
+    name: str,
+    request: Mapping[str, Any],
+    *,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    on_line: Callable[[str], object] = lambda line: None,
+) -> Any:
+    """Run a program of `scoring/` and return what it answers.
+
+    Args:
+        name: file name of the program without its ending.
+        request: what it is told.
+        log: where what it prints on standard error goes; kept for the reader of a failure.
+        environment: variables besides this process's own.
+        on_line: is told each line that it prints on standard output.
+
+    Raises:
+        UserError: it failed; holds its last words.
+        ConfigError: there is no scoring environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="nemo_lmpo_eval_") as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(json.dumps(request))
+        command = [str(scoring_python()), "-W", "ignore", str(_FOLDER / f"{name}.py"), str(asked), str(answered)]
+        errors = log or Path(folder) / "log"
+        errors.parent.mkdir(parents=True, exist_ok=True)
+        status = _run(command, errors, environment or {}, on_line)
+        if status:
+            words = _last_line(errors.read_text(errors="replace"))
+            kept = f"; all it said is in {log}" if log is not None else ""
+            raise UserError(f"scoring/{name}.py failed with status {status}: {words}{kept}")
+        return json.loads(answered.read_text())
+
+
+def _run(command: Sequence[str], log: Path, more: Mapping[str, str], on_line: Callable[[str], object]) -> int:
+    # PYTHONPATH leads to this environment's packages, whose versions must not mix in.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    variables = {**inherited, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **more}
+    with log.open("w") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables)
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                on_line(line.rstrip("\n"))
+            return child.wait()
+        finally:
+            _stop(child)
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    """End a child that is left behind by an error or Ctrl-C."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-_LAST_LINES:]) if lines else "it said nothing"
+
+
+def own_packages() -> dict[str, str]:
+    """Versions of this environment's packages that decide answers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("nemo-lmpo", "torch", "transformers", "tokenizers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,103 @@
+"""Answers by `transformers` in this process, for machines without a server. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.evaluate.answers import Answer, Progress, room
+from nemo_lmpo.evaluate.data_files import Instruction
+from nemo_lmpo.evaluate.storage import Journal
+from nemo_lmpo.evaluate.suites import GenerationSettings
+from nemo_lmpo.generate.engine import Generator, Prompting, Sampling, transformers_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class InProcessSource:
+    """A model that is loaded when the first answer is missing."""
+
+    prompting: Prompting
+    prompts: Mapping[str, list[int]]
+    settings: GenerationSettings
+    seed: int
+    batch_size: int
+    device: str
+    dtype: str
+
+    def generation(self) -> Mapping[str, Any]:
+        """Everything that decides the answers; sampled ones depend on the batch size, too."""
+        import transformers
+
+        return {
+            **asdict(self.settings),
+            "seed": self.seed,
+            "stop_token_ids": list(self.prompting.stop_ids),
+            "backend": f"transformers {transformers.__version__}, torch {torch.__version__}",
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+        }
+
+    @cached_property
+    def _generator(self) -> Generator:
+        model: PreTrainedModel = transformers_model(self.prompting.files, DTYPES[self.dtype]).to(self.device).eval()
+        return Generator(model, self.prompting.tokenizer, self.prompting.encoder, self.prompting.stop_ids)
+
+    def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
+        """Answer in batches of similar length; a batch that was kept as a whole is not made again.
+
+        Batches are those of all prompts, so a run that goes on makes the same ones, with the same seeds.
+        """
+        missing = {one.id for one in instructions}
+        order = sorted(self.prompts, key=lambda name: (len(self.prompts[name]), name))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            if missing.isdisjoint(batch):
+                continue
+            answers = self._batch(batch, self.seed + start)
+            fresh = [asdict(answer) for answer in answers if answer.id in missing]
+            keep.extend(fresh)
+            progress(len(fresh))
+
+    def _batch(self, names: Sequence[str], seed: int) -> list[Answer]:
+        prompts = [self.prompts[name] for name in names]
+        positions = self.prompting.files.architecture.max_position_embeddings
+        longest = max(range(len(names)), key=lambda index: len(prompts[index]))
+        limit = room(self.settings.max_new_tokens, len(prompts[longest]), positions, names[longest])
+        sampling = Sampling(limit, self.settings.temperature, self.settings.top_p, seed=seed, batch_size=len(names))
+        responses = self._generator.respond(prompts, sampling)
+        return [
+            Answer(name, response.text, len(response.token_ids), not response.finished)
+            for name, response in zip(names, responses, strict=True)
+        ]
+
+
+def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """The GPU in BF16 if there is one, else the CPU in float32.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: there is no GPU that torch can use; set cpu")
+    return device, dtype or ("bf16" if device.startswith("cuda") else "fp32")
+
+
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run; other paths as they are."""
+    from nemo_lmpo.generate.engine import newest_checkpoint
+
+    return newest_checkpoint(path)

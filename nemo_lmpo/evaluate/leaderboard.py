@@ -1,0 +1,238 @@
+"""Ten tasks of the Open LLM Leaderboard, by `lm_eval` in the scoring environment."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.evaluate.bootstrap import Interval, by_task_means
+from nemo_lmpo.evaluate.environment import own_packages, packages, run_program
+from nemo_lmpo.evaluate.result import (
+    BY_INSTRUCTION,
+    RESULT_FILE,
+    SETTINGS_FILE,
+    Model,
+    Result,
+    Value,
+    claim_folder,
+    interval,
+    now,
+    standard_error,
+    write_result,
+)
+from nemo_lmpo.evaluate.storage import content_hash, read_json
+from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
+
+if TYPE_CHECKING:
+    from nemo_lmpo.generate.engine import Prompting
+
+TASKS_FOLDER, EXPORT_FOLDER = "tasks", "huggingface"
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+def find_tasks(names: str) -> list[Task]:
+    """Tasks by name, or those of `v1` or `v2`, each once and in the paper's order.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = {task.name for task in TASKS}
+    unknown = [name for name in wanted if name not in known | {"v1", "v2"}]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"--tasks {unknown[0] if unknown else names!r} is unknown; choose v1, v2, {', '.join(sorted(known))}"
+        )
+    return [task for task in TASKS if task.name in wanted or task.version in wanted]
+
+
+def run(options: argparse.Namespace, command: str) -> Path:
+    """Run the tasks that are missing; returns the folder with `result.json`.
+
+    Raises:
+        UserError: names what is wrong; finished tasks are kept.
+    """
+    from nemo_lmpo.evaluate import model as models
+    from nemo_lmpo.formats.hub import local_model
+
+    tasks = find_tasks(options.tasks)
+    versions = packages()
+    if options.task_data is not None and not options.task_data.is_dir():
+        raise ConfigError(f"--task-data {options.task_data} is no directory; give one with a TASK.jsonl for each task")
+    path, _ = local_model(options.model)
+    from nemo_lmpo.evaluate.in_process import newest
+    from nemo_lmpo.generate.engine import open_prompting
+
+    directory = newest(path)
+    prompting = open_prompting(directory)
+    model = models.describe(options.model, directory, prompting, name=options.name, row=options.row)
+    folder = (options.output or Path("evals") / model.name) / LEADERBOARD
+    model = replace(model, weights_sha256=models.weights_hash(prompting.files, directory, folder, lambda _: None))
+    told, generation = _harness_model(options, prompting, directory, folder)
+    claim_folder(folder, SETTINGS_FILE, _identity(options, model, generation))
+    _run_tasks(options, tasks, folder, told)
+    _write(
+        options,
+        folder,
+        model,
+        generation,
+        {**own_packages(), **{f"scoring: {k}": v for k, v in versions.items()}},
+        command,
+    )
+    return folder
+
+
+def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str, Any]) -> dict[str, Any]:
+    hashes = (model.weights_sha256, model.template_sha256, model.tokenizer_sha256)
+    rows = str(options.task_data.resolve()) if options.task_data else "the Hub"
+    return {"model": hashes, "limit": options.limit, "task rows": rows, "generation": generation}
+
+
+def _harness_model(
+    options: argparse.Namespace, prompting: Prompting, directory: Path, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the harness is told of the model, and what of that decides numbers."""
+    from nemo_lmpo.evaluate.endpoint import choose_model
+    from nemo_lmpo.evaluate.in_process import choose_device
+    from nemo_lmpo.evaluate.pairwise import open_endpoint
+
+    bos = prompting.tokenizer.bos_token_id
+    chat = prompting.encoder.chat
+    shared = {
+        "positions": prompting.files.architecture.max_position_embeddings,
+        "chat_template": chat.template,
+        "system_prompt": chat.system_prompt,
+        "adds_bos": bos is not None and prompting.tokenizer("a")["input_ids"][:1] == [bos],
+    }
+    exported = huggingface_form(prompting, directory, folder / EXPORT_FOLDER, weights=options.endpoint is None)
+    if options.endpoint is not None:
+        endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
+        served = choose_model(endpoint, options.served_name, "--served-name")
+        generation = {"backend": "endpoint", "endpoint": endpoint.shown, "served_name": served, "dtype": "the server's"}
+        told = {"kind": "endpoint", "name": served, "url": endpoint.base, "tokenizer": str(exported)}
+        told.update(concurrency=options.concurrency, retries=max(options.retries, 1))
+        return {**shared, **told}, generation
+    device, dtype = choose_device(options.device, options.dtype)
+    generation = {"backend": "transformers", "device": device, "dtype": dtype, "batch_size": options.batch_size}
+    told = {"kind": "hf", "path": str(exported), "dtype": _DTYPES[dtype], "device": device}
+    return {**shared, **told, "batch_size": options.batch_size}, generation
+
+
+def huggingface_form(prompting: Prompting, directory: Path, output: Path, *, weights: bool) -> Path:
+    """The model as the harness reads it: itself, or converted beside the results.
+
+    Raises:
+        CheckpointError: it cannot be converted, or there is no room.
+    """
+    if prompting.files.kind == "huggingface":
+        return directory.resolve()
+    if not weights:
+        folder = output.with_name("tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        prompting.tokenizer.save_pretrained(folder)
+        return folder.resolve()
+    if not output.is_dir():
+        from nemo_lmpo.formats.conversion import plan, write_huggingface
+
+        _logger.info("export: %s", output)
+        conversion = plan(prompting.files, output)
+        conversion.check([directory], overwrite=False)
+        write_huggingface(conversion)
+    return output.resolve()
+
+
+def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path, told: Mapping[str, Any]) -> None:
+    from tqdm import tqdm
+
+    request = {
+        "model": told,
+        "tasks": [asdict(task) for task in tasks],
+        "folder": str((folder / TASKS_FOLDER).resolve()),
+        "data": str(options.task_data.resolve()) if options.task_data else None,
+        "limit": options.limit,
+    }
+    with tqdm(total=len(tasks), desc="leaderboard", unit="task", disable=True if options.quiet else None) as bar:
+
+        def on_line(line: str) -> None:
+            if line.startswith("done "):
+                bar.update(1)
+
+        run_program("leaderboard", request, log=folder / "lm_eval.log", on_line=on_line)
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """Finished tasks by name, in the paper's order.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    found = {}
+    for task in TASKS:
+        path = folder / TASKS_FOLDER / f"{task.name}.json"
+        if not path.exists():
+            continue
+        content = read_json(path)
+        try:
+            rows = [
+                [f"{name}/{document}", value] for name, pairs in content["scores"].items() for document, value in pairs
+            ]
+            found[task.name] = {**content, "ids": [row[0] for row in rows], "values": [100 * row[1] for row in rows]}
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{path} is damaged; remove it and repeat the command") from None
+    return found
+
+
+def _write(
+    options: argparse.Namespace,
+    folder: Path,
+    model: Model,
+    generation: Mapping[str, Any],
+    versions: Mapping[str, str],
+    command: str,
+) -> None:
+    scores = read_scores(folder)
+    arrays = {name: np.array(one["values"]) for name, one in scores.items()}
+    replicates = by_task_means(arrays)
+    values = {
+        name: Value(
+            float(array.mean()), standard_error(array), {BY_INSTRUCTION: interval(Interval.of(replicates[name]))}
+        )
+        for name, array in arrays.items()
+    }
+    versions_of_tasks = dict(itertools.chain.from_iterable(one["versions"].items() for one in scores.values()))
+    count = sum(len(array) for array in arrays.values())
+    result = Result(
+        suite=LEADERBOARD,
+        model=model,
+        values=values,
+        n=count,
+        of=count if options.limit is None and options.task_data is None else -1,
+        unparsed=0,
+        truncated=0,
+        empty=0,
+        judge=None,
+        date=now(),
+        generation=generation,
+        packages=versions,
+        evaluation_set={
+            "name": "lm_eval tasks, rows from the Hub" if options.task_data is None else "lm_eval tasks, own rows",
+            "sha256": content_hash({name: one["ids"] for name, one in scores.items()}),
+        },
+        command=command,
+        details={"task versions": versions_of_tasks, "tasks": {name: one["task"] for name, one in scores.items()}},
+    )
+    units = {name: {"ids": one["ids"], "values": one["values"]} for name, one in scores.items()}
+    write_result(folder, result, units)
+    for name, value in values.items():
+        _logger.info("%s %.2f", name, value.value)
+    _logger.info("%s", folder / RESULT_FILE)

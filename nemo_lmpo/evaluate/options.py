@@ -1,0 +1,117 @@
+"""The command line of `python -m nemo_lmpo.evaluate`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, TASKS, TITLES
+
+_ABOUT = (
+    "Evaluate models as the paper does, and lay the numbers beside its tables. Every command goes on where an earlier "
+    "one was stopped. Keys of servers are read from the environment."
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands."""
+    parser = argparse.ArgumentParser(prog="python -m nemo_lmpo.evaluate", description=_ABOUT)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for suite in (ALPACA_EVAL, ARENA_HARD):
+        _add_pairwise(commands.add_parser(suite, help=f"answer, judge and score {TITLES[suite]}"), suite)
+    _add_leaderboard(commands.add_parser(LEADERBOARD, help=f"ten tasks of the {TITLES[LEADERBOARD]}"))
+    tables = commands.add_parser("tables", help="one page: the paper's tables beside what was measured")
+    tables.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="evaluations (default: evals/*)")
+    tables.add_argument("--output", type=Path, default=Path("evals"), metavar="DIR", help="(default: evals)")
+    check = commands.add_parser("check", help="recompute published rows: proves the scoring on this machine")
+    _add_data(check)
+    fetch = commands.add_parser("fetch", help="bring everything from the network here, checked by hash")
+    _add_data(fetch)
+    fetch.add_argument("--tasks", action="store_true", help="also the datasets of the leaderboard's tasks (Hub cache)")
+    fetch.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="the suites' data (default: NEMO_LMPO_EVAL_DATA, or the user's cache)"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--model", required=required, metavar="MODEL", help="run, checkpoint, .nemo, Hugging Face directory or hub name"
+    )
+    parser.add_argument("--name", metavar="NAME", help="what to call the model (default: from where it is)")
+    parser.add_argument(
+        "--row",
+        metavar="SETTING/METHOD",
+        help="the paper's row that it stands for, such as llama3_8b_base/LMPO/cube (default: as the run was trained)",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: evals/NAME")
+    parser.add_argument("--endpoint", metavar="URL", help="a server with the model (default: transformers, here)")
+    parser.add_argument("--served-name", metavar="NAME", help="the model's name there (default: the only one)")
+    parser.add_argument("--key", default="VLLM_API_KEY", metavar="VARIABLE", help="its key (default: VLLM_API_KEY)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="without a server (default: 16)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: 42")
+    parser.add_argument("--limit", type=int, metavar="N", help="try with N instructions; goes on with more later")
+    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
+    parser.add_argument("--requests-per-minute", type=float, metavar="N", help="at most (default: no limit)")
+    parser.add_argument("--retries", type=int, default=8, metavar="N", help="of a request (default: 8)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
+    _add_model(parser, required=False)
+    given = parser.add_argument_group("answers that exist")
+    given.add_argument("--answers", type=Path, metavar="FILE", help="in the suite's own form, instead of --model")
+    given.add_argument("--anchor", metavar="NAME", help="a fetched model with published scores, instead of --model")
+    judge = parser.add_argument_group("judge")
+    judge.add_argument("--judge-endpoint", required=True, metavar="URL", help="an OpenAI-compatible server")
+    judge.add_argument("--judge", metavar="NAME", help="the judge's name there (default: the only one)")
+    judge.add_argument(
+        "--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="its key (default: OPENAI_API_KEY)"
+    )
+    judge.add_argument(
+        "--judge-price",
+        type=_prices,
+        metavar="IN,OUT",
+        help="$ a million tokens, for the estimate before the first call",
+    )
+    prompt = "another prompt than the released one: JSON with `system` and `template`"
+    judge.add_argument(
+        "--judge-prompt", type=Path, metavar="FILE", help=prompt if suite == ARENA_HARD else argparse.SUPPRESS
+    )
+    if suite == ALPACA_EVAL:
+        parser.add_argument(
+            "--bootstrap", type=int, default=1000, metavar="N", help="resamples for LC's interval (default: 1000)"
+        )
+    more = parser.add_argument_group("generation (default: the paper's settings)")
+    more.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+    more.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of P")
+    more.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
+    more.add_argument("--chat-template", metavar="NAME", help="a file or built-in name (default: as trained)")
+    more.add_argument("--system-prompt", metavar="TEXT", help="default: as trained")
+    more.add_argument("--allow-empty", action="store_true", help="score although more than 1 %% of answers are empty")
+    _add_data(parser)
+
+
+def _prices(text: str) -> tuple[float, float]:
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text} is not IN,OUT")
+    return parts[0], parts[1]
+
+
+def _add_leaderboard(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, required=True)
+    names = ", ".join(task.name for task in TASKS)
+    parser.add_argument("--tasks", default="v1,v2", metavar="NAMES", help=f"v1, v2, or of {names} (default: v1,v2)")
+    parser.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="take the tasks' rows from DIR/TASK.jsonl instead of the Hub (harness task names)",
+    )

@@ -1,0 +1,299 @@
+"""The two judged suites from beginning to end: answers, judgments, scores. Each stage goes on from what is there."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.evaluate import alpaca_eval, arena_hard
+from nemo_lmpo.evaluate.answers import Answer, AnswerSource, EndpointSource, StoredSource, choose, collect_answers
+from nemo_lmpo.evaluate.answers import stored_answers as read_stored_answers
+from nemo_lmpo.evaluate.data_files import (
+    EvaluationSet,
+    Instruction,
+    JudgePrompt,
+    data_folder,
+    find_file,
+    load_judge_prompt,
+    load_set,
+    published_scores,
+)
+from nemo_lmpo.evaluate.endpoint import Endpoint, Limits, choose_model
+from nemo_lmpo.evaluate.environment import own_packages, packages
+from nemo_lmpo.evaluate.result import (
+    RESULT_FILE,
+    SETTINGS_FILE,
+    Judge,
+    Model,
+    Result,
+    claim_folder,
+    now,
+    read_result,
+    relabel,
+    write_result,
+)
+from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
+
+JUDGE_SETTINGS_FILE = "judge_settings.json"
+_CHARACTERS_PER_TOKEN = 4
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, all cheap checks passed."""
+
+    options: argparse.Namespace
+    folder: Path
+    data: Path
+    set: EvaluationSet
+    chosen: list[Instruction]
+    model: Model
+    source: AnswerSource
+    judge_endpoint: Endpoint
+    judge_name: str
+    judge_prompt: JudgePrompt | None
+    packages: Mapping[str, str]
+
+
+def run(options: argparse.Namespace, command: str) -> Path:
+    """Do what is missing of an evaluation; returns the folder with its `result.json`.
+
+    Raises:
+        UserError: names what is wrong; everything made so far is kept.
+    """
+    plan = prepare(options)
+    claim_folder(plan.folder, SETTINGS_FILE, identity(plan))
+    if (plan.folder / RESULT_FILE).exists() and _is_done(plan):
+        relabel(plan.folder, plan.model)
+        _logger.info("%s is complete; remove it to make it again", plan.folder / RESULT_FILE)
+        return plan.folder
+    answers = collect_answers(
+        plan.chosen, plan.folder, plan.source, allow_empty=options.allow_empty, quiet=options.quiet
+    )
+    claim_folder(plan.folder, JUDGE_SETTINGS_FILE, judge_identity(plan))
+    _logger.info("%s", estimate(plan, answers))
+    found = _alpaca_eval(plan, answers) if plan.set.suite == ALPACA_EVAL else _arena_hard(plan, answers)
+    _write(plan, answers, *found, command)
+    return plan.folder
+
+
+def prepare(options: argparse.Namespace) -> Plan:
+    """Check everything that costs little, the judge's server included.
+
+    Raises:
+        UserError: names what is wrong.
+    """
+    versions = packages()
+    data = data_folder(options.data)
+    evaluation_set = load_set(options.command, data)
+    chosen = choose(evaluation_set.instructions, options.limit)
+    prompt = load_judge_prompt(data, options.judge_prompt) if options.command == ARENA_HARD else None
+    judge_endpoint = open_endpoint("--judge-endpoint", options.judge_endpoint, options, options.judge_key)
+    judge_name = choose_model(judge_endpoint, options.judge, "--judge")
+    folder = (options.output or Path("evals") / _name(options)) / options.command
+    model, source = describe_source(options, data, evaluation_set, chosen, folder)
+    return Plan(
+        *(options, folder, data, evaluation_set, chosen, model, source),
+        *(judge_endpoint, judge_name, prompt, {**own_packages(), **{f"scoring: {k}": v for k, v in versions.items()}}),
+    )
+
+
+def open_endpoint(option: str, url: str, options: argparse.Namespace, variable: str) -> Endpoint:
+    """A server as the options have it, with the key of an environment variable."""
+    limits = Limits(options.concurrency, options.requests_per_minute, options.retries)
+    return Endpoint(option, url, limits, key=os.environ.get(variable), key_variable=variable)
+
+
+def _name(options: argparse.Namespace) -> str:
+    from nemo_lmpo.evaluate.model import default_name
+
+    return str(options.name or options.anchor or default_name(str(options.model or options.answers)))
+
+
+def describe_source(
+    options: argparse.Namespace,
+    data: Path,
+    evaluation_set: EvaluationSet,
+    chosen: Sequence[Instruction],
+    folder: Path,
+) -> tuple[Model, AnswerSource]:
+    """Who answers, and what it is."""
+    from nemo_lmpo.evaluate.model import parse_row
+
+    if options.anchor is not None:
+        return anchor(options.anchor, data, evaluation_set)
+    if options.answers is not None:
+        setting, method, variant = parse_row(options.row) if options.row else (None, None, None)
+        stored = read_stored_answers(options.answers, evaluation_set)
+        return Model(_name(options), str(options.answers), "answers", setting, method, variant), stored
+    return trained_model(options, evaluation_set, chosen, folder)
+
+
+def anchor(name: str, data: Path, evaluation_set: EvaluationSet) -> tuple[Model, StoredSource]:
+    """A model whose answers and published scores exist.
+
+    Raises:
+        DataError: its answers were not fetched.
+        ConfigError: it is not on the public leaderboard.
+    """
+    suite = evaluation_set.suite
+    prefix, ending = ("alpaca_eval2_answers_", "json") if suite == ALPACA_EVAL else ("arena_hard_v0.1_", "jsonl")
+    path = find_file(data, f"{prefix}{name}.{ending}")
+    published = published_scores(suite, data, name)
+    if not published:
+        raise ConfigError(f"--anchor {name} is not on the public leaderboard; give its answers with --answers")
+    return Model(name, name, "anchor", published=published), read_stored_answers(path, evaluation_set)
+
+
+def trained_model(
+    options: argparse.Namespace, evaluation_set: EvaluationSet, chosen: Sequence[Instruction], folder: Path
+) -> tuple[Model, AnswerSource]:
+    """A model on disk, answering through a server or in this process."""
+    from nemo_lmpo.evaluate import model as models
+    from nemo_lmpo.formats.hub import local_model
+
+    path, _ = local_model(str(options.model))
+    from nemo_lmpo.evaluate.in_process import InProcessSource, choose_device, newest
+    from nemo_lmpo.generate.engine import open_prompting
+
+    directory = newest(path)
+    prompting = open_prompting(directory, chat_template=options.chat_template, system_prompt=options.system_prompt)
+    model = models.describe(str(options.model), directory, prompting, name=options.name, row=options.row)
+    with _bar(options.quiet, "hash", "tensor") as bar:
+        digest = models.weights_hash(prompting.files, directory, folder, bar.update)
+    model = replace(model, weights_sha256=digest)
+    prompts = models.prompts_of(prompting, chosen)
+    settings = sampling(options, evaluation_set.suite, model.setting)
+    if options.endpoint is None:
+        device, dtype = choose_device(options.device, options.dtype)
+        source: AnswerSource = InProcessSource(
+            prompting, prompts, settings, options.seed, options.batch_size, device, dtype
+        )
+        return model, source
+    endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
+    served = choose_model(endpoint, options.served_name, "--served-name")
+    positions = prompting.files.architecture.max_position_embeddings
+    return model, EndpointSource(endpoint, served, prompts, prompting.stop_ids, settings, options.seed, positions)
+
+
+def sampling(options: argparse.Namespace, suite: str, setting: str | None) -> GenerationSettings:
+    """The paper's settings, but for what the options say.
+
+    Raises:
+        ConfigError: a value that means nothing.
+    """
+    paper = generation_settings(suite, setting)
+    given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "top_p": options.top_p}
+    settings = replace(paper, **{name: value for name, value in given.items() if value is not None})
+    if not 0 <= settings.temperature < float("inf"):
+        raise ConfigError(f"--temperature {settings.temperature} must be 0 (greedy) or more")
+    if settings.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {settings.max_new_tokens} must be at least 1")
+    if not 0 < settings.top_p <= 1:
+        raise ConfigError(f"--top-p {settings.top_p} must be above 0 and at most 1")
+    return settings
+
+
+def _bar(quiet: bool, what: str, unit: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=unit, disable=True if quiet else None)
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What answers are made of; the same in every command that goes on with a folder."""
+    hashes = (plan.model.weights_sha256, plan.model.template_sha256, plan.model.tokenizer_sha256)
+    return {"evaluation set": plan.set.sha256, "model": hashes, "generation": dict(plan.source.generation())}
+
+
+def judge_identity(plan: Plan) -> dict[str, Any]:
+    """What judgments are made of."""
+    prompt = plan.judge_prompt.sha256 if plan.judge_prompt else alpaca_eval.PROMPT_NAME
+    return {"judge": plan.judge_name, "judge endpoint": plan.judge_endpoint.shown, "judge prompt": prompt}
+
+
+def _is_done(plan: Plan) -> bool:
+    before = read_result(plan.folder)
+    return before.n >= len(plan.chosen) and before.judge is not None and before.judge.asked == plan.judge_name
+
+
+def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
+    """Calls and tokens that judging takes at most, for the reader to stop in time."""
+    options, arena = plan.options, plan.set.suite == ARENA_HARD
+    texts = sum(len(one.text) + len(one.baseline_answer) + len(answers[one.id].output) for one in plan.chosen)
+    # The instructions to the judge are about 2,000 characters.
+    games = len(arena_hard.GAMES) if arena else 1
+    calls = games * len(plan.chosen)
+    tokens_in = (games * texts + 2000 * calls) / _CHARACTERS_PER_TOKEN
+    tokens_out = calls * (arena_hard.TYPICAL_OUTPUT_TOKENS if arena else alpaca_eval.OUTPUT_TOKENS)
+    line = (
+        f"judge {plan.judge_name} at {plan.judge_endpoint.shown}: {calls} calls, about {tokens_in / 1e6:.2f} M tokens "
+        f"in and {tokens_out / 1e6:.3f} M out"
+    )
+    if options.judge_price is not None:
+        price_in, price_out = options.judge_price
+        line += f", about ${tokens_in / 1e6 * price_in + tokens_out / 1e6 * price_out:.2f}"
+    return f"{line}; calls made before are not made again"
+
+
+Found = tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, Judge]
+
+
+def _alpaca_eval(plan: Plan, answers: Mapping[str, Answer]) -> Found:
+    preferences, judge = alpaca_eval.judge(
+        plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, quiet=plan.options.quiet
+    )
+    unparsed = alpaca_eval.check_labels(preferences, plan.judge_name)
+    _logger.info("score: fitting the length-controlled win rate with its interval (about half a minute)")
+    return (*alpaca_eval.score(plan.chosen, answers, preferences, plan.data, plan.options.bootstrap), unparsed, judge)
+
+
+def _arena_hard(plan: Plan, answers: Mapping[str, Answer]) -> Found:
+    assert plan.judge_prompt is not None
+    verdicts, judge = arena_hard.judge(
+        *(plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, plan.judge_prompt),
+        quiet=plan.options.quiet,
+    )
+    unparsed = arena_hard.check_verdicts(verdicts, plan.judge_name)
+    return (*arena_hard.score(plan.chosen, answers, verdicts), unparsed, judge)
+
+
+def _write(
+    plan: Plan,
+    answers: Mapping[str, Answer],
+    values: dict[str, Any],
+    details: dict[str, Any],
+    units: dict[str, Any],
+    unparsed: int,
+    judge: Judge,
+    command: str,
+) -> None:
+    result = Result(
+        suite=plan.set.suite,
+        model=plan.model,
+        values=values,
+        n=len(plan.chosen),
+        of=len(plan.set.instructions),
+        unparsed=unparsed,
+        truncated=sum(answer.truncated for answer in answers.values()),
+        empty=sum(not answer.output.strip() for answer in answers.values()),
+        judge=judge,
+        date=now(),
+        generation=dict(plan.source.generation()),
+        packages=plan.packages,
+        evaluation_set={"name": plan.set.suite, "sha256": plan.set.sha256, "baseline": plan.set.baseline},
+        command=command,
+        details=details,
+    )
+    write_result(plan.folder, result, units)
+    for name, value in result.values.items():
+        shown = f" ({value.honest[0]:.1f} to {value.honest[1]:.1f})" if value.honest else ""
+        _logger.info("%s %.2f%s", name, value.value, shown)

@@ -1,0 +1,110 @@
+"""AlpacaEval's numbers by its own function. Runs in the scoring environment: ``alpaca_score.py REQUEST ANSWER``.
+
+Request: ``df_gamed`` (path) and ``models``, each with ``name``, ``preferences`` (1 baseline, 2 model, null neither),
+``lengths``, ``baseline_lengths`` (characters), ``index`` (of the instruction in the set); ``rounds`` of resampling by
+``seed``; ``all_C`` for LC at each C.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from alpaca_eval.metrics import glm_winrate
+
+_FIT = glm_winrate.fit_LogisticRegressionCV
+
+
+class _Fit:
+    """The package's fit, which forgets the C that it chose; ``fixed`` fits with that one instead of choosing."""
+
+    def __init__(self, fixed: float | None = None) -> None:
+        self.fixed = fixed
+        self.chosen: list[float] = []
+        self.candidates: list[float] = []
+        self.weights: dict[str, float] = {}
+
+    def __call__(self, data: pd.DataFrame, *arguments: Any, **options: Any) -> Any:
+        if self.fixed is not None:
+            options.update(n_splits=0, C=self.fixed)
+        model = _FIT(data, *arguments, **options)
+        self.chosen = [float(self.fixed)] if self.fixed is not None else [float(value) for value in model.C_]
+        self.candidates = [float(value) for value in getattr(model, "Cs_", [])]
+        names = [column for column in data.columns if column != "preference"]
+        self.weights = dict(zip(names, map(float, model.coef_[0]), strict=True))
+        return model
+
+
+def annotations_of(model: dict[str, Any]) -> pd.DataFrame:
+    """The frame that the package wants; of outputs only their lengths are read."""
+    return (
+        pd.DataFrame(
+            {
+                "index": model["index"],
+                "preference": model["preferences"],
+                "output_1": ["x" * length for length in model["baseline_lengths"]],
+                "output_2": ["x" * length for length in model["lengths"]],
+                "generator_1": "baseline",
+                "generator_2": "model",
+                "annotator": "judge",
+            }
+        )
+        .set_index("index", drop=False)
+        .rename_axis("row")
+    )
+
+
+def fitted(frame: pd.DataFrame, fixed: float | None) -> tuple[dict[str, Any], _Fit, list[float]]:
+    """Metrics, the fit, and the prediction of each instruction at no difference in length."""
+    fit = _Fit(fixed)
+    glm_winrate.fit_LogisticRegressionCV = fit
+    frame = frame.copy()
+    metrics = glm_winrate.get_length_controlled_winrate(
+        frame, save_weights_dir=None, is_add_glm_preference_inplace=True, is_warn_extreme_changes=False
+    )
+    return metrics, fit, [float(value) for value in frame["glm_preference"]]
+
+
+def resampled(frame: pd.DataFrame, fixed: float, rounds: int, seed: int) -> list[float]:
+    """LC on resampled instructions, with C as chosen on all of them."""
+    chosen = np.random.default_rng(seed).integers(0, len(frame), size=(rounds, len(frame)))
+    return [float(fitted(frame.iloc[rows], fixed)[0]["length_controlled_winrate"]) for rows in chosen]
+
+
+def score(model: dict[str, Any], rounds: int, seed: int, all_c: bool) -> dict[str, Any]:
+    """All numbers of one model; with ``all_c`` also LC at each C that cross-validation chooses from."""
+    frame = annotations_of(model)
+    metrics, fit, predictions = fitted(frame, None)
+    metrics = {name: float(value) for name, value in metrics.items()}
+    every = fit.candidates if all_c else []
+    return {
+        "name": model["name"],
+        "metrics": metrics,
+        "C": fit.chosen[0],
+        "weights": fit.weights,
+        "predictions": predictions,
+        "lc_by_C": [[value, float(fitted(frame, value)[0]["length_controlled_winrate"])] for value in every],
+        "lc_replicates": resampled(frame, fit.chosen[0], rounds, seed) if rounds else [],
+    }
+
+
+def main() -> None:
+    """Read the request, write the answer."""
+    logging.disable(logging.WARNING)
+    request = json.loads(Path(sys.argv[1]).read_text())
+    glm_winrate.hf_hub_download = lambda **_: request["df_gamed"]
+    scored = []
+    for model in request["models"]:
+        scored.append(score(model, request.get("rounds", 0), request.get("seed", 123), request.get("all_C", False)))
+        sys.stdout.write(f"done {model['name']}\n")
+        sys.stdout.flush()
+    Path(sys.argv[2]).write_text(json.dumps(scored))
+
+
+if __name__ == "__main__":
+    main()

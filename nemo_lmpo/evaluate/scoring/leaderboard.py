@@ -1,0 +1,193 @@
+"""Tasks of the Open LLM Leaderboard by `lm_eval`. In the scoring environment: ``leaderboard.py REQUEST ANSWER``.
+
+Request: ``model`` (``kind`` hf or endpoint and what that needs), ``tasks``, ``folder`` for a file a task, ``data`` (a
+folder with rows instead of the Hub) and ``limit``. A task whose file is there is not run again. The model is loaded
+once, when the first task is missing. Answer: nothing but that it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class DoubleBos(Exception):
+    """A prompt began with two BOS tokens."""
+
+
+class Harness:
+    """The model and the tasks of one request."""
+
+    def __init__(self, request: dict[str, Any], scratch: Path) -> None:
+        self.request, self.scratch = request, scratch
+
+    @cached_property
+    def model(self) -> Any:
+        """The harness's model; its tokens are watched for two BOS in front."""
+        told = self.request["model"]
+        if told["kind"] == "hf":
+            from lm_eval.models.huggingface import HFLM
+
+            model: Any = HFLM(
+                pretrained=told["path"],
+                dtype=told["dtype"],
+                device=told["device"],
+                batch_size=told["batch_size"],
+                max_length=told["positions"],
+            )
+        else:
+            from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+            model = LocalCompletionsAPI(
+                model=told["name"],
+                base_url=f"{told['url']}/completions",
+                tokenizer=told["tokenizer"],
+                num_concurrent=told["concurrency"],
+                max_length=told["positions"],
+                max_retries=told["retries"],
+            )
+        model.tokenizer.chat_template = told["chat_template"]
+        _watch(model)
+        return model
+
+    @cached_property
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager()
+
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        """One task's scores by document."""
+        import lm_eval
+
+        told = self.request["model"]
+        if told["kind"] == "endpoint":
+            # A rendered conversation has its BOS; the API class adds none by itself.
+            self.model.add_bos_token = told["adds_bos"] and not task["chat_template"]
+        subtasks = self._subtasks(task["harness"])
+        names = self._prepared(task, subtasks)
+        results = lm_eval.simple_evaluate(
+            self.model,
+            tasks=names,
+            num_fewshot=task["shots"],
+            limit=self.request["limit"],
+            apply_chat_template=task["chat_template"],
+            system_instruction=told["system_prompt"] if task["chat_template"] else None,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=self._manager,
+        )
+        scores = _scores(results["samples"], task["metric"], task["filter"])
+        return {"task": task, "scores": scores, "versions": results["versions"], "subtasks": subtasks}
+
+    def _subtasks(self, name: str) -> list[str]:
+        """The tasks of a group, or the task itself."""
+        entry = self._manager._index[name]
+        members = (entry.cfg or {}).get("task")
+        return list(members) if isinstance(members, list) else [name]
+
+    def _prepared(self, task: dict[str, Any], subtasks: Sequence[str]) -> list[Any]:
+        """What to give to the harness: the registered name, or files that include its tasks and change what is told."""
+        data = self.request["data"]
+        if data is None and not task["until"]:
+            return [task["harness"]]
+        prepared = []
+        for name in subtasks:
+            content: dict[str, Any] = {"include": str(self._manager._index[name].yaml_path), "task": f"local_{name}"}
+            if data is not None:
+                content.update(_local_rows(Path(data), name, self._manager._index[name].cfg or {}))
+            if task["until"]:
+                content["generation_kwargs"] = {"until": task["until"], "do_sample": False, "temperature": 0.0}
+            path = self.scratch / task["name"] / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(content))
+            prepared.append(str(path))
+        return prepared
+
+
+def _local_rows(data: Path, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Rows from `TASK.jsonl`, those of the shots from `TASK.fewshot.jsonl` where there is one."""
+    rows = data / f"{name}.jsonl"
+    if not rows.is_file():
+        raise FileNotFoundError(f"--task-data {data} holds no {rows.name}; write its rows there")
+    shots = data / f"{name}.fewshot.jsonl"
+    judged = config.get("test_split") or config.get("validation_split") or "test"
+    splits = {str(config.get(key)) for key in ("training_split", "validation_split", "fewshot_split", "test_split")}
+    files = {split: str(shots if shots.is_file() else rows) for split in splits - {"None", str(judged)}}
+    files[str(judged)] = str(rows)
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+
+
+def _scores(samples: dict[str, list[dict[str, Any]]], metric: str, wanted: str) -> dict[str, list[list[float]]]:
+    """By task: document and score."""
+    scores = {}
+    for name, rows in samples.items():
+        kept = [row for row in rows if row.get("filter", "none") == wanted]
+        scores[name.removeprefix("local_")] = [[row["doc_id"], float(row[metric])] for row in kept]
+    return scores
+
+
+def _watch(model: Any) -> None:
+    """Look at every prompt's first tokens."""
+    bos = model.tokenizer.bos_token_id
+    pad = model.tokenizer.pad_token_id
+    encode = model.tok_encode
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        found = encode(*arguments, **options)
+        rows = found if found and isinstance(found[0], list) else [found]
+        for row in rows:
+            if bos is not None and list(row[:2]) == [bos, bos]:
+                raise DoubleBos("a prompt begins with two BOS tokens; correct the chat template or the tokenizer")
+        return found
+
+    model.tok_encode = checked
+    if not hasattr(model, "tok_batch_encode"):
+        return
+    encode_batch = model.tok_batch_encode
+
+    def checked_batch(*arguments: Any, **options: Any) -> Any:
+        ids, mask = encode_batch(*arguments, **options)
+        for row in ids.tolist():
+            start = next((place for place, token in enumerate(row) if token != pad or token == bos), 0)
+            if bos is not None and bos != pad and row[start : start + 2] == [bos, bos]:
+                raise DoubleBos("a prompt begins with two BOS tokens; correct the chat template or the tokenizer")
+        return ids, mask
+
+    model.tok_batch_encode = checked_batch
+
+
+def write(path: Path, content: Any) -> None:
+    """So that nobody sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Run what is missing."""
+    logging.disable(logging.INFO)
+    request = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        harness = Harness(request, Path(scratch))
+        for task in request["tasks"]:
+            path = folder / f"{task['name']}.json"
+            if not path.exists():
+                write(path, harness.run(task))
+            sys.stdout.write(f"done {task['name']}\n")
+            sys.stdout.flush()
+    write(Path(sys.argv[2]), {})
+
+
+if __name__ == "__main__":
+    main()
