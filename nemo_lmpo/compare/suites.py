@@ -59,6 +59,13 @@ NO_AVERAGE = Variant("without average length", "lmpo", ("loss.average_length_nor
 LOG, CUBE, SIGMOID = (
     Variant(f"{name} margin", "lmpo", (f"loss.margin={name}",)) for name in ("log", "cube", "sigmoid")
 )
+SLIC, IPO, CPO, KTO = (Variant(label, label.lower()) for label in ("SLiC", "IPO", "CPO", "KTO"))
+R_DPO = Variant("R-DPO", "rdpo")
+# 0.2 is what the Llama 3 report adds to DPO (arXiv:2407.21783, Section 4.1.4).
+DPO_SFT = Variant("DPO + SFT", "dpo", ("loss.sft_weight=0.2",))
+SIMPO_SFT = Variant("SimPO + SFT", "simpo", ("loss.sft_weight=0.2",))
+LD_DPO = Variant("LD-DPO", "dpo", ("loss.ld_alpha=0.5",))
+DPO_PER_TOKEN = Variant("DPO per token", "dpo", ("loss.average_log_probs=true", "loss.beta=5"))
 DPO_IN_MEMORY = Variant("DPO, reference in memory", "dpo", ("model.reference_in_memory=true",))
 
 QUALITY = ("accuracy", "margin", "chosen", "chosen_change", "rejected", "length", "finished", "right")
@@ -156,10 +163,10 @@ TABLE1 = Suite(
         START,
         Variant("SFT", "sft"),
         DPO,
-        Variant("SLiC", "slic"),
-        Variant("IPO", "ipo"),
-        Variant("CPO", "cpo"),
-        Variant("KTO", "kto"),
+        SLIC,
+        IPO,
+        CPO,
+        KTO,
         SIMPO,
         LMPO,
     ),
@@ -170,6 +177,36 @@ TABLE1 = Suite(
         _WIDENED,
         Claim("LMPO separates held-out pairs better than the start", "Sec. 4.2, Table 1", "accuracy", LMPO, START),
     ),
+    (),
+)
+
+LENGTH = Suite(
+    "length",
+    "Against length and falling likelihoods: LMPO beside what is used today",
+    "DPO with less weight on the longer response's tail (LD-DPO, alpha 0.5), per token (beta 5), or with a length "
+    "penalty (R-DPO); SimPO; both with 0.2 times the chosen answer's likelihood.",
+    (START, DPO, DPO_SFT, R_DPO, LD_DPO, DPO_PER_TOKEN, SIMPO, SIMPO_SFT, LMPO),
+    QUALITY,
+    (
+        _SHORTER,
+        Claim("LD-DPO answers shorter than DPO", "LD-DPO, arXiv:2409.06411", "length", DPO, LD_DPO),
+        Claim("R-DPO answers shorter than DPO", "R-DPO, arXiv:2403.19159", "length", DPO, R_DPO),
+        Claim("DPO per token answers shorter than DPO", "Tulu 3, arXiv:2411.15124", "length", DPO, DPO_PER_TOKEN),
+        Claim(
+            "A likelihood keeps up DPO's chosen log-probability", "Llama 3, arXiv:2407.21783", "chosen", DPO_SFT, DPO
+        ),
+        Claim("and SimPO's", "SimPO's README", "chosen", SIMPO_SFT, SIMPO),
+    ),
+)
+
+SIMPO_TABLE = Suite(
+    "simpo",
+    "SimPO's Table 4: its own baselines",
+    "The methods that SimPO compares with; the LMPO paper takes some of them over. SimPO reports AlpacaEval 2, "
+    "Arena-Hard and MT-Bench, which need a judge.",
+    (START, Variant("RRHF", "rrhf"), SLIC, DPO, IPO, CPO, KTO, Variant("ORPO", "orpo"), R_DPO, SIMPO),
+    QUALITY,
+    (Claim("SimPO separates held-out pairs better than DPO", "SimPO, Table 4", "accuracy", SIMPO, DPO),),
     (),
 )
 
@@ -221,7 +258,9 @@ COMPAT = Suite(
     ),
 )
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (FIGURE2, FIGURE3, TABLE1, TABLE2, TABLE3, TABLE6, COMPAT)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (FIGURE2, FIGURE3, TABLE1, TABLE2, TABLE3, TABLE6, COMPAT, LENGTH, SIMPO_TABLE)
+}
 
 
 @dataclass(frozen=True)
