@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten, is_admitted
 from nemo_lmpo.config.architecture import architecture_to_hf
-from nemo_lmpo.config.schema import Config, may_change
+from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file, set_aside
+from nemo_lmpo.runtime.lock import directory_lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,52 +30,17 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested settings."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def default_settings(config: Config) -> dict[str, Any]:
-    """What a setting is worth where a run of an earlier version does not have it: mostly its default.
-
-    A field whose default changes what earlier versions did says so by its metadata ``absent_means``.
-    """
-    values = dict(flatten(dataclasses.asdict(dataclasses.replace(Config(), loss=type(config.loss)()))))
-    for of in dataclasses.fields(config.loss):
-        if "absent_means" in of.metadata:
-            values[f"loss.{of.name}"] = of.metadata["absent_means"]
-    return values
-
-
-def changed_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Settings that a resumed run must have as before and has not: old and new value by dotted key.
-
-    Settings that came later count as what they are worth without being set, and settings that are gone do not count.
-    """
-    changes = {}
-    for key in sorted(before.keys() | now.keys()):
-        if key not in now and key not in defaults and not key.startswith("model.architecture."):
-            continue
-        old, new = before.get(key, defaults.get(key)), now.get(key, defaults.get(key))
-        if old != new and not may_change(key):
-            changes[key] = (old, new)
-    return changes
-
-
 class RunDirectory:
-    """``runs/<recipe>`` unless set: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report.html`."""
+    """``runs/<recipe>`` unless set; what lies in it is told in :mod:`nemo_lmpo.runtime.run_files`."""
 
     def __init__(self, config: Config, plain: Mapping[str, Any]) -> None:
         self.path = Path(config.run_dir) if config.run_dir else Path("runs") / config.name
         self.plain = plain
         self.resumes = config.checkpoint.resume
         self.defaults = default_settings(config)
+        self.allow_changes = config.checkpoint.allow_changes
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        """What this run changes on purpose: old and new value by name (see :meth:`check_owner`)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -95,11 +63,12 @@ class RunDirectory:
         except (yaml.YAMLError, AttributeError, TypeError):
             raise ConfigError(f"{path} is not readable; remove it or choose another run_dir") from None
         changes = changed_settings(before, dict(flatten(self.plain)), self.defaults)
-        if changes:
-            differing = "; ".join(f"{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items())
+        self.changes = {key: change for key, change in changes.items() if is_admitted(key, self.allow_changes)}
+        refused = {key: change for key, change in changes.items() if key not in self.changes}
+        if refused:
             raise ConfigError(
-                f"run_dir={self.path} holds another run ({differing}); choose another run_dir, or remove "
-                f"that one to start anew"
+                f"run_dir={self.path} holds another run ({_told(refused)}); choose another run_dir, or go on with the "
+                f"new values on purpose with checkpoint.allow_changes=[{','.join(refused)}]"
             )
 
     def _has_begun(self) -> bool:
@@ -107,29 +76,79 @@ class RunDirectory:
         metrics = self.path / run_files.METRICS
         return (metrics.is_file() and metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
 
-    def create(self) -> None:
-        """Make the directory and save the resolved configuration (rank 0).
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Have the directory to this run alone within the block, and make it (rank 0 of the run).
 
         With `checkpoint.resume=false` a run that is there already is moved aside, as a whole.
+
+        Raises:
+            ConfigError: another run works in it, or holds it, or it cannot be written.
+        """
+        self.check_owner()
+        with ExitStack() as lock:
+            try:
+                if not self.resumes and self.path.is_dir() and self._has_begun():
+                    self._move_aside()
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(directory_lock(self.path))
+            except OSError as error:
+                raise self._not_writable(error) from None
+            self.check_owner()  # again: another run may have begun in between
+            self.create()
+            yield
+
+    def _move_aside(self) -> None:
+        with directory_lock(self.path):
+            moved = set_aside(self.path, run_files.BEFORE)
+            (moved / run_files.OWNER).unlink(missing_ok=True)
+        _logger.info("checkpoint.resume=false: the run before is now %s", moved)
+
+    def create(self) -> None:
+        """Make the directory, and save the resolved configuration of a new run.
 
         Raises:
             ConfigError: it cannot be written.
         """
         try:
-            if not self.resumes and self.path.is_dir() and self._has_begun():
-                _logger.info(
-                    "checkpoint.resume=false: the run before is now %s", set_aside(self.path, run_files.BEFORE)
-                )
             self.path.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
+            if not self._has_begun():
+                self._write_config(self.path)
         except OSError as error:
-            raise ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one") from None
+            raise self._not_writable(error) from None
+
+    def begin(self, step: int) -> None:
+        """Save the resolved configuration once the run goes on from ``step``, and note what it changes on purpose.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        entry = {"after_step": step, "time": round(time.time(), 3), "changes": self.changes}
+        try:
+            self._write_config(self.path)
+            if self.changes:
+                with (self.path / run_files.CHANGES).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise self._not_writable(error) from None
+        if self.changes:
+            _logger.info("goes on after step %d with other settings on purpose: %s", step, _told(self.changes))
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one")
+
+    def _write_config(self, directory: Path) -> None:
+        replace_file(directory / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
 
     def write_sidecars(self, directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
-        replace_file(directory / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        self._write_config(directory)
         replace_file(directory / run_files.ARCHITECTURE, json.dumps(model_config(start), indent=1))
         _save_tokenizer(directory / run_files.TOKENIZER, start, tokenizer)
+
+
+def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items())
 
 
 def _save_tokenizer(directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.checkpoint.export import load_weights, sharded_weights, write_policy_archive
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
@@ -149,7 +150,7 @@ class TrainingSession:
             DataError: the checkpoint is of other pairs.
             CheckpointError: its margin statistics are of another kind.
         """
-        refuse_changed_data(self.config, progress.data, self.fingerprints)
+        self.run.changes.update(refuse_changed_data(self.config, progress.data, self.fingerprints))
         return find_missing_statistics(self.policy.statistics, progress)
 
     def load_sharded_state(self, state: dict[str, Any], progress: TrainState) -> None:
@@ -193,6 +194,7 @@ class TrainingSession:
         trainer = self.trainer()
         self.checkpoints.clean()
         start_step = trainer.resume()
+        on_main_rank(lambda: self.run.begin(start_step))
         reporter = self._reporter(start_step) if self.launch.is_main else None
         limit = parse_duration(self.config.trainer.max_time_per_run)
         job = read_batch_job()
@@ -219,10 +221,8 @@ def open_session(config: Config, launch: LaunchInfo) -> Iterator[TrainingSession
     validate(config, base.architecture, launch.world_size)
     kernels_for(config, base.architecture, use_cuda=torch.cuda.is_available())  # refused before data is read
     run = RunDirectory(config, config_as_dict(config))
-    run.check_owner()
-    if launch.is_main:
-        run.create()
-        if (job := read_batch_job()) is not None:
+    with run.taken() if launch.is_main else nullcontext():
+        if launch.is_main and (job := read_batch_job()) is not None:
             job.record(run.path)
-    with distributed_session(config, launch) as (groups, device):
-        yield TrainingSession(config, base, run, launch, groups, device)
+        with distributed_session(config, launch) as (groups, device):
+            yield TrainingSession(config, base, run, launch, groups, device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterator
 
 from nemo_lmpo.config.coerce import shown
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.rules.bounds import LONGEST_NAME
-from nemo_lmpo.config.schema import Config, DatasetConfig
+from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.registry import LOSSES
 
@@ -129,3 +131,14 @@ def parallelism(config: Config) -> Iterator[str]:
             f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} needs "
             f"model.pipeline_model_parallel_size of at least 2; unset it"
         )
+
+
+def allowed_changes(config: Config) -> Iterator[str]:
+    """What a resume may change on purpose are settings that exist."""
+    known = [key for key, _ in all_settings()]
+    known += [f"loss.{of.name}" for of in dataclasses.fields(config.loss)] if config.loss is not None else []
+    for key in config.checkpoint.allow_changes:
+        if key not in known and not key.startswith("model.architecture."):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; give settings such as optim.lr"
+            yield f"checkpoint.allow_changes names {shown(key)}, which is no setting{hint}"

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.checkpoint.run_directory import RunDirectory, changed_settings, default_settings, flatten
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.rules.check import check_settings
 from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import find_base_model
+from nemo_lmpo.runtime.lock import directory_lock
+from tests.unit.checkpoint.runs import content
 from tests.unit.formats.tiny_models import save
 
 
@@ -65,6 +76,7 @@ def test_what_is_learned_may_not(override: str, told: str, tmp_path: Path) -> No
     assert told in str(caught.value)
     assert f"run_dir={tmp_path} holds another run" in str(caught.value)
     assert "choose another run_dir" in str(caught.value)
+    assert f"checkpoint.allow_changes=[{override.split('=')[0]}" in str(caught.value) or override == "loss=simpo"
 
 
 def test_a_run_that_never_began_can_be_corrected(tmp_path: Path) -> None:
@@ -149,3 +161,92 @@ def test_a_default_that_means_something_else_than_before() -> None:
     config = load_recipe("lmpo_tiny", ["loss=cpo"])
     assert default_settings(config)["loss.nll"] == "sum"
     assert config.loss.nll == "mean"
+
+
+def test_a_change_on_purpose_is_admitted_and_noted(tmp_path: Path) -> None:
+    begun(tmp_path)
+    changed = ("optim.lr=0.5", "loss.beta=3", "checkpoint.allow_changes=[optim.lr,loss]")
+    run = directory(tmp_path, *changed)
+    run.check_owner()
+    run.create()
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        directory(tmp_path, *changed[:2]).check_owner()  # it has not gone on yet: the settings are still the old ones
+    run.begin(7)
+    (note,) = (json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines())
+    assert note["after_step"] == 7
+    assert note["changes"] == {"optim.lr": [0.001, 0.5], "loss.beta": [2.0, 3.0]}
+    directory(tmp_path, *changed[:2]).check_owner()  # from now on these are its settings
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.5 before, 0.001 now"):
+        directory(tmp_path).check_owner()
+
+
+def test_only_what_is_named_is_admitted(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        directory(tmp_path, "optim.lr=0.5", "model.seed=1", "checkpoint.allow_changes=[optim.lr]").check_owner()
+    assert "model.seed" in str(caught.value)
+    assert "optim.lr: " not in str(caught.value)
+
+
+def test_what_is_no_setting_cannot_be_admitted() -> None:
+    config = load_recipe("lmpo_tiny", ["checkpoint.allow_changes=[optim.lrr,model.architecture.rope_theta,loss.beta]"])
+    with pytest.raises(ConfigError) as caught:
+        check_settings(config)
+    assert "checkpoint.allow_changes names 'optim.lrr', which is no setting; did you mean optim.lr?" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_starting_anew_moves_the_run_before_aside(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2):
+        begun(run, "checkpoint.resume=true")
+        (run / "checkpoints").mkdir(exist_ok=True)
+        with directory(run, "checkpoint.resume=false", f"optim.lr=0.{number}").taken():
+            assert not (run / "metrics.jsonl").exists()
+            assert not (run / "checkpoints").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.before", "run.before.2"]
+    for moved in ("run.before", "run.before.2"):
+        assert (tmp_path / moved / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+        assert (tmp_path / moved / "checkpoints").is_dir()
+
+
+def test_a_second_run_is_refused_while_the_first_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_lmpo.runtime.lock._PATIENCE_SECONDS", 0.0)
+    with directory(tmp_path).taken():
+        before = content(tmp_path)
+        for override in ("checkpoint.resume=true", "checkpoint.resume=false"):
+            with pytest.raises(ConfigError) as caught, directory(tmp_path, override).taken():
+                pass
+            message = str(caught.value)
+            assert f"run_dir={tmp_path} is in use by process {os.getpid()} on host {socket.gethostname()}" in message
+        assert content(tmp_path) == before
+    with directory(tmp_path).taken():
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    code = "import sys, time, pathlib; from nemo_lmpo.runtime.lock import directory_lock\n"
+    code += "with directory_lock(pathlib.Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=f"process {process.pid} "), directory_lock(tmp_path, patience=0):
+            pass
+        process.kill()
+    with directory_lock(tmp_path, patience=0):
+        pass
+
+
+def test_storage_without_locks_gives_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with caplog.at_level(logging.WARNING), directory_lock(tmp_path):
+        pass
+    assert "without file locks" in caplog.text

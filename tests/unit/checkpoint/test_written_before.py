@@ -12,7 +12,7 @@ import yaml
 
 from nemo_lmpo import training
 from nemo_lmpo.checkpoint.manifest import find_damage
-from nemo_lmpo.checkpoint.run_directory import flatten
+from nemo_lmpo.checkpoint.same_settings import flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.runtime.launch import LaunchInfo

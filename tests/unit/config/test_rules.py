@@ -163,6 +163,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "weight_that_is_none": (("data.train.weights=[nan]",), 1, ("data.train.weights=[nan]", "finite")),
     "endless_weight": (("data.train.weights=[1e30]",), 1, ("data.train.weights=[1e+30]", "at most 1000")),
     "unknown_metric": (("checkpoint.monitor=val/los",), 1, ("checkpoint.monitor='val/los'", "choose val/loss")),
+    "no_setting_to_change": (
+        ("checkpoint.allow_changes=[optim.lrr]",),
+        1,
+        ("checkpoint.allow_changes names 'optim.lrr'", "did you mean optim.lr?"),
+    ),
     "another_losss_metric": (("checkpoint.monitor=val/kto/z",), 1, ("checkpoint.monitor='val/kto/z'", "choose")),
     "name_that_climbs": (("name=a/../../b",), 1, ("name='a/../../b'", "folder's name")),
     "endless_name": ((f"run_dir=runs/{'x' * 300}",), 1, ("run_dir='runs/xxx", "255 bytes")),
