@@ -17,7 +17,7 @@ CALLS: list[str] = []
 """Names of the operators that ran, in order."""
 
 
-class _Spans:
+class Spans:
     """The spans of a call, in float64, with their attention weights."""
 
     def __init__(
@@ -90,7 +90,7 @@ def _forward(
     CALLS.append("forward")
     assert dropout == 0.0
     bounds = _bounds(is_causal, window_size_left, window_size_right)
-    spans = _Spans((query, key, value), (q, k), (max_q, max_k), scale=scale, bounds=bounds)
+    spans = Spans((query, key, value), (q, k), (max_q, max_k), scale=scale, bounds=bounds)
     nothing = torch.zeros(2, dtype=torch.uint64)
     statistics = torch.zeros(query.shape[1], query.shape[0])
     return spans.attended().to(query.dtype), statistics, nothing, nothing.clone(), torch.empty(0)
@@ -103,7 +103,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     CALLS.append("backward")
     bounds = _bounds(is_causal, window_size_left, window_size_right)
-    spans = _Spans((query, key, value), (q, k), (max_q, max_k), scale=scale, bounds=bounds)
+    spans = Spans((query, key, value), (q, k), (max_q, max_k), scale=scale, bounds=bounds)
     found = spans.gradients(gradient)
     return tuple(part.to(states.dtype) for part, states in zip(found, (query, key, value), strict=True))
 

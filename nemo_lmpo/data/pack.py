@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from nemo_lmpo.data.balance import even_out
 from nemo_lmpo.data.pair import PackedSequence, PairTokens
 from nemo_lmpo.errors import ConfigError, DataError
 
@@ -68,6 +69,7 @@ def plan_micro_batches(
     while rows is None:
         num_rows += block
         rows = _fill_rows(costs, num_rows, row_tokens, limit)
+    even_out(rows, costs)
     return _deal_rows(rows, costs, dp_size)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ class AttentionPlan:
         """Keys of the longest span."""
         return max(self.key_lengths)
 
-    def map(self, move: Any) -> AttentionPlan:
+    def map(self, move: Callable[[Tensor], Tensor]) -> AttentionPlan:
         """The plan with every tensor replaced by ``move(tensor)``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return AttentionPlan(**{n: move(v) if isinstance(v, Tensor) else v for n, v in values.items()})
+        tensors: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def plan_attention(spans: Tensor, num_tokens: int, *, cp_size: int) -> AttentionPlan:

@@ -64,10 +64,10 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
-        # Rows differ in length; megatron-core then refuses its default mixture-of-experts dispatcher even
-        # for dense models.
-        variable_seq_lengths=pipelined,
-        moe_token_dispatcher_type="alltoall",
+        # The micro-batches of a step have one length, so stages need not tell each other what comes.
+        variable_seq_lengths=False,
+        # Works around a fault of old versions of torch by waiting for the device after every transfer.
+        batch_p2p_sync=False,
         # The interleaved schedule without overlap gives wrong gradients for two stages (measured).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.monitor.throughput import causal_pairs
 from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
+
+GPU_TILE = 128
+"""Lengths that matrix kernels like to work on."""
 
 
 class Pairs(Protocol):
@@ -56,33 +60,40 @@ class MicroBatch:
     """``[B, 2]``, of the whole row; ``[B, 4]`` with the sums over the common length."""
     shared: Tensor
     """``[P]`` bool: targets within the common length of the pair's responses."""
+    pair_count: Tensor
+    """``B`` as a scalar int32, which megatron-core wants where the loss is."""
 
     @property
     def num_pairs(self) -> int:
         """Pairs in the row, ``B``."""
         return self.pair_index.numel()
 
+    def map(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The micro-batch with every tensor replaced by ``move(tensor)``."""
+        tensors: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, attention_plan=self.attention_plan.map(move), **tensors)
 
-def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, device: torch.device) -> MicroBatch:
-    """Cut out what a context-parallel rank holds, and move it to the device."""
+
+def localize(row: PackedSequence, *, cp_rank: int, cp_size: int) -> MicroBatch:
+    """Cut out what a context-parallel rank holds, on the host."""
     spans = attention_spans(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
-    plan = plan_attention(spans, row.num_tokens, cp_size=cp_size)
     held = local_positions(row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     place = torch.full((row.num_tokens,), -1, dtype=torch.int64)
     place[held] = torch.arange(held.numel())
     local = place[row.predict_positions]
     here = local >= 0
     return MicroBatch(
-        input_ids=row.input_ids[:, held].to(device),
-        position_ids=row.position_ids[:, held].to(device),
-        attention_plan=plan.map(lambda tensor: tensor.to(device)),
-        predict_positions=local[here].to(device),
-        target_ids=row.target_ids[here].to(device),
-        sequence_index=row.sequence_index[here].to(device),
-        pair_index=row.pair_index.to(device),
-        response_lengths=row.response_lengths.to(device),
-        reference_logps=None if row.reference_logps is None else row.reference_logps.to(device),
-        shared=within_common_length(row.sequence_index, row.response_lengths)[here].to(device),
+        input_ids=row.input_ids[:, held],
+        position_ids=row.position_ids[:, held],
+        attention_plan=plan_attention(spans, row.num_tokens, cp_size=cp_size),
+        predict_positions=local[here],
+        target_ids=row.target_ids[here],
+        sequence_index=row.sequence_index[here],
+        pair_index=row.pair_index,
+        response_lengths=row.response_lengths,
+        reference_logps=row.reference_logps,
+        shared=within_common_length(row.sequence_index, row.response_lengths)[here],
+        pair_count=torch.tensor(row.num_pairs, dtype=torch.int32),
     )
 
 
@@ -122,6 +133,34 @@ class StepBatch:
         """Pairs of the global batch."""
         return len(self.pair_ids)
 
+    def to(self, device: torch.device) -> StepBatch:
+        """The step with its tensors on ``device``: on GPUs one pinned, asynchronous copy a dtype."""
+        if device.type == "cpu":
+            return self
+        tensors: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        for micro_batch in self.micro_batches:
+            micro_batch.map(collect)
+        moved = iter(copy_together(tensors, device))
+        return replace(self, micro_batches=[part.map(lambda _: next(moved)) for part in self.micro_batches])
+
+
+def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of many small host tensors on ``device``, made of one buffer a dtype."""
+    copies: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        buffer = torch.cat([tensors[place].flatten() for place in places])
+        if device.type == "cuda":
+            buffer = buffer.pin_memory()
+        parts = buffer.to(device, non_blocking=True).split([tensors[place].numel() for place in places])
+        copies.update({place: part.view(tensors[place].shape) for place, part in zip(places, parts, strict=True)})
+    return [copies[place] for place in range(len(tensors))]
+
 
 class BatchBuilder:
     """Packs chosen pairs into micro-batches. Every rank computes the same plan; nothing is communicated."""
@@ -147,10 +186,18 @@ class BatchBuilder:
         self.pad_to_multiple = math.lcm(
             2 * groups.context.size() if groups.context.size() > 1 else 1,
             groups.context.size() * groups.tensor.size() if config.model.sequence_parallel else 1,
+            GPU_TILE if device.type == "cuda" else 1,
         )
+        # Pipeline stages exchange one shape; on GPUs, one shape also means memory that fits again and no kernel that
+        # is compiled anew.
+        self.equal_lengths = groups.pipeline.size() > 1 or device.type == "cuda"
 
     def build(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
-        """The step that is made of ``pairs[indices]``."""
+        """The step that is made of ``pairs[indices]``, on the device."""
+        return self.build_on_host(pairs, indices).to(self.device)
+
+    def build_on_host(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
+        """The step that is made of ``pairs[indices]``, in main memory."""
         lengths = pairs.lengths[indices]
         plan = plan_micro_batches(
             lengths,
@@ -161,21 +208,21 @@ class BatchBuilder:
             multiple_of_rows=self.multiple_of_rows,
         )
         chosen = [pairs[int(index)] for index in indices]
+        own = plan[self.groups.data.rank()]
         sequences = [
             pack_pairs(
                 [chosen[position] for position in positions],
                 positions,
                 share_prompt=self.share_prompt,
-                pad_to_multiple=self.pad_to_multiple,
+                pad_to_multiple=self._length(own, lengths) if self.equal_lengths else self.pad_to_multiple,
                 pad_id=self.pad_id,
             )
-            for positions in plan[self.groups.data.rank()]
+            for positions in own
         ]
         context = self.groups.context
         return StepBatch(
             micro_batches=[
-                localize(sequence, cp_rank=context.rank(), cp_size=context.size(), device=self.device)
-                for sequence in sequences
+                localize(sequence, cp_rank=context.rank(), cp_size=context.size()) for sequence in sequences
             ],
             pair_ids=[pair.pair_id for pair in chosen],
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
@@ -184,6 +231,12 @@ class BatchBuilder:
             mean_chosen_length=float(lengths[:, 1].mean()),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
         )
+
+    def _length(self, plan: list[list[int]], lengths: np.ndarray) -> int:
+        """Tokens that hold the longest of these micro-batches, padded."""
+        costs = pair_tokens(lengths, self.share_prompt)
+        longest = max(int(costs[positions].sum()) for positions in plan)
+        return -(-max(longest, 1) // self.pad_to_multiple) * self.pad_to_multiple
 
 
 def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:

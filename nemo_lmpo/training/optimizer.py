@@ -12,6 +12,7 @@ from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
 from nemo_lmpo.config.schema import OptimConfig, TrainerConfig
 from nemo_lmpo.model.build import parameter_dtype
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.runtime.multi_tensor import replace_fallbacks
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -44,6 +45,7 @@ def build_optimizer(chunks: Iterable[Any], optim: OptimConfig, trainer: TrainerC
     """AdamW with float32 main parameters; fused on GPUs where Transformer Engine or apex offer it."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    replace_fallbacks()
     dtype = parameter_dtype(trainer)
     return get_megatron_optimizer(
         OptimizerConfig(

@@ -75,6 +75,11 @@ class PairMetrics:
         if groups.pipeline.size() > 1:
             dist.broadcast(self.values, groups.last_stage_rank, group=groups.pipeline)
 
+    def read(self) -> PairMetrics:
+        """Bring the values to the host, in one copy, for everything that is asked of them from here on."""
+        self.values = self.values.cpu()
+        return self
+
     def not_finite(self) -> list[int]:
         """Positions in the global batch whose loss is infinite or not a number."""
         return torch.nonzero(~torch.isfinite(self.column("loss"))).flatten().tolist()

@@ -26,22 +26,30 @@ def run_pipeline(
         micro_batches: this rank's part of the step.
         forward_step: what to do with each of them.
         forward_only: without gradients.
+
+    Raises:
+        ValueError: micro-batches of different lengths for a pipeline, whose stages exchange one shape.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
 
     model = list(chunks)
     iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in model]
     context: AbstractContextManager[Any] = torch.no_grad() if forward_only else nullcontext()
     for chunk in model:
         chunk.train(not forward_only)
+    layout = get_model_config(model[0])
+    lengths = {micro_batch.input_ids.numel() for micro_batch in micro_batches}
+    if len(lengths) > 1 and layout.pipeline_model_parallel_size > 1:
+        raise ValueError(f"the micro-batches of a step through a pipeline have several lengths: {sorted(lengths)}")
     with context:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model,
             num_microbatches=len(micro_batches),
-            # Micro-batches bring their own length; megatron-core ignores this one.
-            seq_length=max(micro_batch.input_ids.numel() for micro_batch in micro_batches),
+            # Of the whole sequence; a rank holds its context-parallel part.
+            seq_length=max(lengths) * layout.context_parallel_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )

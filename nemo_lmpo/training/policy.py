@@ -166,7 +166,7 @@ class Policy:
             list(self.chunks), batch.micro_batches, self.micro_batch_step.forward_step, forward_only=forward_only
         )
         pairs.share(self.groups)
-        return pairs
+        return pairs.read()
 
     def finish_training_step(self) -> None:
         """Sum gradients over all ranks that share weights.

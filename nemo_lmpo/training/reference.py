@@ -31,6 +31,7 @@ from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
@@ -178,9 +179,10 @@ class ReferenceLogps:
         values = np.zeros((len(dataset), len(SUMS)))
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
-            for step in validation_steps(len(dataset), size):
-                indices = order[step]
-                values[indices] = self.sums(self.batches.build(dataset, indices)).cpu().numpy()
+            steps = [order[step] for step in validation_steps(len(dataset), size)]
+            batches = BatchesAhead(self.batches, dataset, steps.__getitem__, len(steps))
+            for indices, batch in zip(steps, batches, strict=True):
+                values[indices] = self.sums(batch).cpu().numpy()
                 bar.update(len(indices))
         return values
 

@@ -139,8 +139,7 @@ class MicroBatchStep:
         )
         outputs = self.loss(inputs)
         self._record(micro_batch, inputs, outputs)
-        count = torch.tensor(micro_batch.num_pairs, dtype=torch.int, device=logprobs.device)
-        return outputs.losses.sum() / self.global_pairs, count, {}
+        return outputs.losses.sum() / self.global_pairs, micro_batch.pair_count, {}
 
     def _sums(self, logprobs: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``[P]`` summed per response, ``[B, 2]``, or ``[B, 4]`` with those over the common length.

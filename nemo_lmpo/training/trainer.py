@@ -16,6 +16,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
+from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
 from nemo_lmpo.training.pair_metrics import PairMetrics
@@ -73,6 +74,7 @@ class PreferenceTrainer:
         self.checkpoints = checkpoints
         self.total_steps = total_steps
         self.peak_flops = peak_flops
+        self._ahead = BatchesAhead(batches, train_pairs, sampler.pairs_of_step, total_steps)
         self.progress = TrainState()
         self._saved_step = 0
         """Newest step that needs no saving; step 0 is the start weights."""
@@ -138,6 +140,7 @@ class PreferenceTrainer:
         """Save unless this step is saved already."""
         if self.progress.step == self._saved_step:
             return
+        self._ahead.wait()  # writers are forked off
         statistics = self.policy.statistics
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
         snapshot = TrainState(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
@@ -149,7 +152,7 @@ class PreferenceTrainer:
     def train_step(self, step: int) -> dict[str, float]:
         """Run optimizer step ``step`` (from 0) and return its metrics."""
         started = time.monotonic()
-        batch = self.batches.build(self.train_pairs, self.sampler.pairs_of_step(step))
+        batch = self._ahead.get(step)
         self.policy.prepare_for_training_step()
         # Without main parameters the optimizer leaves the buffer's gradients on the parameters, where backward
         # would add to them a second time.
@@ -167,6 +170,9 @@ class PreferenceTrainer:
         metrics["lr"] = current_learning_rate(self.optimizer)
         clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
         self.scheduler.step(increment=1)
+        if self.batches.device.type == "cuda":
+            # The next thing that happens is a read of the stop flag; until here the time would miss the optimizer.
+            torch.cuda.synchronize()
         metrics.update(self._throughput(batch, time.monotonic() - started))
         return metrics
 
@@ -204,8 +210,8 @@ class PreferenceTrainer:
         """Metrics over all validation pairs, under names without prefix."""
         assert self.validation_pairs is not None
         parts: list[PairMetrics] = []
-        for indices in validation_steps(len(self.validation_pairs), self.config.model.global_batch_size):
-            batch = self.batches.build(self.validation_pairs, indices)
+        steps = validation_steps(len(self.validation_pairs), self.config.model.global_batch_size)
+        for batch in BatchesAhead(self.batches, self.validation_pairs, steps.__getitem__, len(steps)):
             parts.append(self.policy.run_batch(batch, forward_only=True))
         return PairMetrics.join(parts).metrics()
 

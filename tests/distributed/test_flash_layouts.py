@@ -37,14 +37,14 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 def train_with(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], attention: str) -> int:
     """Train with this attention; how often the flash kernel ran."""
     from nemo_lmpo.model.kernels import Kernels
-    from nemo_lmpo.training import nemo_plugin
+    from nemo_lmpo.training import policy
     from tests.flash_reference import flash_on_cpu
 
     def choose(*_: Any, **__: Any) -> Kernels:
         return Kernels(transformer_engine=False, attention=attention)
 
     with flash_on_cpu() as calls, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo_plugin, "choose_kernels", choose)
+        patch.setattr(policy, "choose_kernels", choose)
         train(launch, run_dir, overrides)
         return len(calls)
 

@@ -45,7 +45,7 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
     )
     third = TOKENS // 3
     pair = PairTokens("pair", [1] * third, [2] * third, [3] * third)
-    row = localize(pack_pairs([pair], [0], share_prompt=True), cp_rank=0, cp_size=1, device=CPU)
+    row = localize(pack_pairs([pair], [0], share_prompt=True), cp_rank=0, cp_size=1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []

@@ -63,7 +63,7 @@ def rows_of(pairs: list[PairTokens], *, share_prompt: bool) -> list[MicroBatch]:
         pack_pairs(pairs[:2], [0, 1], share_prompt=share_prompt, pad_to_multiple=8, pad_id=3),
         pack_pairs(pairs[2:], [2], share_prompt=share_prompt),
     ]
-    return [localize(row, cp_rank=0, cp_size=1, device=CPU) for row in rows]
+    return [localize(row, cp_rank=0, cp_size=1) for row in rows]
 
 
 def token_logps(model: PackedGPTModel, rows: list[MicroBatch]) -> list[Tensor]:
