@@ -49,6 +49,8 @@ class _Methods(TorchFunctionMode):
         kwargs = kwargs or {}
         named = [kwargs.get("device"), *(args[1:2] if func is torch.Tensor.to else ())]
         moves = any(isinstance(device, torch.device | str | int) for device in named) and func in _FROM_THE_HOST
+        if func is torch.as_tensor and isinstance(args[0], torch.Tensor):
+            moves = False  # a tensor on its own device stays there
         if func in _READS_ALL or moves:
             self.found[f"{func.__name__} at {_place()}"] += 1
         return func(*args, **kwargs)

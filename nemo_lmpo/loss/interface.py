@@ -29,14 +29,13 @@ class Statistics:
         """The statistics of the pairs at ``index`` ``[b]``; values that hold for all pairs stay as they are."""
 
         def pick(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) else value
+            return value[index] if isinstance(value, Tensor) and value.dim() else value
 
         return Statistics(pick(self.mean), pick(self.std), pick(self.count))
 
     def to(self, device: torch.device) -> Statistics:
-        """The statistics with their tensors on ``device``."""
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
-        return Statistics(**moved)
+        """The statistics on ``device``, numbers too: a loss then copies nothing there, micro-batch for micro-batch."""
+        return Statistics(**{key: torch.as_tensor(value).to(device) for key, value in vars(self).items()})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def test_targets_within_the_common_length(
     row = row_of(lengths, share_prompt=share_prompt, pad=2 * cp_size)
     found = []
     for rank in range(cp_size):
-        part = localize(row, cp_rank=rank, cp_size=cp_size, device=CPU)
+        part = localize(row, cp_rank=rank, cp_size=cp_size)
         assert part.shared.shape == part.sequence_index.shape
         found += part.sequence_index[part.shared].tolist()
     expected = [
@@ -55,7 +55,7 @@ def test_targets_within_the_common_length(
 
 
 def test_the_first_targets_are_the_shared_ones() -> None:
-    row = localize(row_of([(2, 4, 1), (1, 2, 3)], share_prompt=True), cp_rank=0, cp_size=1, device=CPU)
+    row = localize(row_of([(2, 4, 1), (1, 2, 3)], share_prompt=True), cp_rank=0, cp_size=1)
     assert row.sequence_index.tolist() == [0, 0, 0, 0, 1, 2, 2, 3, 3, 3]
     assert row.shared.tolist() == [True, False, False, False, True, True, True, True, True, False]
 

@@ -10,7 +10,6 @@ import torch
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.loss.registry import LOSSES, build_loss
-from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training import policy
@@ -47,9 +46,10 @@ def run(session: TrainingSession, step: MicroBatchStep) -> torch.Tensor:
     batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
     assert len(batch.micro_batches) > 1
     for micro_batch in batch.micro_batches:
-        micro_batch.reference_logps = torch.full((micro_batch.num_pairs, 2), -30.0)
+        columns = 4 if step.shared_logps else 2
+        micro_batch.reference_logps = torch.full((micro_batch.num_pairs, columns), -30.0)
     session.policy.prepare_for_training_step()
-    pairs = step.begin(batch.num_pairs, training=True)
+    pairs = step.begin(batch.num_pairs, mean_chosen_length=batch.mean_chosen_length)
     with no_stalls():
         run_pipeline(list(session.policy.chunks), batch.micro_batches, step.forward_step, forward_only=False)
     return pairs.values
@@ -58,8 +58,7 @@ def run(session: TrainingSession, step: MicroBatchStep) -> torch.Tensor:
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_and_backward_read_nothing(name: str, session: TrainingSession) -> None:
     loss = build_loss(parse_loss({"name": name}))
-    statistics = RunningStatistics(loss.statistics) if loss.statistics is not None else None
-    step = MicroBatchStep(loss, statistics, session.groups, chunk_tokens=64, device=session.device)
+    step = MicroBatchStep(loss, session.groups, chunk_tokens=64, device=session.device)
     assert torch.isfinite(run(session, step)).all()
     gradients = [parameter.main_grad for parameter in session.policy.models[0].parameters()]
     assert all(gradient.any() for gradient in gradients)
@@ -85,7 +84,8 @@ def test_what_a_whole_step_reads(session: TrainingSession) -> None:
     trainer.train_step(0)
     with stalls() as found:
         trainer.train_step(1)
-    on_the_host = ("pair_metrics.py", "running_statistics.py", "step_with_ready_grads")
+    # And the three numbers of the running statistics go to the device before forward begins.
+    on_the_host = ("pair_metrics.py", "running_statistics.py", "step_with_ready_grads", "interface.py")
     reads = [(what, times) for what, times in found.items() if not any(place in what for place in on_the_host)]
     assert len(reads) == 1
     assert "get_grad_norm" in reads[0][0]
