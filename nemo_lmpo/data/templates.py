@@ -9,6 +9,16 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# As Qwen3 writes an answer without thinking: an empty thought opens the last answer, and belongs to the prompt.
+CHATML_NO_THINKING = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
 LLAMA3 = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -49,4 +59,11 @@ PLAIN = (
     "{% endfor %}"
 )
 
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "plain": PLAIN, "zephyr": ZEPHYR}
+TEMPLATES = {
+    "chatml": CHATML,
+    "chatml_no_thinking": CHATML_NO_THINKING,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "plain": PLAIN,
+    "zephyr": ZEPHYR,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ from nemo_lmpo.formats.archive import CheckpointFiles
 from nemo_lmpo.formats.safe_metadata import read_metadata
 
 CHECKSUMS_FILE = "checksums.json"
-"""Checksum of every stored chunk, by data file and offset; checkpoints of this project have it."""
+"""Checksums of `.metadata`, and of every stored chunk by data file and offset; archives of this project have them."""
 CHECKSUM = "xxh3_64"
 
 
@@ -38,9 +39,15 @@ class DistributedCheckpoint:
         self._names = set(files.names())
         self._check_backend()
         with files.open(f"{self._at}.metadata") as stream:
-            self._metadata = read_metadata(stream, f"{files.origin}: {self._at}.metadata")
+            content = stream.read()
+        catalog, self._checksums = self._read_checksums()
+        if catalog is not None and xxhash.xxh3_64_hexdigest(content) != catalog:
+            raise CheckpointError(
+                f"{self.origin}: .metadata was changed after it was written (its checksum differs); "
+                "copy the checkpoint again"
+            )
+        self._metadata = read_metadata(io.BytesIO(content), f"{files.origin}: {self._at}.metadata")
         self._check_data_files()
-        self._checksums = self._read_checksums()
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -80,7 +87,7 @@ class DistributedCheckpoint:
             stream.seek(info.offset)
             content = stream.read(info.length)
         name, expected = info.relative_path, self._checksums.get((info.relative_path, info.offset))
-        if expected is not None and xxhash.xxh3_64_hexdigest(content) != expected:
+        if not (_as_saved(content) if expected is None else xxhash.xxh3_64_hexdigest(content) == expected):
             raise self._unreadable(key, f"{name} was changed after it was written: its checksum differs")
         try:
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -120,14 +127,14 @@ class DistributedCheckpoint:
                 f"{self.origin} lacks {len(missing)} data file(s): {', '.join(missing)}; copy the checkpoint again"
             )
 
-    def _read_checksums(self) -> dict[tuple[str, int], str]:
+    def _read_checksums(self) -> tuple[str | None, dict[tuple[str, int], str]]:
         said = self._json(CHECKSUMS_FILE)
         if said is None:
-            return {}
+            return None, {}
         try:
             if said["algorithm"] != CHECKSUM:
                 raise ValueError(f"algorithm {said['algorithm']}")
-            return {
+            return str(said["metadata"]), {
                 (file, int(offset)): str(checksum)
                 for file, chunks in said["chunks"].items()
                 for offset, checksum in chunks.items()
@@ -142,6 +149,15 @@ class DistributedCheckpoint:
             return None
         with self._files.open(self._at + name) as stream:
             return parse_json(stream.read(), f"{self.origin}/{name}")
+
+
+def _as_saved(content: bytes) -> bool:
+    """Whether a saved tensor agrees with the checksums of its own records, which torch writes but does not compare."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError):
+        return False
 
 
 def _overlap(

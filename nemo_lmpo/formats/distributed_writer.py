@@ -78,10 +78,15 @@ def write_distributed_checkpoint(
                         progress(name)
 
     sink.add(f"{folder}/{_DATA_FILE}", content())
-    sink.add(f"{folder}/.metadata", [pickle.dumps(catalog.metadata)])
+    metadata = pickle.dumps(catalog.metadata)
+    sink.add(f"{folder}/.metadata", [metadata])
     sink.add(f"{folder}/common.pt", [_saved({})])
     sink.add(f"{folder}/metadata.json", [json.dumps(_BACKEND).encode()])
-    checksums = {"algorithm": CHECKSUM, "chunks": {_DATA_FILE: catalog.checksums}}
+    checksums = {
+        "algorithm": CHECKSUM,
+        "metadata": xxhash.xxh3_64_hexdigest(metadata),
+        "chunks": {_DATA_FILE: catalog.checksums},
+    }
     sink.add(f"{folder}/{CHECKSUMS_FILE}", [json.dumps(checksums).encode()])
 
 

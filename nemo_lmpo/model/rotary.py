@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nemo_lmpo.config.architecture import Architecture, RopeScaling
+from nemo_lmpo.config.architecture import Architecture, architecture_to_hf
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """Rotation per position of each channel pair, ``[head_dim / 2]`` float32, in radians."""
-    channels = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-    frequencies = 1.0 / (architecture.rope_theta**channels)
+    """Rotation per position of each channel pair, ``[head_dim / 2]`` float32, in radians; scaled by transformers."""
     if architecture.rope_scaling is None:
-        return frequencies
-    if architecture.rope_scaling.kind == "linear":
-        return frequencies / architecture.rope_scaling.factor
-    return _scale_like_llama3(frequencies, architecture.rope_scaling)
+        channels = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
+        return 1.0 / (architecture.rope_theta**channels)
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-
-def _scale_like_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow rotations are divided by the factor, fast ones kept, those between interpolated."""
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    settings = architecture_to_hf(architecture)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    frequencies, _ = ROPE_INIT_FUNCTIONS[architecture.rope_scaling.kind](config, device=torch.device("cpu"))
+    return frequencies
 
 
 class PositionedRotaryEmbedding(nn.Module):

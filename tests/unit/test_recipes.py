@@ -135,6 +135,22 @@ def test_published_values(setting):
         assert (config.optim.sched.name, config.optim.sched.warmup_fraction) == ("cosine", 0.1)
 
 
+# As their model cards give them.
+QWEN_PARAMETERS = {"qwen3_8b": 8_190_735_360, "qwen2_5_7b": 7_615_616_512}
+
+
+@pytest.mark.parametrize("setting", QWEN_PARAMETERS)
+def test_untuned_settings_are_llama3_instructs(setting):
+    def rest(name):
+        values = flat(config_as_dict(recipe(name)))
+        its_own = ("name", "run_dir", "model.restore_from_path", "model.architecture.", "data.chat_template")
+        return {key: value for key, value in values.items() if not key.startswith(its_own)}
+
+    assert rest(f"lmpo_{setting}") == rest("lmpo_llama3_8b")
+    architecture = find_base_model(recipe(f"lmpo_{setting}").model, fetch=False).architecture
+    assert architecture.num_parameters() == QWEN_PARAMETERS[setting]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting):
     def rest(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -289,8 +290,10 @@ def test_long_side_file_names(tmp_path: Path) -> None:
     assert (tmp_path / "back" / name).read_text() == "mine"
 
 
-def test_changed_weights_are_noticed(models: dict[str, Path], tmp_path: Path) -> None:
-    tree = _copy(models, "tree", tmp_path)
+@pytest.mark.parametrize("form", ["tree", "foreign"])
+def test_changed_weights_are_noticed(models: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """By this project's checksums, and in others' checkpoints by those of torch's own records."""
+    tree = _copy(models, form, tmp_path)
     data = tree / "model_weights" / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -298,13 +301,40 @@ def test_changed_weights_are_noticed(models: dict[str, Path], tmp_path: Path) ->
     assert "its checksum differs" in _error(nemo_to_hf, tree, tmp_path / "out")
 
 
+def test_changed_catalog_is_noticed(models: dict[str, Path], tmp_path: Path) -> None:
+    tree = _copy(models, "tree", tmp_path)
+    catalog = tree / "model_weights" / ".metadata"
+    content = pickle.loads(catalog.read_bytes())  # noqa: S301 - written above
+    places = [place for index, place in content.storage_data.items() if "linear_proj.weight" in index.fqn]
+    places[0].offset, places[1].offset = places[1].offset, places[0].offset
+    catalog.write_bytes(pickle.dumps(content))
+    assert ".metadata was changed after it was written" in _error(nemo_to_hf, tree, tmp_path / "out")
+
+
+class _Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
 def test_damaged_data_gets_no_dangerous_advice(models: dict[str, Path], tmp_path: Path) -> None:
     tree = _copy(models, "foreign", tmp_path)
     data = tree / "model_weights" / "__0_0.distcp"
-    data.write_bytes(b"garbage" * (data.stat().st_size // 7 + 1))
+    # A saved object that is none of a tensor's: torch's own message advises to load it without care.
+    evil, marker = io.BytesIO(), tmp_path / "ran"
+    torch.save(_Payload(marker), evil)
+    data.write_bytes(evil.getvalue())
+    catalog = tree / "model_weights" / ".metadata"
+    content = pickle.loads(catalog.read_bytes())  # noqa: S301 - written above
+    for place in content.storage_data.values():
+        place.offset, place.length = 0, len(evil.getvalue())
+    catalog.write_bytes(pickle.dumps(content))
     message = _error(nemo_to_hf, tree, tmp_path / "out")
-    assert "cannot be read" in message
+    assert "Weights only load failed" in message
     assert "weights_only=False" not in message
+    assert not marker.exists()
 
 
 # Two at once, and interruptions.

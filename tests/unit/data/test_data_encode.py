@@ -146,6 +146,26 @@ def test_template_whose_end_marker_is_no_token_gets_eos():
     assert toy(more=["<|im_end|>"]).decode(row.chosen_ids) == "Good.<|im_end|>"
 
 
+def test_qwen_without_thinking_puts_the_empty_thought_into_the_prompt():
+    """As Qwen3 is prompted for an answer without thinking; earlier answers have no thought."""
+    tokenizer = toy(bos=None, more=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    row = encode(tokenizer, "chatml_no_thinking", HISTORY)
+    assert tokenizer.decode(row.prompt_ids) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n"
+        "<|im_start|>assistant\nYo.<|im_end|>\n<|im_start|>user\nGo on<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert tokenizer.decode(row.chosen_ids) == "Good.<|im_end|>"
+    assert tokenizer.decode(row.rejected_ids) == "Bad<|im_end|>"
+
+
+def test_qwen_with_thinking_learns_the_thought_too():
+    tokenizer = toy(bos=None, more=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    row = encode(tokenizer, "chatml", [USER], "<think>\nHm.\n</think>\n\nGood.")
+    assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(row.chosen_ids) == "<think>\nHm.\n</think>\n\nGood.<|im_end|>"
+
+
 @pytest.mark.parametrize("template", ["plain", "zephyr", "mistral"])
 def test_end_token_that_the_text_has_already_is_not_doubled(template):
     row = encode(toy(), template, [USER], "Good.</s>", "Bad")
