@@ -40,7 +40,7 @@ demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two co
 test: $(STAMP)  ## all tests that run on this machine
 	$(BIN)/python -m pytest
 
-test-unit: $(STAMP)  ## tests without further processes
+test-unit: $(STAMP)  ## tests in one process (a fixture refuses others)
 	$(BIN)/python -m pytest tests/unit
 
 test-distributed: $(STAMP)  ## layouts over several processes

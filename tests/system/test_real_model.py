@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nemo_lmpo.runtime.launch import LaunchInfo
+from tests.distributed.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 from tests.distributed.workers import run_workers
-from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 
 PAIRS = 2
 

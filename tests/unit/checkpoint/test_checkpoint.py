@@ -368,6 +368,7 @@ def test_a_disk_that_fills_while_sidecars_are_written(place: Any, run: Path) -> 
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{n:07d}" for n in (1, 2, 3)]
 
 
+@pytest.mark.processes("mount makes a small file system")
 def test_a_disk_that_fills_while_tensors_are_written(
     place: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +400,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
         subprocess.run(["umount", "-l", str(root)], check=True)
 
 
+@pytest.mark.processes("background writers report through a server")
 def test_background_saving_becomes_visible_when_it_is_whole(place: Any, run: Path) -> None:
     session = going_on(place, run, "checkpoint.async_save=true")
     save(session, 4)

@@ -26,8 +26,8 @@ from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, localize
 from nemo_lmpo.training.step import MicroBatchStep
+from tests.distributed.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 from tests.unit.formats.tiny_models import FAMILIES, save
-from tests.unit.training.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 
 CPU = torch.device("cpu")
 

@@ -1,11 +1,7 @@
 import json
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from nemo_lmpo.errors import ConfigError, TrainingError
 from nemo_lmpo.monitor.metrics_log import MetricsLog, encode_number, truncate_metrics
 
 QUIET = LoggingConfig(tensorboard=False)
+WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
 
 
 def open_log(run_dir, *, resume_step=0, config=QUIET, total_steps=None):
@@ -139,28 +136,6 @@ def test_encode_number_takes_what_float_takes():
     assert encode_number(3) == 3.0
 
 
-def test_killed_process_loses_at_most_the_last_line(tmp_path):
-    program = textwrap.dedent(
-        """
-        import sys
-        from nemo_lmpo.config.schema import LoggingConfig
-        from nemo_lmpo.monitor.metrics_log import MetricsLog
-        log = MetricsLog(sys.argv[1], LoggingConfig(tensorboard=False), settings={}, resume_step=0)
-        for step in range(1, 10**9):
-            log.log(step, {"loss": 0.5})
-            if step == 200:
-                print("ready", flush=True)
-        """
-    )
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"ready\n"
-        os.kill(process.pid, signal.SIGKILL)
-    truncate_metrics(tmp_path / "metrics.jsonl", 10**9)
-    steps = [entry["step"] for entry in lines(tmp_path)]
-    assert len(steps) >= 200
-    assert steps == list(range(1, len(steps) + 1))
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_is_one_clear_error(tmp_path):
     log = open_log(tmp_path)
@@ -198,30 +173,6 @@ def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tm
     assert tensorboard_points(tmp_path, "val/loss") == [(5, 1.0)]
 
 
-WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
-
-
-def offline_runs(run_dir):
-    return sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
-
-
-def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    with open_log(tmp_path / "r", config=WANDB) as log:
-        log.log(1, {"loss": 1.0})
-        log.log(1, {"loss": 2.0}, prefix="val/")
-    run_id = (tmp_path / "r" / "wandb_id").read_text().strip()
-    first = offline_runs(tmp_path / "r")
-    assert len(first) == 1
-    assert first[0].endswith(run_id)
-    open_log(tmp_path / "r", config=WANDB, resume_step=1).close()
-    assert all(name.endswith(run_id) for name in offline_runs(tmp_path / "r"))
-    assert (tmp_path / "r" / "wandb_id").read_text().strip() == run_id
-    content = next((tmp_path / "r" / "wandb").glob("offline-run-*/run-*.wandb")).read_bytes()
-    assert b"val/loss" in content
-
-
 @pytest.mark.parametrize(
     ("package", "config", "setting"),
     [
@@ -245,32 +196,6 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"api_key not configured.*wandb login"):
         open_log(tmp_path, config=WANDB)
-
-
-def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
-    tracking = pytest.importorskip("mlflow.tracking")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = f"file:{tmp_path / 'mlruns'}"
-    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e", tracking_uri=uri))
-    with open_log(tmp_path / "r", config=config) as log:
-        log.log(1, {"loss": 1.5})
-        log.log(1, {"loss": 2.0}, prefix="val/")
-    with open_log(tmp_path / "r", config=config, resume_step=1) as log:
-        log.log(2, {"loss": 0.5})
-    run_id = (tmp_path / "r" / "mlflow_id").read_text().strip()
-    client = tracking.MlflowClient(uri)
-    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")] == [(1, 1.5), (2, 0.5)]
-    assert client.get_run(run_id).data.metrics["val/loss"] == 2.0
-    assert client.get_run(run_id).data.params == {"name": "t"}
-    assert client.get_run(run_id).info.status == "FINISHED"
-
-
-def test_mlflow_without_a_server_says_what_to_set(tmp_path, monkeypatch):
-    pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e"))
-    with pytest.raises(ConfigError, match=r"set logging\.mlflow\.tracking_uri or MLFLOW_TRACKING_URI"):
-        open_log(tmp_path, config=config)
 
 
 def test_closing_twice_is_fine(tmp_path):

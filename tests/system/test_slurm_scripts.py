@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SLURM = Path(__file__).resolve().parent.parent.parent.parent / "slurm"
+SLURM = Path(__file__).resolve().parent.parent.parent / "slurm"
 LIMIT = "2030-01-02T03:04:05"
 STAND_INS = {
     "srun": 'printf "%s\\n" "$@" >"$TEST_FOLDER/srun"; env >"$TEST_FOLDER/env"\n'

@@ -22,9 +22,9 @@ from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.formats.source import random_source
+from tests.distributed.plain_trainer import Pair, PlainTrainer, Settings, tokenize
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
-from tests.unit.training.plain_trainer import Pair, PlainTrainer, Settings, tokenize
 
 ROUNDING = 2.0**-24
 STEPS, PAIRS, VALIDATION_PAIRS = 4, 12, 10

@@ -13,7 +13,7 @@ from nemo_lmpo.slurm.__main__ import main
 from nemo_lmpo.slurm.cluster import read_settings, settings_file, templates_dir
 from nemo_lmpo.slurm.submit import Submission
 
-SLURM = Path(__file__).resolve().parent.parent.parent.parent / "slurm"
+SLURM = Path(__file__).resolve().parent.parent.parent / "slurm"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,73 @@
+"""What commands import before they know that they need it, and how long `--help` takes: each in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nemo_lmpo
+from tests.unit.report.runs import write_run
+
+PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
+COMMANDS = {
+    **{name: ["-m", f"nemo_lmpo.{name}"] for name in ("train", "generate", "compare", "report", "slurm", "evaluate")},
+    **{path.stem: [str(path)] for path in sorted((PACKAGE.parent / "conversion").glob("*.py"))},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_fast(command: str, tmp_path: Path) -> None:
+    """Processor time, which does not grow when other programs use the machine too."""
+    before = os.times()
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, *COMMANDS[command], "--help"], capture_output=True, text=True, cwd=tmp_path)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 2.0, f"{seconds:.1f} s of processor time, {time.monotonic() - started:.1f} s in all"
+
+
+def test_wrong_directory_is_answered_without_loading_anything_heavy(tmp_path):
+    program = (
+        "import sys; sys.argv = ['report', sys.argv[1]]\n"
+        "from nemo_lmpo.report.__main__ import main\n"
+        "code = main(); print(code, [m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "nowhere")], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "1 []"
+
+
+def test_report_never_imports_torch(tmp_path):
+    program = (
+        "import sys; from nemo_lmpo.report import write_report; write_report(sys.argv[1])\n"
+        "print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    run_dir = write_run(tmp_path, steps=2, validate=())
+    result = subprocess.run([sys.executable, "-c", program, str(run_dir)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_detection_imports_nothing_heavy():
+    program = (
+        "import sys; from nemo_lmpo.monitor import banner; banner.detect_kernels(); banner.package_versions(); "
+        "print([m for m in ('torch', 'megatron', 'nemo', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_importing_the_data_room_is_cheap():
+    code = (
+        "import sys; import nemo_lmpo.data.preference, nemo_lmpo.data.order;"
+        "print([name for name in ('transformers', 'datasets', 'pyarrow', 'sentencepiece') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,61 @@
+"""W&B and MLflow themselves, without a server: both start programs of their own."""
+
+import pytest
+
+from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.monitor.metrics_log import MetricsLog
+
+
+def open_log(run_dir, config, *, resume_step=0):
+    return MetricsLog(run_dir, config, settings={"name": "t"}, resume_step=resume_step)
+
+
+WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
+
+
+def offline_runs(run_dir):
+    return sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with open_log(tmp_path / "r", WANDB) as log:
+        log.log(1, {"loss": 1.0})
+        log.log(1, {"loss": 2.0}, prefix="val/")
+    run_id = (tmp_path / "r" / "wandb_id").read_text().strip()
+    first = offline_runs(tmp_path / "r")
+    assert len(first) == 1
+    assert first[0].endswith(run_id)
+    open_log(tmp_path / "r", WANDB, resume_step=1).close()
+    assert all(name.endswith(run_id) for name in offline_runs(tmp_path / "r"))
+    assert (tmp_path / "r" / "wandb_id").read_text().strip() == run_id
+    content = next((tmp_path / "r" / "wandb").glob("offline-run-*/run-*.wandb")).read_bytes()
+    assert b"val/loss" in content
+
+
+def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file:{tmp_path / 'mlruns'}"
+    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e", tracking_uri=uri))
+    with open_log(tmp_path / "r", config) as log:
+        log.log(1, {"loss": 1.5})
+        log.log(1, {"loss": 2.0}, prefix="val/")
+    with open_log(tmp_path / "r", config, resume_step=1) as log:
+        log.log(2, {"loss": 0.5})
+    run_id = (tmp_path / "r" / "mlflow_id").read_text().strip()
+    client = tracking.MlflowClient(uri)
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")] == [(1, 1.5), (2, 0.5)]
+    assert client.get_run(run_id).data.metrics["val/loss"] == 2.0
+    assert client.get_run(run_id).data.params == {"name": "t"}
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_mlflow_without_a_server_says_what_to_set(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e"))
+    with pytest.raises(ConfigError, match=r"set logging\.mlflow\.tracking_uri or MLFLOW_TRACKING_URI"):
+        open_log(tmp_path, config)
