@@ -40,6 +40,8 @@ _UNTIED = Architecture(
     rope_theta=500000.0,
     rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
 )
+_QWEN2 = Architecture(**{**vars(_UNTIED), "model_type": "qwen2", "rope_scaling": None})
+_QWEN3 = Architecture(**{**vars(_UNTIED), "model_type": "qwen3", "rope_scaling": None, "head_dim": 24})
 _TIED = Architecture(**{**vars(_UNTIED), "tie_word_embeddings": True, "vocab_size": 131})
 _LAYOUTS = {
     "one": {},
@@ -90,7 +92,8 @@ def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: 
         padded[: a.vocab_size] = table
         return rows(padded)
     if "linear_qkv" in name:
-        q, k, v = (hf[prefix + f"self_attn.{part}_proj.weight"] for part in "qkv")
+        kind = "bias" if name.endswith(".bias") else "weight"
+        q, k, v = (hf[prefix + f"self_attn.{part}_proj.{kind}"] for part in "qkv")
         per_group = a.num_attention_heads // a.num_query_groups * a.head_dim
         spans = []
         for group in range(a.num_query_groups):
@@ -104,6 +107,8 @@ def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: 
         return hf[prefix + "self_attn.o_proj.weight"].chunk(tp, dim=1)[rank]
     if "linear_fc2" in name:
         return hf[prefix + "mlp.down_proj.weight"].chunk(tp, dim=1)[rank]
+    if "q_layernorm" in name or "k_layernorm" in name:
+        return hf[prefix + f"self_attn.{'q' if 'q_layernorm' in name else 'k'}_norm.weight"]
     if "final_layernorm" in name:
         return hf["model.norm.weight"]
     return hf[prefix + ("input" if "input" in name else "post_attention") + "_layernorm.weight"]
@@ -119,7 +124,7 @@ class _OddNorms:
 
     def get(self, name: str) -> Tensor:
         tensor = self._inner.get(name)
-        return tensor + len(name) + sum(map(ord, name)) / 1000 if tensor.dim() == 1 else tensor
+        return tensor + torch.arange(len(tensor)) + sum(map(ord, name)) / 1000 if tensor.dim() == 1 else tensor
 
 
 def _load_and_compare(launch: LaunchInfo, layout: dict[str, int], architecture: Architecture, checkpoint: str) -> None:
@@ -161,8 +166,14 @@ def _compare(chunks: list[Any], architecture: Architecture, tp: int, rank: int) 
             assert torch.equal(parameter, _expected(name, layer, architecture, tp, rank, hf)), name
 
 
-@pytest.mark.parametrize("layout", _LAYOUTS)
-@pytest.mark.parametrize("architecture", [_UNTIED, _TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("layout", "architecture"),
+    [
+        *((layout, architecture) for layout in _LAYOUTS for architecture in (_UNTIED, _TIED)),
+        *(("tp2", _QWEN2), ("tp2", _QWEN3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.model_type}_{value.vocab_size}",
+)
 def test_every_layout_loads_what_one_process_wrote(layout: str, architecture: Architecture, tmp_path: Path) -> None:
     sink = DirectorySink(tmp_path / "nemo")
     source = _OddNorms(architecture)

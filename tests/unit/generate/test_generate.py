@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
@@ -78,6 +79,29 @@ def test_every_form_of_the_model_answers_alike(run):
     forms = [root / "run", newest_checkpoint(root / "run"), root / "hf", root / "policy"]
     answers = [load_generator(form).respond(prompts, sampling) for form in forms]
     assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"), [("qwen2", "self_attn.q_proj.bias"), ("qwen3", "self_attn.k_norm.weight")]
+)
+def test_a_qwen_trains_converts_and_answers(model_type, own, tmp_path):
+    """What its family has beside Llama's is trained, kept by every form, and exported as transformers has it."""
+    overrides = [*OVERRIDES, f"model.architecture.model_type={model_type}", "trainer.max_steps=2"]
+    config = load_recipe(
+        "lmpo_tiny", [*overrides, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    )
+    with open_session(config, LaunchInfo()) as session:
+        session.train(0.0)
+        session.save_to(tmp_path / "policy.nemo")
+        prompts = [session.data.train[index].prompt_ids for index in range(3)]
+    write_huggingface(plan(open_model(newest_checkpoint(tmp_path / "run")), tmp_path / "hf"))
+    forms = [tmp_path / name for name in ("run", "policy.nemo", "hf")]
+    answers = [load_generator(form).respond(prompts, Sampling(max_new_tokens=6)) for form in forms]
+    assert answers[0] == answers[1] == answers[2]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.config.model_type == model_type
+    trained = theirs.state_dict()[f"model.layers.1.{own}"]
+    assert not torch.equal(trained, torch.full_like(trained, float(own.endswith("weight")))), "as it began"
 
 
 def test_sampling_repeats_with_its_seed_only(run):
