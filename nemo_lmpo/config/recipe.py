@@ -18,7 +18,7 @@ from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.registry import LOSSES
 
-LOSS, SETTING, SPECIALIZATION = "loss", "setting", "specialization"
+LOSS, SETTING, SPECIALIZATION, COMPAT = "loss", "setting", "specialization", "compat"
 ANY_RUN = "train"
 """The recipe of any loss on any setting, `loss=... setting=...`."""
 _GROUP_CHOICE = re.compile(r"^(?P<sign>\+{0,2})(?P<group>[\w-]+)=(?P<choice>[\w/-]+)$")
@@ -170,7 +170,7 @@ def _register_products(folders: Sequence[Path]) -> None:
         if entry in store.repo:
             continue
         special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
-        node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, "_self_"], "name": name}
+        node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
         store.store(name=name, node=node, provider="nemo_lmpo")
 
 

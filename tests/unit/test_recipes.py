@@ -95,11 +95,24 @@ def test_is_valid_for_its_own_world_size(name):
 def test_every_group_file_is_used_or_can_be_chosen():
     for path in recipes_dir().rglob("*.yaml"):
         group = path.relative_to(recipes_dir()).parent.as_posix()
-        assert group in (".", "setting", "model", "data", "loss", "optim", "trainer", "specialization"), path
+        assert group in (".", "setting", "model", "data", "loss", "optim", "trainer", "specialization", "compat"), path
         if group == "loss":
             assert load_recipe("lmpo_tiny", [f"loss={path.stem}"]).loss.name in LOSSES
         if group == "specialization":
             assert path.stem in recipe_names(), f"{path} belongs to no loss on no setting"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_released_code_keeps_what_the_setting_has(setting):
+    paper, released = recipe(f"lmpo_{setting}"), load_recipe(f"lmpo_{setting}", ["compat=released_code"])
+    assert released.loss == dataclasses.replace(paper.loss, compat="released_code")
+    assert released.optim == paper.optim
+    assert load_recipe("train", [f"setting={setting}", "compat=released_code"]).loss == released.loss
+
+
+def test_the_released_code_is_lmpo_only():
+    with pytest.raises(ConfigError, match=r"loss\.compat='released_code': loss\.name=simpo does not use it"):
+        load_recipe("simpo_tiny", ["compat=released_code"])
 
 
 def test_a_dozen_files_at_the_top():
