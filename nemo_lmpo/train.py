@@ -105,12 +105,29 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
 
 
 def _dry_run(config: Config) -> int:
-    from nemo_lmpo.config.dry_run import describe
     from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.errors import ConfigError
     from nemo_lmpo.formats.base_model import find_base_model
 
+    if config.GPUS is not None and config.dry_run != "plan":
+        raise ConfigError(f"GPUS={config.GPUS} is for dry_run=plan; set trainer.devices and trainer.num_nodes instead")
     base = find_base_model(config.model, fetch=False)
-    layout = validate(config, base.architecture, config.trainer.devices * config.trainer.num_nodes)
+    nodes, devices = config.trainer.num_nodes, config.trainer.devices
+    if config.dry_run == "plan":
+        from nemo_lmpo.plan.cards import read_gpus
+        from nemo_lmpo.plan.describe import describe_plan
+
+        machine = read_gpus(config.GPUS or f"{nodes}x{devices}xA100")
+        print(describe_plan(config, base.architecture, machine))  # noqa: T201
+        return 0
+    layout = validate(config, base.architecture, nodes * devices)
+    if config.dry_run == "trace":
+        from nemo_lmpo.trace.describe import describe_trace
+
+        print(describe_trace(layout))  # noqa: T201
+        return 0
+    from nemo_lmpo.config.dry_run import describe
+
     print(describe(layout))  # noqa: T201
     return 0
 

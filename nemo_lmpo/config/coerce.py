@@ -88,6 +88,8 @@ def _convert(path: str, value: Any, annotation: Any, unknown: UnknownKey, proble
         if fitting is not None:
             return fitting[0]
     choices = [str(choice) for option in options for choice in _choices(option)]
+    if choices and bool in options:
+        choices = ["true", "false", *choices]
     if choices:
         problems.append(f"{path}={shown(value)} is unknown; choose {', '.join(choices)}{_or_unset(options)}")
     else:

@@ -28,11 +28,14 @@ class MemoryEstimate:
     """One chunk of float32 logits and its gradient, and the float32 gradient of the output matrix."""
     reference: float
     """Parameters of a reference model in memory."""
+    step: float = 0.0
+    """What the optimizer's step takes for itself, when activations and logits are free again."""
 
     @property
     def total(self) -> float:
-        """All of it; allocator overhead, kernels' workspaces and communication buffers come on top."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.reference
+        """The most at a time; allocator overhead, kernels' workspaces and communication buffers come on top."""
+        kept = self.parameters + self.gradients + self.optimizer + self.reference
+        return kept + max(self.activations + self.logits, self.step)
 
 
 def stage_parameters(architecture: Architecture, config: Config) -> float:
@@ -109,4 +112,6 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         activations=activation_bytes(architecture, config, config.data.row_budget),
         logits=2 * 4 * chunk * rows + 4 * rows * architecture.hidden_size,
         reference=weights if config.model.reference_in_memory else 0.0,
+        # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.
+        step=optimizer / 3 if config.model.transformer_engine is False else 0.0,
     )

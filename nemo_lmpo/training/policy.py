@@ -78,6 +78,7 @@ class Policy:
         device: torch.device,
         *,
         attach_reference: Callable[[StepBatch], None] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         """Build model and loss.
 
@@ -87,12 +88,13 @@ class Policy:
             groups: this process's groups.
             device: where the model lives.
             attach_reference: gives a batch its reference log-probabilities, where a reference model is in memory.
+            kernels: what to build from; unset: what is best on this machine.
         """
         self.config = config
         self.architecture = architecture
         self.groups = groups
         self.device = device
-        self.kernels = kernels_for(config, architecture, use_cuda=device.type == "cuda")
+        self.kernels = kernels or kernels_for(config, architecture, use_cuda=device.type == "cuda")
         self.loss = build_loss(config.loss)
         statistics = self.loss.statistics
         self.statistics = RunningStatistics(statistics) if statistics is not None else None

@@ -17,11 +17,12 @@ ROOMS = (
     ("errors",),
     ("loss", "runtime"),
     ("config",),
-    ("parallel", "data", "report"),
+    ("parallel", "data", "report", "plan"),
     ("formats", "model"),
     ("checkpoint", "monitor"),
     ("training",),
-    ("train", "compare", "slurm", "generate", "evaluate", "convert"),
+    ("trace",),
+    ("train", "doctor", "compare", "slurm", "generate", "evaluate", "convert"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 # Commands start runs through the training command, which stands on their floor.

@@ -1,0 +1,1 @@
+"""Which layout, how fast: arithmetic on sizes and a card's figures; imports neither torch nor numpy."""

@@ -1,0 +1,240 @@
+"""The work of one rank, counted from sizes: what :mod:`nemo_lmpo.trace` executes, without executing it.
+
+A product ``[m, k] x [k, n]`` of forward is joined in backward by two as large, for its input and its weight. What is
+no product is counted in bytes that kernels read and write.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.plan.work import Product, Work, ring_bytes
+
+SIZE = 2
+"""Bytes of a BF16 number."""
+CHUNK = 1024
+"""Positions whose logits exist at a time."""
+HEAD = 128
+"""Head dimension of published runs."""
+FORWARD_OF_LOGITS, BACKWARD_OF_LOGITS = 30, 44
+"""Bytes moved a logit: cast, maximum, exponentials and their sum; and the same again with their gradient."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, of this project's or of a published run."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    query: int
+    """Heads x head dimension."""
+    key_value: int
+    """Keys and values together: 2 x groups x head dimension."""
+    vocabulary: int
+    gated: bool = True
+    """SwiGLU, with two input matrices; else one."""
+    tied: bool = False
+
+    @property
+    def fc1(self) -> int:
+        """Columns of the MLP's first product."""
+        return self.ffn * (2 if self.gated else 1)
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer's matrices."""
+        return self.hidden * (2 * self.query + self.key_value + self.fc1 + self.ffn)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all matrices, embeddings included."""
+        return self.layers * self.layer_weights + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+def shape_of(architecture: Architecture) -> Shape:
+    """The sizes of a model."""
+    return Shape(
+        layers=architecture.num_layers,
+        hidden=architecture.hidden_size,
+        ffn=architecture.ffn_hidden_size,
+        query=architecture.num_attention_heads * architecture.head_dim,
+        key_value=2 * architecture.num_query_groups * architecture.head_dim,
+        vocabulary=architecture.vocab_size,
+        tied=architecture.tie_word_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a model is laid out."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    recompute: bool = False
+    """Whole layers are computed again in backward."""
+    shard: str = "nothing"
+    """What data-parallel ranks share: `nothing`, `optimizer` (its state) or `all` (weights and gradients, too)."""
+    overlap: bool = False
+    """Gradients are reduced while backward runs."""
+    fused: bool = True
+    """With Transformer Engine's fused rotary embedding and optimizer."""
+    accumulate: int = 10
+    """Bytes moved a weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
+    of the product."""
+    dense_scores: int = 0
+    """Length of sequences whose scores are whole in memory (published runs from before flash attention)."""
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights."""
+        return self.data * self.context
+
+
+def split_of(layout: ParallelLayout) -> Split:
+    """The layout of a configuration."""
+    model, optim = layout.config.model, layout.config.optim
+    return Split(
+        tensor=model.tensor_model_parallel_size,
+        pipeline=model.pipeline_model_parallel_size,
+        virtual=model.virtual_pipeline_model_parallel_size or 1,
+        context=model.context_parallel_size,
+        data=layout.data_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        recompute=model.activations_checkpoint_granularity == "full",
+        shard="optimizer" if optim.use_distributed_optimizer else "nothing",
+        overlap=optim.overlap_grad_reduce,
+        fused=model.transformer_engine is not False,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A micro-batch."""
+
+    tokens: int
+    predicted: int
+    """Positions that meet the vocabulary."""
+    attended: int
+    """(Query, key) pairs."""
+
+
+def layer_work(shape: Shape, split: Split, row: Row) -> Work:
+    """Forward and backward of a layer, on a rank."""
+    work = Work()
+    tokens, tensor = row.tokens // split.context, split.tensor
+    outside = tokens // tensor if split.sequence_parallel else tokens
+    forwards = 2 if split.recompute else 1
+    for columns, depth in (
+        ((shape.query + shape.key_value) // tensor, shape.hidden),
+        (shape.hidden, shape.query // tensor),
+        (shape.fc1 // tensor, shape.hidden),
+        (shape.hidden, shape.ffn // tensor),
+    ):
+        work.products[Product(tokens, columns, depth)] += forwards
+        work.products[Product(tokens, depth, columns)] += 1
+        work.products[Product(columns, depth, tokens)] += 1
+    inner = shape.fc1 // tensor + shape.ffn // tensor
+    heads = (shape.query + shape.key_value) // tensor
+    # Two norms (2 and 3) and two residual additions (3 and 3); the activation; keys laid out, rotation, QKV parted.
+    work.moved["outside"] = SIZE * outside * shape.hidden * (2 * (2 * forwards + 3) + 2 * (3 * forwards + 3))
+    work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
+    work.moved["heads"] = SIZE * tokens * heads * (14 if split.fused else 24)
+    work.moved["gradients"] = split.accumulate * shape.layer_weights // tensor
+    work.kernels["layer"] = (47 if split.fused else 81) + 16 * (forwards - 1)
+    if split.dense_scores:
+        # Forward, forward again, backward; masks, softmax and dropout go over the scores some sixteen times.
+        scores = tokens * split.dense_scores * shape.query // (tensor * HEAD)
+        work.moved["scores"] = SIZE * 16 * scores
+    _tensor_parallel(work, shape, split, tokens, forwards)
+    if split.context > 1:
+        whole = SIZE * row.tokens * shape.key_value // tensor
+        for kind, times in (("all-gather", 2 * forwards), ("reduce-scatter", 2)):
+            work.sent[kind, "context"] = times * ring_bytes(kind, whole // 2, split.context)
+            work.calls[kind, "context"] = times
+    return work
+
+
+def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwards: int) -> None:
+    if split.tensor == 1:
+        return
+    whole = SIZE * tokens * shape.hidden
+    if split.sequence_parallel:
+        # Each block gathers its input and scatters its output; backward does both again, and gathers the input
+        # once more for the weight's gradient.
+        times = {"all-gather": 2 * forwards + 4, "reduce-scatter": 2 * forwards + 2}
+    else:
+        times = {"all-reduce": 2 * forwards + 2}
+    for kind, number in times.items():
+        work.sent[kind, "tensor"] += number * ring_bytes(kind, whole, split.tensor)
+        work.calls[kind, "tensor"] += number
+
+
+def head_work(shape: Shape, split: Split, row: Row) -> Work:
+    """Log-probabilities and their gradient on the last stage; the logits are computed twice."""
+    work = Work()
+    rows, positions = shape.vocabulary // split.tensor, row.predicted // split.context
+    work.products[Product(positions, rows, shape.hidden)] += 2
+    work.products[Product(positions, shape.hidden, rows)] += 1
+    work.products[Product(rows, shape.hidden, positions)] += 1
+    work.moved["logits"] = positions * rows * (FORWARD_OF_LOGITS + BACKWARD_OF_LOGITS)
+    # Each chunk of positions adds its part of the matrix's gradient, which then goes to the buffer.
+    chunks = -(-positions // CHUNK)
+    work.moved["gradients"] = (10 * chunks + 6 + split.accumulate) * rows * shape.hidden
+    work.kernels["head"] = 250
+    return work
+
+
+def micro_batch_work(shape: Shape, split: Split, row: Row, *, last: bool) -> Work:
+    """Forward and backward of a micro-batch on a stage; ``last``: with the head."""
+    work = times(layer_work(shape, split, row), stage_layers(shape, split))
+    if last:
+        work = work.plus(head_work(shape, split, row))
+    if split.pipeline > 1:
+        hidden = SIZE * row.tokens // split.context * shape.hidden
+        work.sent["send", "pipeline"] = hidden // split.tensor if split.sequence_parallel else hidden
+        work.calls["send", "pipeline"] = 1
+    return work
+
+
+def attention_flops(shape: Shape, split: Split, row: Row) -> float:
+    """Of a micro-batch on a stage: ``q k`` and ``p v`` forward, and five products of that size backward."""
+    forwards = 2 if split.recompute or split.dense_scores else 1
+    of_layer = (4.0 * forwards + 10.0) * shape.query / split.tensor * row.attended / split.context
+    return of_layer * stage_layers(shape, split)
+
+
+def stage_layers(shape: Shape, split: Split) -> float:
+    """Layers of a stage."""
+    return shape.layers / split.pipeline
+
+
+def rank_weights(shape: Shape, split: Split) -> float:
+    """Weights of the busiest rank before they are shared over data-parallel ranks."""
+    matrices = 1 if split.pipeline > 1 or shape.tied else 2
+    layers = stage_layers(shape, split) * shape.layer_weights
+    return (layers + matrices * shape.vocabulary * shape.hidden) / split.tensor
+
+
+def times(work: Work, factor: float) -> Work:
+    """That much of it."""
+
+    def scale(amounts: Counter[Any]) -> Counter[Any]:
+        return Counter({name: round(number * factor) for name, number in amounts.items()})
+
+    return Work(
+        scale(work.products),
+        scale(work.kernels),
+        scale(work.moved),
+        scale(work.sent),
+        scale(work.calls),
+        round(work.host_reads * factor),
+    )

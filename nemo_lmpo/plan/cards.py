@@ -1,0 +1,112 @@
+"""What GPUs and their networks can do: figures of data sheets, and the share of them that programs get.
+
+The shares are assumptions. One a card was fitted (:attr:`Card.products`), on the published MPT-7B runs of
+:mod:`nemo_lmpo.plan.published`; the others are round numbers that microbenchmarks of the field agree with.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from nemo_lmpo.errors import ConfigError
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU in its node."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    peak: float
+    """Dense BF16 FLOP/s."""
+    bandwidth: float
+    """Memory, bytes/s."""
+    processors: int
+    """Streaming multiprocessors, over which a matrix product's tiles are dealt."""
+    link: float
+    """NVLink (or PCIe), bytes/s that a GPU sends."""
+    network: float
+    """InfiniBand (or Ethernet), bytes/s that a GPU sends to other nodes."""
+    products: float
+    """Share of the peak that a large matrix product gets."""
+    attention: float
+    """Share of the peak that flash attention gets, forward and backward together."""
+    node: int = 8
+    """GPUs of a node."""
+
+    moved: float = 0.8
+    """Share of the memory's bandwidth that other kernels get."""
+    collectives: float = 0.75
+    """Share of a link's rate that a collective gets."""
+    launch: float = 6e-6
+    """Seconds the host needs for a kernel, Python and autograd included."""
+    latency: float = 20e-6
+    """Seconds a collective takes however short it is."""
+
+
+CARDS = {
+    "a100": Card("A100 80 GB SXM", 80 * 1e9, 312e12, 2.039e12, 108, 300e9, 25e9, products=0.735, attention=0.50),
+    "h100": Card("H100 80 GB SXM", 80 * 1e9, 989e12, 3.35e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
+    "h200": Card("H200 141 GB SXM", 141 * 1e9, 989e12, 4.8e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
+}
+PCIE = 32e9
+"""Bytes/s of PCIe 4.0 x 16, which takes NVLink's place with the suffix `-pcie`."""
+ETHERNET = 3.1e9
+"""Bytes/s a GPU of 25 Gbit/s a GPU, which takes InfiniBand's place with the suffix `-ethernet`."""
+
+_GPUS = re.compile(r"(?:(\d+)x)??(\d+)(?:x([a-z]\w*)((?:-\w+)*))?")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of one kind of card."""
+
+    card: Card
+    nodes: int
+
+    @property
+    def gpus(self) -> int:
+        """All of them."""
+        return self.nodes * self.card.node
+
+
+def read_gpus(text: str) -> Machine:
+    """Read `4`, `64xH100`, `16x4xA100` (nodes x GPUs x card), with `-pcie` or `-ethernet` behind the card.
+
+    A number alone is of A100s. Up to 8 GPUs are one node; more are nodes of 8.
+
+    Raises:
+        ConfigError: it cannot be read, or the card is unknown.
+    """
+    found = _GPUS.fullmatch(text.lower().replace(" ", ""))
+    if found is None:
+        raise ConfigError(f"GPUS={text} cannot be read; write GPUS=4, GPUS=64xH100 or GPUS=16x4xA100")
+    nodes, count, name, suffixes = (
+        found[1],
+        int(found[2]),
+        found[3] or "a100",
+        found[4].split("-")[1:] if found[4] else [],
+    )
+    if name not in CARDS:
+        raise ConfigError(f"GPUS={text} names the card {name}, which is unknown; known: {', '.join(CARDS)}")
+    card = CARDS[name]
+    for suffix in suffixes:
+        if suffix not in ("pcie", "ethernet"):
+            raise ConfigError(f"GPUS={text} ends in -{suffix}, which is unknown; known: -pcie, -ethernet")
+        card = replace(card, link=PCIE) if suffix == "pcie" else replace(card, network=ETHERNET)
+        card = replace(card, name=f"{card.name}, {'PCIe' if suffix == 'pcie' else 'Ethernet'}")
+    if nodes is not None:
+        return _machine(text, replace(card, node=count), int(nodes))
+    if count > card.node and count % card.node:
+        raise ConfigError(f"GPUS={text} is no whole number of nodes of {card.node}; write NODESxGPUSxCARD")
+    return _machine(text, replace(card, node=min(count, card.node)), max(1, count // card.node))
+
+
+def _machine(text: str, card: Card, nodes: int) -> Machine:
+    if nodes < 1 or card.node < 1:
+        raise ConfigError(f"GPUS={text} is no GPU at all; give at least 1")
+    return Machine(card, nodes)

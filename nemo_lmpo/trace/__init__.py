@@ -1,0 +1,1 @@
+"""A dry run that executes: the real program of any rank at real sizes, without a GPU and without its memory."""

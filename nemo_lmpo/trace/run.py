@@ -1,0 +1,162 @@
+"""Runs one rank's step on fake tensors: the real model, optimizer, schedule, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
+from nemo_lmpo.plan.amounts import Row, times
+from nemo_lmpo.plan.work import Work
+from nemo_lmpo.trace.meter import Meter
+from nemo_lmpo.trace.pairs import filling_pairs
+from nemo_lmpo.trace.world import (
+    fake_world,
+    gpu_kernels,
+    make_moments,
+    measured,
+    names_of_groups,
+    use_gpu_form,
+)
+from nemo_lmpo.training.batches import BatchBuilder
+from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
+from nemo_lmpo.training.policy import Policy, build_chunks
+from nemo_lmpo.training.reference import FrozenReference, ResponseSums
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of one part of a step."""
+
+    name: str
+    after: int
+    """Bytes alive when it is over."""
+    peak: int
+    """Most bytes alive while it lasts."""
+
+
+@dataclass
+class Trace:
+    """What one rank does in a step."""
+
+    rank: int
+    transformer_engine: bool
+    micro_batches: int
+    """How many were executed; a real step has more, which need no more memory."""
+    row: Row = field(default_factory=lambda: Row(0, 0, 0))
+    """A micro-batch, filled up to the budget."""
+    phases: list[Phase] = field(default_factory=list)
+    forward_backward: Work = field(default_factory=Work)
+    """All micro-batches."""
+    end_of_step: Work = field(default_factory=Work)
+    """Gradient reduction, clipping and the optimizer's step."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive in a step; building the model is over by then."""
+        return max(phase.peak for phase in self.phases if phase.name in (FORWARD_BACKWARD, REDUCE, CLIP, STEP))
+
+    @property
+    def micro_batch(self) -> Work:
+        """Forward and backward of one of the micro-batches."""
+        return times(self.forward_backward, 1 / self.micro_batches)
+
+    def phase(self, name: str) -> Phase:
+        """One of :attr:`phases` by its name."""
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+MODEL, OPTIMIZER, FORWARD_BACKWARD = "model and gradients", "optimizer", "forward and backward"
+REDUCE, CLIP, STEP = "gradient reduction", "gradient norm", "optimizer step"
+REFERENCE, SAVE = "reference model", "state for a checkpoint"
+
+
+def micro_batches_to_run(layout: ParallelLayout) -> int:
+    """As few as fill the pipeline, so that the first stage holds as much as it ever does."""
+    model = layout.config.model
+    stages = model.pipeline_model_parallel_size
+    if stages == 1:
+        return 2
+    return stages * 2 if model.virtual_pipeline_model_parallel_size else stages + 1
+
+
+def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -> Trace:
+    """Execute a step of ``rank``.
+
+    Args:
+        layout: configuration, architecture and number of processes.
+        rank: which of them to be.
+        transformer_engine: with the fused forms that Transformer Engine brings.
+    """
+    micro_batches = micro_batches_to_run(layout)
+    with fake_world(layout.world_size, rank):
+        groups = create_groups(layout.config.model)
+        meter = Meter(names_of_groups(groups))
+        trace = Trace(rank, transformer_engine, micro_batches)
+        _run(layout, groups, meter, trace)
+    return trace
+
+
+def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Trace) -> None:
+    config = layout.config
+    mark = partial(_mark, meter, trace)
+    pairs = filling_pairs(config, trace.micro_batches * layout.data_parallel_size)
+    # Lengths and layouts are values, so the batch is a real one.
+    batch = BatchBuilder(config, groups, device=CPU, pad_id=0).build(pairs, np.arange(len(pairs)))
+    rows = trace.micro_batches * layout.data_parallel_size
+    trace.row = Row(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
+    tokens = batch.micro_batches[0].input_ids.numel()
+    split = groups.tensor.size() if config.model.sequence_parallel else 1
+    shape = (tokens // split, 1, layout.architecture.hidden_size)
+    with measured(meter, transformer_engine=trace.transformer_engine, hidden_shape=shape):
+        policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
+        mark(MODEL)
+        optimizer = build_optimizer(list(policy.chunks), config.optim, config.trainer)
+        use_gpu_form(optimizer, fused=trace.transformer_engine)
+        make_moments(optimizer)
+        mark(OPTIMIZER)
+        if config.model.reference_in_memory:
+            policy.attach_reference = _reference(policy).attach
+            mark(REFERENCE)
+        policy.prepare_for_training_step()
+        optimizer.zero_grad()
+        before = meter.work.copy()
+        policy.get_loss_and_metrics(batch, forward_only=False)
+        mark(FORWARD_BACKWARD)
+        trace.forward_backward = meter.work.since(before)
+        before = meter.work.copy()
+        _finish(policy, optimizer, mark)
+        trace.end_of_step = meter.work.since(before)
+
+
+def _finish(policy: Policy, optimizer: MegatronOptimizer, mark: Callable[[str], None]) -> None:
+    """What the trainer does after backward."""
+    policy.finish_training_step()
+    mark(REDUCE)
+    norm = gradient_norm(optimizer)
+    mark(CLIP)
+    clip_and_step(optimizer, norm, policy.config.trainer.gradient_clip_val)
+    mark(STEP)
+
+
+def _reference(policy: Policy) -> FrozenReference:
+    chunks = build_chunks(policy.config, policy.architecture, policy.groups, policy.device, policy.kernels)
+    chunk_tokens = policy.config.model.logprob_chunk_tokens
+    sums = ResponseSums(list(chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+    return FrozenReference(chunks, sums)
+
+
+def _mark(meter: Meter, trace: Trace, name: str) -> None:
+    trace.phases.append(Phase(name, meter.now, meter.peak))
+    meter.restart_peak()

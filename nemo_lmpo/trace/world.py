@@ -1,0 +1,243 @@
+"""A job of any size in one process: collectives that do nothing, tensors without memory.
+
+Fake CUDA tensors need a CUDA build of torch, so that the tensors are fake CPU tensors, which reach the engine through
+the CPU adapter; what the program does only on GPUs is switched on by its own settings (:class:`Kernels`), and what
+torch fuses on GPUs alone is replaced here by its fused form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.model.kernels import Device, Kernels, choose_kernels
+from nemo_lmpo.parallel.groups import ParallelGroups, destroy_groups
+from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.trace.meter import Meter
+
+_COMPILED = {
+    "megatron.core.fusions.fused_bias_swiglu": ("swiglu", "swiglu_back", "bias_swiglu", "bias_swiglu_back"),
+    "megatron.core.fusions.fused_bias_dropout": ("bias_dropout_add_fused_train", "bias_dropout_add_fused_inference"),
+}
+"""Functions that megatron-core gives to torch.compile, which makes one kernel of each."""
+
+Patch = tuple[Any, str, Any]
+
+
+@contextlib.contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """Be ``rank`` of a job of ``world_size`` processes, none of which exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    with on_cpu(), _patched(_world_patches()), torch.compiler.set_stance("force_eager"):
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            yield
+        finally:
+            destroy_groups()
+
+
+@contextlib.contextmanager
+def measured(meter: Meter, *, transformer_engine: bool, hidden_shape: Sequence[int] = ()) -> Iterator[None]:
+    """Everything in the block works on fake tensors as a GPU would, and the meter sees it.
+
+    Args:
+        meter: what measures.
+        transformer_engine: with the fused forms that Transformer Engine has: rotary embedding, optimizer and norm of
+            the gradients. Its linear layers keep for backward what a fused norm and a linear layer keep, so that
+            megatron-core's own stand in for them.
+        hidden_shape: of what pipeline stages send to each other, where they would ask each other for it.
+    """
+    with _patched([*_kernel_patches(meter, transformer_engine), *_shape_patches(hidden_shape)]), meter.fake_mode, meter:
+        yield
+
+
+def names_of_groups(groups: ParallelGroups) -> dict[str, str]:
+    """What the tables call the groups; where two are the same ranks, the first name stands."""
+    named = {
+        "tensor": groups.tensor,
+        "pipeline": groups.pipeline,
+        "context": groups.context,
+        "data": groups.data_context,
+        "replicas": groups.data,
+    }
+    result: dict[str, str] = {}
+    for name, group in named.items():
+        result.setdefault(group.group_name, name)
+    return result
+
+
+@contextlib.contextmanager
+def _patched(patches: Sequence[Patch]) -> Iterator[None]:
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, replacement in patches:
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for owner, name, original in reversed(saved):
+            setattr(owner, name, original)
+
+
+def _world_patches() -> list[Patch]:
+    """What a job without other processes cannot do as it is."""
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    new_group = dist.new_group
+
+    def new_fake_group(*args: Any, backend: object = None, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs)
+
+    def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
+        objects[:] = [mine] * len(objects)
+
+    @contextlib.contextmanager
+    def fork(self: Any, *args: object) -> Iterator[None]:
+        yield  # random states are values
+
+    return [
+        (dist, "new_group", new_fake_group),
+        (dist, "all_gather_object", all_gather_object),
+        (dist, "broadcast_object_list", lambda *args, **kwargs: None),
+        (CudaRNGStatesTracker, "fork", fork),
+    ]
+
+
+def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
+    """Forms that only GPUs have, and that fake tensors of the CPU must not take apart."""
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    patches: list[Patch] = [
+        # Nothing moves, and parameters cannot be exchanged for fake ones.
+        (torch.nn.Module, "to", lambda self, *args, **kwargs: self),
+        (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", partial(_FusedRMSNorm.apply_with, meter)),
+        (clip_grads, "l2_norm_impl", partial(_l2_norm, meter, transformer_engine)),
+    ]
+    if transformer_engine:
+        patches.append((clip_grads, "multi_tensor_scale_impl", partial(_scale, meter)))
+        attention = importlib.import_module("megatron.core.transformer.attention")
+        patches.append((attention, "apply_rotary_pos_emb", partial(_FusedRotary.apply_with, meter)))
+    for path, names in _COMPILED.items():
+        module = importlib.import_module(path)
+        patches += [(module, name, _fuse(meter, getattr(module, name))) for name in names]
+    return patches
+
+
+def _shape_patches(hidden_shape: Sequence[int]) -> list[Patch]:
+    """A stage's neighbors do not exist, so that they cannot say how long their micro-batches are."""
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    shapes = (list(hidden_shape), list(hidden_shape))
+    return [(p2p.P2PCommunicator, "_communicate_shapes", lambda *args, **kwargs: shapes)]
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """One kernel each way, as on GPUs; keeps its input and one number a token."""
+
+    @staticmethod
+    def apply_with(meter: Meter, hidden: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
+        """With the signature of `torch.nn.functional.rms_norm`."""
+        normalized: Tensor = _FusedRMSNorm.apply(hidden, weight, meter)
+        return normalized
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, meter: Meter) -> Tensor:
+        ctx.meter = meter
+        with meter.fused("rms_norm", (hidden, weight)):
+            scale = torch.empty(hidden.shape[:-1], dtype=torch.float32)
+            normalized = torch.empty_like(hidden)
+        ctx.save_for_backward(hidden, weight, scale)
+        return normalized
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, _ = ctx.saved_tensors
+        with ctx.meter.fused("rms_norm_backward", (*gradients, hidden, weight)):
+            return torch.empty_like(hidden), torch.empty_like(weight), None
+
+
+class _FusedRotary(torch.autograd.Function):
+    """One kernel each way; keeps nothing but the angles."""
+
+    @staticmethod
+    def apply_with(meter: Meter, states: Tensor, angles: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """With the signature of megatron-core's function."""
+        rotated: Tensor = _FusedRotary.apply(states, angles, meter)
+        return rotated
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, angles: Tensor, meter: Meter) -> Tensor:
+        ctx.meter, ctx.angles = meter, angles
+        with meter.fused("rotary", (states, angles)):
+            return torch.empty_like(states, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        with ctx.meter.fused("rotary_backward", (*gradients, ctx.angles)):
+            return torch.empty_like(gradients[0]), None, None
+
+
+def _l2_norm(
+    meter: Meter, fused: bool, chunk: int, flag: object, lists: Sequence[list[Tensor]], *_: object
+) -> tuple[Tensor, None]:
+    """The norm of all tensors, ``[1]``; megatron-core's own form, which is not fused, reads each on the host."""
+    (tensors,) = lists
+    if fused:
+        with meter.fused("multi_tensor_l2norm", tensors):
+            return torch.empty(1), None
+    meter.work.host_reads += len(tensors) + 1
+    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).norm().reshape(1), None
+
+
+def _scale(meter: Meter, chunk: int, flag: object, lists: Sequence[list[Tensor]], factor: float) -> None:
+    """All tensors scaled in place by one kernel."""
+    with meter.fused("multi_tensor_scale", lists):
+        pass
+
+
+def gpu_kernels(layout: ParallelLayout) -> Kernels:
+    """What the run would choose on an A100 or newer, but for Transformer Engine's classes, which cannot be made here.
+
+    Its attention computes the same products as torch's kernel, which stands in for it.
+    """
+    model = layout.config.model
+    attention = "auto" if model.attention_backend == "te" else model.attention_backend
+    return choose_kernels(
+        replace(model, transformer_engine=False, attention_backend=attention),
+        precision=layout.config.trainer.precision,
+        head_dim=layout.architecture.head_dim,
+        device=Device(gpu=True, name="A100", capability=(8, 0), flash=True),
+    )
+
+
+def use_gpu_form(optimizer: Any, *, fused: bool) -> None:
+    """Let torch's AdamW step as it does on GPUs: several tensors at a time, or in one kernel as fused optimizers do."""
+    for inner in inner_optimizers(optimizer):
+        for group in inner.optimizer.param_groups:
+            group["fused" if fused else "foreach"] = True
+
+
+def make_moments(optimizer: Any) -> None:
+    """Make the state that the first step would make: what follows is any later step."""
+    for inner in inner_optimizers(optimizer):
+        inner.init_state_fn(inner.optimizer, inner.config)
+        for state in inner.optimizer.state.values():
+            state.setdefault("step", torch.zeros(()))
+
+
+def _fuse(meter: Meter, function: Callable[..., Any]) -> Callable[..., Any]:
+    name = getattr(function, "__name__", "fused")
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        with meter.fused(name, (args, kwargs)):
+            return function(*args, **kwargs)
+
+    return fused

@@ -1,0 +1,110 @@
+"""The executed step against arithmetic, and the instant dry run and the step-time model against the executed step."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from nemo_lmpo.config.architecture import architecture_from_hf
+from nemo_lmpo.config.memory import estimate_memory
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.rules import ParallelLayout, validate
+from nemo_lmpo.plan.amounts import micro_batch_work, shape_of, split_of
+from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Trace, trace_rank
+
+LAYERS = 4
+# Weights of a layer, its two norms, and the vocabulary as tensor parallelism of 4 pads it.
+LAYER = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+VOCABULARY = 128512 * 4096
+DISTRIBUTED = ("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tp4": (4, ()),
+    "tp2_dp2": (4, ("model.tensor_model_parallel_size=2", *DISTRIBUTED)),
+    "tp4_pp2": (8, ("model.pipeline_model_parallel_size=2",)),
+    "tp2_cp2": (4, ("model.tensor_model_parallel_size=2", "model.context_parallel_size=2", *DISTRIBUTED)),
+    "tp4_recomputed": (4, ("model.activations_checkpoint_granularity=full",)),
+}
+
+
+@cache
+def layout(name: str, *more: str) -> ParallelLayout:
+    """Llama-3-8B's sizes with few layers, so that a test takes seconds."""
+    processes, overrides = LAYOUTS[name]
+    sizes = (
+        "model.architecture.num_hidden_layers=4",
+        "model.tensor_model_parallel_size=4",
+        "model.sequence_parallel=true",
+        "data.row_tokens=4096",
+    )
+    config = load_recipe("lmpo_llama3_8b", [*sizes, *overrides, *more])
+    assert config.model.architecture is not None
+    return validate(config, architecture_from_hf(config.model.architecture), processes)
+
+
+@cache
+def trace(name: str, rank: int = 0, *, transformer_engine: bool = True) -> Trace:
+    return trace_rank(layout(name), rank, transformer_engine=transformer_engine)
+
+
+def test_memory_of_weights_and_optimizer() -> None:
+    """2 bytes of BF16 weight and 4 of gradient; 4 of main weight and 8 of moments."""
+    parameters = (LAYERS * LAYER + 4096 + 2 * VOCABULARY) // 4 + (LAYERS * 2 + 1) * 4096 * 3 // 4
+    found = trace("tp4")
+    assert found.phase(MODEL).after == pytest.approx(6 * parameters, rel=1e-3)
+    assert found.phase(OPTIMIZER).after == pytest.approx(18 * parameters, rel=1e-3)
+
+
+def test_torch_adamw_takes_the_second_moments_once_more() -> None:
+    found = trace("tp4", transformer_engine=False)
+    parameters = found.phase(OPTIMIZER).after / 18
+    own = found.phase(STEP).peak - found.phase(OPTIMIZER).after
+    assert own == pytest.approx(4 * parameters, rel=0.02)
+    fused = trace("tp4").phase(STEP)
+    assert fused.peak - fused.after < parameters
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_instant_dry_run_agrees(name: str) -> None:
+    stages = layout(name).config.model.pipeline_model_parallel_size
+    last = layout(name).world_size // stages * (stages - 1)
+    executed = max(trace(name, rank).peak for rank in {0, last})
+    assert estimate_memory(layout(name)).total == pytest.approx(executed, rel=0.05)
+
+
+def test_the_instant_dry_run_agrees_without_transformer_engine() -> None:
+    computed = estimate_memory(layout("tp4", "model.transformer_engine=false")).total
+    assert computed == pytest.approx(trace("tp4", transformer_engine=False).peak, rel=0.05)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_plan_counts_what_is_executed(name: str) -> None:
+    """Products and bytes sent are exact but for the vocabulary's padding; kernels and their bytes about right."""
+    stages = layout(name).config.model.pipeline_model_parallel_size
+    found = trace(name, layout(name).world_size // stages * (stages - 1))
+    counted = micro_batch_work(shape_of(layout(name).architecture), split_of(layout(name)), found.row, last=True)
+    executed = found.micro_batch
+    assert counted.flops == pytest.approx(executed.flops, rel=0.01)
+    for group in ("tensor", "context", "pipeline"):
+        sent = [sum(bytes_ for (_, name), bytes_ in work.sent.items() if name == group) for work in (counted, executed)]
+        assert sent[0] == pytest.approx(sent[1], rel=0.10, abs=1e6), group
+    assert sum(counted.moved.values()) == pytest.approx(sum(executed.moved.values()), rel=0.2)
+    assert counted.num_kernels == pytest.approx(executed.num_kernels, rel=0.15)
+
+
+def test_recomputation_trades_memory_for_a_second_forward() -> None:
+    """A third of the products of layers is forward; the head's, four of its own, are not computed again."""
+    plain, recomputed = trace("tp4"), trace("tp4_recomputed")
+    forward = 2.0 * LAYERS * (LAYER - 2 * 4096) / 4 * plain.row.tokens
+    assert recomputed.micro_batch.flops - plain.micro_batch.flops == pytest.approx(forward, rel=1e-3)
+    kept = [found.phase(FORWARD_BACKWARD).peak for found in (plain, recomputed)]
+    assert kept[1] < kept[0]
+
+
+def test_replicas_reduce_gradients_and_gather_weights() -> None:
+    """Float32 gradients scattered and BF16 weights gathered, half of them each between two replicas."""
+    found = trace("tp2_dp2")
+    parameters = found.phase(MODEL).after / 6
+    sent = found.forward_backward.plus(found.end_of_step).sent
+    assert sent["reduce-scatter", "data"] == pytest.approx(4 * parameters / 2, rel=0.01)
+    assert sent["all-gather", "data"] == pytest.approx(2 * parameters / 2, rel=0.01)
