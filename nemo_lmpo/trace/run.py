@@ -116,10 +116,7 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
     batch = BatchBuilder(config, groups, device=CPU, pad_id=0).build(pairs, np.arange(len(pairs)))
     rows = trace.micro_batches * layout.data_parallel_size
     trace.row = Row(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
-    tokens = batch.micro_batches[0].input_ids.numel()
-    split = groups.tensor.size() if config.model.sequence_parallel else 1
-    shape = (tokens // split, 1, layout.architecture.hidden_size)
-    with measured(meter, transformer_engine=trace.transformer_engine, hidden_shape=shape):
+    with measured(meter, transformer_engine=trace.transformer_engine):
         policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
         mark(MODEL)
         optimizer = build_optimizer(list(policy.chunks), config.optim, config.trainer)

@@ -48,17 +48,15 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def measured(meter: Meter, *, transformer_engine: bool, hidden_shape: Sequence[int] = ()) -> Iterator[None]:
+def measured(meter: Meter, *, transformer_engine: bool) -> Iterator[None]:
     """Everything in the block works on fake tensors as a GPU would, and the meter sees it.
 
     Args:
         meter: what measures.
-        transformer_engine: with the fused forms that Transformer Engine has: rotary embedding, optimizer and norm of
-            the gradients. Its linear layers keep for backward what a fused norm and a linear layer keep, so that
-            megatron-core's own stand in for them.
-        hidden_shape: of what pipeline stages send to each other, where they would ask each other for it.
+        transformer_engine: with the rotary embedding that Transformer Engine fuses. Its linear layers keep for
+            backward what a fused norm and a linear layer keep, so that megatron-core's own stand in for them.
     """
-    with _patched([*_kernel_patches(meter, transformer_engine), *_shape_patches(hidden_shape)]), meter.fake_mode, meter:
+    with _patched(_kernel_patches(meter, transformer_engine)), meter.fake_mode, meter:
         yield
 
 
@@ -115,28 +113,18 @@ def _world_patches() -> list[Patch]:
 
 def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
     """Forms that only GPUs have, and that fake tensors of the CPU must not take apart."""
-    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
     patches: list[Patch] = [
         # Nothing moves, and parameters cannot be exchanged for fake ones.
         (torch.nn.Module, "to", lambda self, *args, **kwargs: self),
         (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", partial(_FusedRMSNorm.apply_with, meter)),
-        (clip_grads, "l2_norm_impl", partial(_l2_norm, meter, transformer_engine)),
     ]
     if transformer_engine:
-        patches.append((clip_grads, "multi_tensor_scale_impl", partial(_scale, meter)))
         attention = importlib.import_module("megatron.core.transformer.attention")
         patches.append((attention, "apply_rotary_pos_emb", partial(_FusedRotary.apply_with, meter)))
     for path, names in _COMPILED.items():
         module = importlib.import_module(path)
         patches += [(module, name, _fuse(meter, getattr(module, name))) for name in names]
     return patches
-
-
-def _shape_patches(hidden_shape: Sequence[int]) -> list[Patch]:
-    """A stage's neighbors do not exist, so that they cannot say how long their micro-batches are."""
-    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
-    shapes = (list(hidden_shape), list(hidden_shape))
-    return [(p2p.P2PCommunicator, "_communicate_shapes", lambda *args, **kwargs: shapes)]
 
 
 class _FusedRMSNorm(torch.autograd.Function):
@@ -183,24 +171,6 @@ class _FusedRotary(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         with ctx.meter.fused("rotary_backward", (*gradients, ctx.angles)):
             return torch.empty_like(gradients[0]), None, None
-
-
-def _l2_norm(
-    meter: Meter, fused: bool, chunk: int, flag: object, lists: Sequence[list[Tensor]], *_: object
-) -> tuple[Tensor, None]:
-    """The norm of all tensors, ``[1]``; megatron-core's own form, which is not fused, reads each on the host."""
-    (tensors,) = lists
-    if fused:
-        with meter.fused("multi_tensor_l2norm", tensors):
-            return torch.empty(1), None
-    meter.work.host_reads += len(tensors) + 1
-    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]).norm().reshape(1), None
-
-
-def _scale(meter: Meter, chunk: int, flag: object, lists: Sequence[list[Tensor]], factor: float) -> None:
-    """All tensors scaled in place by one kernel."""
-    with meter.fused("multi_tensor_scale", lists):
-        pass
 
 
 def gpu_kernels(layout: ParallelLayout) -> Kernels:
