@@ -95,7 +95,7 @@ class ModelConfig:
     logprob_chunk_tokens: int = setting(1024, may_change=True, minimum=1)
     """Predicting positions whose logits exist at a time."""
     reference_in_memory: bool = setting(False, may_change=True)
-    """Keep the reference model of DPO, IPO or KTO in memory, instead of computing its log-probabilities before."""
+    """Keep the reference model of a loss that has one in memory, instead of computing its log-probabilities before."""
     seed: int = setting(42, minimum=0, maximum=2**63 - 1)
     """Random start weights and the order of the data."""
 

@@ -1,4 +1,4 @@
-"""Log-probabilities under a frozen reference model, which DPO, IPO and KTO compare with.
+"""Log-probabilities under a frozen reference model, for losses that compare with one, as DPO.
 
 The reference is the model that training starts from. Usually its log-probabilities are computed once before
 training, with the policy itself while it still holds the start weights, and kept on disk; then no second model is
