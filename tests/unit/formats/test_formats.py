@@ -80,7 +80,7 @@ def test_sliding_window_is_what_transformers_makes_of_it(
     assert architecture_from_hf({**config, **given}).sliding_window == window
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral_v01"])
+@pytest.mark.parametrize("family", ["llama3", "mistral_v01", "qwen25", "qwen3"])
 def test_absent_fields_are_the_familys_defaults(family: str) -> None:
     config = tiny.config(family).to_dict()
     absent = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
@@ -90,6 +90,7 @@ def test_absent_fields_are_the_familys_defaults(family: str) -> None:
     found = architecture_from_hf({**config, **sizes})
     made = type(tiny.config(family))(**{**{k: v for k, v in config.items() if k != "model_type"}, **sizes})
     assert found.num_query_groups == made.num_key_value_heads
+    assert found.head_dim == (getattr(made, "head_dim", None) or 64 // 16)
     assert found.max_position_embeddings == made.max_position_embeddings
     assert found.rms_norm_eps == made.rms_norm_eps
     assert found.tie_word_embeddings == made.tie_word_embeddings
@@ -211,15 +212,19 @@ def test_configs_lose_nothing(family: str) -> None:
         assert back.model_type == "mistral"
 
 
-@pytest.mark.parametrize("family", ["llama31", "mistral_v01", "smollm2"])
+@pytest.mark.parametrize("family", ["llama31", "mistral_v01", "smollm2", "qwen25", "qwen3_tied"])
 def test_made_up_config_is_understood_by_transformers(family: str) -> None:
     from transformers import AutoConfig
 
     original = tiny.config(family)
     settings = architecture_to_hf(architecture_from_hf(original.to_dict()))
     made = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    for key in ("rope_parameters", "head_dim", "tie_word_embeddings", "sliding_window", "num_key_value_heads"):
+    for key in ("rope_parameters", "tie_word_embeddings", "sliding_window", "num_key_value_heads"):
         assert getattr(made, key, None) == getattr(original, key, None), key
+    # Older versions of transformers leave it unset.
+    assert made.head_dim == (
+        getattr(original, "head_dim", None) or original.hidden_size // original.num_attention_heads
+    )
 
 
 def _write_state(source: Path, directory: Path, prefix: str) -> None:
