@@ -110,7 +110,7 @@ def layer_spec(kernels: Kernels, *, qk_norm: bool) -> ModuleSpec:
         if qk_norm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = _local_norm(kernels)
-    spec.submodules.self_attention.submodules.core_attention = _core_attention(kernels)
+    spec.submodules.self_attention.submodules.core_attention = attention_module(kernels)
     return spec
 
 
@@ -118,7 +118,8 @@ def _local_norm(kernels: Kernels) -> type[RMSNorm]:
     return RMSNorm if kernels.gpu else RecomputedRMSNorm
 
 
-def _core_attention(kernels: Kernels) -> type[PackedAttention]:
+def attention_module(kernels: Kernels) -> type[PackedAttention]:
+    """The class of core attention."""
     return {"sdpa": PackedSDPA, "flash": PackedFlashAttention, "te": PackedTEAttention}[kernels.attention]
 
 
