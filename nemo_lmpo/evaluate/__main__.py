@@ -46,6 +46,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
         _logger.info("result: %s", run_leaderboard(options, command))
         return 0
+    if options.command == "export":
+        from nemo_lmpo.evaluate.leaderboard import export
+
+        sys.stdout.write(f"{export(options.model, options.output)}\n")
+        return 0
     if options.command == "tables":
         from nemo_lmpo.evaluate.tables import write_tables
 

@@ -128,6 +128,22 @@ def _harness_model(
     return {**shared, **told, "batch_size": options.batch_size}, generation
 
 
+def export(given: str, output: Path) -> Path:
+    """Where a server finds a model as a Hugging Face directory: itself, or ``output`` made of it.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be converted.
+    """
+    from nemo_lmpo.formats.hub import local_model
+
+    path, _ = local_model(given)
+    from nemo_lmpo.evaluate.in_process import newest
+    from nemo_lmpo.generate.engine import open_prompting
+
+    directory = newest(path)
+    return huggingface_form(open_prompting(directory), directory, output, weights=True)
+
+
 def huggingface_form(prompting: Prompting, directory: Path, output: Path, *, weights: bool) -> Path:
     """The model as the harness reads it: itself, or converted beside the results.
 

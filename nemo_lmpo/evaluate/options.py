@@ -20,6 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
     for suite in (ALPACA_EVAL, ARENA_HARD):
         _add_pairwise(commands.add_parser(suite, help=f"answer, judge and score {TITLES[suite]}"), suite)
     _add_leaderboard(commands.add_parser(LEADERBOARD, help=f"ten tasks of the {TITLES[LEADERBOARD]}"))
+    export = commands.add_parser("export", help="a Hugging Face directory that a server can load; prints where it is")
+    export.add_argument("--model", required=True, metavar="MODEL", help="run, checkpoint, .nemo, directory or hub name")
+    export.add_argument("--output", required=True, type=Path, metavar="DIR", help="unused if the model is one already")
     tables = commands.add_parser("tables", help="one page: the paper's tables beside what was measured")
     tables.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="evaluations (default: evals/*)")
     tables.add_argument("--output", type=Path, default=Path("evals"), metavar="DIR", help="(default: evals)")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.slurm.stories import STEPS, Job, Stories
+from nemo_lmpo.evaluate.environment import VARIABLE
+from tests.slurm.stories import ROOT, STEPS, Job, Stories
+from tests.system.stub_server import serving
+from tests.system.test_evaluate import JUDGE_PROMPT
 
 pytestmark = pytest.mark.slurm
 
@@ -155,3 +161,47 @@ def test_convert_and_generate(stories: Stories) -> None:
     assert (stories.folder / "exported" / "config.json").is_file()
     (answer,) = (stories.folder / "answers.jsonl").read_text().splitlines()
     assert isinstance(json.loads(answer), dict)
+
+
+def test_an_evaluation_serves_the_model_and_stops_the_server(
+    stories: Stories, shared_dir: Path, smollm2_dir: Path, tmp_path: Path
+) -> None:
+    data = shared_dir / "evaluation"
+    if not os.environ.get(VARIABLE) or not (data / "arena_hard_v0.1_question.jsonl.gz").exists():
+        pytest.skip(f"set {VARIABLE} (make eval-env), and have the evaluation data in `shared`")
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(JUDGE_PROMPT))
+    with serving() as judge:
+        job_id = stories.submit(
+            "evaluate.sbatch",
+            *("arena_hard", "--model", str(smollm2_dir), "--judge-endpoint", judge.url, "--judge-prompt", str(prompt)),
+            *("--limit", "2", "--output", "evals/smollm2", "--quiet"),
+            options=stories.one_task(),
+            NEMO_LMPO_SERVE=f"{sys.executable} {ROOT}/tests/system/stub_server.py",
+            NEMO_LMPO_EVAL_DATA=str(data),
+            **{VARIABLE: os.environ[VARIABLE]},
+        )
+        job = stories.finish(job_id)
+    assert job.succeeded, job.log
+    assert "slurm: server: ready" in job.log
+    result = json.loads((stories.folder / "evals" / "smollm2" / "arena_hard" / "result.json").read_text())
+    assert (result["n"], sum(result["judge"]["answered"].values())) == (2, 4)
+    address = re.search(r"http://127.0.0.1:(\d+)", result["generation"]["endpoint"])
+    assert address is not None
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(address[1]))) != 0  # the server ended with the job
+
+
+def test_a_server_that_dies_ends_the_job_with_its_words(stories: Stories) -> None:
+    python = stories.stand_in("exporting", 'echo "$PWD"')
+    job_id = stories.submit(
+        "evaluate.sbatch",
+        *("arena_hard", "--model", "any", "--judge-endpoint", "http://localhost"),
+        options=stories.one_task(),
+        NEMO_LMPO_SERVE="echo no such card; false",
+        NEMO_LMPO_PYTHON=python,
+    )
+    job = stories.finish(job_id)
+    assert not job.succeeded
+    assert "no such card" in job.log
+    assert "the server ended before it was ready" in job.log

@@ -18,6 +18,7 @@ TEMPLATES = sorted(path.name for path in SLURM.glob("*.sbatch"))
 def test_the_templates_are_there() -> None:
     assert TEMPLATES == [
         "convert.sbatch",
+        "evaluate.sbatch",
         "generate.sbatch",
         "sweep.sbatch",
         "train.sbatch",
@@ -33,7 +34,9 @@ def test_slurm_accepts_the_template(slurm: LocalSlurm, template: str) -> None:
         assert "to start at" in slurm.run("sbatch", "--test-only", "--gpus-per-node=a100:4", str(SLURM / template))
 
 
-@pytest.mark.parametrize("template", ["train.sbatch", "train_multinode.sbatch", "sweep.sbatch", "generate.sbatch"])
+@pytest.mark.parametrize(
+    "template", ["train.sbatch", "train_multinode.sbatch", "sweep.sbatch", "generate.sbatch", "evaluate.sbatch"]
+)
 @pytest.mark.parametrize("request_", ["h100:1", "5"])
 def test_the_templates_ask_for_gpus_that_must_exist(slurm: LocalSlurm, template: str, request_: str) -> None:
     said = slurm.run("sbatch", "--test-only", f"--gpus-per-node={request_}", str(SLURM / template), check=False)

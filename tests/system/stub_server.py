@@ -132,7 +132,7 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": MODEL}]} if self.path.endswith("/models") else {})
+            self._send(200, {"data": [{"id": MODEL}]} if self.path.endswith("/models") else {})  # also /health
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -181,6 +181,6 @@ def serving(port: int = 0) -> Iterator[Stub]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
-    with serving(parser.parse_args().port) as running:
+    with serving(parser.parse_known_args()[0].port) as running:  # a real one is also told the model and the host
         print(running.url, flush=True)
         threading.Event().wait()

@@ -1,0 +1,265 @@
+"""Evaluations as whole commands, with the real scoring packages and a stub in the place of servers and judges."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_lmpo.evaluate.__main__ import main
+from nemo_lmpo.evaluate.environment import VARIABLE
+from nemo_lmpo.evaluate.suites import TASKS
+from tests.system.stub_server import ANSWERED_AS, Stub, quality, serving
+from tests.system.task_rows import write_task_rows
+
+pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"set {VARIABLE} (make eval-env)")
+
+Command = Callable[..., int]
+JUDGE_PROMPT = {
+    "system": "Judge.",
+    "template": "{QUESTION}\n<|The Start of Assistant A's Answer|>\n{ANSWER_A}\n<|The End of Assistant A's Answer|>\n"
+    "<|The Start of Assistant B's Answer|>\n{ANSWER_B}\n<|The End of Assistant B's Answer|>",
+}
+
+
+@pytest.fixture(scope="module")
+def data(shared_dir: Path) -> Path:
+    folder = shared_dir / "evaluation"
+    if not (folder / "alpaca_eval2_eval_set.json.gz").exists():
+        pytest.skip("the folder `shared` has no evaluation data")
+    return folder
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def command(data: Path, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a suite's command on ten instructions with the stub as judge, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(JUDGE_PROMPT))
+
+    def run(suite: str, *more: str, limit: int = 10) -> int:
+        shared = ["--data", str(data), "--judge-endpoint", stub.url, "--retries", "1", "--quiet", "--output", "out"]
+        extra = ["--bootstrap", "20"] if suite == "alpaca_eval" else ["--judge-prompt", str(prompt)]
+        return main([suite, *shared, *extra, "--limit", str(limit), *more])
+
+    return run
+
+
+def result_of(suite: str, folder: Path = Path("out")) -> dict:
+    return json.loads((folder / suite / "result.json").read_text())
+
+
+def test_published_rows_are_recomputed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--data", str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ok     AlpacaEval 2") for line in lines) == 36
+    assert any("Mistral-7B-Instruct-v0.2" in line and "LC 17.11" in line for line in lines)
+    assert any("Llama-3-Instruct-8B-SimPO" in line and "LC 44.65" in line for line in lines)
+    assert lines[-1].startswith("41 of 41 rows agree")
+
+
+def test_a_wrong_row_fails_the_check(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in data.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    table = tmp_path / "alpaca_eval2_glm_weights.csv"
+    text = table.read_text()
+    table.unlink()
+    assert text.count("-0.1621386599809119") == 1  # what the SimPO row's LC is made of
+    table.write_text(text.replace("-0.1621386599809119", "-0.1721386599809119"))
+    for name in ("alpaca_eval2_preferences_and_lengths.csv.gz", "arena_hard_v0.1_question.jsonl.gz"):
+        (tmp_path / name).unlink()
+    assert main(["check", "--data", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERS GLM weights  Llama-3-Instruct-8B-SimPO" in out
+    assert "left out: " in out
+    assert "2 of 3 rows agree" in out
+
+
+def test_alpaca_eval_through_kills_of_both_servers(
+    command: Command, stub: Stub, smollm2_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", stub.url)
+    stub.faults.down_after = 4  # while generating
+    assert command("alpaca_eval", *arguments) == 1
+    assert "does not answer" in capsys.readouterr().err
+    answered = len(Path("out/alpaca_eval/answers.jsonl").read_text().splitlines())
+    assert 0 < answered <= 4
+    stub.requests.clear()
+    stub.faults.down_after = 10 - answered + 3  # while judging
+    assert command("alpaca_eval", *arguments) == 1
+    judged = len(Path("out/alpaca_eval/judge_calls.jsonl").read_text().splitlines())
+    assert 0 < judged <= 3
+    stub.requests.clear()
+    stub.faults.down_after = None
+    assert command("alpaca_eval", *arguments) == 0
+    assert stub.count("/v1/completions") == 0
+    assert stub.count("/v1/chat/completions") == 10 - judged
+    prompts = [body["messages"][-1]["content"] for path, body in stub.requests if "chat" in path]
+    assert all("## Instruction" in prompt for prompt in prompts)  # the package's own prompt
+    found = result_of("alpaca_eval")
+    assert (found["n"], found["of"], found["judge"]["answered"]) == (10, 805, {ANSWERED_AS: 10})
+    # The stub's rule, applied by hand to what was answered: a win is 1 / (1 + exp(-6 difference)).
+    check_wins(found)
+    stub.requests.clear()
+    assert command("alpaca_eval", *arguments) == 0
+    assert not stub.requests  # complete: nothing is asked
+
+
+def check_wins(found: dict) -> None:
+    import gzip
+    import math
+
+    shared = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "evaluation"
+    every = json.loads(gzip.decompress((shared / "alpaca_eval2_eval_set.json.gz").read_bytes()))
+    rows = [json.loads(line) for line in Path("out/alpaca_eval/answers.jsonl").read_text().split("\n") if line]
+    wins = [
+        1 / (1 + math.exp(-6 * (quality(row["output"]) - quality(every[int(row["id"])]["output"])))) for row in rows
+    ]
+    assert found["values"]["wr"]["value"] == pytest.approx(100 * sum(wins) / len(wins), abs=1e-6)
+    lengths = [len(row["output"]) for row in rows]
+    assert found["values"]["length"]["value"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_more_instructions_go_on_from_fewer(command: Command, stub: Stub, smollm2_dir: Path) -> None:
+    arguments = ("--model", str(smollm2_dir), "--endpoint", stub.url)
+    assert command("arena_hard", *arguments, limit=3) == 0
+    stub.requests.clear()
+    assert command("arena_hard", *arguments, limit=5) == 0
+    assert stub.count("/v1/completions") == 2
+    assert stub.count("/v1/chat/completions") == 4
+    assert result_of("arena_hard")["n"] == 5
+
+
+def test_arena_hard_of_an_anchor(command: Command, stub: Stub) -> None:
+    assert command("arena_hard", "--anchor", "gpt-3.5-turbo-0125", limit=500) == 0
+    found = result_of("arena_hard")
+    assert found["values"]["length"]["value"] == pytest.approx(329.728)  # cl100k tokens, as published
+    assert found["model"]["published"]["wr"] == 23.34
+    assert sum(found["details"]["verdicts"].values()) == 1000
+    assert len(found["values"]["wr"]["intervals"]) == 2
+    assert main(["tables", "out", "--output", "page"]) == 0
+    assert "gpt-3.5-turbo-0125" in Path("page/tables.html").read_text()
+
+
+def test_answers_in_process(command: Command, smollm2_dir: Path) -> None:
+    arguments = ("--model", str(smollm2_dir), "--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu")
+    assert command("alpaca_eval", *arguments, limit=4) == 0
+    found = result_of("alpaca_eval")
+    assert found["truncated"] == 4
+    assert found["generation"]["backend"].startswith("transformers ")
+    assert (found["generation"]["temperature"], found["generation"]["dtype"]) == (0.7, "fp32")
+    answers = Path("out/alpaca_eval/answers.jsonl").read_text()
+    # Cut in the middle, as by a kill: the same answers come again.
+    Path("out/alpaca_eval/answers.jsonl").write_text(answers[: len(answers) // 2])
+    Path("out/alpaca_eval/result.json").unlink()
+    assert command("alpaca_eval", *arguments, limit=4) == 0
+    again = Path("out/alpaca_eval/answers.jsonl").read_text()
+    assert sorted(again.splitlines()) == sorted(answers.splitlines())
+
+
+def test_judges_that_cannot_be_used(
+    command: Command, stub: Stub, smollm2_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(smollm2_dir), "--endpoint", stub.url)
+    stub.faults.no_logprobs = True
+    assert command("alpaca_eval", *arguments) == 1
+    assert "returns no top_logprobs" in capsys.readouterr().err
+    stub.faults.no_logprobs = False
+    stub.faults.no_label = 2.0
+    assert command("alpaca_eval", *arguments) == 1
+    assert "gave no verdict in 10 of 10 answers, more than 1 %" in capsys.readouterr().err
+    assert not Path("out/alpaca_eval/result.json").exists()
+    assert command("arena_hard", *arguments) == 1
+    assert "gave no verdict in 20 of 20" in capsys.readouterr().err
+
+
+def test_folders_are_not_mixed(
+    command: Command, stub: Stub, smollm2_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(smollm2_dir), "--endpoint", stub.url)
+    assert command("arena_hard", *arguments, limit=2) == 0
+    assert command("arena_hard", *arguments, "--temperature", "1", limit=2) == 1
+    assert "choose another --output" in capsys.readouterr().err
+    assert command("arena_hard", "--anchor", "gpt-3.5-turbo-0125", limit=2) == 1
+    assert "choose another --output" in capsys.readouterr().err
+    # Another name or row is no other evaluation.
+    assert command("arena_hard", *arguments, "--row", "tiny/SimPO", limit=2) == 0
+    assert result_of("arena_hard")["model"]["method"] == "SimPO"
+
+
+@pytest.fixture(scope="module")
+def harness() -> Path:
+    code = "import lm_eval; print(lm_eval.__path__[0])"
+    done = subprocess.run([os.environ[VARIABLE], "-c", code], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+def test_ten_tasks_by_their_own_definitions(
+    stub: Stub, smollm2_dir: Path, harness: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_task_rows(tmp_path / "rows", harness)
+    arguments = ["leaderboard", "--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", stub.url]
+    arguments += ["--task-data", "rows", "--output", "out", "--quiet"]
+    assert main([*arguments, "--tasks", "v1"]) == 0
+    asked = len(stub.requests)
+    assert main(arguments) == 0
+    found = result_of("leaderboard")
+    assert set(found["values"]) == {task.name for task in TASKS}
+    assert found["details"]["tasks"]["arc"]["shots"] == 25
+    # Tasks of the first command were not run again.
+    again = [body for _, body in stub.requests[asked:] if "stop" in body and "Question:" in body["stop"]]
+    assert asked
+    assert not again
+    # GSM8K was stopped as the paper's harness does it, and as today's.
+    stops = [tuple(body["stop"][:3]) for _, body in stub.requests if "stop" in body and "Question:" in body["stop"]]
+    assert {":" in stop for stop in stops} == {True, False}
+    assert all(isinstance(token, int) for body in stub.requests[:1] for token in body[1]["prompt"][0])
+    assert main(["tables", "out", "--output", "page"]) == 0
+    assert "LMPO here" in Path("page/tables.md").read_text()
+
+
+def test_scores_are_the_harness_own(stub: Stub, smollm2_dir: Path, harness: Path, tmp_path: Path) -> None:
+    """One task by `lm_eval` itself, without this project."""
+    write_task_rows(tmp_path / "rows", harness)
+    task = tmp_path / "own.yaml"
+    rows = tmp_path / "rows"
+    files = {"train": str(rows / "winogrande.fewshot.jsonl"), "validation": str(rows / "winogrande.jsonl")}
+    task.write_text(
+        f"include: {harness}/tasks/winogrande/default.yaml\ntask: own\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
+    )
+    arguments = f"model=stub,base_url={stub.url}/completions,tokenizer={smollm2_dir},max_length=2048"
+    subprocess.run(
+        [
+            *(os.environ[VARIABLE], "-W", "ignore", "-m", "lm_eval", "run", "--model", "local-completions"),
+            *(
+                "--model_args",
+                arguments,
+                "--tasks",
+                str(task),
+                "--num_fewshot",
+                "5",
+                "--output_path",
+                str(tmp_path / "own"),
+            ),
+        ],
+        check=True,
+        capture_output=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    [path] = (tmp_path / "own").rglob("results*.json")
+    expected = 100 * json.loads(path.read_text())["results"]["own"]["acc,none"]
+    ours = ["leaderboard", "--model", str(smollm2_dir), "--endpoint", stub.url, "--tasks", "winogrande", "--quiet"]
+    assert main([*ours, "--task-data", str(rows), "--output", str(tmp_path / "out")]) == 0
+    assert result_of("leaderboard", tmp_path / "out")["values"]["winogrande"]["value"] == pytest.approx(expected)
