@@ -1,6 +1,7 @@
 """Train a policy on preference pairs: ``python -m nemo_lmpo.train --config-name lmpo_tiny [key=value ...]``.
 
-Kept light: help, typing errors and refused configurations answer before torch is imported.
+Kept light: help, typing errors, and everything that is refused without asking a GPU answer before megatron-core is
+imported, and help and unreadable overrides before torch is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import TrainingError, UserError
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
+from nemo_lmpo.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
@@ -65,6 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, started: float) -> int:
+    from nemo_lmpo.runtime.launch import read_launch_info
+
+    prepare_environment()
+    launch = read_launch_info()
+    _start_logging(launch)
+    if not options.list and not options.show_config:
+        _logger.info("reading recipe %s", options.config_name)
     from nemo_lmpo.config.recipe import config_as_dict, load_recipe, recipe_names
     from nemo_lmpo.errors import ConfigError
 
@@ -79,15 +88,10 @@ def _run(options: argparse.Namespace, started: float) -> int:
 
         print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201
         return 0
-    from nemo_lmpo.runtime.launch import read_launch_info
-
-    return _train(config, read_launch_info(), started)
+    return _dry_run(config) if config.dry_run else _train(config, launch, started)
 
 
 def _train(config: Config, launch: LaunchInfo, started: float) -> int:
-    _start_logging(launch)
-    if config.dry_run:
-        return _dry_run(config)
     from nemo_lmpo import training
     from nemo_lmpo.checkpoint.run_directory import RunDirectory
 
@@ -105,30 +109,33 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
 
 
 def _dry_run(config: Config) -> int:
-    from nemo_lmpo.config.rules import validate
-    from nemo_lmpo.errors import ConfigError
-    from nemo_lmpo.formats.base_model import find_base_model
-
-    if config.GPUS is not None and config.dry_run != "plan":
-        raise ConfigError(f"GPUS={config.GPUS} is for dry_run=plan; set trainer.devices and trainer.num_nodes instead")
-    base = find_base_model(config.model, fetch=False)
-    nodes, devices = config.trainer.num_nodes, config.trainer.devices
     if config.dry_run == "plan":
-        from nemo_lmpo.plan.cards import read_gpus
-        from nemo_lmpo.plan.describe import describe_plan
+        return _plan(config)
+    from nemo_lmpo.training.preflight import preflight
 
-        machine = read_gpus(config.GPUS or f"{nodes}x{devices}xA100")
-        print(describe_plan(config, base.architecture, machine))  # noqa: T201
-        return 0
-    layout = validate(config, base.architecture, nodes * devices)
+    checked = preflight(config, config.trainer.devices * config.trainer.num_nodes, fetch=False)
     if config.dry_run == "trace":
         from nemo_lmpo.trace.describe import describe_trace
 
-        print(describe_trace(layout))  # noqa: T201
+        print(describe_trace(checked.layout))  # noqa: T201
         return 0
     from nemo_lmpo.config.dry_run import describe
 
-    print(describe(layout))  # noqa: T201
+    print(describe(checked.layout, unseen=checked.unseen))  # noqa: T201
+    return 0
+
+
+def _plan(config: Config) -> int:
+    """Layouts for a number of GPUs; which of them are valid is the answer, so only settings are checked before."""
+    from nemo_lmpo.config.rules import check_settings
+    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.plan.cards import read_gpus
+    from nemo_lmpo.plan.describe import describe_plan
+
+    check_settings(config)
+    base = find_base_model(config.model, fetch=False)
+    machine = read_gpus(config.GPUS or f"{config.trainer.num_nodes}x{config.trainer.devices}xA100")
+    print(describe_plan(config, base.architecture, machine))  # noqa: T201
     return 0
 
 

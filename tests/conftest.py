@@ -13,6 +13,14 @@ import pytest
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU path unless they are those of the GPU alone; processes that they start inherit this."""
+    gpu_tests = _ROOT / "tests" / "gpu"
+    given = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if not given or not all(path == gpu_tests or gpu_tests in path.parents for path in given):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder `shared` beside the checkout, with data that is not part of the project."""

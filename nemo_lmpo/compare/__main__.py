@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nemo_lmpo.compare.scales import SCALES, Scale, find_scale
 from nemo_lmpo.compare.suites import SUITES, Suite, Variant
 from nemo_lmpo.errors import ConfigError, TrainingError, UserError
+from nemo_lmpo.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
     from nemo_lmpo.compare.plan import RunPlan
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     _logger.setLevel(logging.INFO)
+    prepare_environment()  # before anything imports torch; runs inherit it
     try:
         return _run(options, list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:

@@ -13,7 +13,10 @@ from typing import Any
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import START, Suite, Variant
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.rules import check_settings
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.formats.base_model import is_known
+from nemo_lmpo.training.preflight import preflight
 
 FIRST_SEED = 42
 MEASURED_FILE = "measured.json"
@@ -81,8 +84,14 @@ def _of_seed(directory: Path, seed: int) -> Path:
 
 def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], seed: int, root: Path, name: str) -> RunPlan:
     config = load_recipe(recipe, overrides)
+    devices = config.trainer.devices * config.trainer.num_nodes
+    if is_known(config.model):
+        # Whose run it is, a directory's name tells: it holds a hash of what decides a run.
+        preflight(config, devices, fetch=False, owns_directory=False)
+    else:
+        check_settings(config)
     directory = root / f"{name}-{identity(config)}" / f"seed{seed}"
-    return RunPlan(variant, recipe, overrides, seed, directory, config.trainer.devices * config.trainer.num_nodes)
+    return RunPlan(variant, recipe, overrides, seed, directory, devices)
 
 
 def identity(config: Config) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.rules import ParallelLayout
 
 GIB = 2.0**30
 
 
-def describe(layout: ParallelLayout) -> str:
-    """The dry run's text."""
+def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
+    """The dry run's text; ``unseen`` are hub names that only a start can look at."""
     config, model = layout.config, layout.config.model
     memory = estimate_memory(layout)
     nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
@@ -48,4 +50,6 @@ def describe(layout: ParallelLayout) -> str:
     lines += ["", "memory expected on the busiest rank, GiB"]
     lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
     lines += ["", "The configuration is valid. Nothing was started."]
+    if unseen:
+        lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")
     return "\n".join(lines)

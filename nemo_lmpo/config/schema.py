@@ -186,6 +186,8 @@ class TrainerConfig:
     devices: int = setting(1, may_change=True, minimum=1, maximum=1024)
     """Processes a node that a recipe is laid out for; launchers and the dry run use it, a run counts its own."""
     num_nodes: int = setting(1, may_change=True, minimum=1, maximum=65536)
+    accelerator: Literal["auto", "gpu", "cpu"] = setting("auto", may_change=True)
+    """What to compute on; `auto`: GPUs where there are any, `cpu` hides them."""
     precision: Literal["bf16", "32"] = "bf16"
     """`bf16` (BF16 compute, float32 main parameters) or `32`."""
     gradient_clip_val: float = setting(1.0, minimum=0)

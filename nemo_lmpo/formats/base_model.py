@@ -57,7 +57,7 @@ def find_base_model(model: ModelConfig, *, fetch: bool = True) -> BaseModel:
         return _random_base_model(model)
     path = model.restore_from_path
     if not fetch and model.architecture is not None and not Path(path).expanduser().exists():
-        return BaseModel(_expected(model.architecture), model.tokenizer or path)
+        return BaseModel(_expected(_with_vocabulary(model)), model.tokenizer or path)
     try:
         local, _ = local_model(path)
         found, sidecars = _open(local)
@@ -68,6 +68,12 @@ def find_base_model(model: ModelConfig, *, fetch: bool = True) -> BaseModel:
         expected = _expected({"vocab_size": found.vocab_size, **model.architecture})
         _refuse_other_sizes(found, expected, path)
     return BaseModel(found, model.tokenizer or str(sidecars), local, sidecars)
+
+
+def is_known(model: ModelConfig) -> bool:
+    """Whether the architecture can be told without fetching anything."""
+    path = model.restore_from_path
+    return path is None or model.architecture is not None or Path(path).expanduser().exists()
 
 
 def _open(path: Path) -> tuple[Architecture, Path]:
@@ -109,10 +115,14 @@ def _random_base_model(model: ModelConfig) -> BaseModel:
         )
     if model.tokenizer is None:
         raise ConfigError("model.tokenizer is not set, and random weights bring none; give a tokenizer")
-    settings: dict[str, Any] = dict(model.architecture)
-    if "vocab_size" not in settings:
-        # A new model has as many embeddings as its tokenizer has tokens.
+    return BaseModel(_expected(_with_vocabulary(model)), model.tokenizer)
+
+
+def _with_vocabulary(model: ModelConfig) -> dict[str, Any]:
+    """`model.architecture`; unless it says otherwise, a new model has as many embeddings as its tokenizer tokens."""
+    settings: dict[str, Any] = dict(model.architecture or {})
+    if "vocab_size" not in settings and model.tokenizer is not None:
         from nemo_lmpo.data.tokenizer import load_tokenizer
 
         settings["vocab_size"] = len(load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code))
-    return BaseModel(architecture_from_hf(settings, origin="model.architecture"), model.tokenizer)
+    return settings

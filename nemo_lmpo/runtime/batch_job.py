@@ -1,4 +1,4 @@
-"""The batch job that a process runs in, as Slurm and the templates in `slurm/` tell it. Imports nothing of the package.
+"""The batch job that a process runs in, as Slurm and the templates in `slurm/` tell it. Light: imports no torch.
 
 The batch script decides by a small file what follows a run's end: whether it is done, was stopped and is to go on, or
 was refused and would be so again. Exit statuses cannot tell: launchers replace them by their own.

@@ -73,13 +73,11 @@ def check(request: Submission) -> str:
     """The dry run of the request's (first) run, after validating all of them.
 
     Raises:
-        ConfigError: a recipe, override or layout that training would refuse, or another run's directory.
+        UserError: what training would refuse: settings, layout, model, data, or another run's directory.
     """
-    from nemo_lmpo.checkpoint.run_directory import RunDirectory
     from nemo_lmpo.config.dry_run import describe
-    from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-    from nemo_lmpo.config.rules import validate
-    from nemo_lmpo.formats.base_model import find_base_model
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.preflight import preflight
 
     for name, number in (("--nodes", request.nodes), ("--gpus-per-node", request.gpus_per_node)):
         if number < 1:
@@ -88,13 +86,12 @@ def check(request: Submission) -> str:
     for overrides in request.combinations():
         config = load_recipe(request.recipe, overrides, config_dir=request.config_dir)
         config.trainer.devices, config.trainer.num_nodes = request.gpus_per_node, request.nodes
-        start = find_base_model(config.model, fetch=False)
-        layout = validate(config, start.architecture, request.nodes * request.gpus_per_node)
-        if not request.is_sweep:  # a sweep's runs get directories of their own
-            RunDirectory(config, config_as_dict(config)).check_owner()
-        first = layout if first is None else first
+        checked = preflight(
+            config, request.nodes * request.gpus_per_node, fetch=False, owns_directory=not request.is_sweep
+        )
+        first = checked if first is None else first
     assert first is not None
-    return describe(first)
+    return describe(first.layout, unseen=first.unseen)
 
 
 def sbatch_command(request: Submission, templates: Path, variables: Mapping[str, str]) -> list[str]:

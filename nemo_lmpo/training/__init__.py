@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
     from nemo_lmpo.runtime.launch import LaunchInfo
     from nemo_lmpo.training.trainer import FitResult
+
+_logger = logging.getLogger(__name__)
 
 
 def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> FitResult:
@@ -28,11 +31,16 @@ def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> 
         UserError: settings, start model, data or run directory cannot be used; nothing was trained.
         TrainingError: the run had to end; checkpoints are as they were saved.
     """
+    from nemo_lmpo.training.preflight import preflight
+
+    _logger.info("checking settings, model and data")
+    checked = preflight(config, launch.world_size, fetch=True)
+    _logger.info("loading torch and megatron-core")
     import torch.distributed as dist
 
     from nemo_lmpo.training.session import open_session
 
-    with open_session(config, launch) as session:
+    with open_session(config, launch, checked) as session:
         result = session.train(time.time() if started is None else started)
         dist.barrier()
     return result

@@ -12,6 +12,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
 from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
+from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 
 
@@ -29,8 +30,12 @@ def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[Pa
 
 
 def prepare_device(config: Config, launch: LaunchInfo) -> torch.device:
-    """This process's GPU, or the CPU with what megatron-core needs there."""
-    if torch.cuda.is_available():
+    """This process's GPU, or the CPU with what megatron-core needs there.
+
+    Raises:
+        ConfigError: `trainer.accelerator` cannot be had.
+    """
+    if uses_gpu(config.trainer.accelerator, launch):
         return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     ADAPTER.install()
     keep_freed_memory()

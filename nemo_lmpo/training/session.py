@@ -19,20 +19,21 @@ from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_dat
 from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.recipe import config_as_dict
-from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.tokenizer import padding_id
-from nemo_lmpo.formats.base_model import BaseModel, find_base_model
+from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.batch_job import read_batch_job
+from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.batches import BatchBuilder
 from nemo_lmpo.training.facts import banner_facts
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.policy import Policy, kernels_for
+from nemo_lmpo.training.preflight import Preflight, preflight
 from nemo_lmpo.training.process import distributed_session
 from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
 from nemo_lmpo.training.start import load_data, load_start_weights
@@ -207,19 +208,22 @@ class TrainingSession:
 
 
 @contextmanager
-def open_session(config: Config, launch: LaunchInfo) -> Iterator[TrainingSession]:
+def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None = None) -> Iterator[TrainingSession]:
     """Check everything that can be checked early, take the run directory, join the job, and build the session.
 
     Communicates: joins the process group, and leaves it at the end of the block.
 
+    Args:
+        config: a configuration of :func:`nemo_lmpo.config.recipe.load_recipe`.
+        launch: this process's place in the job.
+        checked: what :func:`nemo_lmpo.training.preflight.preflight` found; unset: it is asked here.
+
     Raises:
-        ConfigError: the settings do not fit the model, the processes or the machine, or the directory holds
-            another run.
-        CheckpointError, DataError: the start model or the pairs cannot be read.
+        UserError: as :func:`~nemo_lmpo.training.preflight.preflight`, and what does not fit this machine.
     """
-    base = find_base_model(config.model)
-    validate(config, base.architecture, launch.world_size)
-    kernels_for(config, base.architecture, use_cuda=torch.cuda.is_available())  # refused before data is read
+    base = (checked or preflight(config, launch.world_size, fetch=True)).base
+    use_cuda = uses_gpu(config.trainer.accelerator, launch)
+    kernels_for(config, base.architecture, use_cuda=use_cuda)  # refused before data is read
     run = RunDirectory(config, config_as_dict(config))
     with run.taken() if launch.is_main else nullcontext():
         if launch.is_main and (job := read_batch_job()) is not None:

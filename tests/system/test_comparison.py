@@ -1,6 +1,7 @@
 """Whole comparisons, small: runs are forked from a server."""
 
 import dataclasses
+import json
 import re
 import sys
 
@@ -48,9 +49,13 @@ def test_failed_run_is_named_and_the_page_is_written(tmp_path, monkeypatch, caps
     small = dataclasses.replace(TINY, start=(), answers=0)
     monkeypatch.setitem(SCALES, "tiny", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    missing = f"data.train.path={tmp_path / 'missing.jsonl'}"
-    assert main(["--suite", "figure2", "--output", str(tmp_path / "out"), "--quiet", "--seeds", "1", missing]) == 1
+    # The first rows are looked at before anything starts; these are good.
+    good = {"prompt": "sort b a", "chosen": "a b", "rejected": "b a"}
+    rows = [json.dumps(good)] * 16 + [json.dumps({**good, "chosen": ""})]
+    (tmp_path / "broken.jsonl").write_text("\n".join(rows) + "\n")
+    broken = f"data.train.path={tmp_path / 'broken.jsonl'}"
+    assert main(["--suite", "figure2", "--output", str(tmp_path / "out"), "--quiet", "--seeds", "1", broken]) == 1
     assert "3 runs failed" in capsys.readouterr().err
     assert "Without a result: start model (seed 42)" in (tmp_path / "out" / "comparison.md").read_text()
     log = next((tmp_path / "out").rglob("train.log")).read_text()
-    assert "missing.jsonl" in log
+    assert "broken.jsonl line 17" in log

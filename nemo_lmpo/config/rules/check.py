@@ -21,6 +21,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.monitor,
     settings.reference,
     settings.parallelism,
+    settings.machine,
     settings.allowed_changes,
 )
 """Rules that look at the settings alone."""

@@ -1,0 +1,78 @@
+"""A first look at data, tokenizer and template without tokenizing: what a dry run can see, and a start sees first."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from pathlib import Path
+
+from nemo_lmpo.config.rules.settings import paths_of
+from nemo_lmpo.config.schema import DataConfig, DatasetConfig
+from nemo_lmpo.data.read import BUILTIN_PREFIX, open_source
+from nemo_lmpo.data.schema import RowError, parse_row
+from nemo_lmpo.data.tokenize import bad_row_error
+from nemo_lmpo.errors import ConfigError, DataError
+
+FIRST_ROWS = 16
+_HUB_LIKE = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+
+
+def look_at_data(config: DataConfig) -> list[str]:
+    """Refuse sources that are not there, and first rows that cannot be used.
+
+    Returns:
+        The hub names that were not looked at: nothing is fetched here.
+
+    Raises:
+        ConfigError: there is nothing to train on.
+        DataError: a source is missing, empty, of an unknown kind, has no such split, or begins with an unusable row
+            while `data.on_bad_row` is `error`.
+    """
+    if not config.train.path:
+        raise ConfigError("data.train.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
+    unseen: list[str] = []
+    for which in (config.train, config.validation):
+        for path in paths_of(which):
+            if _is_hub_name(path):
+                unseen.append(path)
+            elif _HUB_LIKE.fullmatch(path) and not Path(path).exists():
+                raise DataError(f"{path} does not exist; give a file, a saved dataset, a hub name or builtin:tiny")
+            else:
+                _look_at_source(path, which, strict=config.on_bad_row == "error")
+    return list(dict.fromkeys(unseen))
+
+
+def _is_hub_name(path: str) -> bool:
+    """Neither here nor called like a file; hub names begin with a letter or digit."""
+    return bool(_HUB_LIKE.fullmatch(path)) and path[0].isalnum() and not Path(path).suffix and not Path(path).exists()
+
+
+def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:
+    source = open_source(path, which.split, min(which.limit or FIRST_ROWS, FIRST_ROWS))
+    for row in islice(source.read(), FIRST_ROWS) if strict else ():
+        try:
+            if isinstance(row.value, RowError):
+                raise row.value
+            parse_row(row.value, which.schema)
+        except RowError as error:
+            raise bad_row_error(source, row.number, error.detail) from None
+
+
+def look_at_tokenizer(config: DataConfig, name: str, *, vocab_size: int, trust_remote_code: bool) -> bool:
+    """Refuse a tokenizer beside the model, and a template, that no pair could go through.
+
+    Returns:
+        Whether the tokenizer is on this machine; nothing is fetched here.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read or has more tokens than the model, or the template does not render.
+    """
+    if not name.startswith(BUILTIN_PREFIX) and not Path(name).expanduser().is_dir():
+        return False
+    from nemo_lmpo.data.chat import ChatFormat
+    from nemo_lmpo.data.tokenizer import chat_template_text, check_vocabulary, load_tokenizer
+
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, vocab_size)
+    ChatFormat(tokenizer, chat_template_text(config.chat_template, tokenizer), config.system_prompt)
+    return True

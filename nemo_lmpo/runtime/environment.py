@@ -1,0 +1,87 @@
+"""Variables that must be set before torch starts, and the choice between GPUs and CPUs.
+
+What the user set stays. This module imports no torch until it is asked which device there is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.launch import LaunchInfo
+
+BEFORE_TORCH = {
+    # Threads that wait for others sleep instead of burning a core: on a shared machine busy waiting makes steps up
+    # to fourteen times slower (docs/metrics.md).
+    "OMP_WAIT_POLICY": "passive",
+    # Kernels start in the order in which they were given, so that communication overlaps computation as
+    # megatron-core intends under tensor and sequence parallelism.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Rows of changing length would leave holes between the fixed blocks of the allocator.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+_OLDER_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def prepare_environment(environ: MutableMapping[str, str] | None = None) -> None:
+    """Set what torch reads when it is loaded, unless the user did."""
+    environ = os.environ if environ is None else environ
+    for name, value in BEFORE_TORCH.items():
+        if _OLDER_NAMES.get(name, name) not in environ:
+            environ.setdefault(name, value)
+
+
+def hide_gpus(environ: MutableMapping[str, str] | None = None) -> None:
+    """Let nothing in this process or its children find a GPU; has to come before the first one is looked for."""
+    (os.environ if environ is None else environ)[_VISIBLE] = ""
+
+
+def uses_gpu(accelerator: str, launch: LaunchInfo) -> bool:
+    """Whether this process computes on a GPU, as `trainer.accelerator` and the machine have it.
+
+    Raises:
+        ConfigError: there is no GPU where one is asked for, or there are fewer than processes on this machine, or
+            GPUs can no longer be hidden.
+    """
+    if accelerator == "cpu":
+        hide_gpus()
+    import torch
+
+    available = torch.cuda.is_available()
+    if accelerator == "cpu" and available:
+        raise ConfigError(
+            f"trainer.accelerator=cpu, but this process has looked for GPUs already; start it with {_VISIBLE}= (empty)"
+        )
+    if accelerator == "gpu" and not available:
+        raise ConfigError(
+            f"trainer.accelerator=gpu, but torch {torch.__version__} finds none ({_why_none()}); correct that, or set "
+            f"trainer.accelerator=cpu"
+        )
+    if available and not _has_one_of_its_own(launch):
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"{launch.local_world_size} processes on this machine share {count} GPU(s); start at most {count} on a "
+            f"machine, or set trainer.accelerator=cpu"
+        )
+    return available
+
+
+def _has_one_of_its_own(launch: LaunchInfo) -> bool:
+    """Whether GPUs suffice; srun may show each task the one that is bound to it."""
+    import torch
+
+    count = torch.cuda.device_count()
+    bound = count == 1 and "SLURM_PROCID" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    return bound or launch.local_world_size <= count
+
+
+def _why_none() -> str:
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "it is built for CPUs only"
+    if _VISIBLE in os.environ:
+        return f"{_VISIBLE}={os.environ[_VISIBLE]!r}"
+    return "there is no driver, or no device"

@@ -1,0 +1,56 @@
+"""Whether a run can start: everything that can be seen before torch is imported and anything is written.
+
+Training, the dry run, `slurm submit` and `compare --list` all go through here, so that what one of them calls valid
+is valid for the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.recipe import config_as_dict
+from nemo_lmpo.config.rules import ParallelLayout, check_settings, validate
+from nemo_lmpo.data.preflight import look_at_data, look_at_tokenizer
+from nemo_lmpo.formats.base_model import BaseModel, find_base_model
+
+if TYPE_CHECKING:
+    from nemo_lmpo.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that may start."""
+
+    layout: ParallelLayout
+    base: BaseModel
+    unseen: tuple[str, ...]
+    """Hub names that only a start can look at."""
+
+
+def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: bool = True) -> Preflight:
+    """Check a run as far as it can be checked without a GPU and without reading all data.
+
+    Args:
+        config: a configuration of :func:`nemo_lmpo.config.recipe.load_recipe`.
+        world_size: processes of the run.
+        fetch: bring a hub model to this machine; without, the recipe's expected architecture is taken for its.
+        owns_directory: whether `run_dir` is where the run will write (a sweep's runs get directories of their own).
+
+    Raises:
+        UserError: settings, model, tokenizer, template, data or run directory cannot be used.
+    """
+    check_settings(config)
+    base = find_base_model(config.model, fetch=fetch)
+    layout = validate(config, base.architecture, world_size)
+    unseen = look_at_data(config.data)
+    local = look_at_tokenizer(
+        config.data,
+        base.tokenizer,
+        vocab_size=base.architecture.vocab_size,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if owns_directory:
+        RunDirectory(config, config_as_dict(config)).check_owner()
+    return Preflight(layout, base, (*unseen, *(() if local else (base.tokenizer,))))

@@ -1,0 +1,92 @@
+"""What is set before torch starts, and the choice between GPUs and CPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.environment import BEFORE_TORCH, prepare_environment, uses_gpu
+from nemo_lmpo.runtime.launch import LaunchInfo
+
+
+def test_variables_are_set_unless_the_user_did() -> None:
+    environ: dict[str, str] = {}
+    prepare_environment(environ)
+    assert environ == BEFORE_TORCH
+    own = {"OMP_WAIT_POLICY": "active", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    given = dict(own)
+    prepare_environment(given)
+    assert given == own, "the allocator's older name counts as set"
+
+
+def test_the_command_sets_them_before_torch() -> None:
+    """Also the CPU runtime reads its variable once, when torch loads it."""
+    code = (
+        "import os, sys\n"
+        "import nemo_lmpo.train as train\n"
+        "assert 'torch' not in sys.modules\n"
+        "status = train.main(['--config-name', 'nowhere'])\n"
+        "print(status, os.environ['OMP_WAIT_POLICY'], os.environ['PYTORCH_ALLOC_CONF'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in BEFORE_TORCH}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["1", "passive", "expandable_segments:True"], done.stderr
+    assert done.stderr.splitlines()[0] == "reading recipe nowhere"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with two GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for name in ("SLURM_PROCID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    return monkeypatch
+
+
+def test_gpus_are_used_where_there_are_any(machine: pytest.MonkeyPatch) -> None:
+    assert uses_gpu("auto", LaunchInfo(0, 2, 0, 2))
+    assert uses_gpu("gpu", LaunchInfo())
+    machine.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not uses_gpu("auto", LaunchInfo())
+
+
+def test_cpu_hides_them(machine: pytest.MonkeyPatch) -> None:
+    assert not uses_gpu("cpu", LaunchInfo(0, 8, 0, 8))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "what asks torch later, and child processes, find none either"
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=cpu, but .* start it with CUDA_VISIBLE_DEVICES="):
+        uses_gpu("cpu", LaunchInfo())
+
+
+def test_gpu_without_one_is_refused(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("CUDA_VISIBLE_DEVICES", "")
+    machine.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=gpu, but .*CUDA_VISIBLE_DEVICES=''.*accelerator=cpu"):
+        uses_gpu("gpu", LaunchInfo())
+    machine.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match="built for CPUs only"):
+        uses_gpu("gpu", LaunchInfo())
+
+
+def test_more_processes_than_gpus_are_refused(machine: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"4 processes on this machine share 2 GPU\(s\); start at most 2"):
+        uses_gpu("auto", LaunchInfo(0, 4, 0, 4))
+
+
+def test_srun_may_bind_one_gpu_to_each_task(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("CUDA_VISIBLE_DEVICES", "1")
+    launch = LaunchInfo(1, 2, 1, 2)
+    with pytest.raises(ConfigError, match="2 processes"):
+        uses_gpu("auto", launch)
+    machine.setenv("SLURM_PROCID", "1")
+    assert uses_gpu("auto", launch)
+    machine.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun inside a Slurm job binds nothing
+    with pytest.raises(ConfigError, match="2 processes"):
+        uses_gpu("auto", launch)

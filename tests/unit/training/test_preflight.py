@@ -1,0 +1,77 @@
+"""What the dry run, `slurm submit`, `compare --list` and training see before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_lmpo.compare.__main__ import main as compare
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.errors import UserError
+from nemo_lmpo.slurm.submit import Submission, check
+from nemo_lmpo.train import main
+from nemo_lmpo.training.preflight import preflight
+
+GOOD = {"prompt": "sort b a", "chosen": "a b", "rejected": "b a"}
+# What the audit found to pass as valid and to be refused by the start, and more of its kind.
+BAD = {
+    "no_data": ("data.train.path=null", "data.train.path is not set"),
+    "no_file": ("data.train.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
+    "one_of_two": ("data.train.path=[good.jsonl,nowhere.jsonl]", "nowhere.jsonl does not exist"),
+    "no_validation_file": ("data.validation.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
+    "empty_file": ("data.train.path=empty.jsonl", "empty.jsonl is empty"),
+    "kind": ("data.train.path=good.txt", "good.txt has an unknown ending"),
+    "number": ("data.train.path=-1", "-1 does not exist"),
+    "builtin": ("data.train.path=builtin:nothing", "builtin:nothing"),
+    "split": ("data.train.split=nothing", "nothing"),
+    "schema": ("data.train.schema=hh", "builtin:tiny row 1"),
+    "row": ("data.train.path=bad.jsonl", "bad.jsonl line 2: the field 'rejected' is missing"),
+    "template": ("data.chat_template=nowhere.jinja", "data.chat_template=nowhere.jinja"),
+    "template_that_breaks": ("data.chat_template=broken.jinja", "data.chat_template"),
+    "tokenizer": ("model.tokenizer=builtin:nothing", "model.tokenizer=builtin:nothing"),
+    "model": ("model.restore_from_path=./nowhere", "model.restore_from_path: ./nowhere"),
+    "vocabulary": ("model.architecture.vocab_size=8", "vocab_size"),
+    "directory": ("run_dir=good.txt", "run_dir=good.txt is a file"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps({"prompt": "x", "chosen": "y"}) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_dry_run_refuses_what_a_start_would(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    override, expected = BAD[case]
+    extra = [] if case != "model" else ["model.architecture=null"]
+    assert main(["--config-name", "lmpo_tiny", "dry_run=true", override, *extra]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert expected in line
+
+
+def test_bad_rows_are_not_looked_for_where_they_are_skipped() -> None:
+    config = load_recipe("lmpo_tiny", ["data.train.path=bad.jsonl", "data.on_bad_row=skip"])
+    assert preflight(config, 1, fetch=False).unseen == ()
+
+
+def test_hub_names_are_not_fetched_and_said_to_be_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config-name", "lmpo_llama3_8b", "dry_run=true"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "Not looked at, as they are not on this machine: princeton-nlp/llama3-ultrafeedback, "
+        "meta-llama/Meta-Llama-3-8B-Instruct."
+    )
+
+
+def test_submitting_and_comparing_refuse_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for override in ("data.train.path=nowhere.jsonl", "trainer.max_epochs=0", "checkpoint.monitor=val/los"):
+        with pytest.raises(UserError, match=override.partition("=")[2].replace("0", "=0")):
+            check(Submission("lmpo_tiny", (override,), gpus_per_node=1))
+        assert compare(["--suite", "figure2", "--list", override]) == 1
+        assert override.partition("=")[2] in capsys.readouterr().err
