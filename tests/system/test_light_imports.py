@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nemo_lmpo
+from nemo_lmpo.runtime.environment import BEFORE_TORCH
 from tests.unit.report.runs import write_run
 
 PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
@@ -71,3 +72,18 @@ def test_importing_the_data_room_is_cheap():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_command_sets_them_before_torch() -> None:
+    """Also the CPU runtime reads its variable once, when torch loads it."""
+    code = (
+        "import os, sys\n"
+        "import nemo_lmpo.train as train\n"
+        "assert 'torch' not in sys.modules\n"
+        "status = train.main(['--config-name', 'nowhere'])\n"
+        "print(status, os.environ['OMP_WAIT_POLICY'], os.environ['PYTORCH_ALLOC_CONF'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in BEFORE_TORCH}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["1", "passive", "expandable_segments:True"], done.stderr
+    assert done.stderr.splitlines()[0] == "reading recipe nowhere"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,21 +20,6 @@ def test_variables_are_set_unless_the_user_did() -> None:
     given = dict(own)
     prepare_environment(given)
     assert given == own, "the allocator's older name counts as set"
-
-
-def test_the_command_sets_them_before_torch() -> None:
-    """Also the CPU runtime reads its variable once, when torch loads it."""
-    code = (
-        "import os, sys\n"
-        "import nemo_lmpo.train as train\n"
-        "assert 'torch' not in sys.modules\n"
-        "status = train.main(['--config-name', 'nowhere'])\n"
-        "print(status, os.environ['OMP_WAIT_POLICY'], os.environ['PYTORCH_ALLOC_CONF'])\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key not in BEFORE_TORCH}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["1", "passive", "expandable_segments:True"], done.stderr
-    assert done.stderr.splitlines()[0] == "reading recipe nowhere"
 
 
 @pytest.fixture
