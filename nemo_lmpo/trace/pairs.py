@@ -23,7 +23,7 @@ class EqualPairs:
 
     def __getitem__(self, index: int) -> PairTokens:
         prompt, chosen, rejected = (int(length) for length in self.lengths[index])
-        return PairTokens(str(index), [1] * prompt, [1] * chosen, [1] * rejected, -1.0, -1.0)
+        return PairTokens(str(index), [1] * prompt, [1] * chosen, [1] * rejected, -1.0, -1.0, (-1.0, -1.0))
 
 
 def filling_pairs(config: Config, micro_batches: int) -> EqualPairs:

@@ -11,6 +11,7 @@ from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.plan.amounts import micro_batch_work, shape_of, split_of
+from nemo_lmpo.trace.pairs import EqualPairs
 from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Trace, trace_rank
 
 LAYERS = 4
@@ -108,3 +109,8 @@ def test_replicas_reduce_gradients_and_gather_weights() -> None:
     sent = found.forward_backward.plus(found.end_of_step).sent
     assert sent["reduce-scatter", "data"] == pytest.approx(4 * parameters / 2, rel=0.01)
     assert sent["all-gather", "data"] == pytest.approx(2 * parameters / 2, rel=0.01)
+
+
+def test_pairs_have_what_any_loss_wants() -> None:
+    (pair,) = EqualPairs(1, (2, 3, 4))
+    assert all(value is not None for value in vars(pair).values())
