@@ -126,11 +126,16 @@ class DataConfig:
     max_length: int = setting(2048, minimum=2)
     """Tokens of prompt and response together; responses are cut at the end."""
     max_prompt_length: int = setting(1800, minimum=1)
-    """Tokens of the prompt; longer ones keep their end."""
+    """Tokens that a prompt keeps, its end, where the pair does not fit `max_length` otherwise."""
     chat_template: str | None = None
     """Unset: the tokenizer's; else a file, or a built-in name (`chatml`, `llama3`, `mistral`, `zephyr`, `plain`)."""
     system_prompt: str | None = setting(None, may_be_empty=True)
     """A system message put in front of conversations that have none."""
+    compat: Literal["released_code"] | None = None
+    """`released_code` lays pairs as the paper authors' released trainer does; see docs/data.md."""
+    special_tokens_in_text: Literal["keep", "error", "split"] = "keep"
+    """Special tokens that texts hold: they act as such (`keep`), make a row unusable (`error`), or are ordinary text
+    (`split`); the start of a run counts them."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` stops at the first unusable row; `skip` counts and drops it."""
     share_prompt: bool = setting(True, may_change=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,8 @@ class ChatFormat:
             texts = [self._apply(prompts, generate=True), self._apply(chosen), self._apply(rejected)]
         except (TemplateError, TypeError, ValueError) as error:
             if len(rows) == 1:
-                return [RowError("refused by the chat template", f"the chat template refuses the row: {error}")]
+                reason = f"the chat template refuses the row: {shown(str(error))}"
+                return [RowError("refused by the chat template", reason)]
             return [self.render([row])[0] for row in rows]
         return [
             self._split(prompt, row, *rendered) for prompt, row, *rendered in zip(prompts, rows, *texts, strict=True)

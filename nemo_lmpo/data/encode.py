@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.chat import ChatFormat
 from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
 
 # Texts to put in front of a response, so that a tokenizer that begins every text with a space begins these with it.
 _ANCHORS = ("\n", "a", ".")
+_LETTERS_A_TOKEN = 16
+"""Letters of a long text that are tokenized for each token it may keep; more if these turn out not to suffice."""
+_SPARE_TOKENS = 64
+"""Tokens beyond those kept, so that a text's cut end does not show in them."""
+_TAIL_LETTERS = 256
+"""Letters of a prompt's end that are tokenized again with each response."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,16 @@ class EncodedRow:
 class PairEncoder:
     """Renders and tokenizes pairs.
 
-    ``prompt_ids + response_ids`` is the tokenisation of the whole conversation wherever its first tokens are the
+    ``prompt_ids + response_ids`` is the tokenization of the whole conversation wherever its first tokens are the
     prompt's; where prompt and response would merge into one token, the response is tokenized on its own.
 
     Args:
         tokenizer: the tokenizer.
         template: Jinja text of the chat template.
         max_length: most tokens of prompt and response.
-        max_prompt_length: most tokens of the prompt.
+        max_prompt_length: tokens of the prompt where the pair does not fit otherwise.
         system_prompt: a system message for conversations that have none.
+        special: what becomes of special tokens in the texts.
 
     Raises:
         ConfigError: lengths that leave no room, or a template that cannot be used.
@@ -55,37 +64,103 @@ class PairEncoder:
         max_length: int,
         max_prompt_length: int,
         system_prompt: str | None = None,
+        special: SpecialTokens | None = None,
     ) -> None:
         check_lengths(max_length, max_prompt_length)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.chat = ChatFormat(tokenizer, template, system_prompt)
+        self.special = special or SpecialTokens(tokenizer)
         self._bos = tokenizer.bos_token_id
         end = [tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
         self._end = end[-1]
         self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
+        self._begins_with_space = self._tokenize(["a b"])[0][-1:] == self._tokenize(["b"])[0]
+        self._turn_marks = _turn_marks(tokenizer)
+
+    @property
+    def settings(self) -> list[object]:
+        """What decides the ids, beside the tokenizer."""
+        return [self.chat.template, self.chat.system_prompt, self.max_length, self.max_prompt_length]
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
-        rendered = self.chat.render(rows)
-        good = [texts for texts in rendered if not isinstance(texts, RowError)]
-        prompts = self._tokenize([prompt for prompt, _, _ in good])
-        chosen = self._responses(good, prompts, 1)
-        rejected = self._responses(good, prompts, 2)
-        encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, strict=True)])
-        return [texts if isinstance(texts, RowError) else next(encoded) for texts in rendered]
+        checked = [self.special.checked(row) for row in rows]
+        rendered = iter(self.chat.render([row for row in checked if isinstance(row, PreferenceRow)]))
+        results = [row if isinstance(row, RowError) else next(rendered) for row in checked]
+        good = [texts for texts in results if not isinstance(texts, RowError)]
+        prompts = self._prompts([prompt for prompt, _, _ in good])
+        tails = self._tails([prompt for prompt, _, _ in good], prompts)
+        chosen = self._responses(tails, [text for _, text, _ in good])
+        rejected = self._responses(tails, [text for _, _, text in good])
+        special = [
+            self.special.found_in(row) is not None
+            for row, texts in zip(rows, results, strict=True)
+            if not isinstance(texts, RowError)
+        ]
+        encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, strict=True)])
+        return [texts if isinstance(texts, RowError) else next(encoded) for texts in results]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self.special.tokenize(texts)
 
-    def _responses(self, texts: list[tuple[str, str, str]], prompts: list[list[int]], side: int) -> list[list[int]]:
-        whole = self._tokenize([text[0] + text[side] for text in texts])
+    def _prompts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each prompt; of one that is much longer than may be kept, its BOS and more of its end than that."""
+        wanted = self.max_length + _SPARE_TOKENS
+        whole = [len(text) <= wanted * _LETTERS_A_TOKEN for text in texts]
+        short = iter(self._tokenize([text for text, fits in zip(texts, whole, strict=True) if fits]))
+        return [next(short) if fits else self._end_of(text, wanted) for text, fits in zip(texts, whole, strict=True)]
+
+    def _end_of(self, text: str, wanted: int) -> list[int]:
+        letters = wanted * _LETTERS_A_TOKEN
+        while letters < len(text):
+            ids = self._tokenize([text[-letters:]])[0][_SPARE_TOKENS:]
+            if len(ids) >= wanted:
+                starts_with_bos = self._bos is not None and text.startswith(str(self.tokenizer.bos_token))
+                return [self._bos, *ids] if starts_with_bos else ids
+            letters *= 4
+        return self._tokenize([text])[0]
+
+    def _tails(self, prompts: list[str], ids: list[list[int]]) -> list[tuple[str, list[int]]]:
+        """The end of each prompt that has to be tokenized again with a response, and its ids in the prompt."""
+        starts = [self._tail_start(prompt) for prompt in prompts]
+        tails = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        alone = self._tokenize(tails)
+        return [
+            (tail, tail_ids) if prompt_ids[len(prompt_ids) - len(tail_ids) :] == tail_ids else (prompt, prompt_ids)
+            for prompt, prompt_ids, tail, tail_ids in zip(prompts, ids, tails, alone, strict=True)
+        ]
+
+    def _tail_start(self, prompt: str) -> int:
+        """A place where a token begins whatever follows the prompt: a turn's mark, or a word some letters back.
+
+        Marks are no part of what is merged, so that both sides of one are tokenized on their own. Elsewhere, merges
+        do not reach back through so many letters.
+        """
+        window = max(len(prompt) - 2 * _TAIL_LETTERS, 0)
+        if self._turn_marks is not None:
+            marks = [found.start() for found in self._turn_marks.finditer(prompt, window)]
+            if marks and (window == 0 or marks[-1] > window + _TAIL_LETTERS // 4):
+                return marks[-1]
+        for place in range(len(prompt) - _TAIL_LETTERS, window, -1):
+            if prompt[place] == " " and prompt[place - 1].isalnum() and prompt[place + 1].isalnum():
+                return place + 1 if self._begins_with_space else place
+        return 0
+
+    def _responses(self, tails: list[tuple[str, list[int]]], texts: list[str]) -> list[list[int]]:
+        wanted = self.max_length + _SPARE_TOKENS
+        letters = wanted * _LETTERS_A_TOKEN
+        short = iter(
+            self._tokenize(
+                [tail + text for (tail, _), text in zip(tails, texts, strict=True) if len(tail + text) <= letters]
+            )
+        )
         responses = []
-        for text, prompt, ids in zip(texts, prompts, whole, strict=True):
-            response = ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._alone(text[side])
+        for (tail, tail_ids), text in zip(tails, texts, strict=True):
+            fits = len(tail + text) <= letters
+            ids = next(short) if fits else self._beginning_of(tail + text, len(tail_ids) + wanted)
+            response = ids[len(tail_ids) :] if ids[: len(tail_ids)] == tail_ids else self._alone(text)
             if self.chat.append_eos:
                 response = [*response, self._end]
             while response[-2:] == [self._end, self._end]:  # the data's text ended with the token already
@@ -93,35 +168,45 @@ class PairEncoder:
             responses.append(response)
         return responses
 
+    def _beginning_of(self, text: str, wanted: int) -> list[int]:
+        """The first ``wanted`` ids at least, if the text has as many."""
+        letters = wanted * _LETTERS_A_TOKEN
+        while letters < len(text):
+            ids = self._tokenize([text[:letters]])[0][:-_SPARE_TOKENS]
+            if len(ids) >= wanted:
+                return ids
+            letters *= 4
+        return self._tokenize([text])[0]
+
     def _alone(self, response: str) -> list[int]:
         """Ids of a response that would merge with its prompt, without the space some tokenizers put in front."""
+        wanted = self.max_length + _SPARE_TOKENS
         for anchor in _ANCHORS:
-            before, ids = self._tokenize([anchor, anchor + response])
+            before = self._tokenize([anchor])[0]
+            ids = self._beginning_of(anchor + response, wanted)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
-        return self._tokenize([response])[0]
+        return self._beginning_of(response, wanted)
 
-    def _bounded(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedRow | RowError:
+    def _bounded(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool
+    ) -> EncodedRow | RowError:
         prompt = self._with_one_bos(prompt)
         if not prompt:
-            return RowError(
-                "empty prompt", "the prompt has no tokens, so nothing could predict the first response token"
-            )
-        prompt_cut = len(prompt) > self.max_prompt_length
+            return no_tokens()
+        longer = max(len(chosen), len(rejected))
+        prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
         if prompt_cut:
             prompt = self._end_of_prompt(prompt)
         room = self.max_length - len(prompt)
-        response_cut = max(len(chosen), len(rejected)) > room
+        response_cut = longer > room
         if response_cut:
             chosen, rejected = chosen[:room], rejected[:room]
-            if chosen == rejected:
-                return RowError(
-                    "equal after truncation",
-                    f"chosen and rejected are equal in the {room} tokens that data.max_length={self.max_length} leaves",
-                )
+        if chosen == rejected:
+            return equal_ids(room if response_cut else None, self.max_length)
         if not chosen or not rejected:
             return RowError("empty response", "a response has no tokens")
-        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut)
+        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special)
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
         """One BOS if the template wrote any or the tokenizer would add one, else none."""
@@ -135,6 +220,29 @@ class PairEncoder:
         if ids[0] == self._bos and not self.chat.bos_marks_turns and self.max_prompt_length > 1:
             return [ids[0], *ids[len(ids) - self.max_prompt_length + 1 :]]
         return ids[len(ids) - self.max_prompt_length :]
+
+
+def _turn_marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds added tokens that are taken out of a text before anything else is, wherever they stand."""
+    tokens = tokenizer.added_tokens_decoder.values() if getattr(tokenizer, "backend_tokenizer", None) else []
+    marks = sorted((token.content for token in tokens if not (token.normalized or token.single_word)), key=len)
+    marks = [mark for mark in marks if mark and len(mark) < _TAIL_LETTERS // 4]
+    return re.compile("|".join(map(re.escape, reversed(marks)))) if marks else None
+
+
+def no_tokens() -> RowError:
+    """A prompt without tokens."""
+    return RowError("empty prompt", "the prompt has no tokens, so nothing could predict the first response token")
+
+
+def equal_ids(room: int | None, max_length: int) -> RowError:
+    """Responses that are the same for the model; ``room`` is what they were cut to, if they were."""
+    if room is None:
+        return RowError("chosen equals rejected", "chosen and rejected have the same token ids")
+    return RowError(
+        "equal after truncation",
+        f"chosen and rejected are equal in the {room} tokens that data.max_length={max_length} leaves",
+    )
 
 
 def check_lengths(max_length: int, max_prompt_length: int) -> None:

@@ -20,7 +20,9 @@ from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.data.read import Source, open_source
+from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.schema import check_schema_name
+from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
 from nemo_lmpo.data.text import COMPRESSIONS, TEXT_SUFFIXES
@@ -171,13 +173,7 @@ def load_preference_dataset(
     """
     field = f"data.{name}"
     paths, weights = _check_settings(config, which, field)
-    encoder = PairEncoder(
-        tokenizer,
-        chat_template_text(config.chat_template, tokenizer),
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        system_prompt=config.system_prompt,
-    )
+    encoder = pair_encoder(config, tokenizer)
     dropped: dict[str, int] = {}
     parts = []
     for number, (path, weight) in enumerate(zip(paths, weights, strict=True)):
@@ -192,6 +188,24 @@ def load_preference_dataset(
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
     return PreferenceDataset(parts, tokenizer, name, dropped)
+
+
+def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairEncoder | ReleasedPairEncoder:
+    """What makes token ids of pairs under these settings.
+
+    Raises:
+        ConfigError: there is no such template, or it does not fit the tokenizer, or lengths that leave no room.
+    """
+    released = config.compat == "released_code"
+    make = ReleasedPairEncoder if released else PairEncoder
+    return make(
+        tokenizer,
+        chat_template_text(config.chat_template, tokenizer, released_code=released),
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        system_prompt=config.system_prompt,
+        special=SpecialTokens(tokenizer, config.special_tokens_in_text),
+    )
 
 
 def _check_settings(config: DataConfig, which: DatasetConfig, field: str) -> tuple[list[str], list[float]]:
@@ -217,7 +231,9 @@ def _check_settings(config: DataConfig, which: DatasetConfig, field: str) -> tup
     return paths, weights
 
 
-def _tokenized(source: Source, encoder: PairEncoder, config: DataConfig, schema: str) -> tuple[str, Store]:
+def _tokenized(
+    source: Source, encoder: PairEncoder | ReleasedPairEncoder, config: DataConfig, schema: str
+) -> tuple[str, Store]:
     """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
     key = _cache_key(source, encoder, schema)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
@@ -240,7 +256,7 @@ def _tokenized(source: Source, encoder: PairEncoder, config: DataConfig, schema:
     return key, store
 
 
-def _cache_key(source: Source, encoder: PairEncoder, schema: str) -> str:
+def _cache_key(source: Source, encoder: PairEncoder | ReleasedPairEncoder, schema: str) -> str:
     """A hash of everything that decides the stored pairs."""
     return _hash(
         {
@@ -249,10 +265,8 @@ def _cache_key(source: Source, encoder: PairEncoder, schema: str) -> str:
             "ids": source.short_name,
             "schema": schema,
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
-            "template": encoder.chat.template,
-            "system_prompt": encoder.chat.system_prompt,
-            "max_length": encoder.max_length,
-            "max_prompt_length": encoder.max_prompt_length,
+            "encoder": encoder.settings,
+            "special_tokens": encoder.special.policy,
         }
     )
 

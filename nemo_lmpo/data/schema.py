@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, shown
 
 SCHEMAS = ("auto", "messages", "strings", "hh")
 ROLES = ("system", "user", "assistant")
@@ -25,6 +25,9 @@ class RowError(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def parse_row(row: Any, schema: str = "auto") -> PreferenceRow:
     required = ("chosen", "rejected") if schema in ("hh", "messages") else ("prompt", "chosen", "rejected")
     for name in required:
         if row.get(name) is None:
-            raise RowError("missing field", f"the field '{name}' is missing (fields: {', '.join(map(str, row))})")
+            raise RowError("missing field", f"the field '{name}' is missing (fields: {shown(list(row))})")
     parsed = {"messages": _parse_messages, "strings": _parse_strings, "hh": _parse_hh}[schema](row)
     return _checked(parsed)
 
@@ -89,7 +92,7 @@ def _checked(parsed: PreferenceRow) -> PreferenceRow:
         raise RowError("missing prompt", "there is no prompt in front of the responses")
     if parsed.prompt[-1]["role"] != "user":
         raise RowError(
-            "wrong last role", f"the prompt ends with a message of role '{parsed.prompt[-1]['role']}', not 'user'"
+            "wrong last role", f"the prompt ends with a message of role {shown(parsed.prompt[-1]['role'])}, not 'user'"
         )
     return parsed
 
@@ -125,7 +128,7 @@ def _split_response(value: Any, name: str, prompt: list[Message] | None) -> tupl
     messages = _messages(value, name)
     if messages[-1]["role"] != "assistant":
         raise RowError(
-            "wrong last role", f"'{name}' ends with a message of role '{messages[-1]['role']}', not 'assistant'"
+            "wrong last role", f"'{name}' ends with a message of role {shown(messages[-1]['role'])}, not 'assistant'"
         )
     before = messages[:-1]
     if prompt is not None and before and before != prompt:
@@ -175,7 +178,7 @@ def _messages(value: Any, name: str) -> list[Message]:
         if not isinstance(message, Mapping) or message.get("role") is None:
             raise RowError("missing field", f"{where} is not an object with 'role' and 'content'")
         if message["role"] not in ROLES:
-            raise RowError("unknown role", f"{where} has the role {message['role']!r}; known: {', '.join(ROLES)}")
+            raise RowError("unknown role", f"{where} has the role {shown(message['role'])}; known: {', '.join(ROLES)}")
         messages.append({"role": message["role"], "content": _text(message.get("content"), f"the content of {where}")})
     if not messages:
         raise RowError("missing field", f"'{name}' is an empty list")

@@ -36,12 +36,19 @@ MISTRAL = (
     "{% if not loop.first %}{{ raise_exception('a system message must come first') }}{% endif %}"
     "{% set pending.system = (message['content'] | trim) + '\n\n' %}"
     "{% elif message['role'] == 'user' %}"
-    "[INST] {{ pending.system }}{{ message['content'] | trim }} [/INST]"
+    "[INST] {{ (pending.system + (message['content'] | trim)) | trim }} [/INST]"
     "{% set pending.system = '' %}"
     "{% elif message['role'] == 'assistant' %}"
     "{{ ' ' }}{{ message['content'] | trim }}{{ eos_token }}"
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}"
+)
+
+# As the released trainers of SimPO and LMPO write it: a blank in front of EOS, BOS left to the tokenizing.
+MISTRAL_RELEASED = (
+    MISTRAL.replace("{{ bos_token }}", "")
+    .replace("{{ eos_token }}", "{{ ' ' }}{{ eos_token }}")
+    .replace("(message['content'] | trim)) | trim", "message['content']) | trim")
 )
 
 ZEPHYR = (
@@ -67,3 +74,6 @@ TEMPLATES = {
     "plain": PLAIN,
     "zephyr": ZEPHYR,
 }
+
+RELEASED_TEMPLATES = {"mistral": MISTRAL_RELEASED}
+"""What the names mean with `data.compat=released_code`, where the released trainers' form is another one."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
+from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.schema import PreferenceRow, RowError, parse_row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
@@ -44,7 +45,7 @@ class UnusableRow(Exception):
 class RowsToPairs:
     """What `datasets` maps over a source: rows in, pairs out; a row that cannot be used says why in its columns."""
 
-    encoder: PairEncoder
+    encoder: PairEncoder | ReleasedPairEncoder
     schema: str
     short_name: str
     stop_at_bad: bool
@@ -92,7 +93,13 @@ class RowsToPairs:
 
 
 def tokenize_source(
-    source: Source, encoder: PairEncoder, schema: str, directory: Path, *, on_bad_row: str, num_workers: int | None
+    source: Source,
+    encoder: PairEncoder | ReleasedPairEncoder,
+    schema: str,
+    directory: Path,
+    *,
+    on_bad_row: str,
+    num_workers: int | None,
 ) -> None:
     """Write the tokenized pairs of ``source`` into ``directory`` in the order of its rows.
 

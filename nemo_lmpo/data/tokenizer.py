@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
-from nemo_lmpo.data.templates import TEMPLATES
+from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
 from nemo_lmpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,12 +66,13 @@ def _builtin(name: str) -> PreTrainedTokenizerBase:
     return tiny_tokenizer()
 
 
-def chat_template_text(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template_text(choice: str | None, tokenizer: PreTrainedTokenizerBase, *, released_code: bool = False) -> str:
     """The Jinja text of `data.chat_template`.
 
     Args:
         choice: None (the tokenizer's own), the name of a built-in one, or a file.
         tokenizer: whose own template is meant.
+        released_code: names mean what the released trainers have under them.
 
     Raises:
         ConfigError: the tokenizer has none, or the choice is neither a name nor a readable file.
@@ -84,6 +85,8 @@ def chat_template_text(choice: str | None, tokenizer: PreTrainedTokenizerBase) -
                 "the tokenizer has no chat template; set data.chat_template to a file or one of "
                 f"{', '.join(TEMPLATES)} (plain: texts as they are)"
             ) from None
+    if released_code and choice in RELEASED_TEMPLATES:
+        return RELEASED_TEMPLATES[choice]
     if choice in TEMPLATES:
         return TEMPLATES[choice]
     path = Path(choice).expanduser()

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.templates import TEMPLATES
 from nemo_lmpo.errors import ConfigError
 
@@ -272,11 +273,98 @@ def test_truncation_keeps_the_bos_and_the_end_of_the_prompt():
 
 
 def test_truncation_without_a_real_bos(smollm2):
-    row = encode(toy(), "plain", [{"role": "user", "content": "abcdefgh"}], max_prompt_length=5, max_length=50)
+    row = encode(toy(), "plain", [{"role": "user", "content": "abcdefgh"}], max_prompt_length=5, max_length=11)
     assert toy().decode(row.prompt_ids) == "defgh"
+    assert toy().decode(row.chosen_ids) == "Good.</s>"
     # what SmolLM2 calls BOS opens every turn: it must not stand in front of the middle of one
-    row = encode(smollm2, smollm2.get_chat_template(), [USER], max_prompt_length=7, max_length=50)
+    row = encode(smollm2, smollm2.get_chat_template(), [USER], max_prompt_length=7, max_length=13)
     assert smollm2.decode(row.prompt_ids) == " there<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "uncut", "left"),
+    [
+        # tokens of prompt, chosen and rejected before and after
+        (1024, 512, (608, 201, 281), (608, 201, 281)),
+        (2048, 1800, (68, 2201, 601), (68, 1980, 601)),
+        (1024, 512, (68, 1041, 201), (68, 956, 201)),
+        (1024, 512, (744, 201, 281), (512, 201, 281)),
+        (1024, 512, (743, 201, 281), (743, 201, 281)),  # fits to the last token
+        (1024, 512, (513, 600, 281), (512, 512, 281)),
+    ],
+)
+def test_a_prompt_is_cut_only_where_the_pair_does_not_fit(length, prompt, uncut, left):
+    texts = ["p" * uncut[0], "c" * (uncut[1] - 1), "r" * (uncut[2] - 1)]  # a token a letter, and EOS
+    row = encode(
+        toy(), "plain", [{"role": "user", "content": texts[0]}], *texts[1:], max_length=length, max_prompt_length=prompt
+    )
+    assert (len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)) == left
+    assert row.prompt_cut == (left[0] < uncut[0])
+    assert row.response_cut == (left[1:] < uncut[1:])
+
+
+class CountingTokens(SpecialTokens):
+    """Counts the letters that are tokenized."""
+
+    letters = 0
+
+    def tokenize(self, texts):
+        self.letters += sum(map(len, texts))
+        return super().tokenize(texts)
+
+
+def whole_ids(tokenizer, template, prompt, response):
+    """Ids of the prompt and of the whole conversation, each tokenized at once."""
+    texts = [
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=generate)
+        for messages, generate in ((prompt, True), ([*prompt, said(response)], False))
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize(("name", "template"), [("smollm2", "chatml"), ("llama3", "llama3"), ("mistral", "mistral")])
+def test_prompts_are_tokenized_once_and_long_texts_in_part(name, template, request, real_pairs):
+    tokenizer = request.getfixturevalue(name)
+    text = " ".join(row["chosen"][-1]["content"] for row in real_pairs[:60])
+    special = CountingTokens(tokenizer)
+    encoder = PairEncoder(tokenizer, TEMPLATES[template], max_length=9000, max_prompt_length=8000, special=special)
+    special.letters = 0
+    prompt = [{"role": "user", "content": text[:20_000]}]
+    row = encoder.encode([PreferenceRow(prompt, "Good.", "Bad, " + text[:3000])])[0]
+    assert special.letters < 20_000 + 3000 + 4 * 600, "the prompt once, its end and the responses"
+    for ids, response in ((row.chosen_ids, "Good."), (row.rejected_ids, "Bad, " + text[:3000])):
+        prompt_ids, whole = whole_ids(tokenizer, TEMPLATES[template], prompt, response)
+        assert row.prompt_ids == prompt_ids
+        assert whole[: len(prompt_ids + ids)] == prompt_ids + ids
+
+    encoder = PairEncoder(tokenizer, TEMPLATES[template], max_length=600, max_prompt_length=300, special=special)
+    special.letters = 0
+    huge = text * 20
+    row = encoder.encode([PreferenceRow([{"role": "user", "content": huge}], huge, "Bad." + huge)])[0]
+    assert len(huge) > 1_000_000
+    assert special.letters < 60_000
+    assert row.prompt_cut
+    assert row.response_cut
+    prompt_ids, whole = whole_ids(tokenizer, TEMPLATES[template], [{"role": "user", "content": huge}], huge)
+    assert row.chosen_ids == whole[len(prompt_ids) :][:300]
+    assert row.prompt_ids[-299:] == prompt_ids[-299:]
+    assert len(row.prompt_ids) == 300
+    if name != "smollm2":
+        assert row.prompt_ids[0] == tokenizer.bos_token_id
+
+
+def test_long_runs_that_are_few_tokens(llama3):
+    """A token of Llama 3 may be 128 blanks: the first letters that are looked at do not suffice."""
+    row = encode(llama3, "plain", [USER], " " * 50_000 + "end", "Bad", max_length=600, max_prompt_length=300)
+    assert row.chosen_ids == [*llama3(" " * 50_000 + "end", add_special_tokens=False)["input_ids"], 128009]
+    assert not row.response_cut
+
+
+def test_responses_of_the_same_ids_are_no_pair(llama3):
+    bad = encode(llama3, "llama3", [USER], "Yes.<|eot_id|>", "Yes.")
+    assert isinstance(bad, RowError)
+    assert bad.reason == "chosen equals rejected"
+    assert "same token ids" in bad.detail
 
 
 def test_rows_that_truncation_makes_useless():

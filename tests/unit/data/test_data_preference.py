@@ -268,10 +268,13 @@ def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
     data = load(data_config(path, max_length=384, max_prompt_length=128), smollm2)
     assert len(data) == len(real_pairs)
     lengths = np.asarray(data.lengths)
-    assert lengths.sum(axis=0).min() > 0
-    assert (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max() == 384
-    assert lengths[:, 0].max() == 128
-    assert data.summary.prompts_cut == (lengths[:, 0] == 128).sum()
+    whole = np.asarray(load(data_config(path, max_length=10_000, max_prompt_length=5000), smollm2).lengths)
+    over = whole[:, 0] + whole[:, 1:].max(axis=1) > 384
+    prompts = np.where(over, np.minimum(whole[:, 0], 128), whole[:, 0])
+    assert lengths[:, 0].tolist() == prompts.tolist()
+    assert lengths[:, 1:].tolist() == np.minimum(whole[:, 1:], 384 - prompts[:, None]).tolist()
+    assert data.summary.prompts_cut == (prompts < whole[:, 0]).sum() > 0
+    assert data.summary.responses_cut == (lengths[:, 1:] < whole[:, 1:]).any(axis=1).sum() > 0
     uncut = next(i for i in range(len(data)) if lengths[i].sum() < 384)
     pair, row = data[uncut], real_pairs[uncut]
     assert smollm2.decode(pair.chosen_ids) == row["chosen"][-1]["content"] + "<|im_end|>"

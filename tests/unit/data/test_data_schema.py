@@ -53,7 +53,7 @@ def test_strings_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("row", "reason", "words"),
     [
-        ({"prompt": "Q", "chosen": "good"}, "missing field", "'rejected' is missing.*prompt, chosen"),
+        ({"prompt": "Q", "chosen": "good"}, "missing field", "'rejected' is missing.*'prompt', 'chosen'"),
         ({"chosen": "good", "rejected": "bad"}, "missing field", "'prompt'"),
         ({"prompt": "Q", "chosen": None, "rejected": "bad"}, "missing field", "'chosen'"),
         ({"prompt": "Q", "chosen": " \n", "rejected": "bad"}, "empty response", "chosen"),

@@ -1,0 +1,125 @@
+"""Pairs as the paper authors' released trainer lays them (SimPO's `run_simpo.py` and `simpo_trainer.py`, too).
+
+What differs from :class:`~nemo_lmpo.data.encode.PairEncoder`: the assistant's header belongs to the response, as the
+prompt is rendered without it and the answer as a conversation of its own; an end of turn that is not the last token
+gets an EOS behind it; a prompt that is cut loses its BOS; and where a cut prompt does not suffice, both responses are
+cut to what `max_length` has beyond `max_prompt_length`, not beyond the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemo_lmpo.data.encode import EncodedRow, check_lengths, equal_ids, no_tokens
+from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
+from nemo_lmpo.data.special_tokens import SpecialTokens
+from nemo_lmpo.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ReleasedPairEncoder:
+    """Renders and tokenizes pairs as the released trainer does.
+
+    One thing it cannot do: prompts that differ between chosen and rejected. Where only one of the responses merges
+    with the prompt's last token, that token belongs to both responses here.
+
+    Args:
+        tokenizer: the tokenizer.
+        template: Jinja text of the chat template.
+        max_length: most tokens of prompt and response.
+        max_prompt_length: tokens of a prompt that is cut.
+        system_prompt: a system message for conversations that have none; unset: an empty one where the template
+            knows system messages, as the released code has it.
+        special: what becomes of special tokens in the texts.
+
+    Raises:
+        ConfigError: lengths that leave no room, or a tokenizer without EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        max_length: int,
+        max_prompt_length: int,
+        system_prompt: str | None = None,
+        special: SpecialTokens | None = None,
+    ) -> None:
+        check_lengths(max_length, max_prompt_length)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("data.compat=released_code needs a tokenizer with an EOS token; set eos_token")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.special = special or SpecialTokens(tokenizer)
+        knows_system = "system" in template or "<|im_start|>" in template
+        self.system_prompt = "" if system_prompt is None and knows_system else system_prompt
+
+    @property
+    def settings(self) -> list[object]:
+        """What decides the ids, beside the tokenizer."""
+        return ["released_code", self.template, self.system_prompt, self.max_length, self.max_prompt_length]
+
+    def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
+        """Token ids of each row, or why it cannot be used."""
+        return [self._encode(row) for row in rows]
+
+    def _encode(self, row: PreferenceRow) -> EncodedRow | RowError:
+        from jinja2 import TemplateError
+
+        checked = self.special.checked(row)
+        if isinstance(checked, RowError):
+            return checked
+        try:
+            prompt = self._rendered(self._with_system(checked.prompt))
+            texts = [self._response(checked.chosen), self._response(checked.rejected)]
+        except (TemplateError, TypeError, ValueError) as error:
+            return RowError("refused by the chat template", f"the chat template refuses the row: {shown(str(error))}")
+        prompt_ids, *wholes = self.special.tokenize([prompt, *(prompt + text for text in texts)])
+        # a last token of the prompt that merges with the response belongs to the response
+        kept = len(prompt_ids) - any(whole[: len(prompt_ids)] != prompt_ids for whole in wholes)
+        if any(whole[:kept] != prompt_ids[:kept] for whole in wholes):
+            return RowError("refused by the chat template", "the prompt's tokens change with the response")
+        chosen, rejected = (self._ended(whole[kept:]) for whole in wholes)
+        return self._bounded(self._with_bos(prompt_ids[:kept]), chosen, rejected, self.special.found_in(row))
+
+    def _rendered(self, messages: list[Message]) -> str:
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+
+    def _with_system(self, prompt: list[Message]) -> list[Message]:
+        if self.system_prompt is None or prompt[0]["role"] == "system":
+            return prompt
+        return [{"role": "system", "content": self.system_prompt}, *prompt]
+
+    def _response(self, text: str) -> str:
+        rendered = self._rendered([{"role": "assistant", "content": text}])
+        return rendered.removeprefix(str(self.tokenizer.bos_token)) if self.tokenizer.bos_token else rendered
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
+
+    def _bounded(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], special: str | None
+    ) -> EncodedRow | RowError:
+        if not prompt:
+            return no_tokens()
+        longer = max(len(chosen), len(rejected))
+        prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
+        if prompt_cut:
+            prompt = prompt[-self.max_prompt_length :]
+        room = self.max_length - self.max_prompt_length
+        response_cut = len(prompt) + longer > self.max_length
+        if response_cut:
+            chosen, rejected = chosen[:room], rejected[:room]
+        if chosen == rejected:
+            return equal_ids(room if response_cut else None, self.max_length)
+        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special is not None)
