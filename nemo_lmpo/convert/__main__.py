@@ -208,14 +208,14 @@ def _progress(total: int, quiet: bool, what: str) -> Iterator[Callable[[str], No
 
 
 class _Terminated(BaseException):
-    """SIGTERM: a scheduler ends the job."""
+    """SIGTERM or SIGHUP: a scheduler ends the job, or the terminal went."""
 
 
 def _guarded(work: Callable[[], int]) -> int:
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+        raise _Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return work()
     except UserError as error:
@@ -224,12 +224,15 @@ def _guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error}; nothing was left behind\n")
         return 1
-    except (KeyboardInterrupt, _Terminated) as error:
-        terminated = isinstance(error, _Terminated)
-        sys.stderr.write(f"error: {'terminated' if terminated else 'interrupted'}; nothing was left behind\n")
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was left behind\n")
+        return 128 + signal.SIGINT
+    except _Terminated as error:
+        sys.stderr.write("error: terminated; nothing was left behind\n")
+        return 128 + int(error.args[0])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:

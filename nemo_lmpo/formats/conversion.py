@@ -17,13 +17,12 @@ from nemo_lmpo.config.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.huggingface_writer import MAX_SHARD_BYTES, write_safetensors
-from nemo_lmpo.formats.mapping import megatron_shape, part_shapes, rules
+from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles
 from nemo_lmpo.formats.nemo import nemo_config
 from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_at_all
 from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
-from nemo_lmpo.formats.source import fitting_source
 
 DTYPE_NAMES = {
     "bf16": torch.bfloat16,
@@ -87,12 +86,7 @@ def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Plan:
 
 def tensor_names(model: ModelFiles) -> list[str]:
     """The Hugging Face tensors that belong to the architecture."""
-    return [
-        name
-        for rule in rules(model.architecture)
-        for layer in range(model.architecture.num_layers if rule.per_layer else 1)
-        for name in rule.hf_names(layer)
-    ]
+    return list(hf_shapes(model.architecture))
 
 
 def describe(plan: Plan) -> list[str]:
@@ -139,7 +133,7 @@ def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Pro
     write_distributed_checkpoint(
         sink,
         NEMO_WEIGHTS,
-        fitting_source(model.source, plan.dtype),
+        model.source,
         model.architecture,
         prefix="model.",
         dtype=plan.dtype,
@@ -184,8 +178,9 @@ def write_huggingface(
         sink = DirectorySink(temporary)
         for name, content in _hf_files(plan).items():
             sink.add(name, [content])
-        source = fitting_source(plan.model.source, plan.dtype)
-        write_safetensors(temporary, source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_safetensors(
+            temporary, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress
+        )
         sink.close()
 
 

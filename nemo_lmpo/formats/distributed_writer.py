@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import CHECKSUM, CHECKSUMS_FILE
-from nemo_lmpo.formats.mapping import Rule, TensorLayout, fill, megatron_shape, part_shapes, rules
+from nemo_lmpo.formats.mapping import Rule, TensorLayout, fill, megatron_shape, part_shapes, rules_by_layer
 from nemo_lmpo.formats.sinks import Sink
-from nemo_lmpo.formats.source import TensorSource
+from nemo_lmpo.formats.source import TensorSource, get_fitting
 
 Progress = Callable[[str], None]
 """Called with the name of every tensor that is done."""
@@ -59,23 +59,24 @@ def write_distributed_checkpoint(
     One stored chunk (a layer's matrix, or a block of the vocabulary) is in memory at a time, beside its bytes.
     Vocabulary padding is not stored: loading a padded model fills it with zeros. Each chunk's checksum is kept in a
     file that only this project reads.
+
+    Raises:
+        CheckpointError: a number of the source that ``dtype`` does not hold.
     """
     catalog = _Catalog(TensorProperties(dtype=dtype))
 
     def content() -> Iterator[memoryview]:
         for key in _extra_states(architecture, prefix):
             yield catalog.add_object(key)
-        for rule in rules(architecture):
+        for rule, layer in rules_by_layer(architecture):
             size = megatron_shape(rule, architecture)
-            layers = architecture.num_layers if rule.per_layer else 1
-            for layer in range(layers):
-                lead, at = ((layers,), (layer,)) if rule.per_layer else ((), ())
-                for piece in _pieces(rule, layer, architecture, dtype):
-                    tensor = _make(piece, rule, source, architecture, dtype)
-                    offsets = (*at, piece.row, *(0 for _ in size[1:]))
-                    yield catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
-                    for name in piece.names if piece.ends_tensor else ():
-                        progress(name)
+            lead, at = ((architecture.num_layers,), (layer,)) if rule.per_layer else ((), ())
+            for piece in _pieces(rule, layer, architecture, dtype):
+                tensor = _make(piece, rule, source, architecture, dtype)
+                offsets = (*at, piece.row, *(0 for _ in size[1:]))
+                yield catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
+                for name in piece.names if piece.ends_tensor else ():
+                    progress(name)
 
     sink.add(f"{folder}/{_DATA_FILE}", content())
     metadata = pickle.dumps(catalog.metadata)
@@ -162,7 +163,7 @@ def _pieces(rule: Rule, layer: int, architecture: Architecture, dtype: torch.dty
 
 def _make(piece: _Piece, rule: Rule, source: TensorSource, architecture: Architecture, dtype: torch.dtype) -> Tensor:
     out = torch.empty(piece.shape, dtype=dtype)
-    parts = [source.get(name) for name in piece.names]
+    parts = [get_fitting(source, name, dtype) for name in piece.names]
     if piece.first is None:
         fill(out, rule, parts, architecture)
     else:

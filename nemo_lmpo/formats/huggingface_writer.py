@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.huggingface import INDEX_FILE
-from nemo_lmpo.formats.source import TensorSource
+from nemo_lmpo.formats.source import TensorSource, get_fitting
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Files grow to at most this size, unless one tensor is larger (as transformers does by default)."""
@@ -30,7 +30,8 @@ def write_safetensors(
     """Write all tensors of ``source`` in ``dtype``; the tensors of one file are in memory at a time.
 
     Raises:
-        CheckpointError: a file cannot be written, for example because the disk is full.
+        CheckpointError: a file cannot be written, for example because the disk is full; or a number of the source that
+            ``dtype`` does not hold.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -39,7 +40,7 @@ def write_safetensors(
     for file, names in shards.filename_to_tensors.items():
         tensors = {}
         for name in names:
-            tensors[name] = _on_its_own(source.get(name).to(dtype))
+            tensors[name] = _on_its_own(get_fitting(source, name, dtype).to(dtype))
             progress(name)
         _save(directory / file, tensors)
     if shards.is_sharded:

@@ -8,7 +8,7 @@ which is also how ``sharded_state_dict`` writes them whatever the layer spec is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -129,12 +129,18 @@ def part_shapes(rule: Rule, architecture: Architecture) -> tuple[tuple[int, ...]
     return ((a.head_dim if rule.only == "qk_norm" else a.hidden_size,),)
 
 
+def rules_by_layer(architecture: Architecture) -> Iterator[tuple[Rule, int]]:
+    """Each rule with each 0-based layer that has it; layer 0 for parameters outside the layers."""
+    for rule in rules(architecture):
+        for layer in range(architecture.num_layers if rule.per_layer else 1):
+            yield rule, layer
+
+
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for rule in rules(architecture):
-        for layer in range(architecture.num_layers if rule.per_layer else 1):
-            shapes.update(zip(rule.hf_names(layer), part_shapes(rule, architecture), strict=True))
+    for rule, layer in rules_by_layer(architecture):
+        shapes.update(zip(rule.hf_names(layer), part_shapes(rule, architecture), strict=True))
     return shapes
 
 

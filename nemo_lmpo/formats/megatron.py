@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from nemo_lmpo.formats.mapping import (
     TensorLayout,
     hf_shapes,
     megatron_shape,
-    rules,
+    rules_by_layer,
     separate,
 )
 from nemo_lmpo.formats.source import check_tied, raise_if_any
@@ -68,7 +67,11 @@ class MegatronSource:
         self._architecture = architecture
         self._prefix = find_prefix(checkpoint)
         self._shapes = hf_shapes(architecture)
-        self._places = dict(self._list_places())
+        self._places = {
+            name: _Place(rule, layer, part)
+            for rule, layer in rules_by_layer(architecture)
+            for part, name in enumerate(rule.hf_names(layer))
+        }
         self._last: tuple[tuple[str, int], tuple[Tensor, ...]] | None = None
         self._check()
 
@@ -102,12 +105,6 @@ class MegatronSource:
             self._last = (wanted, separate(place.rule, stored, self._architecture))
         return self._last[1][place.part]
 
-    def _list_places(self) -> Iterator[tuple[str, _Place]]:
-        for rule in rules(self._architecture):
-            for layer in range(self._architecture.num_layers if rule.per_layer else 1):
-                for part, name in enumerate(rule.hf_names(layer)):
-                    yield name, _Place(rule, layer, part)
-
     def _key(self, rule: Rule, layer: int) -> tuple[str, int | None]:
         """Key of the stored tensor, and the index of the layer in it if layers are stacked."""
         if not rule.per_layer:
@@ -121,14 +118,13 @@ class MegatronSource:
         stored = self._checkpoint.tensors
         expected: set[str] = set()
         wrong_shapes = []
-        for rule in rules(self._architecture):
+        for rule, layer in rules_by_layer(self._architecture):
+            key, index = self._key(rule, layer)
             shape = megatron_shape(rule, self._architecture)
-            for layer in range(self._architecture.num_layers if rule.per_layer else 1):
-                key, index = self._key(rule, layer)
-                whole = shape if index is None else (self._architecture.num_layers, *shape)
-                if key in stored and key not in expected and not _fits(tuple(stored[key].size), whole, rule):
-                    wrong_shapes.append(f"{key} is {list(stored[key].size)} instead of {list(whole)}")
-                expected.add(key)
+            whole = shape if index is None else (self._architecture.num_layers, *shape)
+            if key in stored and key not in expected and not _fits(tuple(stored[key].size), whole, rule):
+                wrong_shapes.append(f"{key} is {list(stored[key].size)} instead of {list(whole)}")
+            expected.add(key)
         own = {key for key in stored if key.startswith((self._prefix + "embedding.", self._prefix + "decoder."))}
         raise_if_any(
             self._checkpoint.origin,

@@ -144,35 +144,18 @@ def random_source(architecture: Architecture, seed: int, dtype: torch.dtype = to
     return _RandomSource(architecture, seed, dtype)
 
 
-class _FittingSource:
-    """Another source, of which every tensor must fit a dtype's range."""
+def get_fitting(source: TensorSource, name: str, target: torch.dtype) -> Tensor:
+    """The tensor in its own dtype, all of whose finite numbers fit ``target``.
 
-    def __init__(self, inner: TensorSource, target: torch.dtype) -> None:
-        self._inner, self._target = inner, target
-        self.origin = inner.origin
-
-    def names(self) -> list[str]:
-        return self._inner.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._inner.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._inner.dtype(name)
-
-    def get(self, name: str) -> Tensor:
-        tensor = self._inner.get(name)
-        limit = torch.finfo(self._target).max
-        if torch.finfo(tensor.dtype).max > limit:
-            largest = max(abs(bound) for bound in (tensor.amin().item(), tensor.amax().item()))
-            if limit < largest < math.inf:
-                raise CheckpointError(
-                    f"{self.origin}: {name} holds {largest:g}, more than {limit:g}, the largest number of "
-                    f"{str(self._target).removeprefix('torch.')}; convert with --dtype bf16 or fp32"
-                )
-        return tensor
-
-
-def fitting_source(source: TensorSource, target: torch.dtype) -> TensorSource:
-    """``source``, whose `get` raises a CheckpointError for a tensor that overflows ``target``."""
-    return _FittingSource(source, target)
+    Raises:
+        CheckpointError: one does not.
+    """
+    tensor, limit = source.get(name), torch.finfo(target).max
+    if torch.finfo(tensor.dtype).max > limit:
+        largest = max(abs(bound) for bound in (tensor.amin().item(), tensor.amax().item()))
+        if limit < largest < math.inf:
+            raise CheckpointError(
+                f"{source.origin}: {name} holds {largest:g}, more than {limit:g}, the largest number of "
+                f"{str(target).removeprefix('torch.')}; convert with --dtype bf16 or fp32"
+            )
+    return tensor

@@ -354,16 +354,20 @@ def test_output_that_appears_meanwhile_stays(models: dict[str, Path], tmp_path: 
     assert open_model(tmp_path / form).kind == "nemo"
 
 
-def test_termination_leaves_nothing(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_leaves_nothing(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     def terminated(*arguments: object, **keywords: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(5)
 
     monkeypatch.setattr(conversion, "write_distributed_checkpoint", terminated)
-    before = signal.getsignal(signal.SIGTERM)
-    assert _run(hf_to_nemo, models["hf"], tmp_path / "x.nemo") == (143, "error: terminated; nothing was left behind\n")
+    before = signal.getsignal(number)
+    told = (128 + number, "error: terminated; nothing was left behind\n")
+    assert _run(hf_to_nemo, models["hf"], tmp_path / "x.nemo") == told
     assert not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_leftovers_of_killed_processes_go(models: dict[str, Path], tmp_path: Path) -> None:
