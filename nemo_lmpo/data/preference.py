@@ -70,10 +70,9 @@ class PreferenceDataset:
     ) -> None:
         self._parts = list(parts)
         self._epoch = Epoch([part.share for part in parts])
+        self._source_names = source_names([part.source.short_name for part in parts])
         self._tokenizer = tokenizer
         self._reference: np.ndarray | None = None
-        self.source_names = source_names([part.source.short_name for part in parts])
-        """What metrics and pair ids call the sources."""
         self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
         """Changes whenever any pair's tokens or the pairs' order would; the same in every process."""
         self.summary = _summarise(parts, name, dropped)
@@ -81,6 +80,11 @@ class PreferenceDataset:
 
     def __len__(self) -> int:
         return len(self._epoch)
+
+    @property
+    def source_names(self) -> list[str]:
+        """What metrics and pair ids call the sources."""
+        return self._source_names
 
     @property
     def lengths(self) -> Lengths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,16 @@ BASE_COLUMNS = (
 CHOSEN_SHARED, REJECTED_SHARED = "logps/chosen_shared_sum", "logps/rejected_shared_sum"
 STATISTIC = "statistic"
 """What feeds the running statistics."""
+OF_EACH_SOURCE = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "lengths/rejected",
+)
+"""Metrics that validation tells of every source of a mixture, too: how long answers are differs by source."""
 NO_METRICS = (CHOSEN_SHARED, REJECTED_SHARED, STATISTIC)
 """Columns that are no metrics of their own."""
 
@@ -79,6 +90,22 @@ class PairMetrics:
         """Bring the values to the host, in one copy, for everything that is asked of them from here on."""
         self.values = self.values.cpu()
         return self
+
+    def by_source(self, sources: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+        """The metrics that differ by source, as `SOURCE/rewards/accuracies`; of sources that have pairs here.
+
+        Args:
+            sources: for each pair the number of its source, ``[pairs]``.
+            names: what the sources are called; of a single one nothing is told.
+        """
+        found: dict[str, float] = {}
+        for number, name in enumerate(names if len(names) > 1 else ()):
+            part = PairMetrics(self.columns, 0, self.values.device)
+            part.values = self.values[torch.from_numpy(np.flatnonzero(sources == number)).to(self.values.device)]
+            if len(part.values):
+                metrics = part.metrics()
+                found |= {f"{name}/{metric}": metrics[metric] for metric in OF_EACH_SOURCE}
+        return found
 
     def not_finite(self) -> list[int]:
         """Positions in the global batch whose loss is infinite or not a number."""

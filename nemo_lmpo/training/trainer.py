@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from nemo_lmpo.checkpoint.manager import CheckpointManager
@@ -17,7 +18,7 @@ from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
 from nemo_lmpo.training.ahead import BatchesAhead
-from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
+from nemo_lmpo.training.batches import BatchBuilder, MixedPairs, Pairs, StepBatch
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
 from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.policy import Policy
@@ -56,7 +57,7 @@ class PreferenceTrainer:
         scheduler: OptimizerParamScheduler,
         *,
         train_pairs: Pairs,
-        validation_pairs: Pairs | None,
+        validation_pairs: MixedPairs | None,
         sampler: PairSampler,
         batches: BatchBuilder,
         checkpoints: CheckpointManager,
@@ -213,7 +214,8 @@ class PreferenceTrainer:
         steps = validation_steps(len(self.validation_pairs), self.config.model.global_batch_size)
         for batch in BatchesAhead(self.batches, self.validation_pairs, steps.__getitem__, len(steps)):
             parts.append(self.policy.run_batch(batch, forward_only=True))
-        return PairMetrics.join(parts).metrics()
+        joined, pairs = PairMetrics.join(parts), self.validation_pairs
+        return joined.metrics() | joined.by_source(pairs.sources(np.arange(len(pairs))), pairs.source_names)
 
 
 def _shorten(names: list[Any], most: int = 8) -> str:

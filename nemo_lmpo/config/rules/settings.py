@@ -103,6 +103,8 @@ def monitor(config: Config) -> Iterator[str]:
     """Checkpoints are ranked by something that validation measures."""
     wanted = config.checkpoint.monitor
     metric = wanted.removeprefix("val/")
+    mixed = len(paths_of(config.data.validation)) > 1  # a mixture's metrics come for every source, too
+    metric = metric.split("/", 1)[-1] if mixed and metric.split("/", 1)[-1] in VALIDATION_METRICS else metric
     known = metric in VALIDATION_METRICS or metric.startswith(f"{config.loss.name}/")
     if not wanted.startswith("val/") or not known:
         choices = ", ".join(f"val/{name}" for name in VALIDATION_METRICS)

@@ -91,6 +91,33 @@ def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, 
         assert set(ours) <= whole
 
 
+def test_metrics_of_each_source_by_hand() -> None:
+    columns = pair_columns(build_loss(parse_loss({"name": "sft"})))
+    pairs = PairMetrics(columns, 3, CPU)
+    values = {name: torch.zeros(3) for name in columns}
+    values |= {
+        "rewards/chosen": torch.tensor([1.0, 1.0, 5.0]),
+        "rewards/rejected": torch.tensor([0.0, 3.0, 4.5]),
+        "lengths/chosen": torch.tensor([4.0, 8.0, 100.0]),
+        "lengths/rejected": torch.tensor([2.0, 1.0, 1.0]),
+    }
+    pairs.put(torch.arange(3), values)
+    found = pairs.by_source(np.array([0, 0, 2]), ["short", "absent", "long"])
+    assert {
+        name: value for name, value in found.items() if name.split("/", 1)[1].startswith(("rewards", "lengths"))
+    } == {
+        "short/rewards/accuracies": 0.5,
+        "short/rewards/margins": -0.5,
+        "short/lengths/chosen": 6.0,
+        "short/lengths/rejected": 1.5,
+        "long/rewards/accuracies": 1.0,
+        "long/rewards/margins": 0.5,
+        "long/lengths/chosen": 100.0,
+        "long/lengths/rejected": 1.0,
+    }
+    assert pairs.by_source(np.array([0, 0, 0]), ["only"]) == {}
+
+
 def test_metrics_of_two_pairs_by_hand() -> None:
     loss = build_loss(parse_loss({"name": "lmpo"}))
     columns = pair_columns(loss)
