@@ -8,6 +8,7 @@ term that is missing errs by more than ten times as much.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,8 +58,10 @@ def random_tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int,
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def attention_values(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Output and gradients of the run's attention module, and by definition."""
+def attention_values(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, *, window: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Output and gradients of the run's attention module, and by definition; ``window``: newest keys a token sees."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_lmpo.model.build import attention_module
@@ -70,6 +73,7 @@ def attention_values(kernels: Kernels, device: torch.device, dtype: torch.dtype)
         num_query_groups=GROUPS,
         kv_channels=HEAD_DIM,
         bf16=dtype == torch.bfloat16,
+        window_size=None if window is None else (window - 1, 0),
     )
     module = attention_module(kernels)(config, 1)
     spans = attention_spans(torch.tensor(SEGMENTS, dtype=torch.int32), TOKENS, cp_rank=0, cp_size=1)
@@ -79,7 +83,7 @@ def attention_values(kernels: Kernels, device: torch.device, dtype: torch.dtype)
     on_device = plan.map(lambda tensor: tensor.to(device))
     found = with_gradients(lambda *leaves: module(*leaves, attention_bias=on_device), states, weight)
     wide = [state.double().cpu() for state in states]
-    expected = with_gradients(attention_by_definition, wide, weight.double().cpu())
+    expected = with_gradients(partial(attention_by_definition, window=window), wide, weight.double().cpu())
     return list(zip(found, expected, strict=True))
 
 
@@ -91,12 +95,16 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], weight
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def attention_by_definition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attention_by_definition(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:
     """Softmax over the keys that each token sees, token by token in a mask of the whole row."""
     seen = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    position = torch.zeros(TOKENS, dtype=torch.long)
     for start, length, prefix_start, prefix_length in SEGMENTS:
         seen[start : start + length, prefix_start : prefix_start + prefix_length] = True
         seen[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+        position[start : start + length] = torch.arange(prefix_length, prefix_length + length)
+    if window is not None:
+        seen &= position[:, None] - position[None] < window
     keys, values = (states.squeeze(1).repeat_interleave(HEADS // GROUPS, dim=1) for states in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query.squeeze(1), keys) * HEAD_DIM**-0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)

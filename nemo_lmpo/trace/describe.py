@@ -77,7 +77,7 @@ def _work(traces: Sequence[Trace]) -> list[str]:
     end: list[tuple[str, list[str]]] = [
         ("kernels launched", [f"{trace.end_of_step.num_kernels:,}" for trace in traces]),
         (
-            "host waits, whole step",
+            "values the host reads, whole step",
             [str(trace.forward_backward.host_reads + trace.end_of_step.host_reads) for trace in traces],
         ),
     ]

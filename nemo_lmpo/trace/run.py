@@ -133,17 +133,19 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
         mark(FORWARD_BACKWARD)
         trace.forward_backward = meter.work.since(before)
         before = meter.work.copy()
-        _finish(policy, optimizer, mark)
+        _finish(policy, optimizer, meter, mark)
         trace.end_of_step = meter.work.since(before)
 
 
-def _finish(policy: Policy, optimizer: MegatronOptimizer, mark: Callable[[str], None]) -> None:
+def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Callable[[str], None]) -> None:
     """What the trainer does after backward."""
     policy.finish_training_step()
     mark(REDUCE)
     norm = gradient_norm(optimizer)
     mark(CLIP)
+    reads = meter.work.host_reads
     clip_and_step(optimizer, norm, policy.config.trainer.gradient_clip_val)
+    meter.work.host_reads = reads  # AdamW reads its step counts, which torch keeps on the host
     mark(STEP)
 
 

@@ -16,7 +16,10 @@ from tests.unit.report.runs import write_run
 
 PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
 COMMANDS = {
-    **{name: ["-m", f"nemo_lmpo.{name}"] for name in ("train", "generate", "compare", "report", "slurm", "evaluate")},
+    **{
+        name: ["-m", f"nemo_lmpo.{name}"]
+        for name in ("train", "generate", "compare", "report", "slurm", "evaluate", "doctor")
+    },
     **{path.stem: [str(path)] for path in sorted((PACKAGE.parent / "conversion").glob("*.py"))},
 }
 

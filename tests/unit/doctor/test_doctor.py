@@ -12,7 +12,7 @@ import torch
 
 from nemo_lmpo.doctor import machine
 from nemo_lmpo.doctor.findings import Finding, page, verdict
-from nemo_lmpo.doctor.parity import parity
+from nemo_lmpo.doctor.parity import TOLERANCE, attention_values, distance, parity
 from nemo_lmpo.model.attention import PackedSDPA
 from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.parallel.logprobs import VocabularyPart
@@ -40,6 +40,13 @@ def off_by_one(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries - 1) | (torch.arange(keys) == 0)
 
     return mask
+
+
+def test_a_sliding_window() -> None:
+    """Positions of answers continue those of their prompt, so a window reaches into it."""
+    with on_cpu():
+        pairs = attention_values(SDPA, CPU, torch.float32, window=16)
+    assert max(distance(*pair) for pair in pairs) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
