@@ -12,11 +12,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, shown
 
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-_SHOWN = 80
 
 UnknownKey = Callable[[str, Any], str]
 """The sentence about a dotted key that a group does not have, and its value."""
@@ -52,12 +51,6 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return typing.get_args(annotation)
     return (annotation,)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: on one line, without control characters, not endless."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _group(cls: type[Any], raw: Any, prefix: str, unknown: UnknownKey, problems: list[str]) -> Any:

@@ -7,8 +7,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nemo_lmpo.config.coerce import coerce, shown
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.config.coerce import coerce
+from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.loss.registry import DEFAULT_LOSS, LOSSES
 
 _ALIASES = {"lambda": "lam", "lambda_": "lam", "gamma_beta_ratio": "gamma", "label": "name", "type": "name"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, shown
 
 
 def check_name(given: str, expected: str) -> None:
@@ -37,4 +37,4 @@ def check_non_negative(field: str, value: float) -> None:
 def check_choice(field: str, value: str, choices: Collection[str]) -> None:
     """``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"loss.{field}={value!r}: choose one of {', '.join(choices)}.")
+        raise ConfigError(f"loss.{field}={shown(value)}: choose one of {', '.join(choices)}.")

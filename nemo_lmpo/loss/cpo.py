@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch.nn.functional as F
 
@@ -22,7 +23,7 @@ class CPOConfig(PreferenceOptions):
     lam: float = 1.0
     """``lambda``, weight of the likelihood of the chosen response; 1.0 in SimPO's appendix and in the CPO author's own
     trainer (TRL's, pull request 1382)."""
-    nll: str = field(default="mean", metadata={"absent_means": "sum"})
+    nll: Literal["mean", "token_mean", "sum"] = field(default="mean", metadata={"absent_means": "sum"})
     """How that likelihood is taken. `mean` per token of the response, for which 0.01 and 1.0 are published: the CPO
     author's trainer does so (with one pair a micro-batch; with more it is `token_mean`, over all chosen tokens of
     the batch). `sum` is what the CPO and SimPO papers print; the preference is then about 1 % of the gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,11 @@ class LMPOConfig(PreferenceOptions):
     """``ln h``; 0 turns the home advantage off. Neither given: 1.4."""
     lam: float = 0.2
     """``lambda``, weight of the normalised margin (Eq. 11)."""
-    compat: str = "paper"
+    compat: Literal["paper", "released_code"] = "paper"
     """`paper`: the equations as printed. `released_code`: what the authors' trainer does (margin halved and
     without gradient, statistics from zero without bias correction, updated before use by every micro-batch of
     ``group_size`` pairs, in evaluation too)."""
-    margin: str = "power5"
+    margin: Literal["power5", "log", "cube", "sigmoid"] = "power5"
     """Margin function: `power5` (Eq. 7), `log`, `cube` or `sigmoid` (Section 4.2)."""
     alpha: float | None = None
     """Constant of `margin: log`; unset: 5, from the authors' trainer (the paper gives none)."""
@@ -65,7 +66,7 @@ class LMPOConfig(PreferenceOptions):
     """Whether the margin is a constant for the gradient; unset: as ``compat`` has it (App. A derives it with)."""
     z_score: bool = True
     """Normalise the margin by running statistics (Eq. 9); off: ``mbar = m``."""
-    statistics: str = "ema"
+    statistics: Literal["ema", "cumulative"] = "ema"
     """`ema` (Eq. 21-22) or `cumulative` (mean and deviation over all pairs so far, Eq. 9 read literally)."""
     momentum: float | None = None
     """Weight of the past in `statistics: ema`; unset: 0.9."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 
@@ -20,7 +21,7 @@ class RRHFConfig(PreferenceOptions):
     lam: float = 1.0
     """``lambda``, weight of the likelihood of the chosen response; 1 in RRHF's own loss. SimPO's appendix searches
     0.1, 0.5, 1.0, 10.0 and names no winner."""
-    nll: str = "sum"
+    nll: Literal["mean", "token_mean", "sum"] = "sum"
     """How that likelihood is taken: `sum` over the response as SimPO's appendix prints it, its `mean`, or
     `token_mean` over all chosen tokens of the global batch."""
 

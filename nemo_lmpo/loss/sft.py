@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nemo_lmpo.loss.checks import check_choice, check_name
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
@@ -14,7 +15,7 @@ class SFTConfig:
     """Options of SFT."""
 
     name: str = "sft"
-    nll: str = "mean"
+    nll: Literal["mean", "token_mean", "sum"] = "mean"
     """How the likelihood is taken: the `mean` of a response, so that all responses weigh the same; `token_mean` over
     all chosen tokens of the global batch, as TRL and other SFT trainers do; or the `sum`."""
 

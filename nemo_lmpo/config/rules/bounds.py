@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_lmpo.config.coerce import shown
 from nemo_lmpo.config.schema import Config, Limits, limits_of
+from nemo_lmpo.errors import shown
 
 LARGEST_WHOLE_NUMBER = 2**63 - 1
-LARGEST_LOSS_OPTION = 1e6
-"""Options of losses are of the order of 0.01 to 100; far beyond, a loss is finite and means nothing."""
+LARGEST_NUMBER = 1e6
+"""Of fractional numbers without a limit of their own; they are of the order of 0.01 to 100, and far beyond, a loss is
+finite and means nothing."""
 LONGEST_TEXT = 4096
 """Letters of a text: the longest path that Linux takes."""
 LONGEST_NAME = 255
@@ -38,9 +39,7 @@ def _of_group(group: Any, prefix: str) -> Iterator[str]:
 
 def _of_loss(loss: Any) -> Iterator[str]:
     for of in dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ():
-        value = getattr(loss, of.name)
-        if isinstance(value, int | float) and not abs(value) <= LARGEST_LOSS_OPTION:
-            yield f"loss.{of.name}={value} must be at most {LARGEST_LOSS_OPTION:g} in size; correct it"
+        yield from _of_value(f"loss.{of.name}", getattr(loss, of.name), limits_of(of))
 
 
 def _of_value(key: str, value: Any, limits: Limits) -> Iterator[str]:
@@ -80,6 +79,7 @@ def _number(value: Any, limits: Limits) -> str | None:
         return f"must be above {limits.above:g}{remedy}"
     if limits.below is not None and value >= limits.below:
         return f"must be below {limits.below:g}{remedy}"
-    if limits.maximum is not None and value > limits.maximum:
-        return f"must be at most {limits.maximum}{remedy}"
+    largest = LARGEST_NUMBER if isinstance(value, float) and limits.maximum is None else limits.maximum
+    if largest is not None and (value > largest or (limits.minimum is None and value < -largest)):
+        return f"must be at most {largest:.0f} in size{remedy}"
     return None

@@ -6,11 +6,10 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 
-from nemo_lmpo.config.coerce import shown
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.rules.bounds import LONGEST_NAME
 from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.loss.registry import LOSSES
 
 VALIDATION_METRICS = (

@@ -154,7 +154,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "seed_of_too_many_bits": (("model.seed=18446744073709551616",), 1, ("model.seed=18446744073709551616", "correct")),
     "threads_of_no_machine": (("trainer.num_threads=999999999999",), 1, ("num_threads=999999999999", "at most 1024")),
     "huge_vocabulary": (("model.make_vocab_size_divisible_by=999999999999",), 1, ("divisible_by=9", "at most 65536")),
-    "loss_option_of_no_use": (("loss.log_h=1e30",), 1, ("loss.log_h=1e+30", "at most 1e+06")),
+    "loss_option_of_no_use": (("loss.log_h=1e30",), 1, ("loss.log_h=1e+30", "at most 1000000")),
     "empty_path": (("data.train.path=''",), 1, ("data.train.path=''", "must not be empty")),
     "empty_validation": (("data.validation.path=[]",), 1, ("data.validation.path=[]", "set it to null")),
     "no_rows": (("data.train.limit=0",), 1, ("data.train.limit=0", "at least 1", "unset it")),
