@@ -50,6 +50,7 @@ class CheckpointManager:
         layout: dict[str, int],
         find_missing: Callable[[TrainState], str | None] = lambda progress: None,
         data: dict[str, str] | None = None,
+        base: str = "",
     ) -> None:
         """Collect what saving needs.
 
@@ -65,6 +66,7 @@ class CheckpointManager:
             find_missing: what of a progress is not there that this run needs; raises a UserError where the run does
                 not fit the checkpoint. Called before anything is loaded.
             data: fingerprints of the pairs, kept with every checkpoint.
+            base: hash of the weights that adapters belong to, kept with every checkpoint of adapters.
         """
         self.root = root
         self.config = config
@@ -75,6 +77,7 @@ class CheckpointManager:
         self.layout = layout
         self.find_missing = find_missing
         self.data = data or {}
+        self.base = base
         self._queue: Any = None
         self._in_background: Path | None = None
         """The checkpoint that was last given to background writers."""
@@ -89,7 +92,7 @@ class CheckpointManager:
         """
         self.wait()
         started = time.monotonic()
-        progress.layout, progress.data = self.layout, self.data
+        progress.layout, progress.data, progress.base = self.layout, self.data, self.base
         final = step_directory(self.root, progress.step)
         temporary = final.with_suffix(run_files.TEMPORARY)
         on_main_rank(lambda: self._prepare(temporary, final))

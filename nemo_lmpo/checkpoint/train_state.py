@@ -36,6 +36,8 @@ class TrainState:
     """How long the last save took; a resumed run reserves as much before its time limit."""
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the training and validation pairs; empty in checkpoints of version 1."""
+    base: str = ""
+    """Hash of the weights that the checkpoint's adapters belong to; empty where it holds whole weights."""
     version: int = FORMAT_VERSION
 
 

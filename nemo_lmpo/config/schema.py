@@ -54,6 +54,22 @@ def limits_of(of: dataclasses.Field[Any]) -> Limits:
 
 
 @dataclass
+class PeftConfig:
+    """Adapters instead of full training; off unless `name` is set."""
+
+    name: Literal["lora"] | None = None
+    """`lora`: the base is frozen, checkpoints hold the adapters only."""
+    rank: int = setting(32, minimum=1, maximum=4096)
+    alpha: float = setting(32.0, above=0, maximum=1e6)
+    """Adapters are scaled by `alpha / rank`."""
+    dropout: float = setting(0.0, minimum=0, below=1)
+    """Of the adapters' inputs, in training."""
+    target_modules: list[str] = setting(["all-linear"])
+    """PEFT's names (`q_proj`, ..., `down_proj`, `all-linear`), or NeMo's for fused layers (`linear_qkv`, ...), which
+    stand for the projections in them, each with adapters of its own."""
+
+
+@dataclass
 class ModelConfig:
     """The policy and how it is laid out over processes."""
 
@@ -95,7 +111,9 @@ class ModelConfig:
     logprob_chunk_tokens: int = setting(1024, may_change=True, minimum=1)
     """Predicting positions whose logits exist at a time."""
     reference_in_memory: bool = setting(False, may_change=True)
-    """Keep the reference model of a loss that has one in memory, instead of computing its log-probabilities before."""
+    """Keep the reference model of a loss that has one in memory, instead of computing its log-probabilities before.
+    With adapters it is the policy without them, and costs no memory."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
     seed: int = setting(42, minimum=0, maximum=2**63 - 1)
     """Random start weights and the order of the data."""
 

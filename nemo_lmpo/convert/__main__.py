@@ -53,9 +53,14 @@ def nemo_to_hf(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of one safetensors file (default: 5)"
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a LoRA run's checkpoint for peft and vLLM, instead of the merged model",
+    )
     _add_common(parser)
     options = parser.parse_args(arguments)
-    return _guarded(lambda: _nemo_to_hf(options))
+    return _guarded(lambda: _adapter_to_peft(options) if options.adapter else _nemo_to_hf(options))
 
 
 def verify(arguments: list[str] | None = None) -> int:
@@ -136,6 +141,21 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
         write_huggingface(work, max_shard_bytes=shard, overwrite=options.overwrite, progress=advance)
     _say(f"wrote {options.output}")
     return _verify_models(options.output, path, work, options) if options.verify else 0
+
+
+def _adapter_to_peft(options: argparse.Namespace) -> int:
+    from nemo_lmpo.formats.adapters import write_peft
+    from nemo_lmpo.formats.model_files import open_adapters
+    from nemo_lmpo.formats.outputs import check_output, complete_or_not_at_all
+
+    path = Path(options.input).expanduser()
+    adapters, architecture = open_adapters(path)
+    check_output(options.output, [path], overwrite=options.overwrite)
+    if not options.dry_run:
+        with complete_or_not_at_all(options.output, overwrite=options.overwrite) as directory:
+            write_peft(directory, adapters, architecture)
+        _say(f"wrote {options.output}: adapters of rank {adapters.description.rank} for {adapters.description.base}")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

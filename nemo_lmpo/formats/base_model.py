@@ -13,6 +13,7 @@ from nemo_lmpo.config.architecture import Architecture, architecture_from_hf, re
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.hub import local_model
+from nemo_lmpo.formats.weights_hash import weights_hash
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,8 @@ def _with_vocabulary(model: ModelConfig) -> dict[str, Any]:
 
         settings["vocab_size"] = len(load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code))
     return settings
+
+
+def weights_fingerprint(base: BaseModel, seed: int) -> str:
+    """A hash over the content of the base model's weight files, or of what random weights are made from."""
+    return weights_hash(base.path, base.architecture, seed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.lora_targets import ADAPTERS
 from nemo_lmpo.formats.mapping import (
     EMBEDDING,
     HF_EMBEDDING,
@@ -67,6 +68,8 @@ def _targets(model: torch.nn.Module, architecture: Architecture) -> Iterator[_Ta
     # Tied models keep a copy of the embedding on a last stage that has none of its own.
     by_name.setdefault(OUTPUT_LAYER, Rule(OUTPUT_LAYER, (HF_EMBEDDING,), TensorLayout.VOCABULARY))
     for name, parameter in model.named_parameters():
+        if name.startswith(f"{ADAPTERS}."):
+            continue  # they have starts of their own
         match = _LAYER_PARAMETER.fullmatch(name)
         if match is None:
             yield name, parameter, by_name.get(name), 0

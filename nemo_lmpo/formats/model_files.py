@@ -17,6 +17,7 @@ from nemo_lmpo.config.architecture import (
 )
 from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, FileReference, TarFiles
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
@@ -29,7 +30,9 @@ from nemo_lmpo.formats.sidecars import (
     sentencepiece_files,
     sidecar_names,
 )
-from nemo_lmpo.formats.source import TensorSource, check_source
+from nemo_lmpo.formats.source import TensorSource, check_source, random_source
+from nemo_lmpo.formats.weights_hash import weights_hash
+from nemo_lmpo.runtime import run_files
 
 EMBEDDED_FOLDER = "huggingface"
 """Where this project keeps the Hugging Face files of a model inside a `.nemo`."""
@@ -128,8 +131,44 @@ def _open_training(path: Path, config: Path | None) -> ModelFiles:
         architecture = _given_architecture(config, sidecars)
     else:
         architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
-    source = MegatronSource(DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS), architecture)
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
+    if (path / run_files.ADAPTER).is_file():
+        source: TensorSource = _merged_source(path, checkpoint, architecture)
+    else:
+        source = MegatronSource(checkpoint, architecture)
     return ModelFiles("training", str(path), architecture, source, sidecars)
+
+
+def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
+    """The adapters of a training checkpoint and the architecture of their base.
+
+    Raises:
+        CheckpointError: it holds whole weights, or is damaged.
+    """
+    if not (path / run_files.ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} holds no adapters ({run_files.ADAPTER} is not there); export it without --adapter"
+        )
+    architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
+    description = read_adapter_json(path / run_files.ADAPTER)
+    return AdapterTensors(checkpoint, description, architecture.num_layers), architecture
+
+
+def _merged_source(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> TensorSource:
+    description = read_adapter_json(path / run_files.ADAPTER)
+    adapters = AdapterTensors(checkpoint, description, architecture.num_layers)
+    if description.base is None:
+        return MergedSource(random_source(architecture, description.seed), adapters)
+    base = Path(description.base)
+    if not base.exists():
+        raise CheckpointError(f"{path} holds adapters of {base}, which does not exist; bring their base there")
+    if weights_hash(base, architecture) != description.fingerprint:
+        raise CheckpointError(
+            f"{path} holds adapters of {base} as it was (hash {description.fingerprint[:16]}...), and its weights are "
+            f"others now; bring the base that they were trained on"
+        )
+    return MergedSource(open_model(base).source, adapters)
 
 
 def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:

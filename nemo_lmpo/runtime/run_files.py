@@ -21,6 +21,7 @@ A checkpoint (``step_0000100/``; while it is written ``step_0000100.tmp/``)::
     config.yaml        the run's resolved configuration
     architecture.json  the model's Hugging Face config
     tokenizer/         the tokenizer's files
+    adapter.json       where the checkpoint holds adapters only: which, and of which base
     manifest.json      size and checksum of every file above; written last
 """
 
@@ -47,6 +48,7 @@ PROGRESS = "progress.json"
 ARCHITECTURE = "architecture.json"
 TOKENIZER = "tokenizer"
 MANIFEST = "manifest.json"
+ADAPTER = "adapter.json"
 
 TEMPORARY, DELETED, DAMAGED, REPLACED = ".tmp", ".deleted", ".damaged", ".replaced"
 """Suffixes of checkpoints that are being written, not wanted, not readable, in the way of a new one."""

@@ -121,8 +121,13 @@ class MegatronGPTLMPOModel(ModelPT):
         groups, device = _present_layout(config)
         self.base = find_base_model(config.model)
         validate(config, self.base.architecture, dist.get_world_size())
-        attach = reference_in_memory(config, self.base, groups, device)
-        self.policy = Policy(config, self.base.architecture, groups, device, attach_reference=attach)
+        self.policy = Policy(
+            config,
+            self.base.architecture,
+            groups,
+            device,
+            reference=lambda policy: reference_in_memory(policy, self.base),
+        )
         load_start_weights(self.policy.models, groups, self.base, config.model.seed)
         self.chunks = self.policy.chunks  # registered, so that NeMo sees the parameters
 

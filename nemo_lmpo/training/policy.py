@@ -15,6 +15,7 @@ from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.build import build_model_chunks, parameter_dtype
 from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
+from nemo_lmpo.model.lora import add_adapters
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import StepBatch
@@ -77,7 +78,7 @@ class Policy:
         groups: ParallelGroups,
         device: torch.device,
         *,
-        attach_reference: Callable[[StepBatch], None] | None = None,
+        reference: Callable[[Policy], Callable[[StepBatch], None] | None] = lambda policy: None,
         kernels: Kernels | None = None,
     ) -> None:
         """Build model and loss.
@@ -87,7 +88,8 @@ class Policy:
             architecture: the model's.
             groups: this process's groups.
             device: where the model lives.
-            attach_reference: gives a batch its reference log-probabilities, where a reference model is in memory.
+            reference: makes what gives a batch its reference log-probabilities, where a reference model is in memory;
+                called with the built policy, whose weights are yet to be loaded.
             kernels: what to build from; unset: what is best on this machine.
         """
         self.config = config
@@ -99,11 +101,13 @@ class Policy:
         statistics = self.loss.statistics
         self.statistics = RunningStatistics(statistics) if statistics is not None else None
         chunks = build_chunks(config, architecture, groups, device, self.kernels)
+        if config.model.peft.name is not None:
+            add_adapters(chunks, config.model.peft, architecture, seed=config.model.seed)
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
-        self.attach_reference = attach_reference
         self.micro_batch_step = MicroBatchStep(
             self.loss, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
         )
+        self.attach_reference = reference(self)
 
     @property
     def models(self) -> list[PackedGPTModel]:

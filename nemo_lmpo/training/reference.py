@@ -27,15 +27,16 @@ from nemo_lmpo.data.cache import cached_directory, default_cache_dir
 from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
-from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.sft import SFTConfig
+from nemo_lmpo.model.lora import adapters_off
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
-from nemo_lmpo.training.policy import Policy, build_chunks, kernels_for
+from nemo_lmpo.training.policy import Policy, build_chunks
 from nemo_lmpo.training.start import LoadedData, load_start_weights
 from nemo_lmpo.training.step import MicroBatchStep
 
@@ -50,7 +51,6 @@ LOGPS_FILE = "logps.npy"
 META_FILE = "meta.json"
 SUMS = ("logps/chosen_sum", "logps/rejected_sum", CHOSEN_SHARED, REJECTED_SHARED)
 """What is kept of each pair; all of it, so that every loss finds what it needs."""
-_HASH_CHUNK = 16 * 1024 * 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ class FrozenReference:
 
     def attach(self, batch: StepBatch) -> None:
         """Give every micro-batch its reference log-probabilities; one forward pass."""
-        sums = self._sums(batch).float()
-        for micro_batch in batch.micro_batches:
-            micro_batch.reference_logps = sums[micro_batch.pair_index]
+        give_reference(batch, self._sums(batch))
 
 
 @dataclass(frozen=True)
@@ -108,28 +106,6 @@ class ReferenceKey:
     def digest(self) -> str:
         """The cache entry's name."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
-
-
-def weights_fingerprint(base: BaseModel, seed: int) -> str:
-    """A hash over the content of the base model's weight files, or of what random weights are made from."""
-    digest = hashlib.sha256(repr(base.architecture).encode())
-    if base.path is None:
-        digest.update(f"random {seed}".encode())
-        return digest.hexdigest()
-    # The path is no part of it: a copied model is the same model.
-    for path in _weight_files(base.path):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """An archive itself, or a directory's tensor files (Hugging Face or distributed checkpoint)."""
-    if path.is_file():
-        return [path]
-    return sorted(entry for entry in path.rglob("*") if entry.suffix in (".safetensors", ".distcp"))
 
 
 class ReferenceLogps:
@@ -219,17 +195,44 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
     return values if usable else None
 
 
-def reference_in_memory(
-    config: Config, base: BaseModel, groups: ParallelGroups, device: torch.device
-) -> Callable[[StepBatch], None] | None:
-    """What gives batches their reference values from a frozen second model, where the run wants one."""
-    if not (config.model.reference_in_memory and build_loss(config.loss).needs_reference):
+class AdaptersOff:
+    """The policy without its adapters, which is what it started from."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Take the policy's own chunks; no second model."""
+        self._chunks = policy.models
+        chunk_tokens = policy.config.model.logprob_chunk_tokens
+        self._sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+
+    def attach(self, batch: StepBatch) -> None:
+        """Give every micro-batch its reference log-probabilities; one forward pass."""
+        with adapters_off(self._chunks):
+            give_reference(batch, self._sums(batch))
+
+
+def give_reference(batch: StepBatch, sums: Tensor) -> None:
+    """Reference sums ``[pairs, 4]`` of a global batch to the micro-batches that hold the pairs."""
+    values = sums.float()
+    for micro_batch in batch.micro_batches:
+        micro_batch.reference_logps = values[micro_batch.pair_index]
+
+
+def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch], None] | None:
+    """What gives batches their reference values, where the run wants a reference model beside the policy.
+
+    That is a frozen second model, or the policy itself with its adapters off.
+    """
+    config = policy.config
+    if not (config.model.reference_in_memory and policy.loss.needs_reference):
         return None
-    kernels = kernels_for(config, base.architecture, use_cuda=device.type == "cuda")
-    chunks = build_chunks(config, base.architecture, groups, device, kernels)
-    load_start_weights(chunks, groups, base, config.model.seed)
-    sums = ResponseSums(chunks, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device)
-    return FrozenReference(chunks, sums).attach
+    if config.model.peft.name is not None:
+        return AdaptersOff(policy).attach
+    chunks = build_chunks(config, base.architecture, policy.groups, policy.device, policy.kernels)
+    load_start_weights(chunks, policy.groups, base, config.model.seed)
+    chunk_tokens = config.model.logprob_chunk_tokens
+    return FrozenReference(
+        chunks, ResponseSums(chunks, policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+    ).attach
 
 
 def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, batches: BatchBuilder) -> None:

@@ -22,10 +22,14 @@ from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.tokenizer import padding_id
-from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.adapters import AdapterDescription, adapter_json, describe_adapters
+from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.atomic import replace_file
 from nemo_lmpo.runtime.batch_job import read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -78,7 +82,7 @@ class TrainingSession:
             base.architecture,
             groups,
             device,
-            attach_reference=reference_in_memory(config, base, groups, device),
+            reference=lambda policy: reference_in_memory(policy, base),
         )
         load_start_weights(self.policy.models, groups, base, config.model.seed)
         self.optimizer: MegatronOptimizer = build_optimizer(self.policy.chunks, config.optim, config.trainer)
@@ -91,11 +95,23 @@ class TrainingSession:
         )
         if self.policy.loss.needs_reference and not config.model.reference_in_memory:
             attach_reference_logps(self.data, self.policy, base, self.batches)
+        self.adapters = self._describe_adapters()
         self.checkpoints = self._checkpoints()
+
+    def _describe_adapters(self) -> AdapterDescription | None:
+        """What checkpoints say of adapters and their base, where the run trains some."""
+        model = self.config.model
+        if model.peft.name is None:
+            return None
+        fingerprint: str = on_main_rank(lambda: weights_fingerprint(self.base, model.seed))
+        path = None if self.base.path is None else str(self.base.path.resolve())
+        return describe_adapters(model.peft, base=path, seed=model.seed, fingerprint=fingerprint)
 
     def write_sidecars(self, directory: Path) -> None:
         """Configuration, architecture and tokenizer, which belong to the policy's weights (rank 0)."""
         self.run.write_sidecars(directory, self.base, self.data.tokenizer)
+        if self.adapters is not None:
+            replace_file(directory / run_files.ADAPTER, adapter_json(self.adapters))
 
     def save_to(self, save_path: str | Path) -> None:
         """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
@@ -126,6 +142,7 @@ class TrainingSession:
             layout=self.layout(),
             find_missing=self.find_missing,
             data=self.fingerprints,
+            base=self.adapters.fingerprint if self.adapters else "",
         )
 
     def layout(self) -> dict[str, int]:
@@ -151,6 +168,12 @@ class TrainingSession:
             DataError: the checkpoint is of other pairs.
             CheckpointError: its margin statistics are of another kind.
         """
+        if progress.base != (self.adapters.fingerprint if self.adapters else ""):
+            raise CheckpointError(
+                f"the checkpoints in {self.run.checkpoints} hold adapters of another base than "
+                f"model.restore_from_path={self.config.model.restore_from_path} (hash {progress.base[:16]}... there); "
+                f"give the base that they were trained on, or another run_dir"
+            )
         self.run.changes.update(refuse_changed_data(self.config, progress.data, self.fingerprints))
         return find_missing_statistics(self.policy.statistics, progress)
 

@@ -20,6 +20,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.duration,
     settings.monitor,
     settings.reference,
+    settings.adapters,
     settings.parallelism,
     settings.machine,
     settings.allowed_changes,

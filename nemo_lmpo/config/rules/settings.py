@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator
 
 from nemo_lmpo.config.duration import parse_duration
+from nemo_lmpo.config.lora_targets import LINEARS, PROJECTIONS
 from nemo_lmpo.config.rules.bounds import LONGEST_NAME
 from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
 from nemo_lmpo.errors import ConfigError, shown
@@ -117,6 +118,17 @@ def reference(config: Config) -> Iterator[str]:
             f"model.reference_in_memory=true, but loss.name={config.loss.name} compares with no reference model; "
             f"remove it"
         )
+
+
+def adapters(config: Config) -> Iterator[str]:
+    """Adapters sit on projections that there are."""
+    targets = config.model.peft.target_modules
+    known = (*PROJECTIONS, *LINEARS, "all-linear")
+    for name in targets:
+        if name not in known:
+            yield f"model.peft.target_modules names {shown(name)}, which no layer has; choose of {', '.join(known)}"
+    if not targets:
+        yield "model.peft.target_modules=[] names no projection; give at least one, or [all-linear]"
 
 
 def parallelism(config: Config) -> Iterator[str]:

@@ -13,9 +13,9 @@ from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import find_base_model
+from nemo_lmpo.formats.base_model import find_base_model, weights_fingerprint
 from nemo_lmpo.runtime.launch import LaunchInfo
-from nemo_lmpo.training.reference import ReferenceKey, read_entry, weights_fingerprint, write_entry
+from nemo_lmpo.training.reference import ReferenceKey, read_entry, write_entry
 from nemo_lmpo.training.session import open_session
 
 OVERRIDES = [

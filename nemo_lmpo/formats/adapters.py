@@ -1,0 +1,190 @@
+"""Checkpoints that hold adapters only: what they say of themselves, the merged model, PEFT's form.
+
+Beside the tensors (``lora.layers.N.q_proj.lora_A`` ...) lies `adapter.json`, which names the base by path and hash.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.lora_targets import PROJECTIONS, hf_module, projections_of
+from nemo_lmpo.config.schema import PeftConfig
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.source import TensorSource
+from nemo_lmpo.runtime import run_files
+
+PREFIX = "model.lora."
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What `adapter.json` holds."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    projections: tuple[str, ...]
+    """In PEFT's names."""
+    base: str | None
+    """Path or hub name of the base; None: random weights of ``seed``."""
+    seed: int
+    fingerprint: str
+    """Hash of the base's weights (:func:`nemo_lmpo.formats.base_model.weights_fingerprint`)."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of B and A is multiplied by."""
+        return self.alpha / self.rank
+
+
+def describe_adapters(peft: PeftConfig, *, base: str | None, seed: int, fingerprint: str) -> AdapterDescription:
+    """Of a run's settings."""
+    return AdapterDescription(
+        rank=peft.rank,
+        alpha=peft.alpha,
+        dropout=peft.dropout,
+        projections=projections_of(peft.target_modules),
+        base=base,
+        seed=seed,
+        fingerprint=fingerprint,
+    )
+
+
+def adapter_json(description: AdapterDescription) -> str:
+    """The content of `adapter.json`."""
+    return json.dumps(asdict(description), indent=1)
+
+
+def read_adapter_json(path: Path) -> AdapterDescription:
+    """Of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is not what this project writes.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        description = AdapterDescription(**{**values, "projections": tuple(values["projections"])})
+        usable = description.rank >= 1 and description.alpha > 0 and set(description.projections) <= set(PROJECTIONS)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is not readable ({error}); restore the file") from None
+    if not usable:
+        raise CheckpointError(f"{path} describes no adapters that this version knows; restore the file")
+    return description
+
+
+class AdapterTensors:
+    """The adapters of a checkpoint by layer and projection.
+
+    Raises:
+        CheckpointError: with every tensor that is missing, unexpected or of the wrong rank.
+    """
+
+    def __init__(self, checkpoint: DistributedCheckpoint, description: AdapterDescription, layers: int) -> None:
+        self.checkpoint = checkpoint
+        self.description = description
+        expected = {
+            f"{PREFIX}layers.{layer}.{name}.{side}"
+            for layer in range(layers)
+            for name in description.projections
+            for side in ("lora_A", "lora_B")
+        }
+        stored = {name for name in checkpoint.tensors if name.startswith(PREFIX)}
+        if stored != expected:
+            missing, unknown = sorted(expected - stored), sorted(stored - expected)
+            raise CheckpointError(
+                f"{checkpoint.origin} holds other adapters than {run_files.ADAPTER} says: {len(missing)} are missing "
+                f"and {len(unknown)} unknown, first {[*missing, *unknown][0]}"
+            )
+        self.layers = layers
+
+    def pair(self, layer: int, projection: str) -> tuple[Tensor, Tensor]:
+        """A ``[rank, in]`` and B ``[out, rank]`` as stored."""
+        first = f"{PREFIX}layers.{layer}.{projection}"
+        down, up = self.checkpoint.read(f"{first}.lora_A"), self.checkpoint.read(f"{first}.lora_B")
+        if down.shape[0] != self.description.rank or up.shape[1] != self.description.rank:
+            raise CheckpointError(
+                f"{self.checkpoint.origin}: {first} has rank {down.shape[0]}, and {run_files.ADAPTER} says "
+                f"{self.description.rank}; restore the file"
+            )
+        return down, up
+
+
+class MergedSource:
+    """A base model with its adapters added to the weights."""
+
+    def __init__(self, base: TensorSource, adapters: AdapterTensors) -> None:
+        self._base, self._adapters = base, adapters
+        self.origin = adapters.checkpoint.origin
+        self._changed = {
+            f"{hf_module(layer, name)}.weight": (layer, name)
+            for layer in range(adapters.layers)
+            for name in adapters.description.projections
+        }
+
+    def names(self) -> list[str]:
+        """Those of the base."""
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of the base's tensor."""
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of the base's tensor."""
+        return self._base.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        """The base's tensor and, where there is one, its adapter's product; added in float32."""
+        tensor = self._base.get(name)
+        if name not in self._changed:
+            return tensor
+        down, up = self._adapters.pair(*self._changed[name])
+        change = up.float() @ down.float() * self._adapters.description.scale
+        if change.shape != tensor.shape:
+            raise CheckpointError(
+                f"{self.origin}: the adapters of {name} are for {list(change.shape)}, and the base has "
+                f"{list(tensor.shape)}; give the base that they were trained on"
+            )
+        return (tensor.float() + change).to(tensor.dtype)
+
+
+def write_peft(directory: Path, adapters: AdapterTensors, architecture: Architecture) -> None:
+    """An adapter directory as `peft` and vLLM load it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    description = adapters.description
+    tensors: dict[str, Tensor] = {}
+    for layer in range(architecture.num_layers):
+        for name in description.projections:
+            first = f"base_model.model.{hf_module(layer, name)}"
+            down, up = adapters.pair(layer, name)
+            tensors[f"{first}.lora_A.weight"] = down.contiguous()
+            tensors[f"{first}.lora_B.weight"] = up.contiguous()
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": description.base,
+        "r": description.rank,
+        "lora_alpha": description.alpha,
+        "lora_dropout": description.dropout,
+        "target_modules": list(description.projections),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
