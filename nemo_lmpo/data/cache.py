@@ -10,15 +10,36 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nemo_lmpo.errors import DataError
+from nemo_lmpo.errors import ConfigError, DataError, shown
 
 logger = logging.getLogger(__name__)
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/nemo_lmpo`, or `~/.cache/nemo_lmpo`."""
+def cache_root(configured: str | None) -> Path:
+    """`data.cache_dir`; unset, `$XDG_CACHE_HOME/nemo_lmpo` or `~/.cache/nemo_lmpo`.
+
+    Raises:
+        ConfigError: this user has no home directory.
+    """
+    if configured:
+        return user_path(configured, "data.cache_dir")
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nemo_lmpo"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "nemo_lmpo"
+    except RuntimeError:
+        raise ConfigError("this user has no home directory for tokenized data; set data.cache_dir") from None
+
+
+def user_path(path: str, field: str) -> Path:
+    """A path with `~` replaced by the home directory.
+
+    Raises:
+        ConfigError: there is no such directory; ``field`` names the setting.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{field}={shown(path)}: there is no such home directory; write the path out") from None
 
 
 def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
-from nemo_lmpo.data.cache import cached_directory, default_cache_dir
+from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
 from nemo_lmpo.data.pack import pair_tokens
@@ -240,7 +240,7 @@ def _tokenized(
 ) -> tuple[str, Store]:
     """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
     key = _cache_key(source, encoder, schema)
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache = cache_root(config.cache_dir)
 
     def build(directory: Path) -> None:
         logger.info("tokenizing %s", source.name)

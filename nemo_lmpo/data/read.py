@@ -122,14 +122,14 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     """
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path, split, limit)
-    file = Path(path).expanduser()
     try:
+        file = Path(path).expanduser()
         if file.is_dir():
             return _saved_dataset(path, file, split, limit)
         if file.is_file():
             return _file(path, file, limit)
         special = file.exists()
-    except (OSError, ValueError) as error:  # too long a name, no permission, a NUL in it
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, no permission, a NUL in it, no home
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{_printable(path)} cannot be looked for ({reason}); correct the path") from None
     path = _printable(path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.data.cache import user_path
 from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
 from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
@@ -33,7 +33,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     if name.startswith(BUILTIN_PREFIX):
         return _builtin(name.removeprefix(BUILTIN_PREFIX))
-    directory = Path(name).expanduser()
+    directory = user_path(name, "model.tokenizer")
     if directory.is_dir():
         if not (directory / "tokenizer.json").exists() and (directory / "tokenizer.model").exists():
             # transformers would build a subtly different tokenizer from it (merge order, first space)
@@ -89,7 +89,7 @@ def chat_template_text(choice: str | None, tokenizer: PreTrainedTokenizerBase, *
         return RELEASED_TEMPLATES[choice]
     if choice in TEMPLATES:
         return TEMPLATES[choice]
-    path = Path(choice).expanduser()
+    path = user_path(choice, "data.chat_template")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.cache import cached_directory, default_cache_dir
+from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
@@ -126,8 +126,7 @@ class ReferenceLogps:
         self.config = config
         self.sums = sums
         self.batches = batches
-        root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
-        self.root = root / "reference"
+        self.root = cache_root(config.data.cache_dir) / "reference"
         self.weights: str = on_main_rank(lambda: weights_fingerprint(base, config.model.seed))
         self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
 

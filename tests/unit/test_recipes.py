@@ -108,6 +108,7 @@ def test_every_group_file_is_used_or_can_be_chosen():
 def test_the_released_code_keeps_what_the_setting_has(setting):
     paper, released = recipe(f"lmpo_{setting}"), load_recipe(f"lmpo_{setting}", ["compat=released_code"])
     assert released.loss == dataclasses.replace(paper.loss, compat="released_code")
+    assert released.data == dataclasses.replace(paper.data, compat="released_code")
     assert released.optim == paper.optim
     assert load_recipe("train", [f"setting={setting}", "compat=released_code"]).loss == released.loss
 

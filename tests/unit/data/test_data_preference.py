@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ from pair_rows import message_row
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data import preference
+from nemo_lmpo.data.cache import cache_root
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.errors import ConfigError, DataError
@@ -254,6 +256,23 @@ def test_wrong_settings(data_config, tiny, write_jsonl):
         load(data_config([path, 3]), tiny)
     with pytest.raises(DataError, match=r"nothing.jsonl does not exist"):
         load(data_config("nothing.jsonl"), tiny)
+
+
+def test_without_a_home_directory(data_config, tiny, write_jsonl, monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    path = write_jsonl(GOOD)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match=r"no home directory .*set data\.cache_dir"):
+        load(data_config(path, cache_dir=None), tiny)
+    load(data_config(path), tiny)
+    monkeypatch.setattr(Path, "expanduser", lambda path: no_home())
+    with pytest.raises(ConfigError, match=r"data\.cache_dir='~/x': there is no such home"):
+        cache_root("~/x")
+    with pytest.raises(DataError, match="cannot be looked for"):
+        load(data_config("~/pairs.jsonl"), tiny)
 
 
 def test_default_cache_directory(tiny, write_jsonl, monkeypatch, tmp_path):
