@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("packed", "packed_prompt_twice", "transformers")
+VARIANTS = ("packed", "packed_prompt_twice", "lora", "transformers")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,6 +66,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "trainer.precision='32'",
         "trainer.max_steps=1000",
         f"data.share_prompt={'false' if options.child == 'packed_prompt_twice' else 'true'}",
+        *(["model.peft.name=lora", "model.peft.rank=16"] if options.child == "lora" else []),
         *options.override,
     ]
 

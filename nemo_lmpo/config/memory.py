@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.lora_targets import projections_of
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config, ModelConfig
 
@@ -48,6 +49,27 @@ def stage_parameters(architecture: Architecture, config: Config) -> float:
     plain_embeddings = (1 if architecture.tie_word_embeddings else 2) * architecture.vocab_size
     layers = architecture.num_parameters() - plain_embeddings * architecture.hidden_size
     return embeddings / tensor + layers / (tensor * stages)
+
+
+def adapter_parameters(architecture: Architecture, config: Config) -> float:
+    """Parameters of the adapters on the busiest rank."""
+    model = config.model
+    tensor = model.tensor_model_parallel_size
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    query = architecture.num_attention_heads * architecture.head_dim
+    key = architecture.num_query_groups * architecture.head_dim
+    # Inputs and outputs of one rank's part: A is whole and B split where the output is, and the other way round.
+    sizes = {
+        "q_proj": hidden + query / tensor,
+        "k_proj": hidden + key / tensor,
+        "v_proj": hidden + key / tensor,
+        "o_proj": query / tensor + hidden,
+        "gate_proj": hidden + ffn / tensor,
+        "up_proj": hidden + ffn / tensor,
+        "down_proj": ffn / tensor + hidden,
+    }
+    layers = architecture.num_layers / model.pipeline_model_parallel_size
+    return layers * model.peft.rank * sum(sizes[name] for name in projections_of(model.peft.target_modules))
 
 
 def activation_bytes(architecture: Architecture, config: Config, row_tokens: int) -> float:
@@ -96,10 +118,12 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     """Memory of the busiest rank."""
     config, architecture = layout.config, layout.architecture
     parameters = stage_parameters(architecture, config)
+    frozen = parameters if config.model.peft.name is not None else 0.0
+    trained = adapter_parameters(architecture, config) if frozen else parameters
     low_precision = config.trainer.precision == "bf16"
-    weights = parameters * (2 if low_precision else 4)
+    weights = (frozen + trained) * (2 if low_precision else 4)
     shards = layout.data_parallel_size * config.model.context_parallel_size
-    optimizer = (12.0 if low_precision else 8.0) * parameters
+    optimizer = (12.0 if low_precision else 8.0) * trained
     if config.optim.use_distributed_optimizer:
         optimizer /= max(shards, 1)
     tensor = config.model.tensor_model_parallel_size
@@ -107,11 +131,12 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     chunk = config.model.logprob_chunk_tokens
     return MemoryEstimate(
         parameters=weights,
-        gradients=parameters * 4,
+        gradients=trained * 4,
         optimizer=optimizer,
         activations=activation_bytes(architecture, config, config.data.row_budget),
-        logits=2 * 4 * chunk * rows + 4 * rows * architecture.hidden_size,
-        reference=weights if config.model.reference_in_memory else 0.0,
+        logits=2 * 4 * chunk * rows + (0.0 if frozen else 4 * rows * architecture.hidden_size),
+        # Without its adapters the policy is its own reference.
+        reference=weights if config.model.reference_in_memory and not frozen else 0.0,
         # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.
         step=optimizer / 3 if config.model.transformer_engine is False else 0.0,
     )

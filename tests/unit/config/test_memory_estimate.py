@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
-from nemo_lmpo.config.memory import MemoryEstimate, activation_bytes, estimate_memory
+from nemo_lmpo.config.memory import MemoryEstimate, activation_bytes, adapter_parameters, estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.formats.base_model import find_base_model
 
 # 32 layers of 4096 x (4096 + 2 x 1024) + 4096 x 4096 + 3 x 4096 x 14336 + 2 x 4096, the final norm, and two matrices
 # of 128256 x 4096, which a tensor-parallel size of 4 pads to 128512 rows.
@@ -101,3 +102,27 @@ def test_full_recompute(method: str, num_layers: int, inputs: int, whole: int) -
 
 def test_context_parallel_splits_rows() -> None:
     assert activations(context_parallel_size=2) == pytest.approx(activations() / 2)
+
+
+def test_adapters_of_llama3_8b_by_hand():
+    """Rank 16 on all projections of an 8B: 41.9 million parameters, as PEFT counts them."""
+    config = load_recipe(
+        "lmpo_llama3_8b",
+        [
+            "model.peft.name=lora",
+            "model.peft.rank=16",
+            "trainer.devices=1",
+            "model.tensor_model_parallel_size=1",
+            "model.sequence_parallel=false",
+        ],
+    )
+    architecture = find_base_model(config.model, fetch=False).architecture
+    # q and o: 4096 + 4096; k and v: 4096 + 1024; gate, up and down: 4096 + 14336; 32 layers.
+    by_hand = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert by_hand == 41_943_040
+    assert adapter_parameters(architecture, config) == by_hand
+    memory = estimate_memory(validate(config, architecture, 1))
+    assert memory.gradients == 4 * by_hand
+    assert memory.optimizer == 12 * by_hand
+    assert 2 * 8.03e9 < memory.parameters < 2 * 8.1e9 + 2 * by_hand
+    assert memory.total < 44 * 2**30  # one GPU of 48 GB; full training needs more than 128 GiB
