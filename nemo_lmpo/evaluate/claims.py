@@ -12,6 +12,7 @@ from nemo_lmpo.evaluate.suites import (
     ALPACA_EVAL,
     ARENA_HARD,
     LEADERBOARD,
+    METHODS,
     PAPER_LAMBDA,
     PAPER_LAMBDA_ELSE,
     SETTINGS,
@@ -43,13 +44,19 @@ class Results:
         self._rows: dict[tuple[str, Row], list[Result]] = {}
         for result in self.all:
             model = result.model
-            if model.setting is not None and model.method is not None:
+            # Other instructions than the published do not belong beside the paper's numbers.
+            theirs = model.setting in SETTINGS and result.evaluation_set.get("published") == "no"
+            if model.setting is not None and model.method is not None and not theirs:
                 key = (result.suite, (model.setting, model.method, model.variant))
                 self._rows.setdefault(key, []).append(result)
 
     def row(self, suite: str, row: Row) -> Result | None:
         """The newest of a row."""
         return newest(self._rows.get((suite, row), []))
+
+    def stands_for_a_row(self, result: Result) -> bool:
+        """Whether it is shown in one of the paper's tables."""
+        return any(result in found and key[1][1] in METHODS for key, found in self._rows.items())
 
     def several(self) -> list[str]:
         """Rows that more than one result stands for."""

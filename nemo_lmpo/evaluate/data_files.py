@@ -126,6 +126,27 @@ def _arena_hard(folder: Path) -> EvaluationSet:
     return EvaluationSet(ARENA_HARD, instructions, found, BASELINES[ARENA_HARD], published=True)
 
 
+def load_own_questions(path: Path) -> EvaluationSet:
+    """Questions of the user's own, in Arena-Hard's manner: JSON Lines with `id`, `question` and `baseline_answer`.
+
+    Raises:
+        DataError: a line lacks one of them, or two have one id; names it.
+    """
+    instructions: dict[str, Instruction] = {}
+    for number, row in enumerate(read_lines(path), 1):
+        texts = [row.get(name) for name in ("id", "question", "baseline_answer")]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(f"{path}, line {number} needs texts in `id`, `question` and `baseline_answer`")
+        if row["id"] in instructions:
+            raise DataError(f"{path}, line {number}: the id {row['id']} was there before; give each its own")
+        instructions[row["id"]] = Instruction(row["id"], row["question"], row["baseline_answer"])
+    if not instructions:
+        raise DataError(f"{path} holds no questions")
+    every = list(instructions.values())
+    digest = content_hash([[one.id, one.text, one.baseline_answer] for one in every])
+    return EvaluationSet(ARENA_HARD, every, digest, path.stem, published=False)
+
+
 _LOADERS: Mapping[str, Callable[[Path], EvaluationSet]] = {ALPACA_EVAL: _alpaca_eval, ARENA_HARD: _arena_hard}
 
 

@@ -243,6 +243,7 @@ def _write(
         evaluation_set={
             "name": "lm_eval tasks, rows from the Hub" if options.task_data is None else "lm_eval tasks, own rows",
             "sha256": content_hash({name: one["ids"] for name, one in scores.items()}),
+            "published": "yes" if options.task_data is None else "no",
         },
         command=command,
         details={"task versions": versions_of_tasks, "tasks": {name: one["task"] for name, one in scores.items()}},

@@ -91,6 +91,9 @@ def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
         parser.add_argument(
             "--bootstrap", type=int, default=1000, metavar="N", help="resamples for LC's interval (default: 1000)"
         )
+    else:
+        own = "other questions than Arena-Hard's: JSON Lines with `id`, `question`, `baseline_answer`"
+        parser.add_argument("--questions", type=Path, metavar="FILE", help=own)
     more = parser.add_argument_group("generation (default: the paper's settings)")
     more.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
     more.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of P")

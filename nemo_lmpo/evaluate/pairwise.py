@@ -21,6 +21,7 @@ from nemo_lmpo.evaluate.data_files import (
     data_folder,
     find_file,
     load_judge_prompt,
+    load_own_questions,
     load_set,
     published_scores,
 )
@@ -93,7 +94,8 @@ def prepare(options: argparse.Namespace) -> Plan:
     """
     versions = packages()
     data = data_folder(options.data)
-    evaluation_set = load_set(options.command, data)
+    own = getattr(options, "questions", None)
+    evaluation_set = load_set(options.command, data) if own is None else load_own_questions(own)
     chosen = choose(evaluation_set.instructions, options.limit)
     prompt = load_judge_prompt(data, options.judge_prompt) if options.command == ARENA_HARD else None
     judge_endpoint = open_endpoint("--judge-endpoint", options.judge_endpoint, options, options.judge_key)
@@ -289,7 +291,12 @@ def _write(
         date=now(),
         generation=dict(plan.source.generation()),
         packages=plan.packages,
-        evaluation_set={"name": plan.set.suite, "sha256": plan.set.sha256, "baseline": plan.set.baseline},
+        evaluation_set={
+            "name": plan.set.suite,
+            "sha256": plan.set.sha256,
+            "baseline": plan.set.baseline,
+            "published": "yes" if plan.set.published else "no",
+        },
         command=command,
         details=details,
     )

@@ -13,7 +13,7 @@ from nemo_lmpo.evaluate.published import PUBLISHED_JUDGE
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.evaluate.sections import anchors, table1, table2, table3, table4
 from nemo_lmpo.evaluate.storage import content_hash
-from nemo_lmpo.evaluate.suites import LEADERBOARD, METHODS, TITLES
+from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
 from nemo_lmpo.runtime.atomic import replace_file
 
 TITLE = "The paper's tables, published and measured"
@@ -83,9 +83,7 @@ def _about(results: Results, judges: Judges) -> list[str]:
 def _others(results: Results, judges: Judges) -> list[Block]:
     """Results that stand for no row: neither anchors nor of a known setting and method."""
     others = [
-        result
-        for result in results.all
-        if result.model.kind != "anchor" and (result.model.setting is None or result.model.method not in METHODS)
+        result for result in results.all if result.model.kind != "anchor" and not results.stands_for_a_row(result)
     ]
     rows = [
         [f"{result.model.name}, {TITLES[result.suite]}", *(measured_cell(result, name, judges, 1) for name in names)]

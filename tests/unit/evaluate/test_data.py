@@ -18,6 +18,7 @@ from nemo_lmpo.evaluate.data_files import (
     arena_answers,
     data_folder,
     load_judge_prompt,
+    load_own_questions,
     load_set,
     published_scores,
 )
@@ -152,3 +153,17 @@ def test_sources_are_what_the_suites_read() -> None:
     assert {"alpaca_eval2_eval_set.json", "alpaca_eval2_df_gamed.csv", "arena_hard_v0.1_question.jsonl"} <= names
     assert all(source.url.startswith("https://") for source in fetch.SOURCES)
     assert all(len(source.sha256 or "") == 64 for source in fetch.SOURCES)
+
+
+def test_own_questions(tmp_path: Path) -> None:
+    path = tmp_path / "sorting.jsonl"
+    rows = [{"id": str(index), "question": f"sort {index}", "baseline_answer": "a b"} for index in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_own_questions(path)
+    assert (len(found.instructions), found.published, found.baseline) == (3, False, "sorting")
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    with pytest.raises(DataError, match="line 2: the id 0 was there before"):
+        load_own_questions(path)
+    path.write_text(json.dumps({**rows[0], "baseline_answer": " "}) + "\n")
+    with pytest.raises(DataError, match="line 1 needs texts in `id`, `question` and `baseline_answer`"):
+        load_own_questions(path)

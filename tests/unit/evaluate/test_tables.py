@@ -138,3 +138,15 @@ def test_nothing_to_show_is_one_sentence(tmp_path: Path) -> None:
         read_results([tmp_path / "empty"])
     with pytest.raises(DataError, match="is no directory"):
         read_results([tmp_path / "gone"])
+
+
+def test_own_instructions_do_not_stand_beside_the_papers_numbers(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    units = {"ids": [0], "wins": [40.0], "lengths": [5], "lc_replicates": []}
+    result = made(tmp_path / "a", ALPACA_EVAL, units, row=("mistral_7b_base", "LMPO", None), wr=77.0)
+    own = replace(result, evaluation_set={**result.evaluation_set, "published": "no"})
+    blocks = page_blocks(Results([own]))
+    others = next(index for index, block in enumerate(blocks) if getattr(block, "text", "") == "Other models")
+    assert "77.0" not in str(blocks[:others])
+    assert "77.0" in str(blocks[others:])
