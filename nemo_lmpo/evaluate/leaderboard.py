@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,9 +94,11 @@ def run(options: argparse.Namespace, command: str) -> Path:
 
 
 def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str, Any]) -> dict[str, Any]:
+    from nemo_lmpo.evaluate.pairwise import lasting
+
     hashes = (model.weights_sha256, model.template_sha256, model.tokenizer_sha256)
     rows = str(options.task_data.resolve()) if options.task_data else "the Hub"
-    return {"model": hashes, "limit": options.limit, "task rows": rows, "generation": generation}
+    return {"model": hashes, "limit": options.limit, "task rows": rows, "generation": lasting(generation)}
 
 
 def _harness_model(
@@ -183,7 +186,9 @@ def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path,
             if line.startswith("done "):
                 bar.update(1)
 
-        run_program("leaderboard", request, log=folder / "lm_eval.log", on_line=on_line)
+        # The harness takes the server's key from there.
+        key = {"OPENAI_API_KEY": os.environ.get(options.key, "none")} if options.endpoint is not None else {}
+        run_program("leaderboard", request, log=folder / "lm_eval.log", environment=key, on_line=on_line)
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

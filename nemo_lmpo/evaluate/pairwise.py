@@ -213,13 +213,18 @@ def _bar(quiet: bool, what: str, unit: str) -> Any:
 def identity(plan: Plan) -> dict[str, Any]:
     """What answers are made of; the same in every command that goes on with a folder."""
     hashes = (plan.model.weights_sha256, plan.model.template_sha256, plan.model.tokenizer_sha256)
-    return {"evaluation set": plan.set.sha256, "model": hashes, "generation": dict(plan.source.generation())}
+    return {"evaluation set": plan.set.sha256, "model": hashes, "generation": lasting(plan.source.generation())}
+
+
+def lasting(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """A generation's settings but for where its server was: every job has another port and path."""
+    return {name: value for name, value in generation.items() if name not in ("endpoint", "served_name")}
 
 
 def judge_identity(plan: Plan) -> dict[str, Any]:
     """What judgments are made of."""
     prompt = plan.judge_prompt.sha256 if plan.judge_prompt else alpaca_eval.PROMPT_NAME
-    return {"judge": plan.judge_name, "judge endpoint": plan.judge_endpoint.shown, "judge prompt": prompt}
+    return {"judge": plan.judge_name, "judge prompt": prompt}
 
 
 def _is_done(plan: Plan) -> bool:
