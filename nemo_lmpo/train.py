@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 from nemo_lmpo.runtime.environment import prepare_environment
 
@@ -100,12 +101,21 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
         return 0
     if result.stopped_by is None:
         leave_outcome(OUTCOME_DONE)
-        checkpoints = RunDirectory(config, {}).checkpoints
-        _logger.info("done: %d steps; checkpoints in %s", result.step, checkpoints)
+        run = RunDirectory(config, {})
+        _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
+        if config.checkpoint.export_hf:
+            _export(run.path)
     else:
         leave_outcome(stopped(result.stopped_by))
         _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
     return 0
+
+
+def _export(run: Path) -> None:
+    """The finished run as a Hugging Face directory, with its model card."""
+    from nemo_lmpo.export.write import export_run
+
+    _logger.info("exported: %s", export_run(run, run / run_files.HUGGINGFACE, overwrite=True))
 
 
 def _dry_run(config: Config) -> int:

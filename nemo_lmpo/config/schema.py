@@ -245,6 +245,8 @@ class CheckpointConfig:
     """Go on from the newest whole checkpoint of the run directory; `false` moves what is there aside."""
     verify: Literal["full", "size"] = "full"
     """What a resume compares of a checkpoint's files: `full` (checksums) or `size` (sizes only; no file is read)."""
+    export_hf: bool = False
+    """At the end of the run, write `huggingface/` into the run directory: weights, tokenizer, template, model card."""
     allow_changes: list[str] = field(default_factory=list)
     """Settings that a resume may change on purpose, such as `optim.lr` or `data.train.path` (its pairs)."""
 

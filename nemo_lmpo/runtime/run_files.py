@@ -13,6 +13,7 @@ A run directory (``runs/<recipe>`` unless set)::
     .lock, .owner.json who works in it
     job.json           the batch job that does
     tensorboard/, report.html, report/, wandb_id
+    huggingface/       the finished run as `transformers` and vLLM load it (`checkpoint.export_hf`)
 
 A checkpoint (``step_0000100/``; while it is written ``step_0000100.tmp/``)::
 
@@ -42,6 +43,7 @@ TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 REPORT_PICTURES = "report"
 WANDB_ID = "wandb_id"
+HUGGINGFACE = "huggingface"
 
 STATE = "state"
 PROGRESS = "progress.json"

@@ -16,7 +16,10 @@ from nemo_lmpo.evaluate.suites import TASKS
 from tests.system.stub_server import ANSWERED_AS, Stub, quality, serving
 from tests.system.task_rows import write_task_rows
 
-pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"set {VARIABLE} (make eval-env)")
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"set {VARIABLE} (make eval-env)"),
+    pytest.mark.timeout(1200),  # the scoring packages take their time on machines that do other things, too
+]
 
 Command = Callable[..., int]
 JUDGE_PROMPT = {

@@ -18,7 +18,7 @@ PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
 COMMANDS = {
     **{
         name: ["-m", f"nemo_lmpo.{name}"]
-        for name in ("train", "generate", "compare", "report", "slurm", "evaluate", "doctor")
+        for name in ("train", "generate", "compare", "report", "slurm", "evaluate", "export", "doctor")
     },
     **{path.stem: [str(path)] for path in sorted((PACKAGE.parent / "conversion").glob("*.py"))},
 }

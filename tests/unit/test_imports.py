@@ -22,11 +22,14 @@ ROOMS = (
     ("checkpoint", "monitor"),
     ("training",),
     ("trace",),
-    ("train", "doctor", "compare", "slurm", "generate", "evaluate", "convert"),
+    ("train", "doctor", "compare", "slurm", "generate", "evaluate", "convert", "export"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 # Commands start runs through the training command, which stands on their floor.
-NEIGHBORS_THAT_MAY = {("compare", "train"), ("compare", "generate"), ("evaluate", "generate")}
+NEIGHBORS_THAT_MAY = {
+    *(("compare", "train"), ("compare", "generate"), ("evaluate", "generate")),
+    *(("export", "generate"), ("export", "evaluate"), ("train", "export")),
+}
 NOT_FROM_OUTSIDE = {"loss": ("megatron", "torch.distributed", "nemo", "lightning", "transformers")}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
