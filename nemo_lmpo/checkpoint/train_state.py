@@ -16,6 +16,10 @@ FORMAT_VERSION = 2
 """Of checkpoints: 1 had sizes only and no version; 2 added checksums, the data's fingerprints and this number."""
 
 
+_ADDED_LATER = {"data", "base"}
+"""What checkpoints from before lack; the default is what they mean."""
+
+
 class DamageError(Exception):
     """A file of a checkpoint is not what was written; the message says which, on one line."""
 
@@ -73,7 +77,7 @@ def read_train_state(directory: Path, step: int) -> TrainState:
         raise DamageError(f"{run_files.PROGRESS} holds no settings")
     check_version(values.setdefault("version", 1), directory)
     known = {entry.name for entry in fields(TrainState)}
-    unknown, missing = sorted(values.keys() - known), sorted(known - values.keys() - {"data"})
+    unknown, missing = sorted(values.keys() - known), sorted(known - values.keys() - _ADDED_LATER)
     if unknown or missing:
         what = f"has {unknown[0]!r}, which is unknown" if unknown else f"lacks {missing[0]!r}"
         raise DamageError(f"{run_files.PROGRESS} {what}")

@@ -80,8 +80,8 @@ def encode_prompts(prompts: Sequence[Prompt], encoder: PairEncoder) -> list[list
     """
     from nemo_lmpo.data.schema import PreferenceRow, RowError
 
-    # The responses stand for any: a prompt's ids do not depend on them.
-    encoded = encoder.encode([PreferenceRow(prompt.messages, "a", "b") for prompt in prompts])
+    # The responses stand for any: a prompt's ids do not depend on them. They differ also where the letters are unknown.
+    encoded = encoder.encode([PreferenceRow(prompt.messages, "a", "b b") for prompt in prompts])
     ids = []
     for prompt, row in zip(prompts, encoded, strict=True):
         if isinstance(row, RowError):
