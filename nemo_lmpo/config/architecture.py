@@ -279,12 +279,22 @@ def parse_json(content: bytes, origin: str) -> Any:
         raise CheckpointError(f"{origin} is not valid JSON ({reason}); restore the file") from None
 
 
+MOST_PARAMETERS = 10**13
+"""Some ten times more than the largest models have."""
+
+
 def check_architecture(architecture: Architecture) -> None:
     """Refuse sizes that no layout could run.
 
     Raises:
-        ConfigError: heads that do not divide into query groups.
+        ConfigError: heads that do not divide into query groups, or more parameters than any machine could hold.
     """
+    if (parameters := architecture.num_parameters()) > MOST_PARAMETERS:
+        raise ConfigError(
+            f"the model's config describes {parameters:.1e} parameters (hidden_size={architecture.hidden_size}, "
+            f"intermediate_size={architecture.ffn_hidden_size}, vocab_size={architecture.vocab_size}, "
+            f"num_hidden_layers={architecture.num_layers}); correct it"
+        )
     if architecture.num_attention_heads % architecture.num_query_groups:
         raise ConfigError(
             f"num_attention_heads={architecture.num_attention_heads} is not a multiple of "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_lmpo.config.rules.settings import paths_of
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import PairEncoder
@@ -21,7 +22,6 @@ from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.released import ReleasedPairEncoder
-from nemo_lmpo.data.schema import check_schema_name
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
@@ -176,7 +176,10 @@ def load_preference_dataset(
         DataError: a source is missing, broken, or has no usable row.
     """
     field = f"data.{name}"
-    paths, weights = _check_settings(config, which, field)
+    paths = paths_of(which)
+    if not paths:
+        raise ConfigError(f"{field}.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
+    weights = [1.0] * len(paths) if which.weights is None else which.weights
     encoder = pair_encoder(config, tokenizer)
     dropped: dict[str, int] = {}
     parts = []
@@ -210,29 +213,6 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
         system_prompt=config.system_prompt,
         special=SpecialTokens(tokenizer, config.special_tokens_in_text),
     )
-
-
-def _check_settings(config: DataConfig, which: DatasetConfig, field: str) -> tuple[list[str], list[float]]:
-    """The paths and weights, after everything that can be checked without reading."""
-    if config.on_bad_row not in ("error", "skip"):
-        raise ConfigError(f"data.on_bad_row={config.on_bad_row} is unknown; choose error or skip")
-    check_schema_name(which.schema, f"{field}.schema")
-    paths = [which.path] if isinstance(which.path, str) else list(which.path or [])
-    if not paths:
-        raise ConfigError(f"{field}.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
-    wrong = [path for path in paths if not isinstance(path, str) or not path]
-    if wrong:
-        raise ConfigError(f"{field}.path holds {wrong[0]!r}, which is not a path; give texts")
-    if which.limit is not None and which.limit < 1:
-        raise ConfigError(f"{field}.limit={which.limit} must be at least 1; unset it for all rows")
-    weights = [1.0] * len(paths) if which.weights is None else [float(weight) for weight in which.weights]
-    if len(weights) != len(paths):
-        raise ConfigError(f"{field}.weights has {len(weights)} values for {len(paths)} paths; give one a path")
-    if any(not 0 <= weight < float("inf") for weight in weights):
-        raise ConfigError(f"{field}.weights={weights} must be finite and not negative")
-    if config.row_tokens is not None and config.row_tokens < 1:
-        raise ConfigError(f"data.row_tokens={config.row_tokens} must be at least 1; unset it for 2 * data.max_length")
-    return paths, weights
 
 
 def _tokenized(

@@ -69,10 +69,10 @@ def look_at_tokenizer(config: DataConfig, name: str, *, vocab_size: int, trust_r
     """
     if not name.startswith(BUILTIN_PREFIX) and not Path(name).expanduser().is_dir():
         return False
-    from nemo_lmpo.data.chat import ChatFormat
-    from nemo_lmpo.data.tokenizer import chat_template_text, check_vocabulary, load_tokenizer
+    from nemo_lmpo.data.preference import pair_encoder
+    from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, vocab_size)
-    ChatFormat(tokenizer, chat_template_text(config.chat_template, tokenizer), config.system_prompt)
+    pair_encoder(config, tokenizer)
     return True

@@ -231,6 +231,11 @@ def test_heads_that_do_not_divide_into_groups() -> None:
         validate(load_recipe("lmpo_tiny"), architecture_from_hf({**SHAPE, "num_key_value_heads": 5}), 1)
 
 
+def test_a_model_of_no_machine() -> None:
+    with pytest.raises(UserError, match=r"parameters \(hidden_size=2000000000.*correct it"):
+        validate(load_recipe("lmpo_tiny"), architecture_from_hf({**SHAPE, "hidden_size": 2_000_000_000}), 1)
+
+
 def test_a_good_layout_knows_its_replicas() -> None:
     overrides = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=3"]
     layout = validate(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), 24)

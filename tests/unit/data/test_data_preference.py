@@ -239,12 +239,6 @@ def test_reference_log_probabilities(data_config, tiny, write_jsonl):
 def test_wrong_settings(data_config, tiny, write_jsonl):
     path = write_jsonl(GOOD)
     for changes, message in (
-        ({"on_bad_row": "warn"}, r"data.on_bad_row=warn .* error or skip"),
-        ({"schema": "csv"}, r"data.train.schema=csv"),
-        ({"weights": [1, 2]}, r"data.train.weights has 2 values for 1 paths"),
-        ({"weights": [-1]}, r"data.train.weights=\[-1.0\] must"),
-        ({"limit": 0}, r"data.train.limit=0"),
-        ({"row_tokens": 0}, r"data.row_tokens=0"),
         ({"max_prompt_length": 64}, r"data.max_length=64 leaves no room"),
         ({"chat_template": "chatlm"}, r"data.chat_template=chatlm .*did you mean 'chatml'"),
     ):
