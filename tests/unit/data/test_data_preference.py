@@ -246,8 +246,6 @@ def test_wrong_settings(data_config, tiny, write_jsonl):
             load(data_config(path, **changes), tiny)
     with pytest.raises(ConfigError, match=r"data.validation.path is not set"):
         load_preference_dataset(DataConfig(), DatasetConfig(), tiny, name="validation")
-    with pytest.raises(ConfigError, match=r"data.train.path holds 3"):
-        load(data_config([path, 3]), tiny)
     with pytest.raises(DataError, match=r"nothing.jsonl does not exist"):
         load(data_config("nothing.jsonl"), tiny)
 
