@@ -13,7 +13,7 @@ from nemo_lmpo.runtime.launch import LaunchInfo
 
 BEFORE_TORCH = {
     # Threads that wait for others sleep instead of burning a core: on a shared machine busy waiting makes steps up
-    # to fourteen times slower (docs/metrics.md).
+    # to fourteen times slower (docs/architecture.md, CPU).
     "OMP_WAIT_POLICY": "passive",
     # Kernels start in the order in which they were given, so that communication overlaps computation as
     # megatron-core intends under tensor and sequence parallelism.
