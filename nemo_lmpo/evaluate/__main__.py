@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     _logger.setLevel(logging.INFO)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it reports every retry
     command = shlex.join(["python", "-m", "nemo_lmpo.evaluate", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         return _run(options, command)

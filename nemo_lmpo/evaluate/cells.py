@@ -111,10 +111,20 @@ def card(
     missing: Sequence[str],
 ) -> list[Block]:
     """A table and the commands that fill its empty cells."""
-    blocks: list[Block] = [Table(header, rows, notes=notes, title=title)]
+    kept = kept_columns(header, rows)
+    rows = [[row[place] for place in kept] for row in rows]
+    blocks: list[Block] = [Table([header[place] for place in kept], rows, notes=notes, title=title)]
     if missing:
         blocks.append(Details(f"{len(missing)} commands fill the empty cells", missing))
     return blocks
+
+
+def kept_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """All but published columns without numbers, and their neighbors that have none either: other settings' tables."""
+    empty = [all(not row[place] for row in rows) for place in range(len(header))]
+    unpublished = [place for place, title in enumerate(header) if title.endswith(" published") and empty[place]]
+    dropped = {*unpublished, *(place + 1 for place in unpublished if empty[place + 1])}
+    return [place for place in range(len(header)) if place not in dropped]
 
 
 def command_for(suite: str, row: Row) -> str:

@@ -110,7 +110,8 @@ def _provenance(results: Results) -> list[Block]:
                 f"{generation.get('backend')}, {generation.get('dtype', '')}, {sampled}".strip(", "),
                 _short(result.model.weights_sha256),
                 _short(content_hash([result.model.template_sha256, result.model.tokenizer_sha256])),
-                _short(result.evaluation_set["sha256"]),
+                _short(result.evaluation_set["sha256"])
+                + (" (own)" if result.evaluation_set.get("published") == "no" else ""),
                 result.date,
             ]
         )

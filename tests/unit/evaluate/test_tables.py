@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_lmpo.errors import DataError
+from nemo_lmpo.evaluate.cells import kept_columns
 from nemo_lmpo.evaluate.claims import Results
 from nemo_lmpo.evaluate.published import ERRATA, TABLE1, TABLE2, TABLE3, TABLE4
 from nemo_lmpo.evaluate.result import Value
@@ -150,3 +151,14 @@ def test_own_instructions_do_not_stand_beside_the_papers_numbers(tmp_path: Path)
     others = next(index for index, block in enumerate(blocks) if getattr(block, "text", "") == "Other models")
     assert "77.0" not in str(blocks[:others])
     assert "77.0" in str(blocks[others:])
+
+
+def test_columns_that_nobody_published_are_left_out() -> None:
+    header = ["", "LC % published", "LC % here", "WR % published", "WR % here", "tokens published", "tokens here"]
+    rows = [["LMPO", "", "", "", "50.0", "7", ""], ["SimPO", "", "", "", "", "", ""]]
+    assert [header[place] for place in kept_columns(header, rows)] == [
+        "",
+        "WR % here",
+        "tokens published",
+        "tokens here",
+    ]
