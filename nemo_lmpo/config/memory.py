@@ -14,6 +14,9 @@ from nemo_lmpo.config.lora_targets import projections_of
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config, ModelConfig
 
+LOGIT_BYTES = 2**29
+"""Float32 logits that exist at a time, unless `model.logprob_chunk_tokens` says otherwise."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -26,7 +29,7 @@ class MemoryEstimate:
     """Two float32 moments, and float32 main parameters if the model is in BF16."""
     activations: float
     logits: float
-    """One chunk of float32 logits and its gradient, and the float32 gradient of the output matrix."""
+    """One chunk of float32 logits and its gradient, and room that autograd asks for beside the output matrix."""
     reference: float
     """Parameters of a reference model in memory."""
     step: float = 0.0
@@ -114,6 +117,20 @@ def chunks_in_flight(model: ModelConfig) -> int:
     return 2 * (stages - 1) + (virtual - 1) * stages + 1
 
 
+def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
+    """Predicting positions whose logits exist at a time.
+
+    Unless it is set, the largest power of two (at least 256, at most 8,192) whose float32 logits, of this rank's part
+    of the vocabulary, take half a GiB: 4,096 positions of Llama 3's vocabulary on four ranks, 1,024 on one.
+    """
+    if model.logprob_chunk_tokens is not None:
+        return model.logprob_chunk_tokens
+    tensor = model.tensor_model_parallel_size
+    rows = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor) / tensor
+    fitting = max(LOGIT_BYTES / (4 * rows), 1)
+    return min(max(2 ** math.floor(math.log2(fitting)), 256), 8192)
+
+
 def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     """Memory of the busiest rank."""
     config, architecture = layout.config, layout.architecture
@@ -128,7 +145,7 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         optimizer /= max(shards, 1)
     tensor = config.model.tensor_model_parallel_size
     rows = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, tensor) / tensor
-    chunk = config.model.logprob_chunk_tokens
+    chunk = logprob_chunk(config.model, architecture)
     return MemoryEstimate(
         parameters=weights,
         gradients=trained * 4,

@@ -108,7 +108,9 @@ class ModelConfig:
     """For `full`: `uniform` or `block`."""
     activations_checkpoint_num_layers: int = setting(1, may_change=True, minimum=1)
     """For `full`: layers a recomputed unit (`uniform`), or recomputed layers a stage (`block`)."""
-    logprob_chunk_tokens: int = setting(1024, may_change=True, minimum=1)
+    logprob_chunk_tokens: int | None = setting(
+        None, may_change=True, minimum=1, remedy="unset it to let it follow from the vocabulary"
+    )
     """Predicting positions whose logits exist at a time."""
     reference_in_memory: bool = setting(False, may_change=True)
     """Keep the reference model of a loss that has one in memory, instead of computing its log-probabilities before.
@@ -223,6 +225,12 @@ class TrainerConfig:
         None, may_change=True, minimum=1, maximum=1024, remedy="unset it to share the cores"
     )
     """CPU threads a process; unset: the cores shared equally by the node's processes."""
+    deterministic: bool = setting(False, may_change=True)
+    """The same bits from the same state on GPUs too, at some cost in speed; CPU runs are so anyway."""
+    profile: list[int] | None = setting(None, may_change=True)
+    """`[FIRST, LAST]`: steps to profile; traces go to `profile/` in the run directory."""
+    step_timeout: float | None = setting(3600.0, may_change=True, above=0, remedy="unset it to wait for ever")
+    """Seconds after which a step counts as hung: every rank shows where it stands, and the run ends with an error."""
 
 
 @dataclass

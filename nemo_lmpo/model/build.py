@@ -80,6 +80,7 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=not kernels.gpu,
         gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # Only Transformer Engine reads it, which must not fall back to a kernel with dense scores.
         attention_backend=AttnBackend[kernels.te_attention or "auto"],
         bias_activation_fusion=kernels.gpu,

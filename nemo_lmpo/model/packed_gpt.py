@@ -113,4 +113,12 @@ class PackedGPTModel(GPTModel):
         group = self.pg_collection.tp
         part = VocabularyPart(first=group.rank() * weight.shape[0], vocab_size=self.architecture.vocab_size)
         selected = self.select_hidden(hidden_states, positions).to(weight.dtype)
-        return vocab_parallel_logprobs(selected, weight, targets, part=part, group=group, chunk_tokens=chunk_tokens)
+        return vocab_parallel_logprobs(
+            selected,
+            weight,
+            targets,
+            part=part,
+            group=group,
+            chunk_tokens=chunk_tokens,
+            used_elsewhere=self.share_embeddings_and_output_weights and self.pre_process,
+        )

@@ -17,10 +17,12 @@ from nemo_lmpo.runtime.launch import LaunchInfo
 
 def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: int = 30) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs; a single process needs no network."""
-    if use_cuda:
-        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    backend = "nccl" if use_cuda else "gloo"
     options: dict[str, object] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if use_cuda:
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        options["device_id"] = device  # barriers need not guess, and a broken NCCL says so here
+    backend = "nccl" if use_cuda else "gloo"
     if launch.world_size == 1:
         options["store"] = dist.HashStore()
     elif launch.store_path is not None:

@@ -37,7 +37,71 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 def _local_logits(hidden: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
     """``[C, rows]`` float32."""
-    return part.hide_padding(torch.mm(hidden, weight.t()).float())
+    return part.hide_padding(_product(hidden, weight.t()))
+
+
+def _keeps_float32(tensor: Tensor) -> bool:
+    """Whether the device's matrix kernel hands its float32 sums out, though it reads 16-bit numbers."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in float32. A 16-bit logit of 16 to 32 is rounded by up to 0.06; where it can be, it is not."""
+    if _keeps_float32(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right).float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to a float32 ``total``, without a product of its own where the kernel can."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _keeps_float32(left):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(left, right))
+
+
+class WeightGradient:
+    """Where the gradient of the output matrix goes.
+
+    megatron-core keeps a float32 gradient for every weight. The head adds to it directly: no sum of its own over
+    chunks, no rounding to the weight's dtype, and no further pass that adds the result.
+    """
+
+    def __init__(self, weight: Tensor, *, used_elsewhere: bool) -> None:
+        """Look for the float32 gradient.
+
+        Args:
+            weight: the output matrix.
+            used_elsewhere: whether the embedding on this rank is the same weight, so that autograd brings another
+                gradient of it.
+        """
+        self.weight = weight
+        self.used_elsewhere = used_elsewhere
+        main: Tensor | None = getattr(weight, "main_grad", None)
+        self.is_main = main is not None
+        self.total = main
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Take in a chunk's ``grad_logits.T @ hidden``."""
+        if self.total is None:
+            self.total = _product(grad_logits.t(), hidden)
+        else:
+            _add_product(self.total, grad_logits.t(), hidden)
+
+    def for_autograd(self) -> Tensor | None:
+        """What backward returns for the weight.
+
+        Where the sum is in its place already, autograd still has to come by: megatron-core counts the weights whose
+        gradients are ready. An unused tensor makes it, unless the embedding's gradient does.
+        """
+        if not self.is_main:
+            return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
+        if self.used_elsewhere:
+            return None
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(self.weight)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -52,6 +116,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         part: VocabularyPart,
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
+        used_elsewhere: bool,
     ) -> Tensor:
         count = hidden.shape[0]
         maximum = torch.full((count,), float("-inf"), dtype=torch.float32, device=hidden.device)
@@ -76,7 +141,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
         log_normaliser = maximum + sums[0].log()
         ctx.save_for_backward(hidden, weight, log_normaliser, owned, safe_targets)
-        ctx.part, ctx.chunk_tokens = part, chunk_tokens
+        ctx.part, ctx.chunk_tokens, ctx.used_elsewhere = part, chunk_tokens, used_elsewhere
+        ctx.output_weight = weight  # itself: what is saved comes back without its float32 gradient
         return sums[1] - log_normaliser
 
     @staticmethod
@@ -84,7 +150,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         hidden, weight, log_normaliser, owned, safe_targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are added up in float32: in bfloat16 the sum over many chunks would lose small gradients.
-        grad_weight: Tensor | None = None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = WeightGradient(ctx.output_weight, used_elsewhere=ctx.used_elsewhere)
         for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
             logits = _local_logits(hidden[chunk], weight, ctx.part)
             probabilities = logits.sub_(log_normaliser[chunk, None]).exp_()
@@ -95,17 +163,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = torch.mm(grad_logits, weight)
-            if not ctx.needs_input_grad[1]:
-                continue
-            if grad_weight is None:
-                grad_weight = torch.mm(grad_logits.t(), hidden[chunk]).float()
-            elif grad_weight.dtype == grad_logits.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[chunk])
-            else:
-                grad_weight.add_(torch.mm(grad_logits.t(), hidden[chunk]))
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+            if grad_weight is not None:
+                grad_weight.add(grad_logits, hidden[chunk])
+        of_weight = grad_weight.for_autograd() if grad_weight is not None else None
+        return grad_hidden, of_weight, None, None, None, None, None
 
 
 def vocab_parallel_logprobs(
@@ -116,6 +177,7 @@ def vocab_parallel_logprobs(
     part: VocabularyPart,
     group: dist.ProcessGroup | None,
     chunk_tokens: int = 1024,
+    used_elsewhere: bool = False,
 ) -> Tensor:
     """Natural log-probability of each target token.
 
@@ -126,9 +188,10 @@ def vocab_parallel_logprobs(
         part: which rows these are, and where padding begins.
         group: tensor-parallel group; communicates: all-reduces of the maximum and of two sums, ``3 P`` floats.
         chunk_tokens: positions whose logits exist at a time.
+        used_elsewhere: whether this rank's embedding is the same weight.
 
     Returns:
         ``[P]`` float32. The gradient for ``hidden`` is this rank's share only: the caller's copy into the
         tensor-parallel region adds the shares up.
     """
-    return _VocabParallelLogprobs.apply(hidden, weight, targets, part, group, chunk_tokens)
+    return _VocabParallelLogprobs.apply(hidden, weight, targets, part, group, chunk_tokens, used_elsewhere)

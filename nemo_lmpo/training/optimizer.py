@@ -35,10 +35,23 @@ def wrap_data_parallel(chunks: list[PackedGPTModel], optim: OptimConfig) -> list
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in chunks:
+        fuse_gradient_accumulation(chunk)
     if optim.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
+    """Let Transformer Engine's matrices add their gradients to the float32 buffer inside the matrix product.
+
+    Not by megatron-core's `gradient_accumulation_fusion`: that wants apex for the output layer too, whose gradient
+    the head adds up itself.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def build_optimizer(chunks: Iterable[Any], optim: OptimConfig, trainer: TrainerConfig) -> MegatronOptimizer:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.loss.interface import Statistics
 from nemo_lmpo.loss.registry import build_loss
@@ -105,7 +106,7 @@ class Policy:
             add_adapters(chunks, config.model.peft, architecture, seed=config.model.seed)
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
         self.micro_batch_step = MicroBatchStep(
-            self.loss, groups, chunk_tokens=config.model.logprob_chunk_tokens, device=device
+            self.loss, groups, chunk_tokens=logprob_chunk(config.model, architecture), device=device
         )
         self.attach_reference = reference(self)
 

@@ -25,6 +25,7 @@ def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[Pa
         yield create_groups(config.model), device
     finally:
         destroy_groups()
+        torch.use_deterministic_algorithms(False)
         if device.type == "cpu":
             ADAPTER.uninstall()
 
@@ -35,12 +36,24 @@ def prepare_device(config: Config, launch: LaunchInfo) -> torch.device:
     Raises:
         ConfigError: `trainer.accelerator` cannot be had.
     """
+    if config.trainer.deterministic:
+        make_deterministic()
     if uses_gpu(config.trainer.accelerator, launch):
         return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
     ADAPTER.install()
     keep_freed_memory()
     torch.set_num_threads(threads_per_process(config, launch))
     return torch.device("cpu")
+
+
+def make_deterministic() -> None:
+    """Only kernels that give the same bits every time, or an error where there is none.
+
+    Flash attention's backward, sums over an index and cuBLAS then avoid atomic operations and free workspaces.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
 
 
 def threads_per_process(config: Config, launch: LaunchInfo) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.order import validation_steps
@@ -200,7 +201,7 @@ class AdaptersOff:
     def __init__(self, policy: Policy) -> None:
         """Take the policy's own chunks; no second model."""
         self._chunks = policy.models
-        chunk_tokens = policy.config.model.logprob_chunk_tokens
+        chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
         self._sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
 
     def attach(self, batch: StepBatch) -> None:
@@ -228,7 +229,7 @@ def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch]
         return AdaptersOff(policy).attach
     chunks = build_chunks(config, base.architecture, policy.groups, policy.device, policy.kernels)
     load_start_weights(chunks, policy.groups, base, config.model.seed)
-    chunk_tokens = config.model.logprob_chunk_tokens
+    chunk_tokens = logprob_chunk(config.model, base.architecture)
     return FrozenReference(
         chunks, ResponseSums(chunks, policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
     ).attach
@@ -239,7 +240,7 @@ def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, ba
 
     Communicates: the layout's own, and a broadcast over all ranks.
     """
-    chunk_tokens = policy.config.model.logprob_chunk_tokens
+    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
     sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
     reference = ReferenceLogps(policy.config, base, data.tokenizer, sums, batches)
     reference.attach(data.train, "train")

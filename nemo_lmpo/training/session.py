@@ -25,6 +25,7 @@ from nemo_lmpo.data.tokenizer import padding_id
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.adapters import AdapterDescription, adapter_json, describe_adapters
 from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups
@@ -200,6 +201,7 @@ class TrainingSession:
             checkpoints=self.checkpoints,
             total_steps=self.total_steps,
             peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
+            profiler=StepProfiler(self.config.trainer.profile, self.run.path / "profile", rank=self.launch.rank),
         )
 
     def _reporter(self, start_step: int) -> Reporter:

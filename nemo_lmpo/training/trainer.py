@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.train_state import TrainState
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, MixedPairs, Pairs, StepBatch
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
@@ -63,6 +67,7 @@ class PreferenceTrainer:
         checkpoints: CheckpointManager,
         total_steps: int,
         peak_flops: float | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -75,6 +80,7 @@ class PreferenceTrainer:
         self.checkpoints = checkpoints
         self.total_steps = total_steps
         self.peak_flops = peak_flops
+        self.profiler = profiler
         self._ahead = BatchesAhead(batches, train_pairs, sampler.pairs_of_step, total_steps)
         self.progress = TrainState()
         self._saved_step = 0
@@ -99,13 +105,15 @@ class PreferenceTrainer:
         device = self.batches.device
         stop.longest_save = self.progress.save_seconds
         while self.progress.step < self.total_steps:
-            reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
+            with self._watched():
+                reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
             if reason is not None:
                 self._save_if_new(stop)
                 self.checkpoints.wait()
                 return FitResult(self.progress.step, reason)
             started = time.monotonic()
-            metrics = self.train_step(self.progress.step)
+            with self._watched(), self._profiled():
+                metrics = self.train_step(self.progress.step)
             stop.longest_step = max(stop.longest_step, time.monotonic() - started)
             self.progress.step += 1
             self.progress.metrics.update(metrics)
@@ -115,6 +123,13 @@ class PreferenceTrainer:
         self._save_if_new(stop)
         self.checkpoints.wait()
         return FitResult(self.progress.step, None)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        what = f"step {self.progress.step + 1} on rank {torch.distributed.get_rank()}"
+        return watched(what, self.config.trainer.step_timeout)
+
+    def _profiled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.profiler is None else self.profiler.step(self.progress.step + 1)
 
     def _after_step(self, stop: StopCondition, listen: Listener) -> None:
         """Validate and save where it is time."""
@@ -158,7 +173,8 @@ class PreferenceTrainer:
         # Without main parameters the optimizer leaves the buffer's gradients on the parameters, where backward
         # would add to them a second time.
         self.optimizer.zero_grad()
-        outcome = self.policy.get_loss_and_metrics(batch, forward_only=False)
+        with record_function("forward and backward"):
+            outcome = self.policy.get_loss_and_metrics(batch, forward_only=False)
         self._refuse_not_finite_losses(batch, outcome.not_finite, step)
         self.policy.finish_training_step()
         norm = gradient_norm(self.optimizer)
@@ -169,7 +185,8 @@ class PreferenceTrainer:
             )
         metrics = {**outcome.metrics, "grad_norm": norm}
         metrics["lr"] = current_learning_rate(self.optimizer)
-        clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
+        with record_function("optimizer"):
+            clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
         self.scheduler.step(increment=1)
         if self.batches.device.type == "cuda":
             # The next thing that happens is a read of the stop flag; until here the time would miss the optimizer.

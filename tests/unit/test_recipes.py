@@ -39,6 +39,8 @@ def recipe(name):
 # Written by the code of the time before recipes were put together from losses and settings: all defaults, each
 # setting's values that differ from them, and each recipe's that differ from its setting's.
 BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
+# It follows from the vocabulary now, unless a recipe sets it.
+BEFORE["defaults"]["model.logprob_chunk_tokens"] = None
 CHANGED_ON_PURPOSE: dict[tuple[str, str], Any] = {
     # The start model's own template, as the released code trains it.
     ("mistral_7b_base", "data.chat_template"): "zephyr",

@@ -14,6 +14,7 @@ from nemo_lmpo.errors import ConfigError
 
 SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.names,
+    settings.profile,
     settings.sources,
     settings.lengths,
     settings.schedule,

@@ -99,6 +99,13 @@ def duration(config: Config) -> Iterator[str]:
         yield str(error)
 
 
+def profile(config: Config) -> Iterator[str]:
+    """Steps to profile are a first and a last one."""
+    steps = config.trainer.profile
+    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield f"trainer.profile={steps} must be a first and a last step, as [10,12]; unset it to profile nothing"
+
+
 def monitor(config: Config) -> Iterator[str]:
     """Checkpoints are ranked by something that validation measures."""
     wanted = config.checkpoint.monitor

@@ -64,6 +64,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "checkpoint.keep_best",
         )
     },
+    "profile_backwards": (("trainer.profile=[3,2]",), 1, ("trainer.profile=[3, 2]", "as [10,12]")),
     "too_few_processes": (("model.tensor_model_parallel_size=2",), 1, ("1 processes", "size=2", "a multiple of 2")),
     "processes_do_not_divide": (
         ("model.tensor_model_parallel_size=2", "model.context_parallel_size=2"),
