@@ -117,6 +117,12 @@ def chunks_in_flight(model: ModelConfig) -> int:
     return 2 * (stages - 1) + (virtual - 1) * stages + 1
 
 
+def last_stage_share(model: ModelConfig) -> float:
+    """Passes in flight on the last stage over those on the first."""
+    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    return ((virtual - 1) * stages + 1) / chunks_in_flight(model)
+
+
 def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
     """Predicting positions whose logits exist at a time.
 
@@ -145,13 +151,23 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         optimizer /= max(shards, 1)
     tensor = config.model.tensor_model_parallel_size
     rows = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, tensor) / tensor
-    chunk = logprob_chunk(config.model, architecture)
+    size = 2 if low_precision else 4
+    positions = min(
+        logprob_chunk(config.model, architecture), config.data.row_budget / config.model.context_parallel_size
+    )
+    # Float32 logits, their gradient in the run's dtype (in place for float32), and room beside the output matrix.
+    logits = (4 + size % 4) * positions * rows + (0.0 if frozen else size * rows * architecture.hidden_size)
+    activations = activation_bytes(architecture, config, config.data.row_budget)
+    if config.model.pipeline_model_parallel_size > 1:
+        # The first stage holds the most micro-batches, the last one fewer and the logits.
+        last = activations * last_stage_share(config.model)
+        activations, logits = max((activations, 0.0), (last, logits), key=sum)
     return MemoryEstimate(
         parameters=weights,
         gradients=trained * 4,
         optimizer=optimizer,
-        activations=activation_bytes(architecture, config, config.data.row_budget),
-        logits=2 * 4 * chunk * rows + (0.0 if frozen else 4 * rows * architecture.hidden_size),
+        activations=activations,
+        logits=logits,
         # Without its adapters the policy is its own reference.
         reference=weights if config.model.reference_in_memory and not frozen else 0.0,
         # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ def _local_logits(hidden: Tensor, weight: Tensor, part: VocabularyPart) -> Tenso
 
 
 def _keeps_float32(tensor: Tensor) -> bool:
-    """Whether the device's matrix kernel hands its float32 sums out, though it reads 16-bit numbers."""
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+    """Whether the device's matrix kernel hands its float32 sums out, though it reads 16-bit numbers.
+
+    Fake tensors stand for a GPU's.
+    """
+    return tensor.dtype in (torch.bfloat16, torch.float16) and (tensor.is_cuda or isinstance(tensor, FakeTensor))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.plan.work import Product, Work, ring_bytes
 
 SIZE = 2
 """Bytes of a BF16 number."""
-CHUNK = 1024
-"""Positions whose logits exist at a time."""
 HEAD = 128
 """Head dimension of published runs."""
-FORWARD_OF_LOGITS, BACKWARD_OF_LOGITS = 30, 44
-"""Bytes moved a logit: cast, maximum, exponentials and their sum; and the same again with their gradient."""
+FORWARD_OF_LOGITS, BACKWARD_OF_LOGITS = 28, 38
+"""Bytes moved a logit: maximum, exponentials and their sum; and exponentials again, their gradient and its cast."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,8 @@ class Split:
     accumulate: int = 10
     """Bytes moved a weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
     of the product."""
+    chunk: int = 1024
+    """Positions whose logits exist at a time."""
     dense_scores: int = 0
     """Length of sequences whose scores are whole in memory (published runs from before flash attention)."""
 
@@ -113,6 +114,7 @@ def split_of(layout: ParallelLayout) -> Split:
         shard="optimizer" if optim.use_distributed_optimizer else "nothing",
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
+        chunk=logprob_chunk(model, layout.architecture),
     )
 
 
@@ -186,10 +188,10 @@ def head_work(shape: Shape, split: Split, row: Row) -> Work:
     work.products[Product(positions, shape.hidden, rows)] += 1
     work.products[Product(rows, shape.hidden, positions)] += 1
     work.moved["logits"] = positions * rows * (FORWARD_OF_LOGITS + BACKWARD_OF_LOGITS)
-    # Each chunk of positions adds its part of the matrix's gradient, which then goes to the buffer.
-    chunks = -(-positions // CHUNK)
-    work.moved["gradients"] = (10 * chunks + 6 + split.accumulate) * rows * shape.hidden
-    work.kernels["head"] = 250
+    # Each chunk of positions adds its part of the matrix's gradient to the buffer, inside of the product.
+    chunks = -(-positions // split.chunk)
+    work.moved["gradients"] = 8 * chunks * rows * shape.hidden
+    work.kernels["head"] = 150 + 25 * chunks
     return work
 
 

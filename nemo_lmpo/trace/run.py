@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.plan.amounts import Row, times
@@ -151,7 +152,7 @@ def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Ca
 
 def _reference(policy: Policy) -> FrozenReference:
     chunks = build_chunks(policy.config, policy.architecture, policy.groups, policy.device, policy.kernels)
-    chunk_tokens = policy.config.model.logprob_chunk_tokens
+    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
     sums = ResponseSums(list(chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
     return FrozenReference(chunks, sums)
 
