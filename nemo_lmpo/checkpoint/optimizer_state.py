@@ -8,18 +8,17 @@ learning rates follow from the step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_RESHARDABLE = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes along each axis."""
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
@@ -36,7 +35,7 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
             are the parameters themselves).
         is_loading: whether tensors are to be filled, so that missing state must be made first.
 
-    Communicates over the data-parallel group when saving a distributed optimizer (it gathers the shards).
+    Nothing is communicated, and nothing copied: the tensors are the optimizer's own or views of them.
     """
     state: dict[str, Any] = {}
     for index, inner in enumerate(inner_optimizers(optimizer)):
@@ -45,7 +44,7 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
         if is_loading:
             _make_state(inner)
         if _is_distributed(inner):
-            state[f"{index}"] = _distributed_state(inner, model_state, is_loading)
+            state[f"{index}"] = _distributed_state(inner, model_state)
         else:
             state[f"{index}"] = _plain_state(inner, model_state)
     return state
@@ -125,25 +124,108 @@ def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str,
     return result
 
 
-def _distributed_state(inner: Any, model_state: dict[str, Any], is_loading: bool) -> dict[int, dict[str, Any]]:
-    """The format of a plain optimizer: a tensor a parameter, and no main copy where the model is in float32."""
-    state = inner.sharded_param_state_fully_reshardable(model_state, is_loading, _RESHARDABLE)
-    keeps_main = inner.config.bf16
-    result: dict[int, dict[str, Any]] = {}
-    for number, tensors in state.items():
-        result[number] = {name: tensors[name] for name in MOMENTS}
-        if keeps_main:
-            main = tensors["param"]
-            key = main.key.replace("optimizer.state.param.", "optimizer.state.fp32_param.", 1)
-            result[number]["fp32_param"] = replace(main, key=key)
-    return result
+def _distributed_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
+    """This rank's shard of each parameter's state, in the format of a plain optimizer, without a copy.
 
-
-def _load_distributed(inner: Any, tensors: dict[int, dict[str, Tensor]]) -> None:
-    for state in inner.optimizer.state.values():
-        state.pop("step", None)  # the loader below wants tensors of the parameter's shape only
-    parameters = [parameter for buffer in inner.buffers for parameter in buffer.param_index_map]
-    complete = {
-        number: {"fp32_param": parameters[number].detach(), **tensors[number]} for number in range(len(parameters))
+    The optimizer cuts parameters as flat lists, a checkpoint holds boxes of tensors; a flat range of a matrix is at
+    most three boxes: part of a row, whole rows, part of a row. No state is gathered anywhere.
+    """
+    by_identity = _sharded_parameters(model_state)
+    return {
+        number: {
+            name: [
+                _boxed(part, box, tensor, f"optimizer.state.{name}")
+                for part, box, tensor in _boxes(by_identity[id(model)], model, start, shard)
+            ]
+            for name, shard in tensors.items()
+        }
+        for number, (model, start, tensors) in enumerate(_shards(inner))
     }
-    inner.load_parameter_state_from_fully_reshardable(complete)
+
+
+def _shards(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """Parameters that this rank keeps state of: the model's, where its flat range starts, and the state's tensors."""
+    for ranges in inner.gbuf_ranges:
+        for buckets in ranges.values():
+            for bucket in buckets:
+                for model, places in bucket["param_map"].items():
+                    state = inner._get_main_param_and_optimizer_states(model)
+                    tensors = {name: state[name] for name in MOMENTS}
+                    if inner.config.bf16:  # a float32 model's parameters are their own main copies
+                        tensors["fp32_param"] = state["param"]
+                    yield model, places["param"].start, tensors
+
+
+def _boxes(entry: Any, model: Tensor, start: int, shard: Tensor) -> Iterator[tuple[Any, Box, Tensor]]:
+    """The boxes of a shard: the sharded tensor that each lies in, its place there, and its elements of ``shard``.
+
+    Args:
+        entry: how the parameter is stored; SwiGLU's first matrix as two tensors, gate and up.
+        model: the parameter.
+        start: where the shard begins in the flattened parameter.
+        shard: ``[n]``.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    parts = list(nested_values({0: entry.build()})) if isinstance(entry, ShardedTensorFactory) else [entry]
+    stop, flat = start + shard.numel(), shard.view(-1)
+    for part in sorted(parts, key=lambda part: part.data.storage_offset()):
+        assert part.data.is_contiguous(), part.key
+        begin = part.data.storage_offset() - model.storage_offset()
+        first, last = max(start, begin), min(stop, begin + part.data.numel())
+        for box in boxes_of_range(tuple(part.local_shape), first - begin, last - begin) if first < last else ():
+            count = math.prod(box[1])
+            yield part, box, flat[first - start : first - start + count].view(box[1])
+            first += count
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The elements ``start`` to ``stop`` (not included) of a flattened tensor, as boxes of the tensor, in order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    head = min(stop, -(-start // row) * row)
+    body = max(head, stop // row * row)
+    for begin, end in ((start, head), (body, stop)):
+        if begin == body and head < body:
+            yield (head // row, *[0] * (len(shape) - 1)), ((body - head) // row, *shape[1:])
+        index = begin // row
+        for offsets, sizes in boxes_of_range(shape[1:], begin - index * row, end - index * row):
+            yield (index, *offsets), (1, *sizes)
+
+
+def _boxed(part: Any, box: Box, tensor: Tensor, prefix: str) -> Any:
+    """A box of a parameter's state as a sharded tensor; only this rank of the data-parallel group has it."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    leading = part.prepend_axis_num
+    offsets, sizes = box
+    inner_offset = (place + offset for place, offset in zip(part.global_offset[leading:], offsets, strict=True))
+    size = (*[1] * leading, *sizes)
+    return ShardedTensor(
+        key=f"{prefix}.{part.key}",
+        data=tensor.view(size),
+        dtype=tensor.dtype,
+        local_shape=size,
+        global_shape=part.global_shape,
+        global_offset=(*part.global_offset[:leading], *inner_offset),
+        axis_fragmentations=None,
+        replica_id=(*part.replica_id[:2], 0),
+        allow_shape_mismatch=part.allow_shape_mismatch,
+    )
+
+
+def _load_distributed(inner: Any, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
+    """Boxes are read in place; one that was not is copied."""
+    for number, (_, _, tensors) in enumerate(_shards(inner)):
+        for name, shard in tensors.items():
+            place, flat = 0, shard.view(-1)
+            for box in loaded[number][name]:
+                target = flat[place : place + box.numel()]
+                if target.data_ptr() != box.data_ptr():
+                    target.copy_(box.reshape(-1))
+                place += box.numel()
