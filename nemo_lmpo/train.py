@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import time
 import traceback
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from nemo_lmpo.runtime.launch import LaunchInfo
 
 _logger = logging.getLogger("nemo_lmpo")
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 _SAID_BY_THE_BANNER = (
     "Transformer Engine and Apex are not installed",
@@ -64,7 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)  # noqa: T201
-        return 1
+        return _leave_at_once(1)
+    except KeyboardInterrupt:
+        print("stopped; repeat the command to go on", file=sys.stderr)  # noqa: T201
+        return _leave_at_once(_INTERRUPTED)
+
+
+def _leave_at_once(status: int) -> int:
+    """The exit status; one of several ranks does not return, as leaving in order would wait for the others."""
+    if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _run(options: argparse.Namespace, started: float) -> int:

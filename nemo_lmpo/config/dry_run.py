@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_lmpo.config.memory import estimate_memory
+from nemo_lmpo.config.memory import checkpoint_host_bytes, estimate_memory
 from nemo_lmpo.config.rules import ParallelLayout
 
 GIB = 2.0**30
@@ -49,6 +49,11 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
     lines = [f"{name:<13} {value}" for name, value in facts]
     lines += ["", "memory expected on the busiest rank, GiB"]
     lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
+    host = checkpoint_host_bytes(layout) / GIB
+    lines += [
+        "",
+        f"host memory of a node while a checkpoint is written: {host:.1f} GiB, up to twice that with async_save",
+    ]
     lines += ["", "The configuration is valid. Nothing was started."]
     if unseen:
         lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")

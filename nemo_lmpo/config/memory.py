@@ -173,3 +173,26 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.
         step=optimizer / 3 if config.model.transformer_engine is False else 0.0,
     )
+
+
+def checkpoint_host_bytes(layout: ParallelLayout) -> float:
+    """Host memory of the busiest node while a checkpoint is written from GPUs: copies of what its ranks write.
+
+    One rank of each replica group writes weights, and the optimizer's state if that is not sharded; each rank writes
+    its own shard otherwise. Background saving (`checkpoint.async_save`) takes pinned blocks, which torch rounds up to
+    powers of two and keeps: up to twice as much.
+    """
+    model, trainer = layout.config.model, layout.config.trainer
+    memory = estimate_memory(layout)
+    group = layout.data_parallel_size * model.context_parallel_size
+    nodes = range(0, layout.world_size, trainer.devices)
+    # Ranks count through tensor parallelism first, then the replicas of one stage.
+    first = [
+        sum(rank // model.tensor_model_parallel_size % group == 0 for rank in range(start, start + trainer.devices))
+        for start in nodes
+    ]
+    # What is trained has float32 gradients; with adapters these alone are written.
+    weights = memory.gradients / 4 * (2 if trainer.precision == "bf16" else 4)
+    if layout.config.optim.use_distributed_optimizer:
+        return max(first) * weights + trainer.devices * memory.optimizer
+    return max(first) * (weights + memory.optimizer)

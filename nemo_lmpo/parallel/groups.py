@@ -15,7 +15,7 @@ from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.runtime.launch import LaunchInfo
 
 
-def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: int = 30) -> None:
+def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: float = 30.0) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs; a single process needs no network."""
     options: dict[str, object] = {"timeout": timedelta(minutes=timeout_minutes)}
     if use_cuda:

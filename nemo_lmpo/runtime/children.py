@@ -21,7 +21,7 @@ def follow_parent(parent: int) -> None:
     A scheduler sends its warning to every process of the job; the parent then still saves, for which it needs
     its helpers.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _die_with(parent)
 

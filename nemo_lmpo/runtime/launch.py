@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,3 +58,25 @@ def _from_srun(environ: Mapping[str, str], tasks: int) -> LaunchInfo:
         )
     nodes = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
     return LaunchInfo(int(environ["SLURM_PROCID"]), tasks, int(environ["SLURM_LOCALID"]), max(tasks // nodes, 1))
+
+
+_OPEN_FILES = 4096
+FEWEST_OPEN_FILES = 256
+"""What connections to other ranks and a background checkpoint need, with room to spare."""
+
+
+def refuse_few_open_files(world_size: int) -> None:
+    """Raise the limit on open files as far as this process may, which many ranks need.
+
+    Raises:
+        ConfigError: even the highest limit is too low for several processes.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if world_size > 1 and hard != resource.RLIM_INFINITY and hard < FEWEST_OPEN_FILES:
+        raise ConfigError(
+            f"only {hard} files may be open at a time, and {world_size} processes need {FEWEST_OPEN_FILES}; raise the "
+            f"limit, for example by ulimit -n {FEWEST_OPEN_FILES}"
+        )

@@ -13,18 +13,40 @@ from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_gro
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
 from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
 from nemo_lmpo.runtime.environment import uses_gpu
-from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.runtime.launch import LaunchInfo, refuse_few_open_files
+from nemo_lmpo.runtime.peers import Peers
 
 
 @contextmanager
 def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[ParallelGroups, torch.device]]:
-    """Process groups and the device for a block; on machines without GPUs through the CPU adapter."""
+    """Process groups and the device for a block; on machines without GPUs through the CPU adapter.
+
+    Communicates: joins the job, and leaves it when the block ends well.
+
+    Raises:
+        TrainingError: another rank ended or does not answer; names it.
+        ConfigError: too few files may be open.
+    """
     device = prepare_device(config, launch)
-    start_process_group(launch, use_cuda=device.type == "cuda")
+    refuse_few_open_files(launch.world_size)
+    start_process_group(launch, use_cuda=device.type == "cuda", timeout_minutes=config.trainer.distributed_timeout)
     try:
-        yield create_groups(config.model), device
-    finally:
+        peers = Peers.meet()
+        try:
+            yield create_groups(config.model), device
+        except BaseException as error:
+            if launch.world_size > 1:
+                lost = peers.explain(error)
+                peers.leave_reason(error)
+                if lost is not None:
+                    raise lost from error
+            raise
+        # After an error on one of several ranks the others wait in a collective, and leaving a group in order may wait
+        # for them: the process ends with its groups instead.
         destroy_groups()
+    finally:
+        if launch.world_size == 1:
+            destroy_groups()
         torch.use_deterministic_algorithms(False)
         if device.type == "cpu":
             ADAPTER.uninstall()

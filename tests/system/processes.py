@@ -6,8 +6,10 @@ what `python -m nemo_lmpo.train` is: they get the arguments, own their signals, 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +30,24 @@ SMALL = (
 )
 
 
-def _run_command(arguments: Sequence[str], directory: str, output: str, own_group: bool) -> None:
+def _run_command(
+    arguments: Sequence[str], directory: str, output: str, own_group: bool, environment: dict[str, str], terminal: str
+) -> None:
     import torch
 
     if own_group:
         os.setpgid(0, 0)
+    os.environ.update(environment)
 
     torch.set_num_threads(1)
     os.chdir(directory)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if terminal:
+        os.setsid()
+        file = os.open(terminal, os.O_RDWR)
+        fcntl.ioctl(file, termios.TIOCSCTTY, 0)
+        os.dup2(file, 0)
+    else:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     from nemo_lmpo.train import main
@@ -45,13 +56,23 @@ def _run_command(arguments: Sequence[str], directory: str, output: str, own_grou
 
 
 @contextmanager
-def training(arguments: Sequence[str], directory: Path, *, own_group: bool = False) -> Iterator[Any]:
+def training(
+    arguments: Sequence[str],
+    directory: Path,
+    *,
+    own_group: bool = False,
+    environment: dict[str, str] | None = None,
+    terminal: str = "",
+    output: str = "output",
+) -> Iterator[Any]:
     """A process that runs the command with ``directory`` as its working directory; ended at the latest on exit.
 
-    ``own_group`` makes it the leader of a process group. What it prints is appended to ``directory / "output"``.
+    ``own_group`` makes it the leader of a process group, ``terminal`` (a path) a session's on that terminal. What it
+    prints is appended to ``directory / output``, or shown by the terminal.
     """
     process = _context().Process(
-        target=_run_command, args=(list(arguments), str(directory), str(directory / "output"), own_group)
+        target=_run_command,
+        args=(list(arguments), str(directory), str(directory / output), own_group, environment or {}, terminal),
     )
     process.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -32,7 +33,9 @@ def wait_for_steps(process, directory: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "options"), [("SIGTERM", ()), ("SIGUSR1", ("checkpoint.async_save=true",))])
+@pytest.mark.parametrize(
+    ("number", "options"), [("SIGTERM", ()), ("SIGUSR1", ("checkpoint.async_save=true",)), ("SIGINT", ())]
+)
 def test_saves_and_ends_well(number: str, options: tuple[str, ...], tmp_path: Path) -> None:
     with training((*COMMAND, *options, "trainer.max_steps=2000"), tmp_path) as process:
         wait_for_steps(process, tmp_path, 2)
@@ -44,6 +47,55 @@ def test_saves_and_ends_well(number: str, options: tuple[str, ...], tmp_path: Pa
     assert f"stopped by {number} after step {step}" in output
     assert find_damage(step_directory(tmp_path / "run" / "checkpoints", step)) is None
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, step + 1))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    with training((*COMMAND, "trainer.max_steps=2000", "model.global_batch_size=512"), tmp_path) as process:
+        wait_for_steps(process, tmp_path, 1)
+        os.kill(process.pid, signal.SIGINT)
+        while "Ctrl-C again ends it at once" not in (tmp_path / "output").read_text():
+            assert process.is_alive()
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=60)
+    assert process.exitcode in (-signal.SIGINT, 0), "a step that ends in between is saved"
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
+    with training((*COMMAND, "trainer.max_steps=2000"), tmp_path) as process:
+        while not (tmp_path / "run" / "config.yaml").exists():
+            assert process.is_alive(), (tmp_path / "output").read_text()
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=60)
+    output = (tmp_path / "output").read_text()
+    assert "Traceback" not in output
+    assert process.exitcode in (0, 130), output
+    assert ("stopped; repeat the command" if process.exitcode else "stopped by SIGINT") in output
+
+
+def test_a_terminal_that_goes_away_saves(tmp_path: Path) -> None:
+    """What a dropped connection does: SIGHUP, and every later write to the terminal fails."""
+    controller, terminal = os.openpty()
+    command = (*COMMAND, "trainer.max_steps=2000", "logging.progress_bar=true")
+    with training(command, tmp_path, terminal=os.ttyname(terminal)) as process:
+        os.set_blocking(controller, False)
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or num_lines(tmp_path) < 2:
+            assert process.is_alive()
+            with contextlib.suppress(BlockingIOError):
+                os.read(controller, 65536)
+            time.sleep(0.01)
+        os.close(terminal)
+        os.close(controller)
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    (step,) = saved_steps(tmp_path / "run" / "checkpoints")
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, step + 1))
+
+
+def num_lines(directory: Path) -> int:
+    return (directory / "run" / "metrics.jsonl").read_bytes().count(b"\n")
 
 
 def test_background_saving_survives_a_warning_to_the_whole_job(tmp_path: Path) -> None:
