@@ -16,8 +16,6 @@ FORMAT_VERSION = 2
 """Of checkpoints: 1 had sizes only and no version; 2 added checksums, the data's fingerprints and this number."""
 
 
-_ADDED_LATER = {"data", "base"}
-"""What checkpoints from before lack; the default is what they mean."""
 
 
 class DamageError(Exception):
@@ -77,7 +75,7 @@ def read_train_state(directory: Path, step: int) -> TrainState:
         raise DamageError(f"{run_files.PROGRESS} holds no settings")
     check_version(values.setdefault("version", 1), directory)
     known = {entry.name for entry in fields(TrainState)}
-    unknown, missing = sorted(values.keys() - known), sorted(known - values.keys() - _ADDED_LATER)
+    unknown, missing = sorted(values.keys() - known), sorted(_ALWAYS - values.keys())
     if unknown or missing:
         what = f"has {unknown[0]!r}, which is unknown" if unknown else f"lacks {missing[0]!r}"
         raise DamageError(f"{run_files.PROGRESS} {what}")
@@ -119,6 +117,8 @@ def _holds(values: object, good: Any) -> bool:
     return isinstance(values, dict) and all(good(value) for value in values.values())
 
 
+_ALWAYS = {"step", "statistics", "metrics", "layout", "save_seconds"}
+"""What every version wrote; fields that came later have their defaults in older checkpoints."""
 _CHECKS: dict[str, Any] = {
     "step": _is_count,
     "statistics": lambda value: value is None or isinstance(value, dict),
@@ -126,4 +126,5 @@ _CHECKS: dict[str, Any] = {
     "layout": lambda value: _holds(value, _is_count),
     "save_seconds": lambda value: _is_number(value) and value >= 0,
     "data": lambda value: _holds(value, lambda text: isinstance(text, str)),
+    "base": lambda value: isinstance(value, str),
 }

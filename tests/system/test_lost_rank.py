@@ -85,13 +85,17 @@ def test_a_rank_that_refuses_tells_the_others_why(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_alone_is_quoted(tmp_path: Path) -> None:
-    with two_ranks(tmp_path, of_second=("data.train.path=nowhere.jsonl",)) as ranks:
+    rows = ['{"prompt": "sort b a", "chosen": "a b", "rejected": "b a"}\n'] * 40
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    (tmp_path / "broken.jsonl").write_text("".join(rows) + "{broken\n")
+    paths = [f"data.train.path={name}.jsonl" for name in ("pairs", "broken")]
+    with two_ranks(tmp_path, paths[0], of_second=(paths[1],)) as ranks:
         for rank in ranks:
             rank.join(timeout=60)
     assert [rank.exitcode for rank in ranks] == [1, 1]
-    assert "nowhere.jsonl" in the_message(tmp_path, 1)
+    assert "broken.jsonl" in the_message(tmp_path, 1)
     assert "rank 1 (process" in the_message(tmp_path, 0)
-    assert "has ended: nowhere.jsonl" in the_message(tmp_path, 0)
+    assert "has ended: broken.jsonl" in the_message(tmp_path, 0)
 
 
 def test_a_stopped_rank_is_named_when_the_time_is_over(tmp_path: Path) -> None:
