@@ -16,8 +16,6 @@ FORMAT_VERSION = 2
 """Of checkpoints: 1 had sizes only and no version; 2 added checksums, the data's fingerprints and this number."""
 
 
-
-
 class DamageError(Exception):
     """A file of a checkpoint is not what was written; the message says which, on one line."""
 
