@@ -10,6 +10,7 @@ from nemo_lmpo.config.rules.settings import paths_of
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.read import BUILTIN_PREFIX, open_source
 from nemo_lmpo.data.schema import RowError, parse_row
+from nemo_lmpo.data.text import COMPRESSIONS, TEXT_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error
 from nemo_lmpo.errors import ConfigError, DataError
 
@@ -43,8 +44,9 @@ def look_at_data(config: DataConfig) -> list[str]:
 
 
 def _is_hub_name(path: str) -> bool:
-    """Neither here nor called like a file; hub names begin with a letter or digit."""
-    return bool(_HUB_LIKE.fullmatch(path)) and path[0].isalnum() and not Path(path).suffix and not Path(path).exists()
+    """Neither here nor called like a file that is read; hub names begin with a letter or digit, and may hold dots."""
+    called_like_file = path.lower().endswith((*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet"))
+    return bool(_HUB_LIKE.fullmatch(path)) and path[0].isalnum() and not called_like_file and not Path(path).exists()
 
 
 def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:

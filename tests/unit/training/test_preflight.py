@@ -69,6 +69,11 @@ def test_hub_names_are_not_fetched_and_said_to_be_unseen(capsys: pytest.CaptureF
     )
 
 
+def test_names_with_dots_are_hub_names_too() -> None:
+    config = load_recipe("lmpo_tiny", ["data.train.path=[owner/llama-3.1-pairs,good.jsonl]"])
+    assert preflight(config, 1, fetch=False).unseen == ("owner/llama-3.1-pairs",)
+
+
 def test_submitting_and_comparing_refuse_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     for override in ("data.train.path=nowhere.jsonl", "trainer.max_epochs=0", "checkpoint.monitor=val/los"):
         with pytest.raises(UserError, match=override.partition("=")[2].replace("0", "=0")):
