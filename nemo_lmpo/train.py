@@ -1,7 +1,7 @@
 """Train a policy on preference pairs: ``python -m nemo_lmpo.train --config-name lmpo_tiny [key=value ...]``.
 
-Kept light: help, typing errors, and everything that is refused without asking a GPU answer before megatron-core is
-imported, and help and unreadable overrides before torch is.
+Kept light: help, unknown recipes, and keys, types and choices that are wrong answer before torch is imported (but for
+the loss's own options), and everything else that is refused without asking a GPU before megatron-core is.
 """
 
 from __future__ import annotations

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.config.coerce import coerce
-from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.registry import LOSSES
 
 LOSS, SETTING, SPECIALIZATION, COMPAT = "loss", "setting", "specialization", "compat"
 ANY_RUN = "train"
@@ -94,8 +92,15 @@ def _choices(group: str, folders: Sequence[Path]) -> list[str]:
 def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
     """Loss and setting by the name of both together; files of the group `loss` that vary a loss are left out."""
     own = _choices(LOSS, folders[:-1])
-    losses = [choice for choice in _choices(LOSS, folders) if choice in LOSSES or choice in own]
+    losses = [choice for choice in _choices(LOSS, folders) if choice in own or _names_a_loss(folders[-1], choice)]
     return {f"{loss}_{setting}": (loss, setting) for loss in losses for setting in _choices(SETTING, folders)}
+
+
+def _names_a_loss(folder: Path, choice: str) -> bool:
+    """Whether a file is a loss by itself; asked of the file, as the losses import torch."""
+    return bool(
+        re.search(rf"^name: {re.escape(choice)}$", (folder / LOSS / f"{choice}.yaml").read_text(), re.MULTILINE)
+    )
 
 
 def _did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -207,6 +212,8 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     values = {"name": name, **raw}
     section = values.pop("loss", None)
     config: Config = coerce(Config, values, unknown=_unknown_key)
+    from nemo_lmpo.config.loss_section import parse_loss  # imports torch: what is wrong before needs none
+
     config.loss = parse_loss(section)
     return config
 

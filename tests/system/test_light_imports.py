@@ -90,3 +90,16 @@ def test_the_command_sets_them_before_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["1", "passive", "expandable_segments:True"], done.stderr
     assert done.stderr.splitlines()[0] == "reading recipe nowhere"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["model.sede=1", "trainer.precision=16", "optim.lr=fast", "loss=simpoo", "optim.betas=["]
+)
+def test_wrong_keys_types_and_choices_are_refused_without_torch(wrong: str) -> None:
+    code = (
+        "import sys\n"
+        "from nemo_lmpo.train import main\n"
+        "print(main(['--config-name', 'lmpo_tiny', sys.argv[1]]), 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, wrong], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"], done.stderr
