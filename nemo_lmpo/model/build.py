@@ -74,8 +74,7 @@ def transformer_config(
         recompute_granularity=model.activations_checkpoint_granularity,
         recompute_method=model.activations_checkpoint_method if _recomputes_layers(model) else None,
         recompute_num_layers=model.activations_checkpoint_num_layers if _recomputes_layers(model) else None,
-        # The loss is divided by the pairs of the whole global batch before backward; with this, megatron-core adds
-        # gradients up over ranks and divides them by nothing.
+        # The loss is divided by the step's pairs already: gradients are to be added up over ranks, not averaged.
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not kernels.gpu,
