@@ -101,9 +101,9 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
 
 
 def layers_per_chunk(architecture: Architecture, model: ModelConfig) -> int:
-    """Layers of a pipeline stage, or of one of its virtual stages."""
+    """Layers of a pipeline stage, or of one of its virtual stages: of the fullest."""
     virtual = model.virtual_pipeline_model_parallel_size or 1
-    return architecture.num_layers // (model.pipeline_model_parallel_size * virtual)
+    return model.pipeline_slots(architecture.num_layers) // (model.pipeline_model_parallel_size * virtual)
 
 
 def chunks_in_flight(model: ModelConfig) -> int:

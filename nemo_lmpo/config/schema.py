@@ -92,6 +92,10 @@ class ModelConfig:
         None, may_change=True, minimum=2, remedy="unset it for one chunk a stage"
     )
     """Model chunks per pipeline stage (interleaved schedule)."""
+    account_for_embedding_in_pipeline_split: bool = setting(False, may_change=True)
+    """Give the first stage a layer less than the others: the embedding counts as one."""
+    account_for_loss_in_pipeline_split: bool = setting(False, may_change=True)
+    """Give the last stage a layer less than the others: log-probabilities and loss count as one."""
     context_parallel_size: int = setting(1, may_change=True, minimum=1)
     sequence_parallel: bool = setting(False, may_change=True)
     """Split the activations outside attention and MLP along the sequence over the tensor-parallel group."""
@@ -118,6 +122,10 @@ class ModelConfig:
     peft: PeftConfig = field(default_factory=PeftConfig)
     seed: int = setting(42, minimum=0, maximum=2**63 - 1)
     """Random start weights and the order of the data."""
+
+    def pipeline_slots(self, num_layers: int) -> int:
+        """Places that layers take over all pipeline stages, the embedding's and the loss's included."""
+        return num_layers + self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
 
 
 @dataclass

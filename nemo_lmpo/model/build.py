@@ -62,6 +62,8 @@ def transformer_config(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        account_for_embedding_in_pipeline_split=model.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=model.account_for_loss_in_pipeline_split,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         # The micro-batches of a step have one length, so stages need not tell each other what comes.

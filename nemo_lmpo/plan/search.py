@@ -42,6 +42,8 @@ class Candidate:
             "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
             "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
             "model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+            "model.account_for_embedding_in_pipeline_split": str(model.account_for_embedding_in_pipeline_split).lower(),
+            "model.account_for_loss_in_pipeline_split": str(model.account_for_loss_in_pipeline_split).lower(),
             "model.context_parallel_size": model.context_parallel_size,
             "model.sequence_parallel": str(model.sequence_parallel).lower(),
             "model.activations_checkpoint_granularity": model.activations_checkpoint_granularity,
@@ -85,12 +87,12 @@ def _layouts(
     powers = [2**power for power in range(8)]
     granularities: tuple[Literal["full"] | None, ...] = (None, "full")
     tensors = [size for size in powers if size <= machine.card.node]
-    stages = [size for size in range(1, 65) if architecture.num_layers % size == 0 and machine.gpus % size == 0]
-    budget = config.data.row_budget
+    stages = [size for size in range(1, 65) if machine.gpus % size == 0]
+    pair = 2 * config.data.max_length  # two full-length sequences
     for tensor, stage, context, recompute, times in product(tensors, stages, (1, 2, 4), granularities, (1, 2, 4)):
         if machine.gpus % (tensor * stage * context):
             continue
-        for virtual in _virtual_stages(architecture, stage):
+        for virtual, counted in _virtual_stages(architecture, stage):
             replicas = machine.gpus // (tensor * stage)
             model = replace(
                 config.model,
@@ -98,11 +100,13 @@ def _layouts(
                 sequence_parallel=tensor > 1,
                 pipeline_model_parallel_size=stage,
                 virtual_pipeline_model_parallel_size=virtual,
+                account_for_embedding_in_pipeline_split=counted,
+                account_for_loss_in_pipeline_split=counted,
                 context_parallel_size=context,
                 activations_checkpoint_granularity=recompute,
             )
             optim = replace(config.optim, use_distributed_optimizer=replicas > 1, overlap_grad_reduce=replicas > 1)
-            data = replace(config.data, row_tokens=config.data.row_tokens if times == 1 else budget * times)
+            data = replace(config.data, row_tokens=pair * times)
             changed = replace(config, model=model, optim=optim, data=data)
             try:
                 yield validate(changed, architecture, machine.gpus)
@@ -110,11 +114,16 @@ def _layouts(
                 refused.append(str(error).splitlines()[0])
 
 
-def _virtual_stages(architecture: Architecture, stages: int) -> list[int | None]:
-    layers = architecture.num_layers // stages
+def _virtual_stages(architecture: Architecture, stages: int) -> list[tuple[int | None, bool]]:
+    """Numbers of virtual stages that divide the layers, and whether embedding and loss have to count as layers."""
     if stages == 1:
-        return [None]
-    return [None, *(number for number in (2, 3, 4, 5, 8) if layers % number == 0)]
+        return [(None, False)]
+    for counted in (False, True):
+        layers = architecture.num_layers + 2 * counted
+        if layers % stages == 0:
+            divisors = [number for number in (2, 3, 4, 5, 8) if layers // stages % number == 0]
+            return [(None, counted), *((number, counted) for number in divisors)]
+    return []
 
 
 def model_flops(candidate: Candidate) -> float:

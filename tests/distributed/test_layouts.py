@@ -17,6 +17,14 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2_sequence": (2, ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")),
     "pp2": (2, ("model.pipeline_model_parallel_size=2",)),
     "pp4": (4, ("model.pipeline_model_parallel_size=4",)),
+    "pp3_embedding_and_loss_as_layers": (
+        3,
+        (
+            "model.pipeline_model_parallel_size=3",
+            "model.account_for_embedding_in_pipeline_split=true",
+            "model.account_for_loss_in_pipeline_split=true",
+        ),
+    ),
     "pp2_vpp2": (2, ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2")),
     "tp2_pp2": (4, ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")),
     "dp2": (2, ()),

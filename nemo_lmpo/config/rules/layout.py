@@ -72,22 +72,29 @@ def pipeline(layout: ParallelLayout) -> Iterator[str]:
     """Every stage, and every chunk of one, gets equally many layers."""
     model, layers = layout.config.model, layout.architecture.num_layers
     stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    if layers % stages:
+    slots = model.pipeline_slots(layers)
+    if slots != layers and stages == 1:
         yield (
-            f"model.pipeline_model_parallel_size={stages} does not divide the model's {layers} layers; "
-            f"choose a divisor of {layers}"
+            "model.account_for_embedding_in_pipeline_split and model.account_for_loss_in_pipeline_split need "
+            "model.pipeline_model_parallel_size of at least 2; leave them false"
         )
-    elif chunks is not None and layers % (stages * chunks):
+    counted = f"{layers} layers" if slots == layers else f"{layers} layers with embedding and loss as counted: {slots}"
+    if slots % stages:
+        yield (
+            f"model.pipeline_model_parallel_size={stages} does not divide the model's {counted}; "
+            f"choose a divisor of {slots}"
+        )
+    elif chunks is not None and slots % (stages * chunks):
         yield (
             f"model.pipeline_model_parallel_size={stages} x model.virtual_pipeline_model_parallel_size={chunks} does "
-            f"not divide the model's {layers} layers; choose a divisor of {layers}"
+            f"not divide the model's {counted}; choose a divisor of {slots}"
         )
 
 
 def recompute(layout: ParallelLayout) -> Iterator[str]:
     """Units of recomputed layers are equal."""
     model = layout.config.model
-    layers = layout.architecture.num_layers // model.pipeline_model_parallel_size
+    layers = model.pipeline_slots(layout.architecture.num_layers) // model.pipeline_model_parallel_size
     layers //= model.virtual_pipeline_model_parallel_size or 1
     unit, uniform = model.activations_checkpoint_num_layers, model.activations_checkpoint_method == "uniform"
     if model.activations_checkpoint_granularity == "full" and uniform and layers and layers % unit:

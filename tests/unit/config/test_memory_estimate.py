@@ -27,6 +27,13 @@ ROW = 4096
 # Bytes a token and layer: four hidden states; QKV, queries, output (6144 + 2 x 4096) and 3 x 14336 of the MLP.
 OUTSIDE, INSIDE = 4 * 4096 * 2, (6144 + 2 * 4096 + 3 * 14336) * 2
 LAYER_INPUT = 4096 * 2
+LAYOUT = (
+    "model.tensor_model_parallel_size=4",
+    "model.sequence_parallel=true",
+    "data.row_tokens=4096",
+    "optim.use_distributed_optimizer=false",
+    "optim.overlap_grad_reduce=false",
+)
 
 
 def estimate(*overrides: str, recipe: str = "lmpo_llama3_8b", processes: int = 4) -> MemoryEstimate:
@@ -35,7 +42,7 @@ def estimate(*overrides: str, recipe: str = "lmpo_llama3_8b", processes: int = 4
 
 
 def setting(recipe: str, *overrides: str) -> tuple[Config, Architecture]:
-    config = load_recipe(recipe, list(overrides))
+    config = load_recipe(recipe, [*LAYOUT, *overrides])
     assert config.model.architecture is not None
     return config, architecture_from_hf(config.model.architecture)
 

@@ -37,6 +37,8 @@ def layout(name: str, *more: str) -> ParallelLayout:
         "model.tensor_model_parallel_size=4",
         "model.sequence_parallel=true",
         "data.row_tokens=4096",
+        "optim.use_distributed_optimizer=false",
+        "optim.overlap_grad_reduce=false",
     )
     config = load_recipe("lmpo_llama3_8b", [*sizes, *overrides, *more])
     assert config.model.architecture is not None
