@@ -127,6 +127,7 @@ def test_adapters_of_llama3_8b_by_hand():
             "trainer.devices=1",
             "model.tensor_model_parallel_size=1",
             "model.sequence_parallel=false",
+            "data.row_tokens=4096",
         ],
     )
     architecture = find_base_model(config.model, fetch=False).architecture
