@@ -28,6 +28,18 @@ def parameter_dtype(trainer: TrainerConfig) -> torch.dtype:
     return torch.bfloat16 if trainer.precision == "bf16" else torch.float32
 
 
+_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "context_parallel_size",
+    "sequence_parallel",
+)
+"""Settings of the layout, which megatron-core's configuration has under the same names."""
+
+
 def transformer_config(
     architecture: Architecture, model: ModelConfig, *, dtype: torch.dtype, kernels: Kernels
 ) -> TransformerConfig:
@@ -59,13 +71,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
-        tensor_model_parallel_size=model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
-        account_for_embedding_in_pipeline_split=model.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=model.account_for_loss_in_pipeline_split,
-        context_parallel_size=model.context_parallel_size,
-        sequence_parallel=model.sequence_parallel,
+        **{name: getattr(model, name) for name in _PARALLEL},
         # The micro-batches of a step have one length, so stages need not tell each other what comes.
         variable_seq_lengths=False,
         # Works around a fault of old versions of torch by waiting for the device after every transfer.
