@@ -118,7 +118,8 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     if result.stopped_by is None:
         leave_outcome(OUTCOME_DONE)
         run = RunDirectory(config, {})
-        _logger.info("done: %d steps; checkpoints in %s", result.step, run.checkpoints)
+        why = f" (no better {config.checkpoint.monitor} for a while)" if result.early else ""
+        _logger.info("done: %d steps%s; checkpoints in %s", result.step, why, run.checkpoints)
         if config.checkpoint.export_hf:
             _export(run.path)
     else:

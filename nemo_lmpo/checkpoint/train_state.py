@@ -38,6 +38,10 @@ class TrainState:
     """Fingerprints of the training and validation pairs; empty in checkpoints of version 1."""
     base: str = ""
     """Hash of the weights that the checkpoint's adapters belong to; empty where it holds whole weights."""
+    best: float | None = None
+    """Best `checkpoint.monitor` of a validation so far; None: no validation yet."""
+    without_better: int = 0
+    """Validations since, for early stopping."""
     version: int = FORMAT_VERSION
 
 

@@ -227,6 +227,8 @@ class TrainerConfig:
     """Largest gradient norm; 0: no clipping."""
     val_check_interval: int = setting(400, may_change=True, minimum=0)
     """Steps between validations; 0: only at the end."""
+    early_stopping_patience: int = setting(0, may_change=True, minimum=0)
+    """End the run after so many validations in a row without a better `checkpoint.monitor`; 0: never."""
     max_time_per_run: str | None = setting(None, may_change=True)
     """`DD:HH:MM:SS` (NeMo's form) or `HH:MM:SS`: save and exit 0 before this much time has passed."""
     distributed_timeout: float = setting(30.0, may_change=True, above=0)

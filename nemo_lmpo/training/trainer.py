@@ -48,6 +48,8 @@ class FitResult:
     """Finished optimizer steps of the run."""
     stopped_by: str | None
     """None: all steps are done; else the signal or `time limit`."""
+    early: bool = False
+    """Whether the run is done before its last step: its patience is over."""
 
 
 class PreferenceTrainer:
@@ -104,7 +106,7 @@ class PreferenceTrainer:
         """
         device = self.batches.device
         stop.longest_save = self.progress.save_seconds
-        while self.progress.step < self.total_steps:
+        while self.progress.step < self.total_steps and not self._out_of_patience():
             with self._watched():
                 reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
             if reason is not None:
@@ -122,7 +124,20 @@ class PreferenceTrainer:
             self.checkpoints.poll()
         self._save_if_new(stop)
         self.checkpoints.wait()
-        return FitResult(self.progress.step, None)
+        return FitResult(self.progress.step, None, early=self.progress.step < self.total_steps)
+
+    def _out_of_patience(self) -> bool:
+        """Whether too many validations brought nothing better; the same on every rank, as their metrics are."""
+        patience = self.config.trainer.early_stopping_patience
+        return patience > 0 and self.progress.without_better >= patience
+
+    def _count_validation(self) -> None:
+        """Note whether this validation is the best so far."""
+        value, best = self.progress.metrics.get(self.config.checkpoint.monitor), self.progress.best
+        sign = 1 if self.config.checkpoint.mode == "min" else -1
+        better = value is not None and math.isfinite(value) and (best is None or sign * value < sign * best)
+        self.progress.best = value if better else best
+        self.progress.without_better = 0 if better else self.progress.without_better + 1
 
     def _watched(self) -> AbstractContextManager[None]:
         what = f"step {self.progress.step + 1} on rank {torch.distributed.get_rank()}"
@@ -142,6 +157,7 @@ class PreferenceTrainer:
             metrics = self.validate()
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
             self.progress.metrics.update({f"val/{name}": value for name, value in metrics.items()})
+            self._count_validation()
             listen(step, metrics, "val/")
         due = checkpoint.save_interval > 0 and step % checkpoint.save_interval == 0
         if due or last or (validated and checkpoint.keep_best > 0):

@@ -20,6 +20,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.schedule,
     settings.duration,
     settings.monitor,
+    settings.early_stopping,
     settings.reference,
     settings.adapters,
     settings.parallelism,

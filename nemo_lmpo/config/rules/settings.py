@@ -118,6 +118,16 @@ def monitor(config: Config) -> Iterator[str]:
         yield f"checkpoint.monitor={shown(wanted)} is no metric of validation; choose {choices}"
 
 
+def early_stopping(config: Config) -> Iterator[str]:
+    """Patience counts validations, so there must be some."""
+    patience, interval = config.trainer.early_stopping_patience, config.trainer.val_check_interval
+    if patience and (config.data.validation.path is None or interval == 0):
+        yield (
+            f"trainer.early_stopping_patience={patience} counts validations; set data.validation.path and "
+            f"trainer.val_check_interval above 0"
+        )
+
+
 def reference(config: Config) -> Iterator[str]:
     """A reference model is kept only where a loss compares with one."""
     if config.model.reference_in_memory and not LOSSES[config.loss.name].needs_reference:
