@@ -10,15 +10,14 @@ from nemo_lmpo import training
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.training.trainer import FitResult
 from tests.system.processes import SMALL
 
 
-def trained(folder: Path, *more: str) -> tuple[int, bool]:
+def trained(folder: Path, *more: str) -> FitResult:
     settings = ("optim.lr=0", "trainer.max_steps=6", "trainer.val_check_interval=1", "checkpoint.save_interval=0")
     config = load_recipe("simpo_tiny", [*SMALL, *settings, f"run_dir={folder}", *more])
-    result = training.run(config, LaunchInfo())
-    assert result.stopped_by is None
-    return result.step, result.early
+    return training.run(config, LaunchInfo())
 
 
 def test_patience_needs_validations(tmp_path: Path) -> None:
@@ -29,7 +28,7 @@ def test_patience_needs_validations(tmp_path: Path) -> None:
 def test_patience(tmp_path: Path) -> None:
     # Nothing is learned, so the first validation stays the best.
     run = tmp_path / "run"
-    assert trained(run, "trainer.early_stopping_patience=2") == (3, True)
-    assert trained(run, "trainer.early_stopping_patience=2") == (3, True)
-    assert trained(run, "trainer.early_stopping_patience=4") == (5, True)
-    assert trained(run) == (6, False)
+    assert trained(run, "trainer.early_stopping_patience=2") == FitResult(3, None, early=True)
+    assert trained(run, "trainer.early_stopping_patience=2") == FitResult(3, None, early=True)
+    assert trained(run, "trainer.early_stopping_patience=4") == FitResult(5, None, early=True)
+    assert trained(run) == FitResult(6, None, early=False)
