@@ -6,6 +6,7 @@ Install it only where no GPU is used. Everything it changes is put back by :meth
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -73,6 +74,24 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "nvtx", _Nvtx()),
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        *_without_fused_optimizers(),
+    ]
+
+
+def _without_fused_optimizers() -> list[tuple[Any, str, Any]]:
+    """Torch's AdamW and megatron-core's own norm, where Transformer Engine or apex gave it theirs for GPUs."""
+    if not any(sys.modules.get(name) for name in ("transformer_engine", "apex")):
+        return []
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as optimizers
+
+    return [
+        (optimizer, "Adam", torch.optim.AdamW),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", True),
+        (clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm),
+        *((module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale) for module in (clip_grads, optimizers)),
+        *((module, "multi_tensor_applier", utils.local_multi_tensor_applier) for module in (clip_grads, optimizers)),
     ]
 
 

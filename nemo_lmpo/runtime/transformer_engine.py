@@ -69,8 +69,17 @@ def find_transformer_engine() -> TransformerEngine:
     return TransformerEngine(version)
 
 
+def leave_out_transformer_engine() -> None:
+    """For CPU runs where it is installed: megatron-core would take its optimizer and norms, which need a GPU.
+
+    Without effect once it is imported.
+    """
+    if "transformer_engine" not in sys.modules:
+        hide_transformer_engine()
+
+
 def hide_transformer_engine() -> None:
-    """Make `import transformer_engine` an ImportError in this process, unless it is imported already and works."""
+    """Make `import transformer_engine` an ImportError in this process from here on."""
     for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
         del sys.modules[name]
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]

@@ -38,6 +38,11 @@ def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> 
     _logger.info("loading torch and megatron-core")
     import torch.distributed as dist
 
+    from nemo_lmpo.runtime.environment import uses_gpu
+    from nemo_lmpo.runtime.transformer_engine import leave_out_transformer_engine
+
+    if not uses_gpu(config.trainer.accelerator, launch):
+        leave_out_transformer_engine()  # before anything imports megatron-core
     from nemo_lmpo.training.session import open_session
 
     with open_session(config, launch, checked) as session:
