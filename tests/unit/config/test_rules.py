@@ -163,6 +163,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "weights_of_nothing": (("data.train.weights=[0]",), 1, ("data.train.weights=[0.0]", "take no row")),
     "weight_that_is_none": (("data.train.weights=[nan]",), 1, ("data.train.weights=[nan]", "finite")),
     "endless_weight": (("data.train.weights=[1e30]",), 1, ("data.train.weights=[1e+30]", "at most 1000")),
+    "patience_without_validation": (
+        ("trainer.early_stopping_patience=2", "trainer.val_check_interval=0"),
+        1,
+        ("trainer.early_stopping_patience=2", "set data.validation.path and trainer.val_check_interval above 0"),
+    ),
     "unknown_metric": (("checkpoint.monitor=val/los",), 1, ("checkpoint.monitor='val/los'", "choose val/loss")),
     "no_setting_to_change": (
         ("checkpoint.allow_changes=[optim.lrr]",),
