@@ -53,10 +53,15 @@ class ParallelGroups:
         return dist.get_process_group_ranks(self.pipeline)[-1]
 
 
-def create_groups(model: ModelConfig) -> ParallelGroups:
+def create_groups(model: ModelConfig, *, timeout_minutes: float = 30.0) -> ParallelGroups:
     """Lay the job's processes out as tensor, context, data and pipeline groups (megatron-core's order).
 
     Communicates: creating groups is collective over the whole job.
+
+    Args:
+        model: says how many of each.
+        timeout_minutes: how long a collective of these groups waits; each group has a limit of its own, which does not
+            follow from that of the whole job.
     """
     from megatron.core import parallel_state
 
@@ -66,6 +71,7 @@ def create_groups(model: ModelConfig) -> ParallelGroups:
             pipeline_model_parallel_size=model.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
             context_parallel_size=model.context_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
         )
     return ParallelGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),

@@ -251,7 +251,7 @@ def _present_layout(config: Config) -> tuple[ParallelGroups, torch.device]:
         atexit.register(stack.close)
         return stack.enter_context(distributed_session(config, launch))
     device = prepare_device(config, launch)
-    groups = create_groups(config.model)
+    groups = create_groups(config.model, timeout_minutes=config.trainer.distributed_timeout)
     config.model.tensor_model_parallel_size = groups.tensor.size()
     config.model.pipeline_model_parallel_size = groups.pipeline.size()
     config.model.context_parallel_size = groups.context.size()

@@ -33,7 +33,7 @@ def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[Pa
     try:
         peers = Peers.meet()
         try:
-            yield create_groups(config.model), device
+            yield create_groups(config.model, timeout_minutes=config.trainer.distributed_timeout), device
         except BaseException as error:
             if launch.world_size > 1:
                 lost = peers.explain(error)
