@@ -16,6 +16,7 @@ from tests.distributed.training_runs import COMMON, metrics_of, train
 from tests.distributed.workers import run_workers
 
 LORA = ("model.peft.name=lora", "model.peft.rank=4", "model.peft.alpha=8", "optim.lr=1e-2")
+SIMPO = ("loss=simpo", "loss.beta=2.0", "loss.gamma=1.0")
 TP2_SP = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
 LAYOUTS = {
     "tp2": (2, ("model.tensor_model_parallel_size=2",)),
@@ -80,14 +81,12 @@ def test_resumes_in_another_layout(one_process: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
-def peft_steps(launch: LaunchInfo, run_dir: str, base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def peft_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The first step's loss and gradients here, and the token ids of its pairs."""
     from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.training.session import open_session
 
-    config = load_recipe(
-        "lmpo_tiny", [*COMMON, *LORA, f"model.restore_from_path={base}", f"run_dir={run_dir}", *overrides]
-    )
+    config = load_recipe(recipe, [*LORA, *SIMPO, *overrides])
     with open_session(config, launch) as session:
         indices = session.sampler.pairs_of_step(0)
         batch = session.batches.build(session.data.train, indices)
@@ -111,29 +110,48 @@ def peft_steps(launch: LaunchInfo, run_dir: str, base: str, overrides: tuple[str
         }
 
 
-def test_equals_peft(one_process: Path, tmp_path: Path) -> None:
+def test_equals_peft(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_base(base)
+    where = (f"model.restore_from_path={base}", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}")
+    (found,) = run_workers(1, peft_steps, "lmpo_tiny", (*COMMON, *where))
+    assert found["buffers"] < 1.2 * sum(array.size for array in found["gradients"].values())
+    assert len(found["frozen"]) > 20
+    compare_with_peft(base, found)
+
+
+@pytest.mark.slow
+def test_equals_peft_on_smollm2(smollm2_dir: Path, shared_dir: Path, tmp_path: Path) -> None:
+    settings = (
+        f"model.restore_from_path={smollm2_dir}",
+        f"data.train.path={shared_dir / 'data' / 'alpaca_pairs_train.jsonl.gz'}",
+        "data.validation.path=null",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"run_dir={tmp_path / 'run'}",
+        "model.global_batch_size=2",
+        "data.max_length=192",
+        "data.max_prompt_length=96",
+        "trainer.precision='32'",
+        "trainer.max_steps=2",
+    )
+    (found,) = run_workers(1, peft_steps, "lmpo_smollm2_135m", settings, timeout=300)
+    compare_with_peft(smollm2_dir, found)
+
+
+def compare_with_peft(base: Path, found: dict[str, Any]) -> None:
     """The same adapters on transformers' model by PEFT; SimPO, whose loss is a line."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    base = tmp_path / "base"
-    write_base(base)
-    overrides = ("loss=simpo", "loss.beta=2.0", "loss.gamma=1.0", f"data.cache_dir={tmp_path / 'cache'}")
-    (found,) = run_workers(1, peft_steps, str(tmp_path / "run"), str(base), overrides)
-    assert found["buffers"] < 1.2 * sum(array.size for array in found["gradients"].values())
-    assert len(found["frozen"]) > 20
-
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, settings)
-    parameters = {
-        name: parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
-    }
     by_name = {}
-    for name, parameter in parameters.items():
-        parts = name.split(".")
-        layer, projection, side = parts[parts.index("layers") + 1], parts[-4], parts[-3]
-        by_name[f"layers.{layer}.{projection}.{side}"] = parameter
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            parts = name.split(".")
+            layer, projection, side = parts[parts.index("layers") + 1], parts[-4], parts[-3]
+            by_name[f"layers.{layer}.{projection}.{side}"] = parameter
     assert by_name.keys() == found["adapters"].keys()
     with torch.no_grad():
         for name, tensor in found["adapters"].items():
@@ -151,9 +169,8 @@ def test_equals_peft(one_process: Path, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(float(loss), abs=1e-5)
     for name, gradient in found["gradients"].items():
         expected = by_name[name].grad
-        assert torch.allclose(torch.from_numpy(gradient), expected, atol=1e-5 + 1e-4 * float(expected.abs().max())), (
-            name
-        )
+        slack = 1e-5 + 1e-4 * float(expected.abs().max())
+        assert torch.allclose(torch.from_numpy(gradient), expected, atol=slack), name
 
 
 def write_base(directory: Path) -> None:
