@@ -151,13 +151,16 @@ def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
         )
     architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
-    description = read_adapter_json(path / run_files.ADAPTER)
-    return AdapterTensors(checkpoint, description, architecture.num_layers), architecture
+    return _adapter_tensors(path, checkpoint, architecture), architecture
+
+
+def _adapter_tensors(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> AdapterTensors:
+    return AdapterTensors(checkpoint, read_adapter_json(path / run_files.ADAPTER), architecture.num_layers)
 
 
 def _merged_source(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> TensorSource:
-    description = read_adapter_json(path / run_files.ADAPTER)
-    adapters = AdapterTensors(checkpoint, description, architecture.num_layers)
+    adapters = _adapter_tensors(path, checkpoint, architecture)
+    description = adapters.description
     if description.base is None:
         return MergedSource(random_source(architecture, description.seed), adapters)
     base = Path(description.base)

@@ -201,8 +201,7 @@ class AdaptersOff:
     def __init__(self, policy: Policy) -> None:
         """Take the policy's own chunks; no second model."""
         self._chunks = policy.models
-        chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
-        self._sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+        self._sums = sums_like(policy, list(policy.chunks))
 
     def attach(self, batch: StepBatch) -> None:
         """Give every micro-batch its reference log-probabilities; one forward pass."""
@@ -229,10 +228,13 @@ def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch]
         return AdaptersOff(policy).attach
     chunks = build_chunks(config, base.architecture, policy.groups, policy.device, policy.kernels)
     load_start_weights(chunks, policy.groups, base, config.model.seed)
-    chunk_tokens = logprob_chunk(config.model, base.architecture)
-    return FrozenReference(
-        chunks, ResponseSums(chunks, policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
-    ).attach
+    return FrozenReference(chunks, sums_like(policy, chunks)).attach
+
+
+def sums_like(policy: Policy, chunks: Sequence[Any]) -> ResponseSums:
+    """Sums under ``chunks``, which lie as the policy's own do."""
+    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
+    return ResponseSums(chunks, policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
 
 
 def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, batches: BatchBuilder) -> None:
@@ -240,8 +242,7 @@ def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, ba
 
     Communicates: the layout's own, and a broadcast over all ranks.
     """
-    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
-    sums = ResponseSums(list(policy.chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+    sums = sums_like(policy, list(policy.chunks))
     reference = ReferenceLogps(policy.config, base, data.tokenizer, sums, batches)
     reference.attach(data.train, "train")
     if data.validation is not None:
