@@ -23,6 +23,12 @@ class TrainingError(RuntimeError):
     """Training cannot go on, for example because a loss is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, for use within a sentence: one line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:1000] if lines else type(error).__name__
+
+
 def shown(value: object, most: int = 80) -> str:
     """Text from outside as it may stand in a message: quoted, printable, in one line, at most ``most`` letters.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.errors import TrainingError, UserError, first_line
 
 
 def on_main_rank(action: Callable[[], Any]) -> Any:
@@ -57,8 +57,7 @@ def reason_of(error: BaseException) -> str:
         rank, wrapped = next(iter(failures.items()))
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
         where = f"rank {rank}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
-    lines = str(error).strip().splitlines()
-    return where + (lines[0] if lines else type(error).__name__)
+    return where + first_line(error)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from nemo_lmpo.data.text import (
     read_lines,
     uncompressed_name,
 )
-from nemo_lmpo.errors import DataError, shown
+from nemo_lmpo.errors import DataError, first_line, shown
 
 if TYPE_CHECKING:
     import datasets
@@ -220,7 +220,7 @@ def _load_parquet(path: str, file: Path, limit: int | None, directory: str | Non
         loaded = datasets.Dataset.from_parquet(str(file), cache_dir=directory)
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{path} is not a readable Parquet file ({_first_line(cause)}); restore the file") from None
+        raise DataError(f"{path} is not a readable Parquet file ({first_line(cause)}); restore the file") from None
     return _head(loaded, limit)
 
 
@@ -247,7 +247,7 @@ def _saved_dataset(path: str, directory: Path, split: str, limit: int | None) ->
     except DataError:
         raise
     except Exception as error:  # whatever a damaged directory makes pyarrow, json or datasets raise
-        raise DataError(f"{path} is not a readable saved dataset ({_first_line(error)}); save it again") from None
+        raise DataError(f"{path} is not a readable saved dataset ({first_line(error)}); save it again") from None
 
 
 def _hub_dataset(path: str, split: str, limit: int | None) -> Source:
@@ -258,7 +258,7 @@ def _hub_dataset(path: str, split: str, limit: int | None) -> Source:
             loaded = datasets.load_dataset(path, split=split)
     except Exception as error:  # network, authentication, missing repository or split, unsafe loading script, ...
         raise DataError(
-            f"{path} (split '{split}') is no file here and could not be loaded from the hub ({_first_line(error)}); "
+            f"{path} (split '{split}') is no file here and could not be loaded from the hub ({first_line(error)}); "
             "check the name, the split and the network, or give a local file"
         ) from None
     return _arrow_source(path, path, loaded, str(loaded._fingerprint), limit)
@@ -273,8 +273,3 @@ def _arrow_source(path: str, short_name: str, dataset: datasets.Dataset, fingerp
 
 def _head(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

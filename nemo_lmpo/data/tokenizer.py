@@ -11,7 +11,7 @@ from nemo_lmpo.data.cache import user_path
 from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
 from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +47,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         with contextlib.nullcontext() if directory.is_dir() else cache_only_without_network():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model.tokenizer={name} cannot be loaded ({first_line}); "
+            f"model.tokenizer={name} cannot be loaded ({first_line(error)}); "
             "give a directory with tokenizer.json or a hub name"
         ) from None
     if tokenizer is None or len(tokenizer) == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.doctor.findings import Finding
+from nemo_lmpo.errors import first_line
 from nemo_lmpo.model.attention_plan import plan_attention
 from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.parallel.context import attention_spans
@@ -38,8 +39,7 @@ def check(name: str, values: Callable[[], list[tuple[Tensor, Tensor]]], dtype: t
     try:
         worst = max(distance(found, expected) for found, expected in values())
     except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Finding("parity", name, f"did not run: {reason}", "problem")
+        return Finding("parity", name, f"did not run: {first_line(error)}", "problem")
     bound = TOLERANCE[dtype]
     text = f"{worst:.1e} from float64 in {str(dtype).removeprefix('torch.')}, at most {bound:.0e} expected"
     return Finding("parity", name, text, "good" if worst <= bound else "problem")

@@ -66,7 +66,7 @@ def judge(
     with (
         Journal(folder / CALLS_FILE, "key") as journal,
         tqdm(total=len(rows), desc="judge", unit="call", disable=True if quiet else None) as bar,
-        Gateway(endpoint, journal, check_logprobs, bar.update) as gateway,
+        Gateway(endpoint, journal, check_logprobs, bar.update).open() as gateway,
         tempfile.TemporaryDirectory(prefix="nemo_lmpo_judge_") as scratch,
     ):
         config = Path(scratch) / "client.yaml"

@@ -7,22 +7,21 @@ rate limits are those of :class:`Endpoint`, the judge's key stays in this proces
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.endpoint import Endpoint
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 from nemo_lmpo.evaluate.storage import Journal, content_hash
 
 Check = Callable[[dict[str, Any]], None]
 
 
 class Gateway:
-    """Serve `/v1/chat/completions` on this machine while the context is open.
+    """Answers `/v1/chat/completions` on this machine, once it is opened.
 
     Args:
         endpoint: the judge.
@@ -36,15 +35,26 @@ class Gateway:
     ) -> None:
         self.failure: UserError | None = None
         """The first error; afterwards nothing is asked any more."""
+        self.url = ""
         self._endpoint, self._journal, self._check, self._on_answer = endpoint, journal, check, on_answer
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+    @contextmanager
+    def open(self) -> Iterator[Gateway]:
+        """Serve at :attr:`url` while the context is open."""
+        gateway = self
+
+        class Handler(JsonHandler):
+            def do_POST(self) -> None:
+                try:
+                    self.send_json(200, gateway.respond(json.loads(self.body())))
+                    gateway._on_answer()
+                except UserError as error:
+                    # 400: the client must not try again by itself.
+                    self.send_json(400, {"error": {"message": str(error)}})
+
+        with serve(Handler) as url:
+            self.url = f"{url}/v1"
+            yield self
 
     def respond(self, body: dict[str, Any]) -> dict[str, Any]:
         """The judge's answer to a request.
@@ -66,44 +76,6 @@ class Gateway:
             raise
         self._journal.append({"key": key, "response": response})
         return response
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        gateway = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                try:
-                    self._send(200, gateway.respond(body))
-                    gateway._on_answer()
-                except UserError as error:
-                    # 400: the client must not try again by itself.
-                    self._send(400, {"error": {"message": str(error)}})
-
-            def _send(self, status: int, content: dict[str, Any]) -> None:
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Silent."""
-
-        return Handler
-
-    def __enter__(self) -> Gateway:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def answering_models(journal: Journal) -> dict[str, int]:

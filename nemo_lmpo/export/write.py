@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, UserError, first_line
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.runtime.atomic import replace_file
+
+if TYPE_CHECKING:
+    from nemo_lmpo.formats.conversion import Plan
 
 CARD, PICTURES, TEMPLATE = "README.md", "figures", "chat_template.jinja"
 
@@ -29,10 +33,10 @@ def export_run(
         dtype: `bf16`, `fp16` or `fp32`; by default as stored.
         name: of the model, or `OWNER/NAME` on the hub; by default the run directory's.
         evaluations: folders of :mod:`nemo_lmpo.evaluate` whose results the card shows.
-        overwrite: replace an output that is there.
+        overwrite: replace an output that is there; without it, one with these very weights gets a new card.
 
     Raises:
-        UserError: no run with a checkpoint, no room, or an output that is there.
+        UserError: no run with a checkpoint, no room, or an output that holds something else.
     """
     from nemo_lmpo.formats.conversion import plan, write_huggingface
     from nemo_lmpo.generate.engine import newest_checkpoint, open_prompting
@@ -42,12 +46,32 @@ def export_run(
     directory = newest_checkpoint(run)
     prompting = open_prompting(directory)
     conversion = plan(prompting.files, output, dtype)
-    conversion.check([directory], overwrite=overwrite)
-    write_huggingface(conversion)
+    # The same command again, after a push that failed or for new evaluations, has no weights to write.
+    if overwrite or not holds(output, conversion):
+        conversion.check([directory], overwrite=overwrite)
+        write_huggingface(conversion, overwrite=overwrite)
     # As trained: the tokenizer's own may be another.
     replace_file(output / TEMPLATE, prompting.encoder.chat.template)
     write_card(run, output, name or run.resolve().name, evaluations)
     return output
+
+
+def holds(output: Path, conversion: Plan) -> bool:
+    """Whether ``output`` is a model with the very weights that would be written."""
+    from nemo_lmpo.formats.conversion import tensor_names
+    from nemo_lmpo.formats.model_files import open_model
+    from nemo_lmpo.formats.source import get_fitting
+
+    try:
+        there = open_model(output)
+    except UserError:
+        return False
+    model, dtype = conversion.model, conversion.dtype
+    return there.architecture == model.architecture and all(
+        there.source.dtype(name) == dtype
+        and there.source.get(name).equal(get_fitting(model.source, name, dtype).to(dtype))
+        for name in tensor_names(model)
+    )
 
 
 def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path]) -> None:
@@ -79,22 +103,41 @@ def read_evaluations(folders: Sequence[Path]) -> list[Result]:
 
 
 def push(directory: Path, repository: str, *, private: bool) -> str:
-    """Push an exported directory to the hub; returns its address.
+    """Push an exported directory to the hub in one commit; returns its address.
+
+    Repeated after a failure, it sends what the hub does not hold yet.
 
     Raises:
         CheckpointError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    # The base of all that the hub's HTTP library raises: requests, httpx or httpx2, by its version.
+    from huggingface_hub.errors import HTTPError
 
     try:
         api = HfApi()
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload by nemo_lmpo")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"--push-to-hub {repository}: the hub refuses ({reason}); log in with `hf auth login` and check the name. "
-            f"The export is kept in {directory}"
+            f"--push-to-hub {repository}: {_why_not_pushed(error, api.endpoint)}. The export is kept in {directory}"
         ) from None
     return str(address)
+
+
+def _why_not_pushed(error: BaseException, endpoint: str) -> str:
+    """Who has to do what; threads that upload hide the reason behind another error."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    responses = [found for one in chain if (found := getattr(one, "response", None)) is not None]
+    status = responses[0].status_code if responses else None
+    said = ": ".join(dict.fromkeys(first_line(one).rstrip(".") for one in (chain if status is None else chain[:1])))
+    if status == 401:
+        return f"{endpoint} does not accept the token ({said}); log in with `hf auth login` or set HF_TOKEN"
+    if status == 403:
+        return f"the token may not write there ({said}); take one that may, or another name"
+    if isinstance(error, ValueError) or (status is not None and status < 500):
+        return f"{endpoint} refuses ({said}); check the name"
+    return f"{endpoint} cannot be reached or broke off ({said}); repeat the command, which sends what is missing"

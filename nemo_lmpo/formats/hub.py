@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, first_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -32,7 +32,7 @@ def local_model(name: str) -> tuple[Path, str | None]:
         patterns = ["model*.safetensors", "model.safetensors.index.json", *TOKENIZER_PATTERNS]
         return Path(snapshot_download(name, allow_patterns=patterns)), name
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is no local path and cannot be fetched from the hub ({reason}); check the name and your login"
+            f"{name} is no local path and cannot be fetched from the hub ({first_line(error)}); "
+            "check the name and your login"
         ) from None

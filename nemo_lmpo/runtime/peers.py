@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.errors import TrainingError, first_line
 
 _PATIENCE_SECONDS = 3.0
 _FOLLOWED = "it lost another rank"
@@ -52,8 +52,7 @@ class Peers:
 
     def leave_reason(self, error: BaseException) -> None:
         """Tell the others why this rank ends."""
-        lines = str(error).strip().splitlines()
-        reason = _FOLLOWED if lost_connection(error) else (lines[0] if lines else type(error).__name__)
+        reason = _FOLLOWED if lost_connection(error) else first_line(error)
         try:
             _store().set(_key(self.own), reason)
         except (dist.DistError, RuntimeError):  # its server went with another rank
@@ -91,7 +90,7 @@ class Peers:
     def _unknown(self, error: BaseException) -> str:
         hosts = sorted({peer.host for peer in self._others()})
         where = f"{len(self.ranks) - 1} other ranks on {', '.join(hosts)}"
-        return f"one of the {where} does not answer ({str(error).strip().splitlines()[0][:200]}); look at their output"
+        return f"one of the {where} does not answer ({first_line(error)[:200]}); look at their output"
 
     def _others(self) -> Iterator[Peer]:
         return (peer for peer in self.ranks if peer.rank != self.own)

@@ -12,6 +12,8 @@ from functools import cache
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from nemo_lmpo.errors import first_line
+
 DISTRIBUTIONS = ("transformer-engine", "transformer_engine_torch")
 INSTALL = (
     "pip install --no-build-isolation 'nemo-lmpo[gpu]' once torch is installed (its torch extension is compiled "
@@ -50,8 +52,9 @@ def find_transformer_engine() -> TransformerEngine:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, RuntimeError, OSError, AssertionError) as error:
         hide_transformer_engine()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return TransformerEngine(version, f"Transformer Engine {version} is installed but broken: {reason} ({INSTALL})")
+        return TransformerEngine(
+            version, f"Transformer Engine {version} is installed but broken: {first_line(error)} ({INSTALL})"
+        )
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if not HAVE_TE:

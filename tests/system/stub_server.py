@@ -14,8 +14,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 
 MODEL, ANSWERED_AS = "stub", "stub-2026-11"
 _WORDS = 20
@@ -127,37 +128,24 @@ def chat(stub: Stub, body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+def _handler(stub: Stub) -> type[JsonHandler]:
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": MODEL}]} if self.path.endswith("/models") else {})  # also /health
+            self.send_json(200, {"data": [{"id": MODEL}]} if self.path.endswith("/models") else {})  # also /health
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.body())
             with stub.lock:
                 if stub.faults.busy > 0:
                     stub.faults.busy -= 1
-                    return self._send(429, {"error": {"message": "too many"}})
+                    return self.send_json(429, {"error": {"message": "too many"}})
                 stub.requests.append((self.path, body))
                 if stub.faults.down_after is not None and len(stub.requests) > stub.faults.down_after:
                     self.close_connection = True
                     return None
             if stub.faults.strange_answers:
-                return self._send(200, {"answer": 42})
-            return self._send(200, (chat if self.path.endswith("/chat/completions") else completion)(stub, body))
-
-        def _send(self, status: int, content: dict[str, Any]) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Silent."""
+                return self.send_json(200, {"answer": 42})
+            return self.send_json(200, (chat if self.path.endswith("/chat/completions") else completion)(stub, body))
 
     return Handler
 
@@ -166,16 +154,9 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
 def serving(port: int = 0) -> Iterator[Stub]:
     """A server in threads of this process."""
     stub = Stub()
-    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(stub))
-    server.daemon_threads = True
-    stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serve(_handler(stub), port) as url:
+        stub.url = f"{url}/v1"
         yield stub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 if __name__ == "__main__":

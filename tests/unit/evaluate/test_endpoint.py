@@ -166,7 +166,10 @@ BODY = {
 def test_the_gateway_remembers(stub: Stub, tmp_path: Path) -> None:
     endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
     for _ in range(2):
-        with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs) as gateway:
+        with (
+            Journal(tmp_path / "calls", "key") as journal,
+            Gateway(endpoint, journal, check_logprobs).open() as gateway,
+        ):
             answers = [ask(gateway.url, BODY).json() for _ in range(2)]
             assert answers[0]["choices"] == answers[1]["choices"]
             assert answering_models(journal) == {ANSWERED_AS: 1}
@@ -176,7 +179,7 @@ def test_the_gateway_remembers(stub: Stub, tmp_path: Path) -> None:
 def test_the_gateway_stops_at_the_first_failure(stub: Stub, tmp_path: Path) -> None:
     stub.faults.no_logprobs = True
     endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
-    with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs) as gateway:
+    with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs).open() as gateway:
         assert ask(gateway.url, BODY).status_code == 400
         assert ask(gateway.url, {**BODY, "other": 1}).status_code == 400
         assert "no top_logprobs" in str(gateway.failure)

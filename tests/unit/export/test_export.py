@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import yaml
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, write_result
 from nemo_lmpo.export.card import hub_names
-from nemo_lmpo.export.write import export_run, push
+from nemo_lmpo.export.write import export_run
 from nemo_lmpo.train import main
 from tests.system.processes import SMALL
 
@@ -101,30 +99,19 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "there" / "mine").exists()
 
 
-class Hub:
-    """Stands in for the hub: what arrives is kept."""
-
-    pushed: dict[str, Any]
-
-    def __init__(self, fails: bool = False) -> None:
-        self.pushed, self.fails = {}, fails
-
-    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> str:
-        if self.fails:
-            raise OSError("no route to the hub\nmore")
-        self.pushed.update(repository=repository, private=private)
-        return f"https://hub/{repository}"
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.pushed["files"] = sorted(path.name for path in folder_path.iterdir())
-
-
-def test_pushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({}))
-    hub = Hub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    assert push(tmp_path, "me/model", private=True) == "https://hub/me/model"
-    assert hub.pushed == {"repository": "me/model", "private": True, "files": ["config.json"]}
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(fails=True))
-    with pytest.raises(CheckpointError, match=r"the hub refuses \(no route to the hub\).*The export is kept in"):
-        push(tmp_path, "me/model", private=False)
+def test_the_same_export_again_writes_no_weights(run: Path, tmp_path: Path) -> None:
+    output = export_run(run, tmp_path / "hf")
+    weights = output / "model.safetensors"
+    before = weights.stat()
+    export_run(run, output, evaluations=[evaluated(tmp_path / "evals")])
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "| Arena-Hard v0.1 |" in (output / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="exists"):
+        export_run(run, output, dtype="fp16")
+    export_run(run, output, dtype="fp16", overwrite=True)
+    assert weights.stat().st_size < before.st_size
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="exists"):
+        export_run(run, output, dtype="fp16")
