@@ -8,8 +8,9 @@ RUN_DIR ?= runs/lmpo_tiny
 
 EVAL_VENV ?= .venv-eval
 EVAL_STAMP := $(EVAL_VENV)/.installed
+OLDER := .venv-transformers-4
 
-.PHONY: help install eval-env demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
+.PHONY: help install eval-env transformers-4 demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -33,6 +34,12 @@ $(EVAL_STAMP): constraints-eval.txt
 	@touch $@
 
 eval-env: $(EVAL_STAMP)  ## make the environment that scores evaluations (two minutes, 2 GB)
+
+$(OLDER)/transformers:
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(OLDER) \
+		'transformers==4.57.6' 'tokenizers==0.22.2' 'huggingface_hub==0.36.2'
+
+transformers-4: $(STAMP) $(OLDER)/transformers  ## the older transformers that tests read exports with (70 MB)
 
 demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two cores)
 	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
@@ -75,4 +82,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval $(OLDER) build dist .pytest_cache .mypy_cache .ruff_cache

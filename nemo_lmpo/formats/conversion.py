@@ -20,6 +20,7 @@ from nemo_lmpo.formats.huggingface_writer import MAX_SHARD_BYTES, write_safetens
 from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles
 from nemo_lmpo.formats.nemo import nemo_config
+from nemo_lmpo.formats.older_transformers import older_config, older_tokenizer_config
 from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_at_all
 from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
@@ -185,9 +186,11 @@ def write_huggingface(
 
 
 def _hf_files(plan: Plan) -> dict[str, bytes]:
-    """Side files by name; unchanged, except for a config that says another dtype or does not exist yet."""
+    """Side files by name; a converted model's unchanged, except for a config that says another dtype or is missing."""
     files = {name: plan.model.side_file(name) or b"" for name in sorted(plan.model.sidecars)}
     files["config.json"] = _hf_config(plan, files)
+    if plan.model.kind == "training" and "tokenizer_config.json" in files:
+        files["tokenizer_config.json"] = older_tokenizer_config(files["tokenizer_config.json"], plan.model.origin)
     return files
 
 
@@ -199,7 +202,7 @@ def _hf_config(plan: Plan, files: dict[str, bytes]) -> bytes:
     else:
         config = parse_json(given, f"{plan.model.origin}: config.json")
     made = given is None or plan.model.kind == "training"
-    changed = dict(config)
+    changed = older_config(config, plan.model.architecture) if made else dict(config)
     key = "dtype" if "dtype" in config else "torch_dtype"
     if made or key in config:
         changed[key] = dtype

@@ -1,0 +1,94 @@
+"""Exports in transformers 4.57, which much else still stands on, compute what they compute in the installed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_lmpo.data.builtin.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from nemo_lmpo.export.__main__ import main as export
+from nemo_lmpo.train import main as train
+from tests.system import read_model
+from tests.system.processes import SMALL
+from tests.unit.formats import tiny_models as tiny
+
+FAMILIES = ("llama31", "mistral_v02", "qwen25", "qwen3")
+RANDOM = "random weights"
+VARIABLE = "NEMO_LMPO_TRANSFORMERS_4"
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def older() -> Path:
+    place = Path(os.environ.get(VARIABLE, _ROOT / ".venv-transformers-4"))
+    if not (place / "transformers").is_dir():
+        pytest.skip(f"run `make transformers-4`, or set {VARIABLE} to a folder that `pip install --target` made")
+    return place
+
+
+def start_model(family: str, directory: Path) -> Path:
+    """A model that the installed transformers saves in its own way, with a tokenizer for the generated task."""
+    tiny.save(family, directory)
+    if family == "qwen25":
+        qwen_tokenizer().save_pretrained(directory)
+    else:
+        tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def qwen_tokenizer():
+    """Byte by byte, with tokens of its own for the roles; transformers 5 reads Qwen2 with no other class."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = {letter: index for index, letter in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab={**letters, "<|endoftext|>": 256}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>", "<|endoftext|>").replace("{{ bos_token }}", "")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def exports(older: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("older")
+    runs = {RANDOM: ["model.architecture.model_type=llama", "model.architecture.rope_theta=500000.0"]}
+    for family in FAMILIES:
+        start = start_model(family, root / f"start_{family}")
+        runs[family] = [f"model.restore_from_path={start}", "model.architecture=null", "model.tokenizer=null"]
+    rest = [setting for setting in SMALL if "architecture" not in setting]
+    for name, settings in runs.items():
+        directory = root / name.replace(" ", "_")
+        length = ["data.max_length=128", "data.max_prompt_length=64"]
+        assert (
+            train(
+                ["--config-name", "lmpo_tiny", *rest, *length, "trainer.max_steps=1", f"run_dir={directory}", *settings]
+            )
+            == 0
+        )
+        assert export([str(directory)]) == 0
+    return {name: root / name.replace(" ", "_") / "huggingface" for name in runs}
+
+
+def test_exports_in_transformers_4(older: Path, exports: dict[str, Path]) -> None:
+    """Logits differ by the two versions' order of sums in float32 at most; ids, text and dtype not at all."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(older), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, read_model.__file__, *map(str, exports.values())]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    there = json.loads(ended.stdout.splitlines()[-1])
+    assert there["version"].startswith("4.57.")
+    for name, directory in exports.items():
+        here, found = read_model.read_model(str(directory)), there["found"][str(directory)]
+        expected, logits = torch.tensor(here.pop("logits")), torch.tensor(found.pop("logits"))
+        assert found == here, name
+        assert expected.std() > 0.01, name
+        torch.testing.assert_close(
+            logits, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert "rope_parameters" in (exports["llama31"].parent.parent / "start_llama31" / "config.json").read_text()
