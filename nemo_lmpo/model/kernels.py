@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.flash_attention import HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM
 from nemo_lmpo.runtime.transformer_engine import TransformerEngine, find_transformer_engine
 
-_logger = logging.getLogger(__name__)
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 _TE_SWITCHES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,8 @@ class BannerFacts:
     """Finished steps of the checkpoint that is resumed."""
     kernels: Mapping[str, str] = field(default_factory=dict)
     """What is used for what, from :func:`kernels_in_use`."""
+    reasons: Sequence[str] = ()
+    """Why what is faster is not used, a sentence each."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """From :func:`package_versions`."""
 
@@ -198,9 +201,11 @@ def render_banner(facts: BannerFacts, width: int = 100) -> str:
     ]
     rows += [(name, [value]) for name, value in facts.kernels.items()]
     label_width = max(len(label) for label, _ in rows) + 2
+    room = width - label_width - 2
+    if facts.reasons:
+        rows.append(("why", [line for reason in facts.reasons for line in textwrap.wrap(reason, room)]))
     if facts.versions:
-        items = [f"{name} {version}" for name, version in facts.versions.items()]
-        rows.append(("versions", _wrap(items, width - label_width - 2)))
+        rows.append(("versions", _wrap([f"{name} {version}" for name, version in facts.versions.items()], room)))
     lines = []
     for label, values in rows:
         for index, value in enumerate(values):

@@ -46,5 +46,6 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
             transformer_engine=kernels.transformer_engine,
             attention_backend=kernels.attention,
         ),
+        reasons=kernels.reasons,
         versions=package_versions(),
     )

@@ -126,6 +126,7 @@ def test_banner():
         sequence_parallel=True,
         start_step=100,
         kernels={"attention": "torch SDPA"},
+        reasons=["attention without flash: its kernel takes 16-bit numbers, not trainer.precision=32", "one more"],
         versions={"nemo_lmpo": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1", "nemo": "3.0.0"},
     )
     assert render_banner(facts, width=60).splitlines() == [
@@ -138,6 +139,9 @@ def test_banner():
         "  parameters     8.03 B (8,030,261,248), 2.01 B a process",
         "  steps          1,478 of 128 pairs, resumed after step 100",
         "  attention      torch SDPA",
+        "  why            attention without flash: its kernel takes",
+        "                 16-bit numbers, not trainer.precision=32",
+        "                 one more",
         "  versions       nemo_lmpo 0.1.0, torch 2.13.0,",
         "                 megatron-core 0.16.1, nemo 3.0.0",
         "-" * 60,
