@@ -13,7 +13,6 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.flash_attention import HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM
 from nemo_lmpo.runtime.transformer_engine import TransformerEngine, find_transformer_engine
 
-
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 _TE_SWITCHES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN"}
 
