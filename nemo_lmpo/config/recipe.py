@@ -20,6 +20,7 @@ LOSS, SETTING, SPECIALIZATION, COMPAT = "loss", "setting", "specialization", "co
 ANY_RUN = "train"
 """The recipe of any loss on any setting, `loss=... setting=...`."""
 _GROUP_CHOICE = re.compile(r"^(?P<sign>\+{0,2})(?P<group>[\w-]+)=(?P<choice>[\w/-]+)$")
+_OURS = "nemo_lmpo"
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
 
 
@@ -136,7 +137,7 @@ def _compose(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> di
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    _register_products(folders)
+    _register_products(name, folders)
     primary = next((folder for folder in folders if (folder / f"{name}.yaml").is_file()), folders[-1])
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
     GlobalHydra.instance().clear()
@@ -159,24 +160,23 @@ def _compose(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> di
     return {str(key): value for key, value in plain.items()}
 
 
-def _register_products(folders: Sequence[Path]) -> None:
-    """Let Hydra find every loss on every setting by name, also in the `defaults` of the user's own recipes.
+def _register_products(wanted: str, folders: Sequence[Path]) -> None:
+    """Let Hydra find a loss on a setting by the name of both, also in the `defaults` of the user's own recipes.
 
+    Only names that are asked for or stand in an own recipe: Hydra copies its whole store for every composition.
     Where there is a file, Hydra would take the entry for the file's schema.
     """
-    from hydra.core.config_store import ConfigStore
+    from hydra.core.config_store import ConfigNode, ConfigStore
 
     store = ConfigStore.instance()
+    for entry in [key for key, node in store.repo.items() if isinstance(node, ConfigNode) and node.provider == _OURS]:
+        del store.repo[entry]
+    mentioned = "\n".join([wanted, *(path.read_text() for path in folders[0].rglob("*.yaml"))])
     for name, (loss, setting) in _products(folders).items():
-        entry = f"{name}.yaml"
-        if any((folder / entry).is_file() for folder in folders):
-            store.repo.pop(entry, None)
-            continue
-        if entry in store.repo:
-            continue
-        special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
-        node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
-        store.store(name=name, node=node, provider="nemo_lmpo")
+        if name in mentioned and not any((folder / f"{name}.yaml").is_file() for folder in folders):
+            special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
+            node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
+            store.store(name=name, node=node, provider=_OURS)
 
 
 def _require_readable(overrides: Sequence[str]) -> None:

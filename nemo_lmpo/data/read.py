@@ -150,7 +150,7 @@ def _builtin(path: str, split: str, limit: int | None) -> Source:
     import datasets
 
     name = path.removeprefix(BUILTIN_PREFIX)
-    rows = builtin_rows(name, split)[:limit]
+    rows = builtin_rows(name, split, limit)
     digest = _hash_bytes(json.dumps(rows).encode())
     return Source(path, f"{name}-{split}", "row", digest, lambda directory: datasets.Dataset.from_list(rows))
 

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.convert.__main__ import hf_to_nemo
+from nemo_lmpo.convert.verify import megatron_model, model_logits
+from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
 from tests.distributed.workers import run_workers
@@ -100,3 +103,31 @@ def compare_losses(pairs: list[Pair], tokens: list[torch.Tensor], losses: list[f
         assert loss == pytest.approx(float(torch.stack(per_pair).mean()), rel=1e-5)
         if not settings.released:
             statistics.update(margins)
+
+
+def _greedy(next_logits: object, ids: list[int], count: int) -> list[int]:
+    for _ in range(count):
+        ids = [*ids, int(next_logits(ids)[-1].argmax())]  # type: ignore[operator]
+    return ids
+
+
+@pytest.mark.slow
+def test_converted_it_answers_as_transformers(
+    smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = ["--input", str(smollm2_dir), "--output", str(tmp_path / "m.nemo"), "--verify", "--quiet"]
+    assert hf_to_nemo(arguments) == 0
+    assert "passed: tolerance 0.0001" in capsys.readouterr().out
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    reference = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    with torch.no_grad():
+        expected = reference.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
+    with megatron_model(open_model(tmp_path / "m.nemo")) as model:
+        found = _greedy(lambda ids: model_logits(model, ids), ids, len(expected) - len(ids))
+    assert tokenizer.decode(found[len(ids) :]) == tokenizer.decode(expected[len(ids) :])
+    assert "Paris" in tokenizer.decode(found[len(ids) :])

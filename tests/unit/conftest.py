@@ -9,6 +9,7 @@ from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import NoReturn
 
 import pytest
+import torch  # noqa: F401  (its first import may ask ldconfig for libraries)
 
 
 def _refuse(*arguments: object, **names: object) -> NoReturn:
@@ -19,8 +20,6 @@ def _refuse(*arguments: object, **names: object) -> NoReturn:
 def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("processes"):
         return
-    if "smollm2_dir" in request.fixturenames:
-        request.getfixturevalue("smollm2_dir")  # a script unpacks the real model, once
     monkeypatch.setattr(subprocess.Popen, "__init__", _refuse)
     for process in (SpawnProcess, ForkServerProcess):
         monkeypatch.setattr(process, "_Popen", _refuse)

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.loss.registry import LOSSES
+from tests.unit.composed import recipe
 
 SETTINGS = ("mistral_7b_base", "mistral_7b_instruct", "llama3_8b_base", "llama3_8b")
 METHODS = ("sft", "dpo", "slic", "ipo", "cpo", "kto", "simpo", "lmpo")
@@ -29,11 +29,6 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
 }
-
-
-@cache
-def recipe(name):
-    return load_recipe(name)
 
 
 # Written by the code of the time before recipes were put together from losses and settings: all defaults, each

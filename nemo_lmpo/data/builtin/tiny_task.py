@@ -104,12 +104,13 @@ def _prompts(rng: random.Random, split: str) -> Iterator[list[str]]:
             yield letters
 
 
-def builtin_rows(name: str, split: str) -> list[dict[str, Any]]:
+def builtin_rows(name: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The rows of a generated preference set, in the UltraFeedback-binarized schema; the same on every call.
 
     Args:
         name: what follows ``builtin:``: ``tiny``, ``tiny_long`` or ``tiny_sft``.
         split: ``train`` (4096 pairs) or ``test`` (256 pairs).
+        limit: only the first so many.
 
     Raises:
         DataError: no such set or split.
@@ -120,7 +121,8 @@ def builtin_rows(name: str, split: str) -> list[dict[str, Any]]:
         raise DataError(f"builtin:{name} has no split '{split}'; its splits are: {', '.join(SPLIT_SIZES)}")
     rng = random.Random(f"{name}/{split}")
     prompts = _prompts(rng, split)
-    return [_row(f"{name}-{split}-{i:04d}", next(prompts), rng, _TASKS[name]) for i in range(SPLIT_SIZES[split])]
+    numbers = range(SPLIT_SIZES[split])[:limit]
+    return [_row(f"{name}-{split}-{i:04d}", next(prompts), rng, _TASKS[name]) for i in numbers]
 
 
 def _row(

@@ -19,6 +19,7 @@ from nemo_lmpo.data.schema import SCHEMAS
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
+from tests.unit.composed import recipe
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -189,7 +190,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_is_refused(case: str) -> None:
     overrides, world_size, expected = BAD[case]
-    config = load_recipe("lmpo_tiny", overrides)
+    config = recipe("lmpo_tiny", *overrides)
     with pytest.raises(ConfigError) as caught:
         validate(config, architecture_from_hf(SHAPE), world_size)
     assert any(all(part in line for part in expected) for line in str(caught.value).splitlines()), str(caught.value)
@@ -198,7 +199,7 @@ def test_is_refused(case: str) -> None:
 def test_every_rule_is_in_the_table() -> None:
     tripped = set()
     for overrides, world_size, _ in BAD.values():
-        config = load_recipe("lmpo_tiny", overrides)
+        config = recipe("lmpo_tiny", *overrides)
         if list(out_of_bounds(config)):
             continue  # stops before the other rules
         layout = ParallelLayout(config, architecture_from_hf(SHAPE), world_size)

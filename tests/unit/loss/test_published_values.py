@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nemo_lmpo
-from nemo_lmpo.config.recipe import load_recipe
+from tests.unit.composed import recipe
 
 SETTINGS = ("mistral_7b_base", "mistral_7b_instruct", "llama3_8b_base", "llama3_8b")
 DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs" / "losses.md"
@@ -27,7 +27,7 @@ SEARCHED_RATES = (3e-7, 5e-7, 6e-7, 1e-6)
 
 @pytest.mark.parametrize(("setting", "rate"), zip(SETTINGS, DPO_RATES, strict=True))
 def test_dpo_as_published(setting, rate):
-    config = load_recipe(f"dpo_{setting}")
+    config = recipe(f"dpo_{setting}")
     assert (config.loss.beta, config.optim.lr) == (0.01, rate)
     assert not config.loss.average_log_probs
     assert config.loss.ld_alpha is None
@@ -36,7 +36,7 @@ def test_dpo_as_published(setting, rate):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", SEARCHED)
 def test_other_baselines_lie_in_the_published_ranges(method, setting):
-    config = load_recipe(f"{method}_{setting}")
+    config = recipe(f"{method}_{setting}")
     for option, values in SEARCHED[method].items():
         assert getattr(config.loss, option) in values, option
     assert config.optim.lr in SEARCHED_RATES
@@ -45,10 +45,10 @@ def test_other_baselines_lie_in_the_published_ranges(method, setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_terms_that_the_values_belong_to(setting):
     # beta 0.01 and lambda 1 are published for a mean per token; SLiC's hinge compares sums.
-    assert load_recipe(f"cpo_{setting}").loss.nll == "mean"
-    assert load_recipe(f"slic_{setting}").loss.nll == "sum"
+    assert recipe(f"cpo_{setting}").loss.nll == "mean"
+    assert recipe(f"slic_{setting}").loss.nll == "sum"
     for method in ("lmpo", "dpo", "slic", "ipo", "cpo", "kto", "simpo"):
-        assert load_recipe(f"{method}_{setting}").loss.sft_weight == 0
+        assert recipe(f"{method}_{setting}").loss.sft_weight == 0
 
 
 @pytest.mark.skipif(not DOCS.is_file(), reason="an installed package has no docs folder")
@@ -70,10 +70,10 @@ def test_the_table_of_the_documentation_holds_what_recipes_have():
             numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", cell)]
             if title in options:
                 method, names = options[title]
-                config = load_recipe(f"{method}_{setting}")
+                config = recipe(f"{method}_{setting}")
                 assert numbers == [getattr(config.loss, name) for name in names], (title, setting)
             else:
                 for method in rates[title]:
-                    assert numbers == [load_recipe(f"{method}_{setting}").optim.lr], (method, setting)
+                    assert numbers == [recipe(f"{method}_{setting}").optim.lr], (method, setting)
             checked += 1
     assert checked == 4 * (len(options) + len(rates))

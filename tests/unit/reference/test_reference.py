@@ -27,7 +27,7 @@ OVERRIDES = [
     "data.validation.limit=10",
     "trainer.max_steps=3",
     "trainer.num_threads=1",
-    "checkpoint.save_interval=1",
+    "checkpoint.save_interval=0",
     "logging.tensorboard=false",
     "logging.report=false",
     "logging.progress_bar=false",
@@ -97,10 +97,11 @@ def test_ld_dpo_of_one_is_dpo_and_shares_its_cache(trainer, monkeypatch):
 def test_resume_goes_on_with_the_start_as_reference(trainer, kind, monkeypatch):
     override = f"model.reference_in_memory={kind}"
     whole = trainer.train(override, run="whole")
-    trainer.train(override, "trainer.max_steps=3", "checkpoint.keep_last=3", run="cut")
+    saving = ("checkpoint.save_interval=1", "checkpoint.keep_last=3")
+    trainer.train(override, *saving, run="cut")
     shutil.rmtree(trainer.tmp_path / "cut" / "checkpoints" / "step_0000003")
     monkeypatch.setattr("nemo_lmpo.training.reference.ReferenceLogps._compute", _must_not_run)
-    resumed = trainer.train(override, "checkpoint.keep_last=3", run="cut")
+    resumed = trainer.train(override, *saving, run="cut")
     assert resumed[3]["loss"] == whole[3]["loss"]
     assert resumed[3]["rewards/chosen"] == whole[3]["rewards/chosen"] != 0.0
 
