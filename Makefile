@@ -4,6 +4,9 @@ VENV ?= .venv
 LATEST_PYTHON ?= python3.12
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests; each imports torch and megatron-core, and starts up to four more.
+TEST_WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
 RUN_DIR ?= runs/lmpo_tiny
 
 EVAL_VENV ?= .venv-eval
@@ -45,13 +48,13 @@ demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two co
 	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
 
 test: $(STAMP)  ## all tests that run on this machine
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-unit: $(STAMP)  ## tests in one process (a fixture refuses others)
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 test-distributed: $(STAMP)  ## layouts over several processes
-	$(BIN)/python -m pytest tests/distributed
+	$(PYTEST) tests/distributed
 
 fuzz: $(STAMP)  ## thousands of damaged inputs (minutes; not part of test)
 	$(BIN)/python -m pytest tests/fuzz
@@ -63,7 +66,7 @@ test-latest:  ## unit and distributed tests on Python 3.12 with the newest engin
 	$(LATEST_PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --upgrade pip
 	.venv-latest/bin/python -m pip install --quiet -c constraints-latest.txt -e '.[test]'
-	.venv-latest/bin/python -m pytest tests/unit tests/distributed
+	.venv-latest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup tests/unit tests/distributed
 
 lint: $(STAMP)  ## style, types, shell scripts
 	$(BIN)/ruff check .

@@ -21,6 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where workers share the tests (`-n 2 --dist loadgroup`): a file to a worker, and the local Slurm to one."""
+    for item in items:
+        path = item.path.relative_to(_ROOT / "tests")
+        item.add_marker(pytest.mark.xdist_group("slurm" if path.parts[0] == "slurm" else path.as_posix()))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder `shared` beside the checkout, with data that is not part of the project."""
