@@ -13,7 +13,10 @@ EVAL_VENV ?= .venv-eval
 EVAL_STAMP := $(EVAL_VENV)/.installed
 OLDER := .venv-transformers-4
 
-.PHONY: help install eval-env transformers-4 demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
+TE_PYTHON ?= .te-python
+TE_STAMP := $(TE_PYTHON)/.installed
+
+.PHONY: help install eval-env transformers-4 te-python demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -43,6 +46,13 @@ $(OLDER)/transformers:
 		'transformers==4.57.6' 'tokenizers==0.22.2' 'huggingface_hub==0.36.2'
 
 transformers-4: $(STAMP) $(OLDER)/transformers  ## the older transformers that tests read exports with (70 MB)
+
+$(TE_STAMP): constraints-te.txt | $(STAMP)
+	@# Without dependencies: the compiled libraries are several hundred MB and need a GPU.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TE_PYTHON) -r constraints-te.txt
+	@touch $@
+
+te-python: $(TE_STAMP)  ## get Transformer Engine's Python, for its tests without a GPU (seconds, 2 MB)
 
 demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two cores)
 	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
@@ -85,4 +95,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval $(OLDER) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval $(OLDER) $(TE_PYTHON) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -22,10 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where workers share the tests (`-n 2 --dist loadgroup`): a file to a worker, and the local Slurm to one."""
+    """Where workers share the tests (`-n 2 --dist loadgroup`): a file to a worker, and to one what shares a set-up."""
     for item in items:
         path = item.path.relative_to(_ROOT / "tests")
-        item.add_marker(pytest.mark.xdist_group("slurm" if path.parts[0] == "slurm" else path.as_posix()))
+        together = path.parts[0] in ("slurm", "te_emulation")
+        item.add_marker(pytest.mark.xdist_group(path.parts[0] if together else path.as_posix()))
 
 
 @pytest.fixture(scope="session")

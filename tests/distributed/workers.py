@@ -65,9 +65,14 @@ def _work(pipe: Any, launch: LaunchInfo, function: Callable[..., Any], arguments
     pipe.close()
 
 
-def run_workers(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 150.0) -> list[Any]:
-    """Results of ``function(launch, *arguments)`` of every rank, in rank order."""
-    context = _context()
+def run_workers(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 150.0, context: Any = None
+) -> list[Any]:
+    """Results of ``function(launch, *arguments)`` of every rank, in rank order.
+
+    ``context`` starts the processes, if not the fork server.
+    """
+    context = context or _context()
     with tempfile.TemporaryDirectory(prefix="nemo_lmpo_store_") as folder:
         store = str(Path(folder) / "store")
         pipes, processes = [], []

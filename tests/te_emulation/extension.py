@@ -1,0 +1,237 @@
+"""Stands in for `transformer_engine_torch`, Transformer Engine's compiled module, on CPUs.
+
+Only what training in float32 and bfloat16 calls is here, each operation by its definition, computed in float32 or
+float64 and rounded once. Anything else that Transformer Engine calls raises and names itself. The arguments are those
+of 2.11, as its Python passes them; what the compiled module itself would refuse cannot be seen here.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tests.flash_reference import Spans
+
+CALLS: dict[str, int] = {}
+"""How often each operation ran in this process."""
+
+_DTYPES = {
+    "kByte": torch.uint8,
+    "kInt32": torch.int32,
+    "kFloat32": torch.float32,
+    "kFloat16": torch.float16,
+    "kBFloat16": torch.bfloat16,
+    "kFloat8E4M3": torch.float8_e4m3fn,
+    "kFloat8E5M2": torch.float8_e5m2,
+}
+DType: Any = enum.IntEnum("DType", {name: number for number, name in enumerate([*_DTYPES, "kFloat4E2M1"])})
+
+
+def _count(operation: str) -> None:
+    CALLS[operation] = CALLS.get(operation, 0) + 1
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else _DTYPES[DType(int(dtype)).name]
+
+
+def generic_gemm(
+    A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor | None, quantizer: object, out_dtype: Any,
+    bias: Tensor | None, bias_dtype: object, gelu: bool, gelu_in: object, grad: bool, workspace: object, size: int,
+    accumulate: bool, split_accumulator: bool, *, comm_overlap: object, comm_type: object, extra_output: Tensor | None,
+    bulk_overlap: bool, alpha: float, beta: float | None,
+) -> tuple[Tensor, Tensor | None, None, Tensor | None]:  # fmt: skip
+    """The product of cuBLAS, whose matrices are column-major: read row-major, ``op(B) op(A)``.
+
+    With ``accumulate`` it is added to ``out``. A ``bias`` is added in forward; with ``grad`` its gradient is given.
+    """
+    _count("gemm_accumulated" if accumulate else "gemm")
+    assert quantizer is None
+    assert not gelu
+    assert comm_overlap is None
+    assert extra_output is None
+    assert alpha == 1.0
+    assert beta in (None, 0.0, 1.0)
+    left, right = (operand.reshape(-1, operand.shape[-1]).float() for operand in (B, A))
+    product = torch.mm(left.t() if transb else left, right.t() if transa else right)
+    if bias is not None and not grad:
+        product += bias.float()
+    if not transb:
+        product = product.reshape(*B.shape[:-1], -1)
+    if out is None:
+        assert not accumulate
+        out = product.to(A.dtype if out_dtype is None else _torch_dtype(out_dtype))
+    else:
+        assert out.shape == product.shape
+        out.copy_(out.float() + product if accumulate else product)
+    bias_gradient = left.sum(dim=0).to(_torch_dtype(bias_dtype)) if grad and bias is not None else None
+    return out, bias_gradient, None, None
+
+
+def rmsnorm_fwd(
+    hidden: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: object, dtype: Any, margin: int,
+    zero_centered: bool,
+) -> tuple[Tensor, None, Tensor]:  # fmt: skip
+    """The normed rows, no mean, and the inverse of each row's root mean square, which backward is given again."""
+    _count("rmsnorm_fwd")
+    assert quantizer is None
+    inverse = torch.rsqrt(hidden.float().pow(2).mean(dim=-1) + eps)
+    normed = (hidden.float() * inverse[..., None] * _gamma(weight, zero_centered)).to(_torch_dtype(dtype))
+    return (normed if out is None else out.copy_(normed)), None, inverse.reshape(-1)
+
+
+def rmsnorm_bwd(
+    gradient: Tensor, hidden: Tensor, inverse: Tensor, weight: Tensor, margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the rows and of the weight."""
+    _count("rmsnorm_bwd")
+    rows, upstream = (states.float().reshape(-1, states.shape[-1]) for states in (hidden, gradient))
+    unit = rows * inverse.reshape(-1, 1)
+    weighted = upstream * _gamma(weight, zero_centered)
+    of_rows = inverse.reshape(-1, 1) * (weighted - unit * (weighted * unit).mean(dim=-1, keepdim=True))
+    return of_rows.reshape(hidden.shape).to(hidden.dtype), (upstream * unit).sum(dim=0).to(weight.dtype)
+
+
+def _gamma(weight: Tensor, zero_centered: bool) -> Tensor:
+    return weight.float() + 1.0 if zero_centered else weight.float()
+
+
+def fused_rope_forward(states: Tensor, angles: Tensor, starts: object, *form: Any) -> Tensor:
+    """Turn the two halves of each head's first channels by ``angles`` of the token."""
+    _count("fused_rope_forward")
+    return _turn(states, angles, 1.0)
+
+
+def fused_rope_backward(gradient: Tensor, angles: Tensor, starts: object, *form: Any) -> Tensor:
+    """Turn back."""
+    _count("fused_rope_backward")
+    return _turn(gradient, angles, -1.0)
+
+
+def _turn(states: Tensor, angles: Tensor, direction: float) -> Tensor:
+    turned, rest = states.float().split((angles.shape[-1], states.shape[-1] - angles.shape[-1]), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    angles = angles[: states.shape[0]].float()
+    sine = torch.sin(angles) * direction
+    turned = turned * torch.cos(angles) + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((turned, rest), dim=-1).to(states.dtype)
+
+
+def multi_tensor_l2norm(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], per_tensor: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of all tensors together, ``[1]``."""
+    _count("multi_tensor_l2norm")
+    assert not per_tensor
+    squares = [tensor.double().pow(2).sum() for tensor in lists[0]]
+    return torch.stack(squares).sum().sqrt().float().reshape(1), torch.empty(0)
+
+
+def multi_tensor_scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Write the first list times ``factor`` into the second."""
+    _count("multi_tensor_scale")
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source.float() * factor)
+
+
+def multi_tensor_adam(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], rate: float, beta1: float, beta2: float, eps: float, step: int,
+    decoupled: int, bias_correction: int, decay: float,
+) -> None:  # fmt: skip
+    """One AdamW step of gradients, parameters and both moments."""
+    _count("multi_tensor_adam")
+    assert decoupled
+    assert len(lists) == 4
+    first = 1.0 - beta1**step if bias_correction else 1.0
+    second = 1.0 - beta2**step if bias_correction else 1.0
+    for gradient, parameter, mean, square in zip(*lists, strict=True):
+        gradient = gradient.float()
+        mean.mul_(beta1).add_(gradient, alpha=1.0 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        change = (mean / first) / ((square / second).sqrt() + eps) + decay * parameter.float()
+        parameter.copy_(parameter.float() - rate * change)
+
+
+def get_fused_attn_backend(*arguments: Any) -> Any:
+    """Answer as for bfloat16 on Hopper, where cuDNN takes spans of any length."""
+    _count("get_fused_attn_backend")
+    return __getattr__("NVTE_Fused_Attn_Backend").NVTE_F16_arbitrary_seqlen
+
+
+def fused_attn_fwd(
+    max_q: int, max_kv: int, training: bool, scale: float, dropout: float, zero_fill: bool, layout: Any, bias_type: Any,
+    mask: Any, softmax: Any, window: tuple[int, int], offsets_q: Tensor, offsets_kv: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Attention of each span to its keys, and what backward gets of it: the softmax's statistics and random state."""
+    _count("fused_attn_fwd")
+    assert dropout == 0.0
+    _check_attention(layout, bias_type, mask, softmax, window)
+    spans = Spans((query, key, value), (offsets_q, offsets_kv), (max_q, max_kv), scale=scale, bounds=(window[0], 0))
+    statistics = torch.zeros(query.shape[0], query.shape[1], 1)
+    return [spans.attended().to(query.dtype), statistics, torch.zeros(2, dtype=torch.int64)]
+
+
+def fused_attn_bwd(
+    max_q: int, max_kv: int, scale: float, dropout: float, zero_fill: bool, layout: Any, bias_type: Any, mask: Any,
+    softmax: Any, window: tuple[int, int], deterministic: bool, offsets_q: Tensor, offsets_kv: Tensor, query: Tensor,
+    key: Tensor, value: Tensor, out: Tensor, gradient: Tensor, *rest: Any,
+) -> list[Tensor | None]:  # fmt: skip
+    """Of queries, keys and values."""
+    _count("fused_attn_bwd")
+    _check_attention(layout, bias_type, mask, softmax, window)
+    states = (query, key, value)
+    spans = Spans(states, (offsets_q, offsets_kv), (max_q, max_kv), scale=scale, bounds=(window[0], 0))
+    gradients = spans.gradients(gradient.reshape(query.shape))
+    return [*(part.to(state.dtype) for part, state in zip(gradients, states, strict=True)), None, None]
+
+
+def _check_attention(layout: Any, bias_type: Any, mask: Any, softmax: Any, window: tuple[int, int]) -> None:
+    """What :class:`Spans` computes, and nothing else."""
+    # Keys and values that were gathered together lie in one tensor still.
+    assert layout.name in ("NVTE_THD_THD_THD", "NVTE_THD_T2HD"), layout.name
+    assert window[1] == 0
+    found = tuple(choice.name for choice in (bias_type, mask, softmax))
+    assert found == ("NVTE_NO_BIAS", "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK", "NVTE_VANILLA_SOFTMAX"), found
+
+
+def get_cudnn_version() -> int:
+    """9.19, as 91900."""
+    return 91900
+
+
+class _Choice(int):
+    """A member of one of the compiled module's enumerations."""
+
+    name: str
+
+
+class _Choices(type):
+    """Makes the members of an enumeration when they are asked for; the tables of Transformer Engine name them all."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        choice = _Choice(sum(isinstance(member, _Choice) for member in vars(cls).values()))
+        choice.name = name
+        setattr(cls, name, choice)
+        return choice
+
+
+def __getattr__(name: str) -> Any:
+    """Enumerations and classes by their capital, operations by their small letter; these refuse to run."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    found: Any = _Choices(name, (), {}) if name[0].isupper() else _refuses(name)
+    return globals().setdefault(name, found)
+
+
+def _refuses(name: str) -> Any:
+    def operation(*arguments: Any, **named: Any) -> NoReturn:
+        raise NotImplementedError(f"Transformer Engine calls {name}, which has no stand-in in {__name__}")
+
+    operation.__name__ = name
+    return operation

@@ -1,0 +1,145 @@
+"""What runs in the workers of these tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from nemo_lmpo.runtime.launch import LaunchInfo
+from tests.distributed.training_runs import COMMON, train
+
+
+def train_local(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> None:
+    """On megatron-core's own layers and torch's AdamW, as a CPU run does."""
+    train(launch, run_dir, overrides)
+
+
+def train_te(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], fault: str | None = None) -> dict[str, int]:
+    """On what an H100 run takes, perhaps with one of :data:`FAULTS`; how often each operation of the stand-in ran."""
+    from tests.te_emulation.extension import CALLS
+
+    with as_on_a_gpu() as patch:
+        if fault is not None:
+            FAULTS[fault](patch)
+        train(launch, run_dir, overrides)
+        return dict(CALLS)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[pytest.MonkeyPatch]:
+    """Let a run in this process choose and build what it would on an H100, Transformer Engine's optimizer included."""
+    from nemo_lmpo.model.kernels import Device
+    from nemo_lmpo.runtime import cpu_adapter
+    from nemo_lmpo.training import policy
+    from tests.flash_reference import flash_on_cpu
+
+    h100 = Device(gpu=True, name="H100 of the emulation", capability=(9, 0), flash=True)
+    with flash_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "this_device", lambda *, use_cuda: h100)
+        patch.setattr(cpu_adapter, "_without_fused_optimizers", list)
+        yield patch
+
+
+@contextmanager
+def session_on_te(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> Iterator[Any]:
+    """A session at step 0."""
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.session import open_session
+
+    config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", *overrides])
+    with as_on_a_gpu(), open_session(config, launch) as session:
+        yield session
+
+
+def _after_building(patch: pytest.MonkeyPatch, change: Callable[[str, Any], None]) -> None:
+    """Call ``change`` with the name of every parameter and the parameter, once the policy is built."""
+    from nemo_lmpo.training.policy import Policy
+
+    build = Policy.__init__
+
+    def build_and_change(policy: Policy, *arguments: Any, **named: Any) -> None:
+        build(policy, *arguments, **named)
+        for model in policy.models:
+            for name, parameter in model.named_parameters():
+                change(name, parameter)
+
+    patch.setattr(Policy, "__init__", build_and_change)
+
+
+def _norms_without_their_mark(patch: pytest.MonkeyPatch) -> None:
+    def unmark(name: str, parameter: Any) -> None:
+        if "layer_norm_weight" in name:
+            parameter.sequence_parallel = False
+
+    _after_building(patch, unmark)
+
+
+def _gradients_added_again(patch: pytest.MonkeyPatch) -> None:
+    """megatron-core adds what backward gives, too, as if it had not been told of the addition in place."""
+
+    def forget(name: str, parameter: Any) -> None:
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _: setattr(parameter, "grad_added_to_main_grad", False))
+
+    _after_building(patch, forget)
+
+
+def _adapters_on_what_is_not_normed(patch: pytest.MonkeyPatch) -> None:
+    from nemo_lmpo.model.lora import LinearAdapter
+
+    patch.setattr(LinearAdapter, "_normed", lambda adapter, hidden: hidden)
+
+
+def _adapters_without_their_mark(patch: pytest.MonkeyPatch) -> None:
+    def unmark(name: str, parameter: Any) -> None:
+        if "lora_" in name:
+            parameter.sequence_parallel = False
+
+    _after_building(patch, unmark)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "norms without their mark": _norms_without_their_mark,
+    "gradients added again": _gradients_added_again,
+    "adapters on what is not normed": _adapters_on_what_is_not_normed,
+    "adapters without their mark": _adapters_without_their_mark,
+}
+"""What could go wrong between the project and Transformer Engine."""
+
+
+def accumulate(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Main gradients of the first step's pairs: added in place, added on top of themselves, and by megatron-core.
+
+    With them how many products added in place each time, how many linear layers and how many micro-batches there are.
+    """
+    from tests.te_emulation.extension import CALLS
+
+    found: dict[str, Any] = {}
+
+    def look(name: str, *, clear: bool = True) -> None:
+        before = CALLS.get(IN_PLACE, 0)
+        if clear:
+            policy.prepare_for_training_step()
+        policy.run_batch(batch, forward_only=False)
+        gradients = {name: parameter.main_grad.clone().numpy() for name, parameter in model.named_parameters()}
+        found[name] = gradients, CALLS.get(IN_PLACE, 0) - before
+
+    with session_on_te(launch, run_dir, overrides) as session:
+        policy = session.policy
+        (model,) = policy.models
+        batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
+        found["micro_batches"] = len(batch.micro_batches)
+        linears = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+        found["linears"] = sum(module.fuse_wgrad_accumulation for module in linears)
+        look("fused")
+        look("twice", clear=False)
+        for module in linears:
+            module.fuse_wgrad_accumulation = False
+        look("unfused")
+    return found
+
+
+IN_PLACE = "gemm_accumulated"

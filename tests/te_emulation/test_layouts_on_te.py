@@ -1,0 +1,149 @@
+"""Every layout on Transformer Engine's layers trains like one process on megatron-core's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.test_layouts import (
+    BF16_GRADIENT,
+    BF16_LOSS,
+    QWEN2,
+    QWEN3,
+    RELATIVE,
+    STEPS,
+    assert_same_metrics,
+    assert_same_weights,
+)
+from tests.distributed.test_lora import LORA, adapters_of
+from tests.distributed.training_runs import metrics_of, weights_of
+from tests.te_emulation import runs
+from tests.te_emulation.host import Host
+
+TP2_SEQUENCE = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+PP2 = ("model.pipeline_model_parallel_size=2",)
+CP2 = ("model.context_parallel_size=2",)
+FULL = ("model.activations_checkpoint_granularity=full",)
+SHARDED = ("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")
+BF16 = ("trainer.precision=bf16",)
+TE_ATTENTION = (*BF16, "model.attention_backend=te")
+WINDOW = ("model.architecture.model_type=mistral", "+model.architecture.sliding_window=16")
+STEADY = ("optim.sched.name=constant",)  # the rate must not follow the run's length, which differs
+Reference = Callable[[tuple[str, ...]], Path]
+
+FLOAT32: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "tp2_sequence": (2, TP2_SEQUENCE),
+    "tp2_sequence_recomputed": (2, (*TP2_SEQUENCE, *FULL)),
+    "pp2": (2, PP2),
+    # Between a micro-batch's forward and its second forward stand those of others, in the same layers.
+    "pp2_vpp2_recomputed": (2, (*PP2, "model.virtual_pipeline_model_parallel_size=2", *FULL)),
+    "cp2": (2, CP2),
+    # Biases, whose gradients come with those of the weights; norms over heads, of which each rank has some.
+    "qwen2_tp2_sequence": (2, (*QWEN2, *TP2_SEQUENCE)),
+    "qwen3_tp2": (2, (*QWEN3, "model.tensor_model_parallel_size=2")),
+}
+BFLOAT16: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dp2_sharded": (2, (*BF16, *SHARDED)),
+    "tp2_sequence_sharded_recomputed": (2, (*BF16, *TP2_SEQUENCE, *SHARDED, *FULL)),
+    "te_attention_tp2_sequence": (2, (*TE_ATTENTION, *TP2_SEQUENCE)),
+    "te_attention_window_cp2_recomputed": (2, (*TE_ATTENTION, *WINDOW, *CP2, *FULL)),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Runs of one process on megatron-core's own layers, by the settings that change what is learned."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def run(overrides: tuple[str, ...]) -> Path:
+        learned = tuple(o for o in overrides if o in (*LORA, *BF16, *STEADY) or "model.architecture" in o)
+        if learned not in done:
+            done[learned] = tmp_path_factory.mktemp("local") / "run"
+            host.run(1, runs.train_local, str(done[learned]), learned)
+        return done[learned]
+
+    return run
+
+
+def train(host: Host, world_size: int, run: Path, overrides: tuple[str, ...], fault: str | None = None) -> None:
+    """On Transformer Engine: that its products, norms, rotation and optimizer ran is seen on every rank."""
+    expected = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fused_rope_backward", "multi_tensor_adam", "multi_tensor_l2norm"}
+    if LORA[0] not in overrides:
+        expected.add(runs.IN_PLACE)
+    for calls in host.run(world_size, runs.train_te, str(run), overrides, fault):
+        assert expected <= calls.keys()
+        assert ("fused_attn_bwd" in calls) == (TE_ATTENTION[-1] in overrides)
+
+
+@pytest.mark.parametrize("layout", FLOAT32)
+def test_trains_like_local_layers(layout: str, host: Host, reference: Reference, tmp_path: Path) -> None:
+    world_size, overrides = FLOAT32[layout]
+    train(host, world_size, tmp_path / "run", overrides)
+    assert_same_run(tmp_path / "run", reference(overrides))
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    # Weights first: their names say more.
+    assert_same_weights(weights_of(run, STEPS), weights_of(expected, STEPS), RELATIVE)
+    assert_same_metrics(metrics_of(run), metrics_of(expected))
+
+
+@pytest.mark.parametrize("layout", BFLOAT16)
+def test_trains_like_local_layers_in_bfloat16(layout: str, host: Host, reference: Reference, tmp_path: Path) -> None:
+    world_size, overrides = BFLOAT16[layout]
+    train(host, world_size, tmp_path / "run", overrides)
+    found, expected = metrics_of(tmp_path / "run"), metrics_of(reference(overrides))
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        for name in wanted.keys() & {"loss", "logps/chosen", "logps/rejected", "val/loss"}:
+            assert line[name] == pytest.approx(wanted[name], rel=BF16_LOSS), name
+        if "grad_norm" in wanted:
+            assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=BF16_GRADIENT)
+
+
+def test_adapters_train_like_those_on_local_layers(host: Host, reference: Reference, tmp_path: Path) -> None:
+    overrides = (*LORA, *TP2_SEQUENCE, *FULL)
+    train(host, 2, tmp_path / "run", overrides)
+    assert_same_adapters(tmp_path / "run", reference(overrides))
+
+
+def assert_same_adapters(run: Path, expected: Path) -> None:
+    assert_same_metrics(metrics_of(run), metrics_of(expected))
+    wanted = adapters_of(expected, STEPS)
+    for name, tensor in adapters_of(run, STEPS).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0.0, atol=1e-5, msg=name)
+
+
+def test_kernels_may_change_at_a_resume(host: Host, reference: Reference, tmp_path: Path) -> None:
+    """Transformer Engine's layers have other names and more state; its optimizer goes on from torch's, and back."""
+    parts = ((2, runs.train_te, TP2_SEQUENCE), (1, runs.train_local, ()), (2, runs.train_te, PP2))
+    for steps, (world_size, train_part, layout) in enumerate(parts, start=1):
+        host.run(world_size, train_part, str(tmp_path), (*STEADY, *layout, f"trainer.max_steps={steps}"))
+    assert len(parts) == STEPS
+    assert_same_weights(weights_of(tmp_path, STEPS), weights_of(reference(STEADY), STEPS), RELATIVE)
+
+
+FAULTS: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "norms without their mark": (2, TP2_SEQUENCE, r"layernorm\.weight"),
+    "gradients added again": (1, (), "the gradient norm of step 1 is nan"),
+    "adapters on what is not normed": (1, LORA, "grad_norm"),
+    "adapters without their mark": (2, (*LORA, *TP2_SEQUENCE), "grad_norm"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault: str, host: Host, reference: Reference, tmp_path: Path) -> None:
+    """What could go wrong between the project and Transformer Engine fails the tests above."""
+    world_size, overrides, message = FAULTS[fault]
+    compare = assert_same_adapters if LORA[0] in overrides else assert_same_run
+
+    def train_and_compare() -> None:
+        train(host, world_size, tmp_path / "run", overrides, fault)
+        compare(tmp_path / "run", reference(overrides))
+
+    with pytest.raises(AssertionError, match=message):
+        train_and_compare()
