@@ -301,6 +301,11 @@ class LoggingConfig:
     """Steps between lines of TensorBoard, W&B and the progress bar (`metrics.jsonl` has every step)."""
     report: bool = True
     """Draw `report.html` at the end."""
+    samples: int = setting(0, minimum=0, maximum=128)
+    """Prompts of the validation pairs that the policy answers, greedily, before the first step and at each
+    validation; 0: none. Nothing is kept between the tokens of an answer: each costs a forward pass over all of it."""
+    sample_tokens: int = setting(256, minimum=1, maximum=65536)
+    """Most tokens of such an answer."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 

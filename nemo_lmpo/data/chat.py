@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.config.architecture import parse_json
+from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
 from nemo_lmpo.errors import ConfigError, shown
 
@@ -132,3 +134,24 @@ def _header(bare: str, full: str, response: str) -> str | None:
     """What stands between a rendered prompt and its response, if the prompt is rendered alike in both."""
     found = full.find(response.strip(), len(bare)) if full.startswith(bare) else -1
     return None if found < 0 else full[len(bare) : found]
+
+
+def stop_ids(chat: ChatFormat, generation_config: bytes | None, origin: str) -> list[int]:
+    """Tokens that end an answer: EOS, the template's end of turn, and what a model's own generation config names.
+
+    Args:
+        chat: template and tokenizer.
+        generation_config: the model's `generation_config.json` if it has one.
+        origin: names the model in errors.
+
+    Raises:
+        CheckpointError: the generation config is damaged.
+    """
+    found = {chat.tokenizer.eos_token_id}
+    end = chat.tokenizer(chat.end_of_turn, add_special_tokens=False)["input_ids"]
+    if end and not chat.append_eos:
+        found.add(end[-1])
+    place = f"{origin}: generation_config.json"
+    named = Fields(parse_json(generation_config or b"{}", place), place).values.get("eos_token_id")
+    found.update(named if isinstance(named, list) else [named])
+    return sorted(token for token in found if isinstance(token, int))

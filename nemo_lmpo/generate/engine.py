@@ -14,6 +14,7 @@ import yaml
 
 from nemo_lmpo.config.architecture import architecture_to_hf
 from nemo_lmpo.config.schema import DataConfig
+from nemo_lmpo.data.chat import stop_ids
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.tokenizer import chat_template_text, load_tokenizer, padding_id
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
@@ -208,7 +209,8 @@ def open_prompting(
         max_prompt_length=files.architecture.max_position_embeddings,
         system_prompt=system_prompt or trained.system_prompt,
     )
-    return Prompting(files, tokenizer, encoder, _stop_ids(files, tokenizer, encoder))
+    ends = stop_ids(encoder.chat, files.side_file("generation_config.json"), files.origin)
+    return Prompting(files, tokenizer, encoder, ends)
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -277,14 +279,3 @@ def _trained_data(directory: Path) -> DataConfig:
         except (yaml.YAMLError, KeyError, TypeError):
             raise CheckpointError(f"{path} is not readable; restore the file") from None
     return data
-
-
-def _stop_ids(files: ModelFiles, tokenizer: PreTrainedTokenizerBase, encoder: PairEncoder) -> list[int]:
-    """EOS, the template's end of turn, and what the model's own generation config names."""
-    found = {tokenizer.eos_token_id}
-    end = tokenizer(encoder.chat.end_of_turn, add_special_tokens=False)["input_ids"]
-    if end and not encoder.chat.append_eos:
-        found.add(end[-1])
-    named = json.loads(files.side_file("generation_config.json") or b"{}").get("eos_token_id")
-    found.update(named if isinstance(named, list) else [named])
-    return sorted(token for token in found if token is not None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.model.attention_plan import AttentionPlan
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
+from nemo_lmpo.parallel.argmax import vocab_parallel_argmax
 from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_logprobs
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class PackedGPTModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    def vocabulary_part(self) -> VocabularyPart:
+        """Which rows of the padded vocabulary :meth:`output_weight` holds."""
+        rows = self.output_weight().shape[0]
+        return VocabularyPart(first=self.pg_collection.tp.rank() * rows, vocab_size=self.architecture.vocab_size)
+
     def select_hidden(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """Hidden states ``[P, hidden_size]`` at ``positions`` of this rank's part of the row.
 
@@ -110,15 +116,22 @@ class PackedGPTModel(GPTModel):
             chunk_tokens: positions whose logits exist at a time.
         """
         weight = self.output_weight()
-        group = self.pg_collection.tp
-        part = VocabularyPart(first=group.rank() * weight.shape[0], vocab_size=self.architecture.vocab_size)
         selected = self.select_hidden(hidden_states, positions).to(weight.dtype)
         return vocab_parallel_logprobs(
             selected,
             weight,
             targets,
-            part=part,
-            group=group,
+            part=self.vocabulary_part(),
+            group=self.pg_collection.tp,
             chunk_tokens=chunk_tokens,
             used_elsewhere=self.share_embeddings_and_output_weights and self.pre_process,
         )
+
+    def most_probable(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """The token ``[P]`` int64 that is most probable behind each position (last stage only).
+
+        Communicates over the tensor-parallel group. Arguments are those of :meth:`logprobs`.
+        """
+        weight = self.output_weight()
+        selected = self.select_hidden(hidden_states, positions).to(weight.dtype)
+        return vocab_parallel_argmax(selected, weight, part=self.vocabulary_part(), group=self.pg_collection.tp)

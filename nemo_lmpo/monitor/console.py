@@ -21,7 +21,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 # Time left is estimated from this many newest steps, so that a slow first step is soon forgotten.
 _WINDOW_STEPS = 50
 
-_SHOWN = (("loss", "loss", ".4f"), ("rewards/accuracies", "accuracy", ".3f"), ("rewards/margins", "margin", ".3f"))
+_SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".3f"),
+    ("rewards/margins", "margin", ".3f"),
+    ("samples/length", "answer tokens", ".1f"),
+)
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: `metrics.jsonl` (every step), and trackers.
+"""Where a run's metrics and sampled answers go: `metrics.jsonl` (every step), `samples.jsonl`, and trackers.
 
 `metrics.jsonl` holds one JSON object a line: `step` (finished optimizer steps, from 1), `time` (unix seconds)
 and the metrics in the order given. Validation writes its own line with the same step and the prefix `val/`.
@@ -13,13 +13,15 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from nemo_lmpo.config.schema import LoggingConfig
 from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.monitor.lines import cut_lines
+from nemo_lmpo.monitor.samples import Sample, SamplesFile
 from nemo_lmpo.monitor.trackers import Trackers
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -39,46 +41,14 @@ def encode_number(value: float) -> float | str:
     return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
 
 
-def _step_and_kind(line: bytes) -> tuple[int, str] | None:
-    """Step and prefix (`val/` or nothing) of a line; None for one that is broken."""
-    try:
-        entry = json.loads(line)
-        step = entry["step"]
-        if not isinstance(step, int):
-            return None
-    except (ValueError, KeyError, TypeError):
-        return None
-    is_validation = any(name.startswith("val/") for name in entry)
-    return step, "val/" if is_validation else ""
-
-
 def truncate_metrics(path: Path, resume_step: int) -> set[str]:
     """Remove the lines of steps after ``resume_step`` and broken ones, by one atomic rename.
 
     Returns:
         The prefixes that lines of exactly ``resume_step`` have: these are not to be written again.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return set()
-    kept: list[bytes] = []
-    at_resume_step: set[str] = set()
-    broken = 0
-    for line in content.splitlines(keepends=True):
-        found = _step_and_kind(line) if line.endswith(b"\n") else None
-        if found is None:
-            broken += 1
-        elif found[0] <= resume_step:
-            kept.append(line)
-            if found[0] == resume_step:
-                at_resume_step.add(found[1])
-    if broken:
-        _logger.warning("%s: removed %d broken line(s), as an interrupted write leaves them", path, broken)
-    remaining = b"".join(kept)
-    if remaining != content:
-        replace_file(path, remaining)
-    return at_resume_step
+    last = cut_lines(path, resume_step)
+    return {"val/" if any(name.startswith("val/") for name in entry) else "" for entry in last}
 
 
 class MetricsLog:
@@ -114,10 +84,11 @@ class MetricsLog:
         self._resume_step = resume_step
         # First: what is missing is refused before anything is written.
         self._trackers = Trackers(self._run_dir, config, settings=settings, resume_step=resume_step)
-        if total_steps is not None:
-            replace_file(self._run_dir / run_files.RUN_FACTS, json.dumps({"total_steps": total_steps}).encode() + b"\n")
+        self._facts: dict[str, Any] = {} if total_steps is None else {"total_steps": total_steps}
+        self._write_facts()
         self._path = self._run_dir / run_files.METRICS
         self._present = truncate_metrics(self._path, resume_step)
+        self._samples = SamplesFile(self._run_dir, resume_step)
         self._file = self._path.open("ab")
         self._synced_at = time.monotonic()
 
@@ -149,6 +120,25 @@ class MetricsLog:
             raise TrainingError(f"cannot write {self._path} ({error}); free the disk and resume the run") from error
         if prefix or step == 1 or step % self._log_interval == 0:
             self._trackers.log(step, named)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write the answers of a validation; ``step`` 0 has the start model's.
+
+        Raises:
+            TrainingError: they cannot be written.
+        """
+        if self._samples.write(step, samples):
+            self._trackers.log_samples(step, samples)
+
+    def note_early_stop(self, facts: Mapping[str, Any]) -> None:
+        """Keep in `run.json` that the run is done before its last step, and why, until it goes on."""
+        self._facts["stopped_early"] = dict(facts)
+        self._write_facts()
+
+    def _write_facts(self) -> None:
+        """What the report cannot see in the metrics."""
+        if self._facts:
+            replace_file(self._run_dir / run_files.RUN_FACTS, json.dumps(self._facts).encode() + b"\n")
 
     def sync(self) -> None:
         """Bring all lines to the disk; to be called before a checkpoint becomes visible."""

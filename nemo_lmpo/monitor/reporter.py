@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
@@ -12,6 +13,7 @@ from nemo_lmpo.errors import UserError
 from nemo_lmpo.monitor.banner import BannerFacts, render_banner
 from nemo_lmpo.monitor.console import Console
 from nemo_lmpo.monitor.metrics_log import MetricsLog
+from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.runtime.batch_job import read_batch_job
 
 _logger = logging.getLogger("nemo_lmpo")
@@ -62,6 +64,14 @@ class Reporter:
             self.console.validation(step, metrics)
         else:
             self.console.update(step, metrics)
+
+    def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """The answers of a validation."""
+        self.log.log_samples(step, samples)
+
+    def note_early_stop(self, facts: Mapping[str, Any]) -> None:
+        """The run is done before its last step; to be told before the report is drawn."""
+        self.log.note_early_stop(facts)
 
     def close(self) -> None:
         """Close the files and draw the report of what there is."""

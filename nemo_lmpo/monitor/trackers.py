@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.monitor.samples import Sample, as_markdown
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
 
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 MLFLOW_ID_FILE = "mlflow_id"
+_COLUMNS = tuple(field.name for field in fields(Sample))
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    """One that is open."""
+
+    logger: Logger
+    log_samples: Callable[[int, Sequence[Sample]], object]
+    """How answers are shown there, by step."""
+    finish: Callable[[], object]
 
 
 class Trackers:
@@ -34,7 +47,7 @@ class Trackers:
         Raises:
             ConfigError: one is configured, but missing or unable to start.
         """
-        openers: list[Callable[[], tuple[Logger, Callable[[], Any]]]] = []
+        openers: list[Callable[[], _Tracker]] = []
         if config.wandb.project:
             _require("wandb", f"logging.wandb.project={config.wandb.project!r}")
             openers.append(lambda: _wandb(run_dir, config.wandb, settings))
@@ -48,14 +61,18 @@ class Trackers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; steps that a tracker saw before an interruption are repeated exactly."""
-        for logger, _ in self._open:
-            logger.log_metrics(dict(metrics), step=step)
+        for tracker in self._open:
+            tracker.logger.log_metrics(dict(metrics), step=step)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """The answers of a validation; as :meth:`log`, repeated ones take the place of those before."""
+        for tracker in self._open:
+            tracker.log_samples(step, samples)
 
     def close(self) -> None:
         """Finish all of them; can be called twice."""
         while self._open:
-            _, finish = self._open.pop()
-            finish()
+            self._open.pop().finish()
 
 
 def _require(package: str, setting: str) -> None:
@@ -67,7 +84,7 @@ def _require(package: str, setting: str) -> None:
         ) from None
 
 
-def _tensorboard(run_dir: Path, resume_step: int) -> tuple[Logger, Callable[[], Any]]:
+def _tensorboard(run_dir: Path, resume_step: int) -> _Tracker:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     # TensorBoard hides what earlier files have of this step and later ones.
@@ -75,10 +92,15 @@ def _tensorboard(run_dir: Path, resume_step: int) -> tuple[Logger, Callable[[], 
         run_dir, name=run_files.TENSORBOARD, version="", default_hp_metric=False, purge_step=resume_step + 1
     )
     logger.experiment  # noqa: B018  # opens the file, which hides the steps even if none follows
-    return logger, lambda: logger.finalize("")
+
+    def log_samples(step: int, samples: Sequence[Sample]) -> None:
+        for index, sample in enumerate(samples):
+            logger.experiment.add_text(f"val/samples/{index}", as_markdown(sample), step)
+
+    return _Tracker(logger, log_samples, lambda: logger.finalize(""))
 
 
-def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> tuple[Logger, Callable[[], Any]]:
+def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> _Tracker:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -99,10 +121,15 @@ def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> t
             f"logging.wandb.project={config.project!r}: W&B cannot start ({error}); run `wandb login`, "
             "set WANDB_MODE=offline, or unset logging.wandb.project"
         ) from error
-    return logger, logger.experiment.finish
+
+    def log_samples(step: int, samples: Sequence[Sample]) -> None:
+        rows = [[step, *asdict(sample).values()] for sample in samples]
+        logger.log_text("val/samples", columns=["step", *_COLUMNS], data=rows, step=step)
+
+    return _Tracker(logger, log_samples, logger.experiment.finish)
 
 
-def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any]) -> tuple[Logger, Callable[[], Any]]:
+def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any]) -> _Tracker:
     from lightning.pytorch.loggers import MLFlowLogger
     from mlflow.exceptions import MlflowException
 
@@ -126,7 +153,13 @@ def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any]) ->
             "logging.mlflow.experiment"
         ) from error
     replace_file(run_dir / MLFLOW_ID_FILE, f"{logger.run_id}\n")
-    return logger, lambda: logger.finalize("success")
+
+    def log_samples(step: int, samples: Sequence[Sample]) -> None:
+        # A file a step: MLflow's tables only grow, and a resumed run would repeat its lines in one.
+        table = [asdict(sample) for sample in samples]
+        logger.experiment.log_dict(logger.run_id, {"step": step, "samples": table}, f"samples/step_{step:07d}.json")
+
+    return _Tracker(logger, log_samples, lambda: logger.finalize("success"))
 
 
 def _kept_id(path: Path) -> str:

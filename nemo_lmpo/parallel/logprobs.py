@@ -36,8 +36,8 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _local_logits(hidden: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
-    """``[C, rows]`` float32."""
+def local_logits(hidden: Tensor, weight: Tensor, part: VocabularyPart) -> Tensor:
+    """``[C, rows]`` float32 logits of this rank's part of the vocabulary; minus infinity for padding."""
     return part.hide_padding(_product(hidden, weight.t()))
 
 
@@ -130,7 +130,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         owned = (local_targets >= 0) & (local_targets < weight.shape[0])
         safe_targets = torch.where(owned, local_targets, 0)
         for chunk in _chunks(count, chunk_tokens):
-            logits = _local_logits(hidden[chunk], weight, part)
+            logits = local_logits(hidden[chunk], weight, part)
             largest = logits.max(dim=-1).values
             # A rank can hold padding only; its maximum is -inf and would turn into NaN.
             finite = torch.where(torch.isinf(largest), 0.0, largest)
@@ -158,7 +158,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = WeightGradient(ctx.output_weight, used_elsewhere=ctx.used_elsewhere)
         for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
-            logits = _local_logits(hidden[chunk], weight, ctx.part)
+            logits = local_logits(hidden[chunk], weight, ctx.part)
             probabilities = logits.sub_(log_normaliser[chunk, None]).exp_()
             scale = gradients[0][chunk, None].float()
             # d logprob / d logit = [target] - probability

@@ -14,6 +14,7 @@ from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.report.plots import Picture
+    from nemo_lmpo.report.samples import Samples
 
 REPORT_FILE = "report.html"
 PICTURES_DIR = "report"
@@ -32,13 +33,22 @@ def _how_to_read(run: Run) -> str:
     )
 
 
-def build_page(run: Run, pictures: Sequence[Picture], config_text: str = "") -> str:
+def build_page(
+    run: Run,
+    pictures: Sequence[Picture],
+    config_text: str = "",
+    *,
+    samples: Samples | None = None,
+    samples_picture: Picture | None = None,
+) -> str:
     """The page of one run.
 
     Args:
         run: for title and tables.
         pictures: drawn charts, in the order of the page.
         config_text: the whole configuration, to be shown on demand.
+        samples: answers of the policy, if it was asked for any.
+        samples_picture: their lengths.
     """
     state, kind = state_text(run)
     header, rows = metric_rows(run)
@@ -60,6 +70,8 @@ def build_page(run: Run, pictures: Sequence[Picture], config_text: str = "") -> 
             config_text=config_text,
             how_to_read=_how_to_read(run),
             pictures=pictures,
+            samples=samples,
+            samples_picture=samples_picture,
         )
     )
 
@@ -82,15 +94,18 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     run = read_run(run_dir)
     # Imported here, so that a wrong directory is answered before matplotlib is loaded.
     from nemo_lmpo.report.plots import draw_all
+    from nemo_lmpo.report.samples import draw_samples, read_samples
 
-    drawn = draw_all([run])
+    drawn, samples = draw_all([run]), read_samples(run_dir)
+    of_samples = None if samples is None else draw_samples(samples, run)
     config = run_dir / "config.yaml"
     config_text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     pictures = run_dir / PICTURES_DIR
     pictures.mkdir(exist_ok=True)
-    for picture in drawn:
+    for picture in drawn if of_samples is None else [*drawn, of_samples]:
         replace_file(pictures / f"{picture.chart.name}.png", picture.png)
     page = Path(output) if output is not None else run_dir / REPORT_FILE
     page.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(page, build_page(run, drawn, config_text).encode("utf-8"))
+    text = build_page(run, drawn, config_text, samples=samples, samples_picture=of_samples)
+    replace_file(page, text.encode("utf-8"))
     return page

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,14 +282,44 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
         bottom, top = min(bottom, low - pad), max(top, high + pad)
     if panel.reference is not None:
         level, name = panel.reference
-        dashes: dict[str, Any] = {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
         bottom, top = min(bottom, level - 0.03 * (top - level)), max(top, level + 0.03 * (level - bottom))
-        axes.axhline(level, zorder=1, **dashes)
-        extra.append(Line2D([], [], label=name, **dashes))
+        extra.append(_draw_level(axes, level, name))
     axes.set_ylim(bottom, top)
     if outside:
         _note_outside(axes, outside)
     _panel_legend(axes, lines, extra, several=len(runs) > 1)
+
+
+def _draw_level(axes: Any, level: float, name: str) -> Line2D:
+    """A dashed line to compare with; its legend entry."""
+    dashes: dict[str, Any] = {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (3, 3))}
+    axes.axhline(level, zorder=1, **dashes)
+    return Line2D([], [], label=name, **dashes)
+
+
+def one_panel(ylabel: str, lines: Callable[[Any], None], level: tuple[float, str] | None = None) -> bytes:
+    """A picture of one pair of axes over the steps, from 0 up, in the looks of the others.
+
+    Args:
+        ylabel: of the axis.
+        lines: draws on the axes; what it labels is in the legend.
+        level: to compare with, and what it is.
+    """
+    with matplotlib.rc_context({"font.family": "sans-serif", "axes.formatter.useoffset": False}):
+        height = _PANEL_INCHES[1] + _FRAME_INCHES
+        figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, facecolor=BACKGROUND, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        _frame(axes, Panel(ylabel, ()))
+        lines(axes)
+        entries = list(axes.get_legend_handles_labels()[0])
+        if level is not None:
+            entries.append(_draw_level(axes, *level))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step", color=TEXT, fontsize=9.5)
+        style = _legend_style([str(entry.get_label()) for entry in entries])
+        axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, **style)
+        return picture_bytes(canvas)
 
 
 def picture_bytes(canvas: FigureCanvasAgg) -> bytes:

@@ -47,6 +47,17 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """Why a run is done before its last step."""
+
+    step: int
+    monitor: str
+    best: float | None
+    without_better: int
+    """Validations since the best one."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A run to report on."""
 
@@ -54,10 +65,13 @@ class Run:
     metrics: Metrics
     config: Mapping[str, Any] = field(default_factory=dict)
     total_steps: int | None = None
+    early_stop: EarlyStop | None = None
 
     @property
     def finished(self) -> bool | None:
-        """Whether all steps are done; None if the number of steps is not known."""
+        """Whether nothing is left to do; None if the number of steps is not known."""
+        if self.early_stop is not None:
+            return True
         return None if self.total_steps is None else self.metrics.last_step >= self.total_steps
 
 
@@ -132,13 +146,30 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
 
 
-def _total_steps(run_dir: Path, config: Mapping[str, Any]) -> int | None:
+def _facts(run_dir: Path) -> dict[str, Any]:
+    """What `run.json` says; empty if it is missing or cannot be read."""
     try:
-        total = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["total_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _total_steps(facts: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    total = facts.get("total_steps")
+    if total is None:
         trainer = config.get("trainer")
         total = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
     return total if isinstance(total, int) else None
+
+
+def _early_stop(facts: Mapping[str, Any], last_step: int) -> EarlyStop | None:
+    """The reason, unless the run went on since."""
+    try:
+        found = EarlyStop(**facts["stopped_early"])
+    except (KeyError, TypeError):
+        return None
+    return found if found.step == last_step else None
 
 
 def read_run(run_dir: Path, label: str | None = None) -> Run:
@@ -152,4 +183,5 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
     metrics = read_metrics(run_dir / METRICS_FILE)
     config = read_config(run_dir)
     name = label or str(config.get("name") or run_dir.resolve().name)
-    return Run(name, metrics, config, _total_steps(run_dir, config))
+    facts = _facts(run_dir)
+    return Run(name, metrics, config, _total_steps(facts, config), _early_stop(facts, metrics.last_step))

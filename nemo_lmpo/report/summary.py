@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemo_lmpo.report.read import VALIDATION, Run, Series
+from nemo_lmpo.report.read import VALIDATION, EarlyStop, Run, Series
 
 # Settings that tell one run from another, besides the whole of `loss`.
 _SETTINGS = (
@@ -146,10 +146,18 @@ def _validation_steps(run: Run, name: str) -> list[int]:
     return series.steps if series is not None else []
 
 
+def _why(stop: EarlyStop) -> str:
+    validations = "validation" if stop.without_better == 1 else "validations"
+    what = f"no better {stop.monitor}" + ("" if stop.best is None else f" than {_plain(stop.best)}")
+    return f"{what} in the last {stop.without_better:,} {validations}"
+
+
 def state_text(run: Run) -> tuple[str, str]:
     """How far the run is, and a word for its state: `finished`, `unfinished` or `unknown`."""
     done = f"{run.metrics.last_step:,}"
     if run.total_steps is None:
         return f"{done} {'step' if done == '1' else 'steps'}", "unknown"
     of = f"{done} of {run.total_steps:,} steps"
+    if run.early_stop is not None:
+        return f"Stopped early: {of}; {_why(run.early_stop)}", "finished"
     return (f"Finished: {of}", "finished") if run.finished else (f"Not finished: {of}", "unfinished")

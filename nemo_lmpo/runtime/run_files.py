@@ -7,6 +7,7 @@ A run directory (``runs/<recipe>`` unless set)::
 
     config.yaml        the resolved configuration
     metrics.jsonl      a line a step
+    samples.jsonl      a line an answer that was sampled (`logging.samples`)
     run.json           what the report cannot see in the metrics
     changes.jsonl      settings that a resume changed on purpose
     checkpoints/       step_0000100/, and what was set aside: step_0000100.damaged/
@@ -33,6 +34,7 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 RUN_FACTS = "run.json"
 CHANGES = "changes.jsonl"
 CHECKPOINTS = "checkpoints"

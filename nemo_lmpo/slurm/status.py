@@ -141,6 +141,8 @@ def _training_left(run: Run | None) -> str:
     seconds = run.metrics.get("step_seconds") if run is not None else None
     if run is None or run.total_steps is None or seconds is None:
         return "-"
+    if run.finished:
+        return _duration(0)
     left = (run.total_steps - run.metrics.last_step) * statistics.median(seconds.values[-_RECENT_STEPS:])
     return _duration(left)
 

@@ -41,6 +41,7 @@ from nemo_lmpo.training.policy import Policy, kernels_for
 from nemo_lmpo.training.preflight import Preflight, preflight
 from nemo_lmpo.training.process import distributed_session
 from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
+from nemo_lmpo.training.samples import answer_samples
 from nemo_lmpo.training.start import load_data, load_start_weights
 from nemo_lmpo.training.stop import StopCondition
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
@@ -202,6 +203,9 @@ class TrainingSession:
             total_steps=self.total_steps,
             peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
             profiler=StepProfiler(self.config.trainer.profile, self.run.path / "profile", rank=self.launch.rank),
+            samples=answer_samples(
+                self.config, self.base, self.policy, self.batches, self.data.tokenizer, self.data.validation
+            ),
         )
 
     def _reporter(self, start_step: int) -> Reporter:
@@ -226,7 +230,12 @@ class TrainingSession:
         job = read_batch_job()
         try:
             with StopCondition(limit, started=started, stop_at=job.stop_at if job else None) as stop:
-                return trainer.fit(stop) if reporter is None else trainer.fit(stop, reporter.listen)
+                if reporter is None:
+                    return trainer.fit(stop)
+                result = trainer.fit(stop, reporter.listen, reporter.show_samples)
+                if result.early:
+                    reporter.note_early_stop(trainer.early_stop_facts())
+                return result
         finally:
             if reporter is not None:
                 reporter.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.profile import StepProfiler
+from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.training.ahead import BatchesAhead
@@ -26,6 +27,7 @@ from nemo_lmpo.training.batches import BatchBuilder, MixedPairs, Pairs, StepBatc
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
 from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.samples import AnswerSamples, sample_metrics
 from nemo_lmpo.training.stop import StopCondition
 
 if TYPE_CHECKING:
@@ -36,8 +38,16 @@ Listener = Callable[[int, dict[str, float], str], None]
 """Told of every line of metrics: finished steps, metrics, and the prefix (`val/` or nothing)."""
 
 
+SampleViewer = Callable[[int, Sequence[Sample]], None]
+"""Shown the answers of every validation, with the finished steps."""
+
+
 def _nobody_listens(step: int, metrics: dict[str, float], prefix: str) -> None:
     """For trainers that are driven step by step."""
+
+
+def _nobody_looks(step: int, samples: Sequence[Sample]) -> None:
+    """On all ranks but one."""
 
 
 @dataclass
@@ -70,6 +80,7 @@ class PreferenceTrainer:
         total_steps: int,
         peak_flops: float | None = None,
         profiler: StepProfiler | None = None,
+        samples: AnswerSamples | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -83,6 +94,7 @@ class PreferenceTrainer:
         self.total_steps = total_steps
         self.peak_flops = peak_flops
         self.profiler = profiler
+        self.samples = samples
         self._ahead = BatchesAhead(batches, train_pairs, sampler.pairs_of_step, total_steps)
         self.progress = TrainState()
         self._saved_step = 0
@@ -98,14 +110,23 @@ class PreferenceTrainer:
         self._saved_step = self.progress.step
         return self.progress.step
 
-    def fit(self, stop: StopCondition, listen: Listener = _nobody_listens) -> FitResult:
-        """Train until all steps are done or there is a reason to stop, saving on the way; ``listen`` hears of it.
+    def fit(
+        self, stop: StopCondition, listen: Listener = _nobody_listens, show: SampleViewer = _nobody_looks
+    ) -> FitResult:
+        """Train until all steps are done or there is a reason to stop, saving on the way.
+
+        Args:
+            stop: the reasons.
+            listen: hears of every line of metrics.
+            show: sees the sampled answers, if there are any.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
         device = self.batches.device
         stop.longest_save = self.progress.save_seconds
+        if self.progress.step == 0:
+            self._sample(show)  # what the answers of later steps are compared with
         while self.progress.step < self.total_steps and not self._out_of_patience():
             with self._watched():
                 reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
@@ -120,7 +141,7 @@ class PreferenceTrainer:
             self.progress.step += 1
             self.progress.metrics.update(metrics)
             listen(self.progress.step, metrics, "")
-            self._after_step(stop, listen)
+            self._after_step(stop, listen, show)
             self.checkpoints.poll()
         self._save_if_new(stop)
         self.checkpoints.wait()
@@ -130,6 +151,15 @@ class PreferenceTrainer:
         """Whether too many validations brought nothing better; the same on every rank, as their metrics are."""
         patience = self.config.trainer.early_stopping_patience
         return patience > 0 and self.progress.without_better >= patience
+
+    def early_stop_facts(self) -> dict[str, Any]:
+        """Why the run is done before its last step, for the report."""
+        return {
+            "step": self.progress.step,
+            "monitor": self.config.checkpoint.monitor,
+            "best": self.progress.best,
+            "without_better": self.progress.without_better,
+        }
 
     def _count_validation(self) -> None:
         """Note whether this validation is the best so far."""
@@ -146,7 +176,7 @@ class PreferenceTrainer:
     def _profiled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.profiler is None else self.profiler.step(self.progress.step + 1)
 
-    def _after_step(self, stop: StopCondition, listen: Listener) -> None:
+    def _after_step(self, stop: StopCondition, listen: Listener, show: SampleViewer) -> None:
         """Validate and save where it is time."""
         step = self.progress.step
         checkpoint = self.config.checkpoint
@@ -154,7 +184,7 @@ class PreferenceTrainer:
         validated = self._validates(step)
         if validated and self.validation_pairs is not None:
             started = time.monotonic()
-            metrics = self.validate()
+            metrics = self.validate() | self._sample(show)
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
             self.progress.metrics.update({f"val/{name}": value for name, value in metrics.items()})
             self._count_validation()
@@ -162,6 +192,14 @@ class PreferenceTrainer:
         due = checkpoint.save_interval > 0 and step % checkpoint.save_interval == 0
         if due or last or (validated and checkpoint.keep_best > 0):
             self._save_if_new(stop)
+
+    def _sample(self, show: SampleViewer) -> dict[str, float]:
+        """Answer the sampled prompts, and show the answers; their metrics, none where nothing is sampled."""
+        if self.samples is None:
+            return {}
+        taken = self.samples.take()
+        show(self.progress.step, taken)
+        return sample_metrics(taken)
 
     def _validates(self, step: int) -> bool:
         """Whether a validation belongs after ``step`` finished steps."""

@@ -243,6 +243,19 @@ def test_without_slurm_and_without_steps(
     assert "runs/x_sweep/loss.lam-1  unknown, " in said
 
 
+def test_a_run_that_stopped_early_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    write_run(tmp_path / "runs" / "early", steps=4, total=10, job=None)
+    why = {"step": 4, "monitor": "val/loss", "best": 1.0, "without_better": 2}
+    (tmp_path / "runs" / "early" / "run.json").write_text(json.dumps({"total_steps": 10, "stopped_early": why}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split() == ["runs/early", "done", "4/10", "1.7000", "1.2500", "0:00:00", "-", "-", "-"]
+
+
 def test_status_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 1
     assert "there are no runs in ./runs" in capsys.readouterr().err

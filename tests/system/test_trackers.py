@@ -1,10 +1,16 @@
 """W&B and MLflow themselves, without a server: both start programs of their own."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.monitor.metrics_log import MetricsLog
+from nemo_lmpo.monitor.samples import Sample
+
+SAMPLES = [Sample("<user> a", "b", 2, True), Sample("<user> c", "d d", 3, False)]
 
 
 def open_log(run_dir, config, *, resume_step=0):
@@ -24,6 +30,7 @@ def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
     with open_log(tmp_path / "r", WANDB) as log:
         log.log(1, {"loss": 1.0})
         log.log(1, {"loss": 2.0}, prefix="val/")
+        log.log_samples(1, SAMPLES)
     run_id = (tmp_path / "r" / "wandb_id").read_text().strip()
     first = offline_runs(tmp_path / "r")
     assert len(first) == 1
@@ -33,6 +40,9 @@ def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
     assert (tmp_path / "r" / "wandb_id").read_text().strip() == run_id
     contents = [path.read_bytes() for path in (tmp_path / "r" / "wandb").glob("offline-run-*/run-*.wandb")]
     assert any(b"val/loss" in content for content in contents)
+    (table,) = [json.loads(path.read_text()) for path in (tmp_path / "r" / "wandb").rglob("*.table.json")]
+    assert table["columns"] == ["step", "prompt", "answer", "tokens", "finished"]
+    assert table["data"] == [[1, "<user> a", "b", 2, True], [1, "<user> c", "d d", 3, False]]
 
 
 def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
@@ -43,14 +53,22 @@ def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
     with open_log(tmp_path / "r", config) as log:
         log.log(1, {"loss": 1.5})
         log.log(1, {"loss": 2.0}, prefix="val/")
+        log.log_samples(1, SAMPLES)
+        log.log_samples(2, SAMPLES)  # behind the newest checkpoint
     with open_log(tmp_path / "r", config, resume_step=1) as log:
         log.log(2, {"loss": 0.5})
+        log.log_samples(2, SAMPLES[:1])
     run_id = (tmp_path / "r" / "mlflow_id").read_text().strip()
     client = tracking.MlflowClient(uri)
     assert [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")] == [(1, 1.5), (2, 0.5)]
     assert client.get_run(run_id).data.metrics["val/loss"] == 2.0
     assert client.get_run(run_id).data.params == {"name": "t"}
     assert client.get_run(run_id).info.status == "FINISHED"
+    files = [client.download_artifacts(run_id, f"samples/step_000000{step}.json", str(tmp_path)) for step in (1, 2)]
+    assert [json.loads(Path(file).read_text()) for file in files] == [
+        {"step": step, "samples": [vars(sample) for sample in samples]}
+        for step, samples in ((1, SAMPLES), (2, SAMPLES[:1]))
+    ]
 
 
 def test_mlflow_without_a_server_says_what_to_set(tmp_path, monkeypatch):

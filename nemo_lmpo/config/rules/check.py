@@ -21,6 +21,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.duration,
     settings.monitor,
     settings.early_stopping,
+    settings.samples,
     settings.reference,
     settings.adapters,
     settings.parallelism,

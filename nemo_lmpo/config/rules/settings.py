@@ -128,6 +128,15 @@ def early_stopping(config: Config) -> Iterator[str]:
         )
 
 
+def samples(config: Config) -> Iterator[str]:
+    """Samples answer validation prompts, so there must be some."""
+    if config.logging.samples and config.data.validation.path is None:
+        yield (
+            f"logging.samples={config.logging.samples} answers prompts of the validation pairs; set "
+            f"data.validation.path, or logging.samples to 0"
+        )
+
+
 def reference(config: Config) -> Iterator[str]:
     """A reference model is kept only where a loss compares with one."""
     if config.model.reference_in_memory and not LOSSES[config.loss.name].needs_reference:

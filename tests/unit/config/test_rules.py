@@ -169,6 +169,13 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("trainer.early_stopping_patience=2", "set data.validation.path and trainer.val_check_interval above 0"),
     ),
+    "samples_of_nothing": (
+        ("logging.samples=4", "data.validation.path=null"),
+        1,
+        ("logging.samples=4", "set data.validation.path, or logging.samples to 0"),
+    ),
+    "samples_without_number": (("logging.samples=129",), 1, ("logging.samples=129", "at most 128")),
+    "samples_without_tokens": (("logging.sample_tokens=0",), 1, ("logging.sample_tokens=0", "at least 1")),
     "unknown_metric": (("checkpoint.monitor=val/los",), 1, ("checkpoint.monitor='val/los'", "choose val/loss")),
     "no_setting_to_change": (
         ("checkpoint.allow_changes=[optim.lrr]",),

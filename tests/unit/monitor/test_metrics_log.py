@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch  # before the tests, in which nothing may be started
 
 from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError, TrainingError
 from nemo_lmpo.monitor.metrics_log import MetricsLog, encode_number, truncate_metrics
+from nemo_lmpo.monitor.samples import Sample
 
 QUIET = LoggingConfig(tensorboard=False)
 WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
@@ -131,7 +133,6 @@ def test_values_that_are_not_finite_are_valid_json(tmp_path):
 
 
 def test_encode_number_takes_what_float_takes():
-    torch = pytest.importorskip("torch")
     assert encode_number(torch.tensor(1.5)) == 1.5
     assert encode_number(3) == 3.0
 
@@ -171,6 +172,82 @@ def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tm
         log.log(5, {"loss": 1.0}, prefix="val/")
     assert tensorboard_points(tmp_path, "loss") == [(1, 11.0), (2, 12.0), (4, 24.0), (6, 26.0)]
     assert tensorboard_points(tmp_path, "val/loss") == [(5, 1.0)]
+
+
+SAMPLES = [Sample("<user> a\n| b", "x\u2028y \u00e9", 3, True), Sample("<user> c", "", 8, False)]
+
+
+def lines_of_samples(run_dir):
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_bytes().splitlines()]
+
+
+def test_samples_are_a_line_an_answer(tmp_path):
+    with open_log(tmp_path) as log:
+        assert not (tmp_path / "samples.jsonl").exists()
+        log.log_samples(0, SAMPLES)
+        log.log_samples(25, SAMPLES[1:])
+    assert lines_of_samples(tmp_path) == [
+        {"step": 0, "prompt_index": 0, **vars(SAMPLES[0])},
+        {"step": 0, "prompt_index": 1, **vars(SAMPLES[1])},
+        {"step": 25, "prompt_index": 0, **vars(SAMPLES[1])},
+    ]
+
+
+def sampled_steps(run_dir):
+    return [line["step"] for line in lines_of_samples(run_dir)]
+
+
+def test_samples_of_a_resumed_run(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in (0, 2, 4):
+            log.log_samples(step, SAMPLES)
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 1, "prom')
+    with open_log(tmp_path, resume_step=2) as log:
+        assert sampled_steps(tmp_path) == [0, 0, 2, 2]
+        log.log_samples(2, SAMPLES)  # a trainer that validates again where it resumes
+        log.log_samples(3, SAMPLES)
+    assert sampled_steps(tmp_path) == [0, 0, 2, 2, 3, 3]
+    # A run that begins anew may have another start model.
+    with open_log(tmp_path, resume_step=0) as log:
+        log.log_samples(0, SAMPLES[1:])
+    assert lines_of_samples(tmp_path) == [{"step": 0, "prompt_index": 0, **vars(SAMPLES[1])}]
+
+
+def test_samples_that_cannot_be_written_are_one_clear_error(tmp_path):
+    with open_log(tmp_path) as log:
+        (tmp_path / "samples.jsonl").mkdir()
+        with pytest.raises(TrainingError, match=r"cannot write .*samples\.jsonl.*resume the run"):
+            log.log_samples(2, SAMPLES)
+
+
+def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tmp_path):
+    # The one that TensorBoard itself reads with; its older one forgets no texts.
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    with open_log(tmp_path, config=LoggingConfig()) as log:
+        for step in (0, 2, 4):
+            log.log_samples(step, SAMPLES)
+    with open_log(tmp_path, config=LoggingConfig(), resume_step=2) as log:
+        log.log_samples(4, [SAMPLES[1]])
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    texts = {
+        index: [(event.step, event.tensor_proto.string_val[0].decode()) for event in accumulator.Tensors(tag)]
+        for index in (0, 1)
+        if (tag := f"val/samples/{index}/text_summary")
+    }
+    answered = "Prompt\n\n    <user> a\n    | b\n\nAnswer (3 tokens)\n\n    x\n    y \u00e9"
+    cut = "Prompt\n\n    <user> c\n\nAnswer (8 tokens, cut)\n\n    "
+    assert texts == {0: [(0, answered), (2, answered), (4, cut)], 1: [(0, cut), (2, cut)]}
+
+
+def test_an_early_stop_is_kept_until_the_run_goes_on(tmp_path):
+    with open_log(tmp_path, total_steps=9) as log:
+        log.note_early_stop({"step": 3})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 9, "stopped_early": {"step": 3}}
+    open_log(tmp_path, total_steps=9, resume_step=3).close()
+    assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 9}
 
 
 @pytest.mark.parametrize(

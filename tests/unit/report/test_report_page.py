@@ -1,4 +1,5 @@
 import base64
+import json
 import re
 
 import pytest
@@ -108,6 +109,36 @@ def test_settings(make_run):
 )
 def test_state(make_run, steps, total, text):
     assert state_text(read_run(make_run(steps=steps, total=total, validate=()))) == text
+
+
+def early_stop(**changes):
+    facts = {"step": 12, "monitor": "val/loss", "best": 0.25, "without_better": 3, **changes}
+    return json.dumps({"total_steps": 1478, "stopped_early": facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        (early_stop(), "Stopped early: 12 of 1,478 steps; no better val/loss than 0.25 in the last 3 validations"),
+        (
+            early_stop(best=None, without_better=1),
+            "Stopped early: 12 of 1,478 steps; no better val/loss in the last 1 validation",
+        ),
+        # It went on, and was killed: what stands there is of before.
+        (early_stop(step=8), "Not finished: 12 of 1,478 steps"),
+        (
+            json.dumps({"total_steps": 1478, "stopped_early": {"of": "a later version"}}),
+            "Not finished: 12 of 1,478 steps",
+        ),
+        ("[1478]", "12 steps"),
+    ],
+)
+def test_state_of_a_run_that_stopped_early(make_run, facts, text):
+    run_dir = make_run(steps=12, validate=())
+    (run_dir / "run.json").write_text(facts)
+    run = read_run(run_dir)
+    assert state_text(run)[0] == text
+    assert run.finished == {"Stopped": True, "Not": False}.get(text.split()[0])
 
 
 def test_report_of_a_single_step_without_config(make_run):

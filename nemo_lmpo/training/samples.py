@@ -1,0 +1,214 @@
+"""Answers of the policy in training to a few validation prompts, greedily, in whatever layout it trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.chat import ChatFormat, stop_ids
+from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.tokenizer import chat_template_text
+from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.monitor.samples import Sample
+from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, Pairs, StepBatch
+from nemo_lmpo.training.pair_metrics import PairMetrics
+from nemo_lmpo.training.pipeline import run_pipeline
+from nemo_lmpo.training.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN = "token"
+"""Column of the table of next tokens."""
+
+
+class _Unfinished:
+    """Sequences that want their next token, as :class:`nemo_lmpo.training.batches.Pairs`.
+
+    Each is the prompt of a pair whose responses are one unknown token: a response's last token is never fed, so all
+    that is laid in a row is the sequence, and the position that predicts is its end.
+    """
+
+    def __init__(self, sequences: Sequence[list[int]]) -> None:
+        self.sequences = sequences
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([[len(ids), 1, 1] for ids in self.sequences])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> PairTokens:
+        return PairTokens(f"sample {index}", self.sequences[index], [0], [0])
+
+
+class GreedyAnswers:
+    """Continues prompts by the most probable token until an end token or the limit.
+
+    Every token is a forward pass over all unfinished sequences in packed rows; nothing is kept from one to the next.
+    It draws no random numbers, and leaves weights, gradients and statistics alone.
+    """
+
+    def __init__(self, policy: Policy, batches: BatchBuilder, *, ends: Sequence[int], most_tokens: int) -> None:
+        """Take what answering needs.
+
+        Args:
+            policy: answers with its present weights.
+            batches: lays rows as those of training.
+            ends: tokens that end an answer.
+            most_tokens: of an answer; fewer where a row, or the model's positions, have no room for as many.
+        """
+        self.policy = policy
+        self.batches = copy.copy(batches)
+        self.batches.share_prompt = True  # the two unknown responses must not double the sequence
+        self.ends = frozenset(ends)
+        self.most_tokens = most_tokens
+        self.room = min(batches.row_tokens, policy.architecture.max_position_embeddings)
+
+    def __call__(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """The answer to each prompt, its end token included; the same on every rank.
+
+        Communicates: for every token what the layout's forward pass does, the choice of the token over the tensor-
+        and context-parallel groups, and its distribution over all ranks. All ranks call it together.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        unfinished = list(range(len(prompts)))
+        while unfinished:
+            tokens = self._next_tokens([prompts[place] + answers[place] for place in unfinished])
+            for place, token in zip(unfinished, tokens, strict=True):
+                answers[place].append(token)
+            unfinished = [place for place in unfinished if not self._ended(prompts[place], answers[place])]
+        return answers
+
+    def finished(self, answer: list[int]) -> bool:
+        """Whether the policy ended the answer itself."""
+        return answer[-1] in self.ends
+
+    def _ended(self, prompt: list[int], answer: list[int]) -> bool:
+        return self.finished(answer) or len(answer) >= min(self.most_tokens, self.room - len(prompt))
+
+    def _next_tokens(self, sequences: Sequence[list[int]]) -> list[int]:
+        pairs: Pairs = _Unfinished(sequences)
+        batch = self.batches.build(pairs, np.arange(len(sequences)))
+        table = _NextTokens(self.policy, batch)
+        run_pipeline(list(self.policy.chunks), batch.micro_batches, table.forward_step, forward_only=True)
+        return table.read()
+
+
+class _NextTokens:
+    """What megatron-core's schedules call for every micro-batch, and the tokens that come of it."""
+
+    def __init__(self, policy: Policy, batch: StepBatch) -> None:
+        self.groups = policy.groups
+        self.table = PairMetrics((TOKEN,), batch.num_pairs, policy.device)
+
+    def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        """As :meth:`nemo_lmpo.training.step.MicroBatchStep.forward_step`."""
+        from megatron.core.utils import unwrap_model
+
+        micro_batch = next(micro_batches)
+        hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
+        bare = cast(PackedGPTModel, unwrap_model(model))
+        return hidden, partial(self._choose, micro_batch=micro_batch, model=bare)
+
+    def _choose(
+        self, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Note the tokens of a row on the last stage; the rest is megatron-core's form of a loss.
+
+        Communicates over the tensor-parallel group, and over the context-parallel one: of its ranks, the one that
+        holds a sequence's last token chooses.
+        """
+        chosen = model.most_probable(hidden, micro_batch.predict_positions)
+        tokens = torch.zeros(2 * micro_batch.num_pairs, dtype=torch.int64, device=hidden.device)
+        tokens[micro_batch.sequence_index] = chosen
+        if self.groups.context.size() > 1:
+            dist.all_reduce(tokens, group=self.groups.context)
+        # Both unknown responses are predicted from the same place.
+        self.table.put(micro_batch.pair_index, {TOKEN: tokens.view(-1, 2)[:, 0]})
+        return hidden.new_zeros(()), micro_batch.pair_count, {}
+
+    def read(self) -> list[int]:
+        """The token of each sequence. Communicates: an all-reduce and a broadcast, so that every rank has all."""
+        self.table.share(self.groups)
+        return [int(token) for token in self.table.read().column(TOKEN).tolist()]
+
+
+def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
+    """Token ids of the first ``count`` different prompts, or of all there are if fewer."""
+    found: dict[tuple[int, ...], None] = {}
+    for index in range(len(pairs)):
+        if len(found) == count:
+            break
+        found.setdefault(tuple(pairs[index].prompt_ids))
+    return [list(ids) for ids in found]
+
+
+class AnswerSamples:
+    """The run's sampled prompts, and the policy's answers to them at any moment."""
+
+    def __init__(self, answers: GreedyAnswers, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.answers = answers
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self._texts = [self._decode(prompt, skip_special_tokens=False) for prompt in prompts]
+
+    def take(self) -> list[Sample]:
+        """An answer to each prompt, the same on every rank; communicates as :class:`GreedyAnswers`."""
+        return [
+            Sample(
+                prompt=text,
+                answer=self._decode(ids, skip_special_tokens=True).strip(),
+                tokens=len(ids),
+                finished=self.answers.finished(ids),
+            )
+            for text, ids in zip(self._texts, self.answers(self.prompts), strict=True)
+        ]
+
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean tokens of the answers, and the fraction that the limit cut."""
+    return {
+        "samples/length": sum(sample.tokens for sample in samples) / len(samples),
+        "samples/truncated": sum(not sample.finished for sample in samples) / len(samples),
+    }
+
+
+def answer_samples(
+    config: Config,
+    base: BaseModel,
+    policy: Policy,
+    batches: BatchBuilder,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs | None,
+) -> AnswerSamples | None:
+    """What `logging.samples` asks for; None: nothing.
+
+    Raises:
+        ConfigError: the chat template gives no way to end an answer.
+        CheckpointError: the start model's generation config is damaged.
+    """
+    if config.logging.samples == 0 or pairs is None:
+        return None
+    chat = ChatFormat(tokenizer, chat_template_text(config.data.chat_template, tokenizer))
+    path = None if base.sidecars is None else base.sidecars / "generation_config.json"
+    generation_config = path.read_bytes() if path is not None and path.is_file() else None
+    ends = stop_ids(chat, generation_config, str(base.sidecars))
+    answers = GreedyAnswers(policy, batches, ends=ends, most_tokens=config.logging.sample_tokens)
+    return AnswerSamples(answers, distinct_prompts(pairs, config.logging.samples), tokenizer)
