@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Processes that share the tests; each imports torch and megatron-core, and starts up to four more.
 TEST_WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 RUN_DIR ?= runs/lmpo_tiny
 
 EVAL_VENV ?= .venv-eval
@@ -76,7 +76,7 @@ test-latest:  ## unit and distributed tests on Python 3.12 with the newest engin
 	$(LATEST_PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --upgrade pip
 	.venv-latest/bin/python -m pip install --quiet -c constraints-latest.txt -e '.[test]'
-	.venv-latest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup tests/unit tests/distributed
+	.venv-latest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit tests/distributed
 
 lint: $(STAMP)  ## style, types, shell scripts
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 _ROOT = Path(__file__).resolve().parent.parent
+_TOGETHER = ("tests/slurm", "tests/te_emulation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,12 +22,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where workers share the tests (`-n 2 --dist loadgroup`): a file to a worker, and to one what shares a set-up."""
-    for item in items:
-        path = item.path.relative_to(_ROOT / "tests")
-        together = path.parts[0] in ("slurm", "te_emulation")
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if together else path.as_posix()))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Where workers share the tests (`-n 2`): a file to a worker, and to one the files that share a set-up.
+
+    xdist's own groups do nothing with pytest 9.2, whose items no longer have the attribute that carries them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
