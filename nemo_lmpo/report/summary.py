@@ -53,6 +53,7 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("logps/rejected", "log-prob., rejected", _plain),
     ("lmpo/p_chosen", "probability p, chosen", _plain),
     ("lmpo/p_rejected", "probability p, rejected", _plain),
+    ("samples/length", "sampled answers, tokens", _plain),
 )
 
 

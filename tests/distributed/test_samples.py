@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from nemo_lmpo.generate.engine import Sampling, load_generator
@@ -60,7 +61,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 def by_transformers(model: Path, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same lines with the answers that `transformers` generates."""
-    generator = load_generator(model)
+    generator = load_generator(model, device="cpu", dtype=torch.float32)
     prompts = [generator.tokenizer(line["prompt"], add_special_tokens=False)["input_ids"] for line in asked]
     answers = generator.respond(prompts, Sampling(max_new_tokens=MOST_TOKENS, batch_size=1))
     return [

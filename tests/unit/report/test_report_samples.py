@@ -6,6 +6,7 @@ from nemo_lmpo.report import write_report
 from nemo_lmpo.report.plots import ROLES
 from nemo_lmpo.report.read import read_run
 from nemo_lmpo.report.samples import MOST_COLUMNS, draw_samples, read_samples
+from nemo_lmpo.report.summary import metric_rows
 from tests.unit.report.test_report_plots import has_color, picture
 
 PROMPTS = ("<user> sort b a", "<user> & <script>alert(1)</script>")
@@ -68,3 +69,13 @@ def test_the_mean_of_their_lengths_is_drawn(make_run):
     below_legend = rows > 80
     rows, columns = rows[below_legend], columns[below_legend]
     assert rows[columns.argmin()] > rows[columns.argmax()] + 100
+
+
+def test_the_table_of_results_has_their_length(make_run):
+    run_dir = make_run(validate=())
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step, length in ((10, 31.5), (40, 18.25)):
+            file.write(json.dumps({"step": step, "val/loss": 3.0 / step, "val/samples/length": length}) + "\n")
+    header, rows = metric_rows(read_run(run_dir))
+    assert header[2:] == ["validation, first (step 10)", "validation, best and last (step 40)"]
+    assert rows[-1] == ["sampled answers, tokens", "-", "31.5", "18.25"]
