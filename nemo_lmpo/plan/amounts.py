@@ -13,6 +13,8 @@ from typing import Any
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.plan.work import Product, Work, ring_bytes
 
 SIZE = 2
@@ -91,6 +93,8 @@ class Split:
     of the product."""
     chunk: int = 1024
     """Positions whose logits exist at a time."""
+    passes: int = 0
+    """Forward passes of a step besides training's own, without gradients."""
     dense_scores: int = 0
     """Length of sequences whose scores are whole in memory (published runs from before flash attention)."""
 
@@ -115,7 +119,19 @@ def split_of(layout: ParallelLayout) -> Split:
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
         chunk=logprob_chunk(model, layout.architecture),
+        passes=len(further_passes(layout.config)),
     )
+
+
+def further_passes(config: Config) -> list[str]:
+    """What a step goes forward for besides training itself."""
+    loss = build_loss(config.loss)
+    found = []
+    if loss.statistics is not None and loss.statistics.update == "before_step":
+        found.append("statistics before the losses")
+    if config.model.reference_in_memory and loss.needs_reference:
+        found.append("the reference model")
+    return found
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ def layer_work(shape: Shape, split: Split, row: Row) -> Work:
     work = Work()
     tokens, tensor = row.tokens // split.context, split.tensor
     outside = tokens // tensor if split.sequence_parallel else tokens
-    forwards = 2 if split.recompute else 1
+    forwards = (2 if split.recompute else 1) + split.passes
     for columns, depth in (
         ((shape.query + shape.key_value) // tensor, shape.hidden),
         (shape.hidden, shape.query // tensor),
@@ -149,9 +165,10 @@ def layer_work(shape: Shape, split: Split, row: Row) -> Work:
     # Two norms (2 and 3) and two residual additions (3 and 3); the activation; keys laid out, rotation, QKV parted.
     work.moved["outside"] = SIZE * outside * shape.hidden * (2 * (2 * forwards + 3) + 2 * (3 * forwards + 3))
     work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
-    work.moved["heads"] = SIZE * tokens * heads * (14 if split.fused else 24)
+    again = forwards - 1
+    work.moved["heads"] = SIZE * tokens * heads * (14 + 7 * again if split.fused else 24 + 16 * again)
     work.moved["gradients"] = split.accumulate * shape.layer_weights // tensor
-    work.kernels["layer"] = (47 if split.fused else 81) + 16 * (forwards - 1)
+    work.kernels["layer"] = 47 + 20 * again if split.fused else 81 + 42 * again
     if split.dense_scores:
         # Forward, forward again, backward; masks, softmax and dropout go over the scores some sixteen times.
         scores = tokens * split.dense_scores * shape.query // (tensor * HEAD)
@@ -181,17 +198,25 @@ def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwar
 
 
 def head_work(shape: Shape, split: Split, row: Row) -> Work:
-    """Log-probabilities and their gradient on the last stage; the logits are computed twice."""
+    """Log-probabilities and their gradient on the last stage.
+
+    The logits are computed twice for training, and once in each further pass.
+    """
     work = Work()
     rows, positions = shape.vocabulary // split.tensor, row.predicted // split.context
-    work.products[Product(positions, rows, shape.hidden)] += 2
+    work.products[Product(positions, rows, shape.hidden)] += 2 + split.passes
     work.products[Product(positions, shape.hidden, rows)] += 1
     work.products[Product(rows, shape.hidden, positions)] += 1
-    work.moved["logits"] = positions * rows * (FORWARD_OF_LOGITS + BACKWARD_OF_LOGITS)
+    work.moved["logits"] = positions * rows * (FORWARD_OF_LOGITS * (1 + split.passes) + BACKWARD_OF_LOGITS)
     # Each chunk of positions adds its part of the matrix's gradient to the buffer, inside of the product.
     chunks = -(-positions // split.chunk)
     work.moved["gradients"] = 8 * chunks * rows * shape.hidden
-    work.kernels["head"] = 150 + 25 * chunks
+    work.kernels["head"] = 150 + 25 * chunks + split.passes * (25 + 12 * chunks)
+    if split.sequence_parallel:
+        whole = SIZE * row.tokens // split.context * shape.hidden
+        for kind, number in (("all-gather", 1 + split.passes), ("reduce-scatter", 1)):
+            work.sent[kind, "tensor"] = number * ring_bytes(kind, whole, split.tensor)
+            work.calls[kind, "tensor"] = number
     return work
 
 
@@ -209,7 +234,7 @@ def micro_batch_work(shape: Shape, split: Split, row: Row, *, last: bool) -> Wor
 
 def attention_flops(shape: Shape, split: Split, row: Row) -> float:
     """Of a micro-batch on a stage: ``q k`` and ``p v`` forward, and five products of that size backward."""
-    forwards = 2 if split.recompute or split.dense_scores else 1
+    forwards = (2 if split.recompute or split.dense_scores else 1) + split.passes
     of_layer = (4.0 * forwards + 10.0) * shape.query / split.tensor * row.attended / split.context
     return of_layer * stage_layers(shape, split)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.plan.amounts import further_passes
 from nemo_lmpo.plan.cards import GIB, Machine
 from nemo_lmpo.plan.pairs import LENGTHS, step_rows
 from nemo_lmpo.plan.search import Candidate, model_flops, rank_layouts
@@ -18,6 +19,7 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
     lines = [
         f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters on {machine.gpus} x {card.name}, "
         f"{machine.nodes} node(s) of {card.node}; {config.model.global_batch_size} pairs a step, {LENGTHS}",
+        *(f"with a forward pass more a step, for {what}" for what in further_passes(config)),
         "",
         f"  {'layout':<34} {'row':>6} {'rows':>5} {'GiB':>6} {'step s':>8} {'pairs/s':>8} {'MFU':>5}  time goes to",
     ]

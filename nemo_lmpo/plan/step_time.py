@@ -118,9 +118,10 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     if split.sequence_parallel:
         inside *= EXPOSED_OF_SEQUENCE_PARALLEL
     inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
-    # Hidden states go forward and their gradients back; the interleaved schedule sends more often, behind computation.
+    # Hidden states go forward in each pass and their gradients back; the interleaved schedule sends more often, behind
+    # computation.
     sent = work.sent["send", "pipeline"] / rate_of(2, split.tensor * split.replicas, card)
-    inside += 2 * sent if split.virtual == 1 else 2 * INTERLEAVED_EXPOSED * split.virtual * sent
+    inside += (2 + split.passes) * sent * (1 if split.virtual == 1 else INTERLEAVED_EXPOSED * split.virtual)
     return MicroBatchTime(max(device, host), inside, host > device)
 
 
@@ -166,7 +167,7 @@ def _between_replicas(
     shape: Shape, split: Split, micro_batches: int, micro: MicroBatchTime, card: Card
 ) -> tuple[float, float]:
     """Seconds at the end of a step, and seconds in all micro-batches together."""
-    backward = 2 / 3 * micro.total
+    backward = 2 / (3 + split.passes) * micro.total
     ranks = split.replicas
     if ranks == 1:
         return 0.0, 0.0

@@ -12,7 +12,7 @@ from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.plan.amounts import Row, Shape, Split, attention_flops, head_work, layer_work
+from nemo_lmpo.plan.amounts import Row, Shape, Split, attention_flops, further_passes, head_work, layer_work
 from nemo_lmpo.plan.cards import CARDS, Machine, read_gpus
 from nemo_lmpo.plan.describe import describe_plan
 from nemo_lmpo.plan.pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
@@ -44,6 +44,38 @@ def test_products_of_the_head() -> None:
 def test_attention_forward_and_backward() -> None:
     """Two products of 512 channels a pair forward, five backward; two operations a multiply-add; four layers."""
     assert attention_flops(SHAPE, Split(), ROW) == 4 * 7 * 2 * 512 * 1000
+
+
+def test_a_further_forward_pass() -> None:
+    """A third of a step's products and two of seven in attention; logits are computed once more, not twice."""
+    once = Split(passes=1)
+    assert layer_work(SHAPE, once, ROW).flops * 6 == layer_work(SHAPE, Split(), ROW).flops * 8
+    assert head_work(SHAPE, once, ROW).flops == 10 * 4096 * 512 * 128
+    assert attention_flops(SHAPE, once, ROW) * 7 == attention_flops(SHAPE, Split(), ROW) * 9
+    parted = layer_work(SHAPE, Split(tensor=4, sequence_parallel=True, passes=1), ROW)
+    assert sum(parted.calls.values()) == 10 + 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ((), []),
+        (("loss.compat=released_code",), ["statistics before the losses"]),
+        (("loss.compat=released_code", "loss.z_score=false"), []),
+        (("loss=dpo",), []),  # computed once before training
+        (("loss=dpo", "model.reference_in_memory=true"), ["the reference model"]),
+        (("loss=kto",), ["statistics before the losses"]),
+        (("loss=kto", "model.reference_in_memory=true"), ["statistics before the losses", "the reference model"]),
+    ],
+)
+def test_which_losses_go_forward_more_often(settings: tuple[str, ...], passes: list[str]) -> None:
+    config = load_recipe("lmpo_llama3_8b", settings)
+    assert further_passes(config) == passes
+    assert config.model.architecture is not None
+    text = describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus("8"))
+    assert [line for line in text.splitlines() if line.startswith("with a forward pass")] == [
+        f"with a forward pass more a step, for {what}" for what in passes
+    ]
 
 
 def test_what_sequence_parallelism_sends() -> None:

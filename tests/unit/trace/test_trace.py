@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -46,8 +47,8 @@ def layout(name: str, *more: str) -> ParallelLayout:
 
 
 @cache
-def trace(name: str, rank: int = 0, *, transformer_engine: bool = True) -> Trace:
-    return trace_rank(layout(name), rank, transformer_engine=transformer_engine)
+def trace(name: str, rank: int = 0, *more: str, transformer_engine: bool = True) -> Trace:
+    return trace_rank(layout(name, *more), rank, transformer_engine=transformer_engine)
 
 
 def test_memory_of_weights_and_optimizer() -> None:
@@ -80,12 +81,26 @@ def test_the_instant_dry_run_agrees_without_transformer_engine() -> None:
     assert computed == pytest.approx(trace("tp4", transformer_engine=False).peak, rel=0.05)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_plan_counts_what_is_executed(name: str) -> None:
-    """Products and bytes sent are exact but for the vocabulary's padding; kernels and their bytes about right."""
-    stages = layout(name).config.model.pipeline_model_parallel_size
-    found = trace(name, layout(name).world_size // stages * (stages - 1))
-    counted = micro_batch_work(shape_of(layout(name).architecture), split_of(layout(name)), found.row, last=True)
+RELEASED = ("loss.compat=released_code",)
+KTO = ("loss=kto", "model.reference_in_memory=true")
+COUNTED = [
+    *((name, (), True) for name in LAYOUTS),
+    *(case for engine in (True, False) for case in (("tp4_recomputed", RELEASED, engine), ("tp4", KTO, engine))),
+    ("tp4_pp2", RELEASED, True),
+]
+
+
+@pytest.mark.parametrize(("name", "loss", "engine"), COUNTED)
+def test_the_plan_counts_what_is_executed(name: str, loss: tuple[str, ...], engine: bool) -> None:
+    """Products and bytes sent are exact but for the vocabulary's padding; kernels and their bytes about right.
+
+    Losses that go forward more often, too: for statistics, and with a second model for a reference.
+    """
+    of = layout(name, *loss)
+    stages = of.config.model.pipeline_model_parallel_size
+    found = trace(name, of.world_size // stages * (stages - 1), *loss, transformer_engine=engine)
+    split = replace(split_of(of), fused=engine)
+    counted = micro_batch_work(shape_of(of.architecture), split, found.row, last=True)
     executed = found.micro_batch
     assert counted.flops == pytest.approx(executed.flops, rel=0.01)
     for group in ("tensor", "context", "pipeline"):
