@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from nemo_lmpo.training.stop import StopCondition
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+_logger = logging.getLogger(__name__)
 
 Listener = Callable[[int, dict[str, float], str], None]
 """Told of every line of metrics: finished steps, metrics, and the prefix (`val/` or nothing)."""
@@ -125,8 +128,11 @@ class PreferenceTrainer:
         """
         device = self.batches.device
         stop.longest_save = self.progress.save_seconds
-        if self.progress.step == 0:
+        if self.progress.step == 0 and self.samples is not None:
+            _logger.info("answering %d sampled prompts with the start model", len(self.samples.prompts))
+            started = time.monotonic()
             self._sample(show)  # what the answers of later steps are compared with
+            stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
         while self.progress.step < self.total_steps and not self._out_of_patience():
             with self._watched():
                 reason = stop.reason(device, validates=self._validates(self.progress.step + 1))

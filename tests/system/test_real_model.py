@@ -105,6 +105,42 @@ def compare_losses(pairs: list[Pair], tokens: list[torch.Tensor], losses: list[f
             statistics.update(margins)
 
 
+def sampled(launch: LaunchInfo, overrides: tuple[str, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    """The sampled prompts of validation, and the start model's answers in its training layout."""
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.session import open_session
+
+    with open_session(load_recipe("lmpo_smollm2_135m", overrides), launch) as session:
+        samples = session.trainer().samples
+        assert samples is not None
+        return samples.prompts, samples.answers(samples.prompts)
+
+
+@pytest.mark.slow
+def test_sampled_answers_to_real_prompts(smollm2_dir: Path, shared_dir: Path, tmp_path: Path) -> None:
+    from nemo_lmpo.generate.engine import Sampling, load_generator
+
+    pairs = shared_dir / "data" / "alpaca_pairs_train.jsonl.gz"
+    overrides = (
+        f"model.restore_from_path={smollm2_dir}",
+        *(f"data.{which}.path={pairs}" for which in ("train", "validation")),
+        *(f"data.{which}.limit=4" for which in ("train", "validation")),
+        "data.validation.split=train",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.max_length=256",
+        "data.max_prompt_length=128",
+        f"model.global_batch_size={PAIRS}",
+        f"run_dir={tmp_path / 'run'}",
+        "logging.samples=2",
+        "logging.sample_tokens=8",
+    )
+    ((prompts, answers),) = run_workers(1, sampled, overrides, timeout=300)
+    assert len({tuple(answer) for answer in answers}) == 2
+    generator = load_generator(smollm2_dir, device="cpu", dtype=torch.float32)
+    expected = generator.respond(prompts, Sampling(max_new_tokens=8, batch_size=1))
+    assert answers == [answer.token_ids for answer in expected]
+
+
 def _greedy(next_logits: object, ids: list[int], count: int) -> list[int]:
     for _ in range(count):
         ids = [*ids, int(next_logits(ids)[-1].argmax())]  # type: ignore[operator]
