@@ -109,7 +109,7 @@ def measure(layout: ParallelLayout, steps: int) -> dict[str, Any]:
         for chunk in policy.models:
             for parameter in chunk.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        optimizer = build_optimizer(policy.chunks, config.optim, config.trainer)
+        optimizer = build_optimizer(policy.chunks, config)
         pairs = SpreadPairs(config.model.global_batch_size, config, layout.architecture.vocab_size)
         builder = BatchBuilder(config, groups, device=device, pad_id=0)
         batch = builder.build(pairs, np.arange(len(pairs)))

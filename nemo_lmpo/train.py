@@ -86,7 +86,6 @@ def _leave_at_once(status: int) -> int:
 def _run(options: argparse.Namespace, started: float) -> int:
     from nemo_lmpo.runtime.launch import read_launch_info
 
-    prepare_environment()
     launch = read_launch_info()
     _start_logging(launch)
     if not options.list and not options.show_config:
@@ -100,6 +99,7 @@ def _run(options: argparse.Namespace, started: float) -> int:
     if options.config_name is None:
         raise ConfigError("--config-name is missing; name a recipe (see --list)")
     config = load_recipe(options.config_name, options.overrides, config_dir=options.config_dir)
+    prepare_environment(in_order=not config.model.fsdp)
     if options.show_config:
         import yaml
 

@@ -86,8 +86,6 @@ setup_rendezvous() {
         port=$((port + 1))
     done
     export MASTER_ADDR MASTER_PORT=$port
-    # Overlapping tensor-parallel communication with computation needs kernels to be queued in order (Megatron-LM).
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 }
 
 # ---- starting processes

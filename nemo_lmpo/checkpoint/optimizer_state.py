@@ -1,4 +1,4 @@
-"""Optimizer state in a form that every layout reads, with or without the distributed optimizer.
+"""Optimizer state in a form that every layout reads, whether data-parallel ranks share it or not.
 
 megatron-core's optimizer classes each have a format of their own. Here a parameter's moments (and its float32
 main copy, if the model is in bfloat16) are stored like the parameter itself, under
@@ -8,17 +8,17 @@ learning rates follow from the step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from nemo_lmpo.checkpoint.boxes import boxed, copy_from_boxes
+from nemo_lmpo.checkpoint.weights import described_parameter
+from nemo_lmpo.parallel.shards import gathered_dtype, is_shared, own_part
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes along each axis."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
@@ -43,8 +43,8 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
             continue
         if is_loading:
             _make_state(inner)
-        if _is_distributed(inner):
-            state[f"{index}"] = _distributed_state(inner, model_state)
+        if _is_shared(inner):
+            state[f"{index}"] = _shared_state(inner, model_state)
         else:
             state[f"{index}"] = _plain_state(inner, model_state)
     return state
@@ -56,8 +56,8 @@ def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], *, step: int) -
         if getattr(inner, "is_stub_optimizer", False):
             continue
         tensors = loaded[f"{index}"]
-        if _is_distributed(inner):
-            _load_distributed(inner, tensors)
+        if _is_shared(inner):
+            _load_shared(inner, tensors)
         else:
             for number, (_, main, state) in enumerate(_plain_parameters(inner)):
                 for name in MOMENTS:
@@ -71,6 +71,11 @@ def _is_distributed(inner: Any) -> bool:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     return isinstance(inner, DistributedOptimizer)
+
+
+def _is_shared(inner: Any) -> bool:
+    """Whether this rank keeps a part of the state only."""
+    return _is_distributed(inner) or any(is_shared(parameter) for parameter in inner.get_parameters())
 
 
 def _make_state(inner: Any) -> None:
@@ -105,7 +110,7 @@ def _sharded_parameters(model_state: dict[str, Any]) -> dict[int, Any]:
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
     sharded, _ = extract_sharded_tensors_and_factories(model_state)
-    return {id(entry.data): entry for entry in nested_values(sharded)}
+    return {id(described_parameter(entry.data)): entry for entry in nested_values(sharded)}
 
 
 def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -124,20 +129,13 @@ def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str,
     return result
 
 
-def _distributed_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
-    """This rank's shard of each parameter's state, in the format of a plain optimizer, without a copy.
-
-    The optimizer cuts parameters as flat lists, a checkpoint holds boxes of tensors; a flat range of a matrix is at
-    most three boxes: part of a row, whole rows, part of a row. No state is gathered anywhere.
-    """
+def _shared_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
+    """This rank's part of each parameter's state, in the format of a plain optimizer, without a copy or a gather."""
     by_identity = _sharded_parameters(model_state)
     return {
         number: {
-            name: [
-                _boxed(part, box, tensor, f"optimizer.state.{name}")
-                for part, box, tensor in _boxes(by_identity[id(model)], model, start, shard)
-            ]
-            for name, shard in tensors.items()
+            name: boxed(by_identity[id(model)], start, part, prefix=f"optimizer.state.{name}.")
+            for name, part in tensors.items()
         }
         for number, (model, start, tensors) in enumerate(_shards(inner))
     }
@@ -145,6 +143,9 @@ def _distributed_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dic
 
 def _shards(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
     """Parameters that this rank keeps state of: the model's, where its flat range starts, and the state's tensors."""
+    if not _is_distributed(inner):
+        yield from _shards_of_shared_parameters(inner)
+        return
     for ranges in inner.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:
@@ -156,76 +157,16 @@ def _shards(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
                     yield model, places["param"].start, tensors
 
 
-def _boxes(entry: Any, model: Tensor, start: int, shard: Tensor) -> Iterator[tuple[Any, Box, Tensor]]:
-    """The boxes of a shard: the sharded tensor that each lies in, its place there, and its elements of ``shard``.
-
-    Args:
-        entry: how the parameter is stored; SwiGLU's first matrix as two tensors, gate and up.
-        model: the parameter.
-        start: where the shard begins in the flattened parameter.
-        shard: ``[n]``.
-    """
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
-    parts = list(nested_values({0: entry.build()})) if isinstance(entry, ShardedTensorFactory) else [entry]
-    stop, flat = start + shard.numel(), shard.view(-1)
-    for part in sorted(parts, key=lambda part: part.data.storage_offset()):
-        assert part.data.is_contiguous(), part.key
-        begin = part.data.storage_offset() - model.storage_offset()
-        first, last = max(start, begin), min(stop, begin + part.data.numel())
-        for box in boxes_of_range(tuple(part.local_shape), first - begin, last - begin) if first < last else ():
-            count = math.prod(box[1])
-            yield part, box, flat[first - start : first - start + count].view(box[1])
-            first += count
+def _shards_of_shared_parameters(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    for parameter, _, state in _plain_parameters(inner):
+        own = own_part(parameter)
+        tensors = {name: own_part(state[name]).local for name in MOMENTS}
+        if gathered_dtype(parameter) != parameter.dtype:
+            tensors["fp32_param"] = own.local
+        yield parameter, own.start, tensors
 
 
-def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The elements ``start`` to ``stop`` (not included) of a flattened tensor, as boxes of the tensor, in order."""
-    if start >= stop:
-        return
-    if len(shape) == 1:
-        yield (start,), (stop - start,)
-        return
-    row = math.prod(shape[1:])
-    head = min(stop, -(-start // row) * row)
-    body = max(head, stop // row * row)
-    for begin, end in ((start, head), (body, stop)):
-        if begin == body and head < body:
-            yield (head // row, *[0] * (len(shape) - 1)), ((body - head) // row, *shape[1:])
-        index = begin // row
-        for offsets, sizes in boxes_of_range(shape[1:], begin - index * row, end - index * row):
-            yield (index, *offsets), (1, *sizes)
-
-
-def _boxed(part: Any, box: Box, tensor: Tensor, prefix: str) -> Any:
-    """A box of a parameter's state as a sharded tensor; only this rank of the data-parallel group has it."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    leading = part.prepend_axis_num
-    offsets, sizes = box
-    inner_offset = (place + offset for place, offset in zip(part.global_offset[leading:], offsets, strict=True))
-    size = (*[1] * leading, *sizes)
-    return ShardedTensor(
-        key=f"{prefix}.{part.key}",
-        data=tensor.view(size),
-        dtype=tensor.dtype,
-        local_shape=size,
-        global_shape=part.global_shape,
-        global_offset=(*part.global_offset[:leading], *inner_offset),
-        axis_fragmentations=None,
-        replica_id=(*part.replica_id[:2], 0),
-        allow_shape_mismatch=part.allow_shape_mismatch,
-    )
-
-
-def _load_distributed(inner: Any, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
-    """Boxes are read in place; one that was not is copied."""
+def _load_shared(inner: Any, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
     for number, (_, _, tensors) in enumerate(_shards(inner)):
-        for name, shard in tensors.items():
-            place, flat = 0, shard.view(-1)
-            for box in loaded[number][name]:
-                target = flat[place : place + box.numel()]
-                if target.data_ptr() != box.data_ptr():
-                    target.copy_(box.reshape(-1))
-                place += box.numel()
+        for name, part in tensors.items():
+            copy_from_boxes(part, loaded[number][name])

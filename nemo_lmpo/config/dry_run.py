@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nemo_lmpo.config.memory import checkpoint_host_bytes, estimate_memory
 from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.config.schema import Config
 
 GIB = 2.0**30
 
@@ -26,7 +27,7 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
             + (f" (VPP {chunks})" if chunks else "")
             + f" x CP {model.context_parallel_size} x DP {layout.data_parallel_size}"
             + (", sequence parallel" if model.sequence_parallel else "")
-            + (", distributed optimizer" if config.optim.use_distributed_optimizer else ""),
+            + _shared(config),
         ),
         ("precision", config.trainer.precision),
         ("recompute", model.activations_checkpoint_granularity or "none"),
@@ -43,6 +44,7 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
         ("optimizer", memory.optimizer),
         ("activations", memory.activations),
         ("logits", memory.logits),
+        *([("gathered", memory.gathered)] if memory.gathered else []),
         *([("reference", memory.reference)] if memory.reference else []),
         ("together", memory.total),
     ]
@@ -58,3 +60,10 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
     if unseen:
         lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")
     return "\n".join(lines)
+
+
+def _shared(config: Config) -> str:
+    """What replicas share."""
+    if config.model.fsdp:
+        return ", FSDP"
+    return ", distributed optimizer" if config.optim.use_distributed_optimizer else ""

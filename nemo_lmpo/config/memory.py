@@ -33,13 +33,15 @@ class MemoryEstimate:
     reference: float
     """Parameters of a reference model in memory."""
     step: float = 0.0
-    """What the optimizer's step takes for itself, when activations and logits are free again."""
+    """What the end of backward or the optimizer's step takes for itself, when activations and logits are free again."""
+    gathered: float = 0.0
+    """Whole weights, and gradients on their way to be shared out, where ranks share weights."""
 
     @property
     def total(self) -> float:
         """The most at a time; allocator overhead, kernels' workspaces and communication buffers come on top."""
         kept = self.parameters + self.gradients + self.optimizer + self.reference
-        return kept + max(self.activations + self.logits, self.step)
+        return kept + max(self.activations + self.logits + self.gathered, self.step)
 
 
 def stage_parameters(architecture: Architecture, config: Config) -> float:
@@ -140,23 +142,19 @@ def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
 def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     """Memory of the busiest rank."""
     config, architecture = layout.config, layout.architecture
+    if config.model.fsdp:
+        return _fully_sharded(layout)
     parameters = stage_parameters(architecture, config)
     frozen = parameters if config.model.peft.name is not None else 0.0
     trained = adapter_parameters(architecture, config) if frozen else parameters
-    low_precision = config.trainer.precision == "bf16"
-    weights = (frozen + trained) * (2 if low_precision else 4)
-    shards = layout.data_parallel_size * config.model.context_parallel_size
-    optimizer = (12.0 if low_precision else 8.0) * trained
+    size = number_bytes(config)
+    weights = (frozen + trained) * size
+    optimizer = (12.0 if size == 2 else 8.0) * trained
     if config.optim.use_distributed_optimizer:
-        optimizer /= max(shards, 1)
-    tensor = config.model.tensor_model_parallel_size
-    rows = architecture.padded_vocab_size(config.model.make_vocab_size_divisible_by, tensor) / tensor
-    size = 2 if low_precision else 4
-    positions = min(
-        logprob_chunk(config.model, architecture), config.data.row_budget / config.model.context_parallel_size
-    )
-    # Float32 logits, their gradient in the run's dtype (in place for float32), and room beside the output matrix.
-    logits = (4 + size % 4) * positions * rows + (0.0 if frozen else size * rows * architecture.hidden_size)
+        optimizer /= max(layout.replicas, 1)
+    rows = vocabulary_rows(layout)
+    # Beside the logits there is room that autograd asks for beside the output matrix.
+    logits = chunk_of_logits(layout) + (0.0 if frozen else size * rows * architecture.hidden_size)
     activations = activation_bytes(architecture, config, config.data.row_budget)
     if config.model.pipeline_model_parallel_size > 1:
         # The first stage holds the most micro-batches, the last one fewer and the logits.
@@ -175,16 +173,74 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     )
 
 
+def _fully_sharded(layout: ParallelLayout) -> MemoryEstimate:
+    """Memory where data- and context-parallel ranks share weights, gradients and optimizer state."""
+    config, architecture = layout.config, layout.architecture
+    parameters, ranks = stage_parameters(architecture, config), max(layout.replicas, 1)
+    frozen = parameters if config.model.peft.name is not None else 0.0
+    trained = adapter_parameters(architecture, config) if frozen else parameters
+    size, logits = number_bytes(config), chunk_of_logits(layout)
+    matrix = vocabulary_rows(layout) * architecture.hidden_size
+    ends = 1 if architecture.tie_word_embeddings else 2
+    layer = (parameters - ends * matrix) / architecture.num_layers
+    if frozen:
+        # The output matrix all the time; in backward a layer and the one before it.
+        gathered, end = size * matrix + max(0.0, 2 * size * layer - logits), 0.0
+    else:
+        # The output matrix and its gradient: the head's sum in float32, then once more in the weights' dtype, when one
+        # of the two copies of the logits is free. Or both, a layer with its gradient, and the layer before it.
+        cast = 0.0 if size == 4 else max(0.0, size * matrix - (logits - size * logit_numbers(layout)))
+        head = (size + 4) * matrix + cast
+        gathered = max(head, 2 * size * matrix + 3 * size * layer - logits)
+        # The ends of the model are shared out last: gradients, their float32 form, what this rank gets of it; and the
+        # embedding itself, which torch gathers for its backward.
+        end = (size * (2 * ends - 1) + 4 + 4 / ranks) * matrix
+    second_moments = 4 * trained / ranks
+    return MemoryEstimate(
+        parameters=(frozen * size + trained * 4) / ranks,
+        gradients=trained * 4 / ranks,
+        optimizer=8 * trained / ranks,
+        activations=activation_bytes(architecture, config, config.data.row_budget),
+        logits=logits,
+        reference=parameters * size / ranks if config.model.reference_in_memory and not frozen else 0.0,
+        step=max(end, second_moments if config.model.transformer_engine is False else 0.0),
+        gathered=gathered,
+    )
+
+
+def number_bytes(config: Config) -> int:
+    """Of a weight or activation."""
+    return 2 if config.trainer.precision == "bf16" else 4
+
+
+def vocabulary_rows(layout: ParallelLayout) -> float:
+    """Rows of the output matrix on a rank."""
+    tensor = layout.config.model.tensor_model_parallel_size
+    return layout.architecture.padded_vocab_size(layout.config.model.make_vocab_size_divisible_by, tensor) / tensor
+
+
+def logit_numbers(layout: ParallelLayout) -> float:
+    """Logits that exist at a time."""
+    config = layout.config
+    positions = config.data.row_budget / config.model.context_parallel_size
+    return min(logprob_chunk(config.model, layout.architecture), positions) * vocabulary_rows(layout)
+
+
+def chunk_of_logits(layout: ParallelLayout) -> float:
+    """Bytes of float32 logits and of their gradient in the run's dtype, which is in place for float32."""
+    return (4 + number_bytes(layout.config) % 4) * logit_numbers(layout)
+
+
 def checkpoint_host_bytes(layout: ParallelLayout) -> float:
     """Host memory of the busiest node while a checkpoint is written from GPUs: copies of what its ranks write.
 
     One rank of each replica group writes weights, and the optimizer's state if that is not sharded; each rank writes
-    its own shard otherwise. Background saving (`checkpoint.async_save`) takes pinned blocks, which torch rounds up to
-    powers of two and keeps: up to twice as much.
+    its own shard otherwise, and with `model.fsdp` of weights, too. Background saving (`checkpoint.async_save`) takes
+    pinned blocks, which torch rounds up to powers of two and keeps: up to twice as much.
     """
     model, trainer = layout.config.model, layout.config.trainer
     memory = estimate_memory(layout)
-    group = layout.data_parallel_size * model.context_parallel_size
+    group = layout.replicas
     nodes = range(0, layout.world_size, trainer.devices)
     # Ranks count through tensor parallelism first, then the replicas of one stage.
     first = [
@@ -193,6 +249,9 @@ def checkpoint_host_bytes(layout: ParallelLayout) -> float:
     ]
     # What is trained has float32 gradients; with adapters these alone are written.
     weights = memory.gradients / 4 * (2 if trainer.precision == "bf16" else 4)
+    if model.fsdp:
+        main = memory.gradients if trainer.precision == "bf16" else 0.0
+        return trainer.devices * (weights + main + memory.optimizer)
     if layout.config.optim.use_distributed_optimizer:
         return max(first) * weights + trainer.devices * memory.optimizer
     return max(first) * (weights + memory.optimizer)

@@ -99,6 +99,9 @@ class ModelConfig:
     context_parallel_size: int = setting(1, may_change=True, minimum=1)
     sequence_parallel: bool = setting(False, may_change=True)
     """Split the activations outside attention and MLP along the sequence over the tensor-parallel group."""
+    fsdp: bool = setting(False, may_change=True)
+    """Share weights, gradients and optimizer state over the data- and context-parallel ranks, which gather a layer
+    while it runs (FSDP). `optim.use_distributed_optimizer` and `optim.overlap_grad_reduce` are part of it."""
     make_vocab_size_divisible_by: int = setting(128, may_change=True, minimum=1, maximum=65536)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_engine: bool | None = setting(None, may_change=True)

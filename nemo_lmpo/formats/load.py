@@ -23,6 +23,7 @@ from nemo_lmpo.formats.mapping import (
     rules,
 )
 from nemo_lmpo.formats.source import TensorSource, check_source, raise_if_any
+from nemo_lmpo.parallel.shards import gathered_dtype, is_shared, take_part
 
 _LAYER_PARAMETER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -56,7 +57,13 @@ def load_model_weights(
     for _, parameter, rule, layer in targets:
         assert rule is not None
         parts = [source.get(name) for name in rule.hf_names(layer)]
-        fill(parameter, rule, parts, architecture, tp_rank=tp_rank, tp_size=tp_size)
+        whole = parameter
+        if is_shared(parameter):
+            # Filled whole in the dtype that it is gathered in, so that it starts as in any other layout.
+            whole = torch.empty(parameter.shape, dtype=gathered_dtype(parameter), device=parameter.device)
+        fill(whole, rule, parts, architecture, tp_rank=tp_rank, tp_size=tp_size)
+        if whole is not parameter:
+            take_part(parameter, whole)
 
 
 _Target = tuple[str, Tensor, Rule | None, int]

@@ -85,7 +85,8 @@ def transformer_config(
         # The loss is divided by the step's pairs already: gradients are to be added up over ranks, not averaged.
         calculate_per_token_loss=True,
         perform_initialization=False,
-        use_cpu_initialization=not kernels.gpu,
+        # Weights that ranks share come to the device a layer at a time; untouched memory of the host costs nothing.
+        use_cpu_initialization=model.fsdp or not kernels.gpu,
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # Only Transformer Engine reads it, which must not fall back to a kernel with dense scores.
@@ -175,7 +176,7 @@ def build_model_chunks(
             vp_stage=stage,
         )
         mark_tensor_parallel(chunk)
-        chunks.append(chunk.to(dtype).to(device))
+        chunks.append(chunk.to(dtype) if model.fsdp else chunk.to(dtype).to(device))
     return chunks
 
 

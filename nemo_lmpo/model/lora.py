@@ -204,6 +204,12 @@ class Adapters(nn.Module):
                 result.update(make_sharded_tensors_for_checkpoint({name: parameter}, prefix, axes))
         return result
 
+    def by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters by the names of :meth:`LinearAdapter.named_tensors`."""
+        for adapter in self.linear_adapters():
+            for name, parameter, _ in adapter.named_tensors():
+                yield name, parameter
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over tensors by the names of :meth:`LinearAdapter.named_tensors`, this rank's parts.
 
@@ -211,9 +217,8 @@ class Adapters(nn.Module):
             KeyError: one is missing; distributed checkpoints are checked for that before.
         """
         with torch.no_grad():
-            for adapter in self.linear_adapters():
-                for name, parameter, _ in adapter.named_tensors():
-                    parameter.copy_(tensors[name])
+            for name, parameter in self.by_name():
+                parameter.copy_(tensors[name])
 
 
 def add_adapters(chunks: Sequence[PackedGPTModel], peft: PeftConfig, architecture: Architecture, *, seed: int) -> None:

@@ -51,6 +51,8 @@ class BannerFacts:
     context_parallel: int = 1
     data_parallel: int = 1
     sequence_parallel: bool = False
+    fsdp: bool = False
+    """Whether replicas share the weights."""
     start_step: int = 0
     """Finished steps of the checkpoint that is resumed."""
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -169,7 +171,8 @@ def _layout(facts: BannerFacts) -> str:
     ]
     text = " x ".join(parts)
     noun = "process" if facts.world_size == 1 else "processes"
-    return f"{text} = {facts.world_size} {noun}" + (", sequence parallel" if facts.sequence_parallel else "")
+    more = (", sequence parallel" if facts.sequence_parallel else "") + (", FSDP" if facts.fsdp else "")
+    return f"{text} = {facts.world_size} {noun}{more}"
 
 
 def _wrap(items: list[str], width: int) -> list[str]:

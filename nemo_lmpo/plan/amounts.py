@@ -91,6 +91,9 @@ class Split:
     accumulate: int = 10
     """Bytes moved a weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
     of the product."""
+    shared_copies: bool = False
+    """Weights that ranks share are gathered through one buffer a layer, and so are gradients shared out, as torch's
+    FSDP2 does. Not counted for published runs, most of which kept a layer's weights in one piece."""
     chunk: int = 1024
     """Positions whose logits exist at a time."""
     passes: int = 0
@@ -102,6 +105,16 @@ class Split:
     def replicas(self) -> int:
         """Ranks that hold the same weights."""
         return self.data * self.context
+
+    @property
+    def gathering(self) -> float:
+        """Bytes moved a weight to gather it: this rank's part cast and put in the buffer, the whole taken out."""
+        return 4 + 12 / self.replicas if self.shared_copies else 0.0
+
+    @property
+    def sharing_out(self) -> float:
+        """Bytes moved a weight to share its gradient out: put in the buffer in float32, this rank's part added up."""
+        return 6 + 12 / self.replicas if self.shared_copies else float(self.accumulate)
 
 
 def split_of(layout: ParallelLayout) -> Split:
@@ -115,7 +128,8 @@ def split_of(layout: ParallelLayout) -> Split:
         data=layout.data_parallel_size,
         sequence_parallel=model.sequence_parallel,
         recompute=model.activations_checkpoint_granularity == "full",
-        shard="optimizer" if optim.use_distributed_optimizer else "nothing",
+        shard="all" if model.fsdp else "optimizer" if optim.use_distributed_optimizer else "nothing",
+        shared_copies=model.fsdp,
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
         chunk=logprob_chunk(model, layout.architecture),
@@ -167,7 +181,9 @@ def layer_work(shape: Shape, split: Split, row: Row) -> Work:
     work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
     again = forwards - 1
     work.moved["heads"] = SIZE * tokens * heads * (14 + 7 * again if split.fused else 24 + 16 * again)
-    work.moved["gradients"] = split.accumulate * shape.layer_weights // tensor
+    # Weights that ranks share are gathered for each forward and for backward.
+    gathered = (2 + split.passes) * split.gathering
+    work.moved["gradients"] = round((split.sharing_out + gathered) * shape.layer_weights / tensor)
     work.kernels["layer"] = 47 + 20 * again if split.fused else 81 + 42 * again
     if split.dense_scores:
         # Forward, forward again, backward; masks, softmax and dropout go over the scores some sixteen times.
@@ -217,6 +233,10 @@ def head_work(shape: Shape, split: Split, row: Row) -> Work:
         for kind, number in (("all-gather", 1 + split.passes), ("reduce-scatter", 1)):
             work.sent[kind, "tensor"] = number * ring_bytes(kind, whole, split.tensor)
             work.calls[kind, "tensor"] = number
+    if split.shared_copies:
+        # The output matrix is gathered for forward, the embedding for backward, too; the head's float32 sum is cast.
+        both = (3 + 2 * split.passes) * split.gathering + 6 + split.sharing_out * (1 if shape.tied else 2)
+        work.moved["gradients"] += round(both * rows * shape.hidden)
     return work
 
 

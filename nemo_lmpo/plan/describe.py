@@ -59,7 +59,7 @@ def _line(candidate: Candidate, machine: Machine) -> str:
 
 
 def layout_name(candidate: Candidate) -> str:
-    """For example `TP 2 x PP 4 (VPP 2) x DP 8, recomputed`."""
+    """For example `TP 2 x PP 4 (VPP 2) x DP 8, recomputed`, `TP 1 x DP 8, FSDP`."""
     model = candidate.layout.config.model
     virtual = (
         f" (VPP {model.virtual_pipeline_model_parallel_size})" if model.virtual_pipeline_model_parallel_size else ""
@@ -68,4 +68,4 @@ def layout_name(candidate: Candidate) -> str:
     sizes += [("CP", model.context_parallel_size, ""), ("DP", candidate.layout.data_parallel_size, "")]
     named = [f"{name} {size}{more}" for name, size, more in sizes if size > 1 or name == "TP"]
     recomputed = ", recomputed" if model.activations_checkpoint_granularity == "full" else ""
-    return " x ".join(named) + recomputed
+    return " x ".join(named) + (", FSDP" if model.fsdp else "") + recomputed

@@ -45,6 +45,7 @@ class Candidate:
             "model.account_for_embedding_in_pipeline_split": str(model.account_for_embedding_in_pipeline_split).lower(),
             "model.account_for_loss_in_pipeline_split": str(model.account_for_loss_in_pipeline_split).lower(),
             "model.context_parallel_size": model.context_parallel_size,
+            "model.fsdp": str(model.fsdp).lower(),
             "model.sequence_parallel": str(model.sequence_parallel).lower(),
             "model.activations_checkpoint_granularity": model.activations_checkpoint_granularity,
             "data.row_tokens": data.row_tokens,
@@ -92,8 +93,10 @@ def _layouts(
     for tensor, stage, context, recompute, times in product(tensors, stages, (1, 2, 4), granularities, (1, 2, 4)):
         if machine.gpus % (tensor * stage * context):
             continue
-        for virtual, counted in _virtual_stages(architecture, stage):
+        for (virtual, counted), fsdp in product(_virtual_stages(architecture, stage), (False, True)):
             replicas = machine.gpus // (tensor * stage)
+            if fsdp and (replicas == 1 or stage > 1):
+                continue
             model = replace(
                 config.model,
                 tensor_model_parallel_size=tensor,
@@ -104,8 +107,10 @@ def _layouts(
                 account_for_loss_in_pipeline_split=counted,
                 context_parallel_size=context,
                 activations_checkpoint_granularity=recompute,
+                fsdp=fsdp,
             )
-            optim = replace(config.optim, use_distributed_optimizer=replicas > 1, overlap_grad_reduce=replicas > 1)
+            shared = replicas > 1 and not fsdp
+            optim = replace(config.optim, use_distributed_optimizer=shared, overlap_grad_reduce=shared)
             data = replace(config.data, row_tokens=pair * times)
             changed = replace(config, model=model, optim=optim, data=data)
             try:

@@ -174,8 +174,8 @@ def _between_replicas(
     rate = rate_of(ranks, split.tensor, card)
     weights = rank_weights(shape, split) * (ranks - 1) / ranks
     if split.shard == "all":
-        # Weights are gathered for forward and again for backward, gradients scattered, layer by layer ahead of use.
-        needed = weights * (2 + 2 + 4) / rate
+        # Weights are gathered for each forward and for backward, gradients scattered, layer by layer ahead of use.
+        needed = weights * (2 * (2 + split.passes) + 4) / rate
         layer = weights / max(stage_layers(shape, split), 1) * 4 / rate
         return 0.0, micro_batches * (max(0.0, needed - HIDDEN * micro.total) + layer)
     gradients = weights * 4 / rate  # float32, a reduce-scatter

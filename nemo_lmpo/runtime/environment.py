@@ -11,13 +11,14 @@ from collections.abc import MutableMapping
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.launch import LaunchInfo
 
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BEFORE_TORCH = {
     # Threads that wait for others sleep instead of burning a core: on a shared machine busy waiting makes steps up
     # to fourteen times slower (docs/architecture.md, CPU).
     "OMP_WAIT_POLICY": "passive",
     # Kernels start in the order in which they were given, so that communication overlaps computation as
     # megatron-core intends under tensor and sequence parallelism.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    _CONNECTIONS: "1",
     # Rows of changing length would leave holes between the fixed blocks of the allocator.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
@@ -25,10 +26,18 @@ _OLDER_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def prepare_environment(environ: MutableMapping[str, str] | None = None) -> None:
-    """Set what torch reads when it is loaded, unless the user did."""
+def prepare_environment(environ: MutableMapping[str, str] | None = None, *, in_order: bool = True) -> None:
+    """Set what torch reads when it is loaded, unless the user did.
+
+    Args:
+        environ: the variables; unset: this process's.
+        in_order: whether kernels are to start in the order in which they were given. With FSDP they are not: what
+            gathers the next layer would wait behind the computation of this one.
+    """
     environ = os.environ if environ is None else environ
     for name, value in BEFORE_TORCH.items():
+        if name == _CONNECTIONS and not in_order:
+            continue
         if _OLDER_NAMES.get(name, name) not in environ:
             environ.setdefault(name, value)
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,6 +90,8 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # comes again as what it does to this rank's part
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
             self.work.host_reads += 1
@@ -102,7 +105,7 @@ class Meter(TorchDispatchMode):
             return self._communicate(func, name, args, kwargs)
         out = func(*args, **kwargs)
         if name not in _NO_KERNEL and self._fused is None:
-            self._count(name, args, out)
+            self._count(name, args, (out, kwargs.get("out")))
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
                 self._follow(tensor)
@@ -126,6 +129,14 @@ class Meter(TorchDispatchMode):
             self._grow(entry.size)
         else:
             self._fused.append(entry)
+
+    def resized(self, tensor: Tensor) -> None:
+        """Take note that a tensor's memory was freed under it, or given back to it."""
+        storage = tensor.untyped_storage()
+        entry = self._alive.get(id(storage))
+        if entry is not None and entry.counted:
+            change, entry.size = storage.nbytes() - entry.size, storage.nbytes()
+            self._grow(change)
 
     def _grow(self, size: int) -> None:
         self.now += size
@@ -153,6 +164,8 @@ class Meter(TorchDispatchMode):
         self.work.kernels[name] += _KERNELS_EACH.get(name, 1)
         if product is not None:
             self.work.products[product] += 1
+        elif name == "all_gather_copy_in":
+            self.work.moved[name] += 2 * _nbytes(args[0])  # into this rank's place in the memory that is gathered
         elif name not in _ATTENTION:
             self.work.moved[name] += _nbytes((args, out)) + _written_in_place(name, args)
 

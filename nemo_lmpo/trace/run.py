@@ -27,7 +27,7 @@ from nemo_lmpo.trace.world import (
 )
 from nemo_lmpo.training.batches import BatchBuilder
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
-from nemo_lmpo.training.policy import Policy, build_chunks
+from nemo_lmpo.training.policy import Policy, build_frozen_chunks
 from nemo_lmpo.training.reference import FrozenReference, ResponseSums
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
     with measured(meter, transformer_engine=trace.transformer_engine):
         policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
         mark(MODEL)
-        optimizer = build_optimizer(list(policy.chunks), config.optim, config.trainer)
+        optimizer = build_optimizer(list(policy.chunks), config)
         use_gpu_form(optimizer, fused=trace.transformer_engine)
         make_moments(optimizer)
         mark(OPTIMIZER)
@@ -151,10 +151,10 @@ def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Ca
 
 
 def _reference(policy: Policy) -> FrozenReference:
-    chunks = build_chunks(policy.config, policy.architecture, policy.groups, policy.device, policy.kernels)
+    chunks = build_frozen_chunks(policy)
     chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
     sums = ResponseSums(list(chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
-    return FrozenReference(chunks, sums)
+    return FrozenReference(sums)
 
 
 def _mark(meter: Meter, trace: Trace, name: str) -> None:

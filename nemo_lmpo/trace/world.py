@@ -17,9 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
 from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.model import fully_sharded
 from nemo_lmpo.model.kernels import Device, Kernels, choose_kernels
 from nemo_lmpo.parallel.groups import ParallelGroups, destroy_groups
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
@@ -117,6 +121,7 @@ def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
         # Nothing moves, and parameters cannot be exchanged for fake ones.
         (torch.nn.Module, "to", lambda self, *args, **kwargs: self),
         (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", partial(_FusedRMSNorm.apply_with, meter)),
+        *_sharding_patches(meter),
     ]
     if transformer_engine:
         attention = importlib.import_module("megatron.core.transformer.attention")
@@ -201,6 +206,38 @@ def make_moments(optimizer: Any) -> None:
         inner.init_state_fn(inner.optimizer, inner.config)
         for state in inner.optimizer.state.values():
             state.setdefault("step", torch.zeros(()))
+
+
+def _sharding_patches(meter: Meter) -> list[Patch]:
+    """FSDP resizes memory behind operators' backs, and asks for shapes by running operators on wholes."""
+    parameters = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    group = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def resizing(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def resize(tensor: Tensor) -> None:
+            function(tensor)
+            meter.resized(tensor)
+
+        return resize
+
+    def propagate_unseen(self: ShardingPropagator, schema: Any) -> Any:
+        with _disable_current_modes():
+            return propagate(self, schema)
+
+    return [
+        (fully_sharded, "mesh_of", _real_mesh),
+        (parameters, "alloc_storage", resizing(parameters.alloc_storage)),
+        (group, "alloc_storage", resizing(group.alloc_storage)),
+        (parameters, "free_storage", resizing(parameters.free_storage)),
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+    ]
+
+
+def _real_mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """The ranks of a mesh are values, which fake tensors have none of."""
+    with _disable_current_modes():
+        return DeviceMesh.from_group(group, device_type)
 
 
 def _fuse(meter: Meter, function: Callable[..., Any]) -> Callable[..., Any]:

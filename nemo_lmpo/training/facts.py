@@ -39,6 +39,7 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
         context_parallel=groups.context.size(),
         data_parallel=groups.data.size(),
         sequence_parallel=config.model.sequence_parallel,
+        fsdp=config.model.fsdp,
         start_step=start_step,
         kernels=kernels_in_use(
             detect_kernels(),

@@ -168,7 +168,7 @@ class MegatronGPTLMPOModel(ModelPT):
         steps = config.trainer.max_steps or (len(self._train_dl) if self._train_dl is not None else None)
         if steps is None:
             raise ConfigError("trainer.max_steps is not set; set it, or call setup_training_data before")
-        self._optimizer = build_optimizer(self.policy.chunks, config.optim, config.trainer)
+        self._optimizer = build_optimizer(self.policy.chunks, config)
         self._scheduler = build_scheduler(self._optimizer, config.optim, steps)
         return self._optimizer, self._scheduler
 

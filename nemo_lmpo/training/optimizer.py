@@ -9,18 +9,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_lmpo.checkpoint.optimizer_state import inner_optimizers
-from nemo_lmpo.config.schema import OptimConfig, TrainerConfig
+from nemo_lmpo.config.schema import Config, OptimConfig
 from nemo_lmpo.model.build import parameter_dtype
+from nemo_lmpo.model.fully_sharded import ShardedDataParallel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
+from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.multi_tensor import replace_fallbacks
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.data_parallel_base import _BaseDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def wrap_data_parallel(chunks: list[PackedGPTModel], optim: OptimConfig) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[PackedGPTModel], config: Config, groups: ParallelGroups, device: torch.device
+) -> list[_BaseDataParallel]:
+    """Let data- and context-parallel ranks share the chunks' gradients, and with `model.fsdp` all the rest."""
+    if config.model.fsdp:
+        return [ShardedDataParallel(chunk, groups.data_context, device) for chunk in chunks]
+    return wrap_replicas(chunks, config.optim)
+
+
+def wrap_replicas(chunks: list[PackedGPTModel], optim: OptimConfig) -> list[_BaseDataParallel]:
     """Give each chunk a float32 gradient buffer that is summed over data- and context-parallel ranks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -54,12 +65,14 @@ def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def build_optimizer(chunks: Iterable[Any], optim: OptimConfig, trainer: TrainerConfig) -> MegatronOptimizer:
+def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
     """AdamW with float32 main parameters; fused on GPUs where Transformer Engine or apex offer it."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     replace_fallbacks()
-    dtype = parameter_dtype(trainer)
+    optim = config.optim
+    # Sharded weights are float32, and so their own main parameters.
+    dtype = torch.float32 if config.model.fsdp else parameter_dtype(config.trainer)
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -71,7 +84,7 @@ def build_optimizer(chunks: Iterable[Any], optim: OptimConfig, trainer: TrainerC
             adam_eps=optim.eps,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            clip_grad=trainer.gradient_clip_val,
+            clip_grad=config.trainer.gradient_clip_val,
             use_distributed_optimizer=optim.use_distributed_optimizer,
         ),
         list(chunks),

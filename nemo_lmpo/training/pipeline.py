@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemo_lmpo.model.fully_sharded import release_gathered
 from nemo_lmpo.training.batches import MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[torch.Tensor, Callable[..., Any]]]
@@ -53,3 +54,5 @@ def run_pipeline(
             micro_batch_size=1,
             forward_only=forward_only,
         )
+    if forward_only:
+        release_gathered(model)

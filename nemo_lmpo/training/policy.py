@@ -19,6 +19,7 @@ from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.model.lora import add_adapters
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.parallel.shards import own_part
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics
@@ -49,6 +50,16 @@ def build_chunks(
         device=device,
         kernels=kernels,
     )
+
+
+def build_frozen_chunks(policy: Policy) -> list[torch.nn.Module]:
+    """A second model that lies as the policy's own and is never trained; with weights that are yet to be loaded."""
+    chunks = build_chunks(policy.config, policy.architecture, policy.groups, policy.device, policy.kernels)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    if policy.config.model.fsdp:
+        return list(wrap_data_parallel(chunks, policy.config, policy.groups, policy.device))
+    return list(chunks)
 
 
 def kernels_for(config: Config, architecture: Architecture, *, use_cuda: bool) -> Kernels:
@@ -104,7 +115,7 @@ class Policy:
         chunks = build_chunks(config, architecture, groups, device, self.kernels)
         if config.model.peft.name is not None:
             add_adapters(chunks, config.model.peft, architecture, seed=config.model.seed)
-        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config.optim))
+        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config, groups, device))
         self.micro_batch_step = MicroBatchStep(
             self.loss, groups, chunk_tokens=logprob_chunk(config.model, architecture), device=device
         )
@@ -119,7 +130,7 @@ class Policy:
 
     def num_local_parameters(self) -> int:
         """Parameters that this process holds."""
-        return sum(parameter.numel() for chunk in self.models for parameter in chunk.parameters())
+        return sum(own_part(parameter).local.numel() for chunk in self.models for parameter in chunk.parameters())
 
     def prepare_for_training_step(self) -> None:
         """Clear the gradient buffers."""

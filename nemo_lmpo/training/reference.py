@@ -37,14 +37,12 @@ from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
-from nemo_lmpo.training.policy import Policy, build_chunks
+from nemo_lmpo.training.policy import Policy, build_frozen_chunks
 from nemo_lmpo.training.start import LoadedData, load_start_weights
 from nemo_lmpo.training.step import MicroBatchStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 VERSION = 2
 """Raised whenever the same weights and pairs would give other log-probabilities than before."""
@@ -83,10 +81,8 @@ class ResponseSums:
 class FrozenReference:
     """A second model in memory that never changes."""
 
-    def __init__(self, chunks: list[PackedGPTModel], sums: ResponseSums) -> None:
-        """Freeze ``chunks``, which hold the start weights and which ``sums`` runs."""
-        for chunk in chunks:
-            chunk.requires_grad_(False)
+    def __init__(self, sums: ResponseSums) -> None:
+        """``sums`` runs a model of its own, which holds the start weights."""
         self._sums = sums
 
     def attach(self, batch: StepBatch) -> None:
@@ -226,9 +222,9 @@ def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch]
         return None
     if config.model.peft.name is not None:
         return AdaptersOff(policy).attach
-    chunks = build_chunks(config, base.architecture, policy.groups, policy.device, policy.kernels)
+    chunks = build_frozen_chunks(policy)
     load_start_weights(chunks, policy.groups, base, config.model.seed)
-    return FrozenReference(chunks, sums_like(policy, chunks)).attach
+    return FrozenReference(sums_like(policy, chunks)).attach
 
 
 def sums_like(policy: Policy, chunks: Sequence[Any]) -> ResponseSums:

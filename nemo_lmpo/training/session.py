@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
-from nemo_lmpo.checkpoint.export import load_weights, sharded_weights, write_policy_archive
+from nemo_lmpo.checkpoint.export import write_policy_archive
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_data_on_other_ranks
 from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
+from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded_weights
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
@@ -87,7 +88,7 @@ class TrainingSession:
             reference=lambda policy: reference_in_memory(policy, base),
         )
         load_start_weights(self.policy.models, groups, base, config.model.seed)
-        self.optimizer: MegatronOptimizer = build_optimizer(self.policy.chunks, config.optim, config.trainer)
+        self.optimizer: MegatronOptimizer = build_optimizer(self.policy.chunks, config)
         self.batches = BatchBuilder(
             config,
             groups,
@@ -159,8 +160,9 @@ class TrainingSession:
 
     def sharded_state(self, progress: TrainState | None) -> dict[str, Any]:
         """Weights and optimizer as megatron-core's sharded state dict; ``progress`` is None for saving."""
-        state = sharded_weights(self.policy.models)
-        state["optimizer"] = optimizer_sharded_state(self.optimizer, dict(state), is_loading=progress is not None)
+        description = describe_weights(self.policy.models)
+        state = sharded_weights(description)
+        state["optimizer"] = optimizer_sharded_state(self.optimizer, description, is_loading=progress is not None)
         return state
 
     def find_missing(self, progress: TrainState) -> str | None:

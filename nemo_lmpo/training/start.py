@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
@@ -16,8 +19,6 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 
 @dataclass
@@ -45,7 +46,7 @@ def load_data(config: Config, base: BaseModel) -> LoadedData:
     return LoadedData(tokenizer, train, validation)
 
 
-def load_start_weights(chunks: list[PackedGPTModel], groups: ParallelGroups, base: BaseModel, seed: int) -> None:
+def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: BaseModel, seed: int) -> None:
     """Fill a model with the start's weights; each rank reads its own part."""
     if base.path is not None:
         source: TensorSource = open_model(base.path).source

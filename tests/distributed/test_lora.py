@@ -23,6 +23,8 @@ LAYOUTS = {
     "tp2_sp_full": (2, (*TP2_SP, "model.activations_checkpoint_granularity=full")),
     "pp2": (2, ("model.pipeline_model_parallel_size=2",)),
     "dp2_distributed": (2, ("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")),
+    "dp2_fsdp": (2, ("model.fsdp=true",)),
+    "tp2_dp2_fsdp_full": (4, (*TP2_SP, "model.fsdp=true", "model.activations_checkpoint_granularity=full")),
     "cp2": (2, ("model.context_parallel_size=2",)),
 }
 

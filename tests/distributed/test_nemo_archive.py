@@ -13,8 +13,12 @@ from tests.distributed.workers import run_workers
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(1, ()), (4, ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"))],
-    ids=["one", "tp2_pp2"],
+    [
+        (1, ()),
+        (4, ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")),
+        (2, ("model.fsdp=true",)),
+    ],
+    ids=["one", "tp2_pp2", "fsdp2"],
 )
 def test_holds_the_weights_of_the_checkpoint(world: int, layout: tuple[str, ...], tmp_path: Path) -> None:
     run, archive = tmp_path / "run", tmp_path / "policy.nemo"

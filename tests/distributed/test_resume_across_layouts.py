@@ -15,6 +15,7 @@ PP2 = "model.pipeline_model_parallel_size=2"
 VPP2 = "model.virtual_pipeline_model_parallel_size=2"
 CP2 = "model.context_parallel_size=2"
 SHARDED = "optim.use_distributed_optimizer=true"
+FSDP = "model.fsdp=true"
 BF16 = "trainer.precision=bf16"
 LENGTH = ("trainer.max_steps=4", "optim.sched.name=constant", "checkpoint.save_interval=2", "checkpoint.keep_last=9")
 CHANGES = {
@@ -22,6 +23,9 @@ CHANGES = {
     "pp2_vpp2_to_one": (2, (PP2, VPP2), 1, ()),
     "sharded_dp2_to_tp2": (2, (SHARDED,), 2, (TP2,)),
     "one_to_sharded_dp2": (1, (), 2, (SHARDED,)),
+    "fsdp3_to_tp2": (3, (FSDP,), 2, (TP2,)),
+    "tp2_pp2_to_tp2_fsdp2": (4, (TP2, PP2), 4, (TP2, FSDP)),
+    "fsdp2_to_fsdp4": (2, (FSDP,), 4, (FSDP,)),
     "cp2_to_tp2_pp2": (2, (CP2,), 4, (TP2, PP2)),
 }
 
@@ -51,7 +55,8 @@ def test_goes_on_as_if_nothing_had_happened(change: str, uninterrupted: Path, tm
     assert_same_weights(weights_of(run, 4), weights_of(uninterrupted, 4), RELATIVE)
 
 
-def test_bfloat16_main_parameters_survive_a_change_of_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "second"), [(SHARDED, TP2), (SHARDED, FSDP), (FSDP, SHARDED)])
+def test_bfloat16_main_parameters_survive_a_change_of_layout(first: str, second: str, tmp_path: Path) -> None:
     """Main parameters hold what bfloat16 weights cannot; losing them would show as a jump of half an ulp.
 
     Tolerance: bfloat16 has 8 significant bits, so one rounding is 2^-9 relative; a loss is a mean over pairs of
@@ -59,7 +64,7 @@ def test_bfloat16_main_parameters_survive_a_change_of_layout(tmp_path: Path) -> 
     """
     whole = tmp_path / "whole"
     run_workers(1, train, str(whole), (*LENGTH, BF16))
-    run = resume_elsewhere(tmp_path, (2, (SHARDED,)), (2, (TP2,)), (BF16,))
+    run = resume_elsewhere(tmp_path, (2, (first,)), (2, (second,)), (BF16,))
     losses, expected = (
         [line["loss"] for line in metrics_of(directory) if "loss" in line] for directory in (run, whole)
     )

@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp2": (2, (CP2,)),
     "dp2": (2, ("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")),
     "dp4_with_less_prompts_than_ranks": (4, ("logging.samples=3",)),
+    "dp4_fsdp_with_less_prompts_than_ranks": (4, ("model.fsdp=true", "logging.samples=3")),
     "tp2_pp2": (4, (TP2, PP2)),
     "cp2_tp2_sequence": (4, (CP2, TP2, "model.sequence_parallel=true")),
     "narrow_rows_and_prompts_twice": (

@@ -1,4 +1,4 @@
-"""The distributed optimizer's state is saved where it lies: no rank gathers another's, and it resumes bit for bit."""
+"""What data-parallel ranks share is saved where it lies: no rank gathers another's, and it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from nemo_lmpo.runtime.launch import LaunchInfo
-from tests.distributed.test_resume_across_layouts import BF16, LENGTH, SHARDED, resume_elsewhere
+from tests.distributed.test_resume_across_layouts import BF16, FSDP, LENGTH, SHARDED, resume_elsewhere
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
 
+ASYNC = "checkpoint.async_save=true"
 TP2 = "model.tensor_model_parallel_size=2"
 
 
-@pytest.mark.parametrize(("world", "overrides"), [(2, (SHARDED, BF16)), (4, (SHARDED, TP2))])
+@pytest.mark.parametrize(
+    ("world", "overrides"), [(2, (SHARDED, BF16)), (4, (SHARDED, TP2)), (2, (FSDP, BF16)), (4, (FSDP, TP2, ASYNC))]
+)
 def test_same_layout_resumes_bit_for_bit(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     run_workers(world, train, str(tmp_path / "whole"), (*LENGTH, *overrides))
     run = resume_elsewhere(tmp_path, (world, overrides), (world, overrides))

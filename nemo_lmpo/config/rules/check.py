@@ -25,6 +25,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.reference,
     settings.adapters,
     settings.parallelism,
+    settings.fully_sharded,
     settings.machine,
     settings.allowed_changes,
 )

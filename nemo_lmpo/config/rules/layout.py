@@ -28,6 +28,11 @@ class ParallelLayout:
         """Replicas that see different pairs."""
         return self.world_size // self.model_parallel_size
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that have the same weights, or share them."""
+        return self.data_parallel_size * self.config.model.context_parallel_size
+
 
 def world_size(layout: ParallelLayout) -> Iterator[str]:
     """Processes divide into copies of the model."""

@@ -172,6 +172,17 @@ def parallelism(config: Config) -> Iterator[str]:
         )
 
 
+def fully_sharded(config: Config) -> Iterator[str]:
+    """Weights that ranks share are gathered and freed in the order of one micro-batch after the other."""
+    model = config.model
+    if model.fsdp and model.pipeline_model_parallel_size > 1:
+        yield (
+            f"model.fsdp=true does not go with model.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size}, whose stages have several micro-batches under way; set it to 1, or "
+            f"model.fsdp=false with optim.use_distributed_optimizer=true"
+        )
+
+
 def allowed_changes(config: Config) -> Iterator[str]:
     """What a resume may change on purpose are settings that exist."""
     known = [key for key, _ in all_settings()]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_lmpo.checkpoint.optimizer_state import boxes_of_range
+from nemo_lmpo.checkpoint.boxes import boxes_of_range
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 

@@ -72,6 +72,41 @@ def test_distributed_optimizer_is_shared_by_replicas() -> None:
     assert shared.gradients == whole.gradients
 
 
+def test_fsdp_shares_weights_gradients_and_optimizer() -> None:
+    """16 bytes a parameter over four ranks; float32 weights need no main copy.
+
+    Whole at a time: the output matrix in BF16 with its gradient in float32, at the end in BF16 once more, when the
+    float32 logits are free.
+    """
+    found = estimate("model.fsdp=true", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false")
+    matrix = 128256 * 4096
+    parameters = 32 * LAYER + 4096 + 2 * matrix
+    assert found.parameters == found.gradients == pytest.approx(4 * parameters / 4)
+    assert found.optimizer == pytest.approx(8 * parameters / 4)
+    assert found.logits == 6 * 1024 * 128256
+    assert found.gathered == pytest.approx((2 + 4) * matrix + 2 * matrix - 4 * 1024 * 128256)
+    assert found.total == pytest.approx(4 * parameters + found.activations + found.logits + found.gathered)
+
+
+def test_fsdp_holds_a_layer_and_the_one_before_where_the_vocabulary_is_small() -> None:
+    """A layer's weights and gradients and the next layer's weights, beside the output matrix and its gradient."""
+    small = ("model.architecture.vocab_size=1024", "data.row_tokens=4096", "model.logprob_chunk_tokens=256")
+    found = estimate("model.fsdp=true", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false", *small)
+    layer = LAYER + 4096 / 32
+    assert found.gathered + found.logits == pytest.approx(2 * 2 * 1024 * 4096 + 3 * 2 * layer)
+
+
+def test_fsdp_shares_a_reference_and_a_frozen_base() -> None:
+    alone = ("model.fsdp=true", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false")
+    parameters = 32 * LAYER + 4096 + 2 * 128256 * 4096
+    with_reference = estimate(*alone, "model.reference_in_memory=true", recipe="dpo_llama3_8b")
+    assert with_reference.reference == pytest.approx(2 * parameters / 4)
+    lora = estimate(*alone, "model.peft.name=lora")
+    adapters = adapter_parameters(*reversed(setting("lmpo_llama3_8b", *alone)))
+    assert lora.parameters == pytest.approx((2 * parameters + 4 * adapters) / 4)
+    assert lora.optimizer == 8 * adapters / 4
+
+
 def test_reference_in_memory_is_one_more_copy_of_the_weights() -> None:
     found = estimate("model.reference_in_memory=true", recipe="dpo_llama3_8b")
     assert found.reference == found.parameters
@@ -151,6 +186,8 @@ def test_adapters_of_llama3_8b_by_hand():
         (("model.tensor_model_parallel_size=2",), 1, 1, 1),
         (("model.tensor_model_parallel_size=2", "optim.use_distributed_optimizer=true"), 1, 1, 1),
         (("trainer.num_nodes=2", "optim.use_distributed_optimizer=true"), 2, 1, 0.5),
+        (("model.tensor_model_parallel_size=2", "model.fsdp=true"), 1, 1, 1),
+        (("trainer.num_nodes=2", "model.fsdp=true"), 2, 0.5, 0.5),
         (("trainer.num_nodes=2", "model.pipeline_model_parallel_size=2"), 2, 0.5, 0.5),
     ],
 )

@@ -99,6 +99,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("virtual_pipeline_model_parallel_size=2", "at least 2", "unset it"),
     ),
+    "shared_weights_in_stages": (
+        ("model.fsdp=true", "model.pipeline_model_parallel_size=2"),
+        2,
+        ("model.fsdp=true", "pipeline_model_parallel_size=2", "set it to 1", "use_distributed_optimizer=true"),
+    ),
     "one_virtual_stage": (
         ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=1"),
         2,

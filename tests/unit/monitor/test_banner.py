@@ -108,6 +108,13 @@ def test_counts(number, text):
     assert format_count(number) == text
 
 
+def test_banner_says_that_weights_are_shared():
+    facts = BannerFacts(
+        *("tiny", "runs/tiny", "CPU", 2, 10, 5, 3, 4, "bf16"), data_parallel=2, sequence_parallel=True, fsdp=True
+    )
+    assert "DP 2 = 2 processes, sequence parallel, FSDP" in render_banner(facts)
+
+
 def test_banner():
     facts = BannerFacts(
         recipe="lmpo_llama3_8b",

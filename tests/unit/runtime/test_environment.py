@@ -16,6 +16,9 @@ def test_variables_are_set_unless_the_user_did() -> None:
     environ: dict[str, str] = {}
     prepare_environment(environ)
     assert environ == BEFORE_TORCH
+    shared: dict[str, str] = {}
+    prepare_environment(shared, in_order=False)
+    assert shared == {name: value for name, value in BEFORE_TORCH.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
     own = {"OMP_WAIT_POLICY": "active", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     given = dict(own)
     prepare_environment(given)
