@@ -99,7 +99,7 @@ def run_packed(options: argparse.Namespace) -> dict[str, float]:
 
             def train_step(step: int) -> int:
                 trainer.train_step(step)
-                lengths = session.data.train.lengths[session.sampler.pairs_of_step(step)]
+                lengths = session.data.train.lengths[session.steps.sampler.pairs_of_step(step)]
                 return int((2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]).sum())
 
             return measure(train_step, options)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import shown
 
-SCHEMAS = ("auto", "messages", "strings", "hh")
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]
@@ -40,16 +39,6 @@ class PreferenceRow:
     rejected: str
 
 
-def check_schema_name(schema: str, field: str = "schema") -> None:
-    """Refuse an unknown schema; ``field`` names the setting.
-
-    Raises:
-        ConfigError: naming the known ones.
-    """
-    if schema not in SCHEMAS:
-        raise ConfigError(f"{field}={schema} is unknown; choose one of: {', '.join(SCHEMAS)}")
-
-
 def detect_schema(row: Mapping[str, Any]) -> str:
     """The schema a row looks like: `messages` if any field is a list, `hh` for transcripts, else `strings`."""
     fields = [row.get(name) for name in ("prompt", "chosen", "rejected")]
@@ -66,7 +55,7 @@ def parse_row(row: Any, schema: str = "auto") -> PreferenceRow:
 
     Args:
         row: a mapping with `chosen`, `rejected` and, but for transcripts, `prompt`.
-        schema: one of ``SCHEMAS``.
+        schema: as `data.train.schema`.
 
     Raises:
         RowError: the row cannot be used.

@@ -5,7 +5,7 @@ The errata come from comparing the paper with SimPO's README and with the releas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_lmpo.evaluate.suites import COLUMNS, METHODS, SETTINGS
@@ -99,22 +99,19 @@ _TABLE4 = {
 """The columns of COLUMNS, the average rank as printed, and as it follows from the rows shown."""
 
 
-def _numbers(text: str) -> list[list[float]]:
-    return [[float(word) for word in line.split()] for line in text.strip().splitlines()]
+def _table(
+    settings: Mapping[str, str], methods: Sequence[str], columns: Sequence[str]
+) -> Mapping[tuple[str, str], Mapping[str, float]]:
+    """Numbers by setting and method, then by column."""
+    return {
+        (setting, method): dict(zip(columns, map(float, line.split()), strict=True))
+        for setting, text in settings.items()
+        for method, line in zip(methods, text.strip().splitlines(), strict=True)
+    }
 
 
-TABLE1: Mapping[tuple[str, str], Mapping[str, float]] = {
-    (setting, method): dict(zip(TABLE1_COLUMNS, row, strict=True))
-    for setting, text in _TABLE1.items()
-    for method, row in zip(METHODS, _numbers(text), strict=True)
-}
-"""By setting and method."""
-TABLE4: Mapping[tuple[str, str], Mapping[str, float]] = {
-    (setting, method): dict(zip((*COLUMNS, "rank", "rank recomputed"), row, strict=True))
-    for setting, text in _TABLE4.items()
-    for method, row in zip(_TABLE4_METHODS, _numbers(text), strict=True)
-}
-"""By setting and method."""
+TABLE1 = _table(_TABLE1, METHODS, TABLE1_COLUMNS)
+TABLE4 = _table(_TABLE4, _TABLE4_METHODS, (*COLUMNS, "rank", "rank recomputed"))
 TABLE2_SETTING, TABLE3_SETTING = "llama3_8b_base", "mistral_7b_base"
 
 

@@ -80,7 +80,7 @@ class Trace:
 
 MODEL, OPTIMIZER, FORWARD_BACKWARD = "model and gradients", "optimizer", "forward and backward"
 REDUCE, CLIP, STEP = "gradient reduction", "gradient norm", "optimizer step"
-REFERENCE, SAVE = "reference model", "state for a checkpoint"
+REFERENCE = "reference model"
 
 
 def micro_batches_to_run(layout: ParallelLayout) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,26 +14,22 @@ from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_lmpo.checkpoint.export import write_policy_archive
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.order import PairSampler
-from nemo_lmpo.data.tokenizer import load_tokenizer, padding_id
+from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import BaseModel, find_base_model
+from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.loss.registry import DEFAULT_LOSS
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.runtime.launch import read_launch_info
-from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
-from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
 from nemo_lmpo.training.process import distributed_session, prepare_device
-from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
-from nemo_lmpo.training.session import total_steps
-from nemo_lmpo.training.start import load_data, load_start_weights
+from nemo_lmpo.training.start import load_data
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -63,38 +58,6 @@ def config_from_nemo(cfg: DictConfig) -> Config:
     return config_from_mapping({**groups, "model": model})
 
 
-class StepBatches:
-    """The training steps in order, built as they are asked for; what NeMo calls a dataloader."""
-
-    def __init__(self, policy: Policy, base: BaseModel) -> None:
-        """Read the pairs, and give them reference values where the loss needs them.
-
-        Args:
-            policy: must still hold the start weights.
-            base: what it started from.
-        """
-        config = policy.config
-        self.data = load_data(config, base)
-        self._sampler = PairSampler(len(self.data.train), config.model.global_batch_size, config.model.seed)
-        self.batches = BatchBuilder(
-            config,
-            policy.groups,
-            device=policy.device,
-            pad_id=padding_id(self.data.tokenizer),
-            sliding_window=base.architecture.sliding_window,
-        )
-        self._steps = total_steps(config, self._sampler)
-        if policy.loss.needs_reference and policy.attach_reference is None:
-            attach_reference_logps(self.data, policy, base, self.batches)
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        for step in range(len(self)):
-            yield self.batches.build(self.data.train, self._sampler.pairs_of_step(step))
-
-
 class MegatronGPTLMPOModel(ModelPT):
     """A policy in the shape of NeMo-Aligner's model classes.
 
@@ -121,14 +84,7 @@ class MegatronGPTLMPOModel(ModelPT):
         groups, device = _present_layout(config)
         self.base = find_base_model(config.model)
         validate(config, self.base.architecture, dist.get_world_size())
-        self.policy = Policy(
-            config,
-            self.base.architecture,
-            groups,
-            device,
-            reference=lambda policy: reference_in_memory(policy, self.base),
-        )
-        load_start_weights(self.policy.models, groups, self.base, config.model.seed)
+        self.policy = start_policy(config, self.base, groups, device)
         self.chunks = self.policy.chunks  # registered, so that NeMo sees the parameters
 
     def prepare_for_training_step(self) -> None:
@@ -153,7 +109,7 @@ class MegatronGPTLMPOModel(ModelPT):
 
     def setup_training_data(self, train_data_config: object) -> None:
         """Make the steps of the configuration's `data.train` the training data (NeMo's argument is not read)."""
-        self._train_dl = StepBatches(self.policy, self.base)
+        self._train_dl = StepBatches(self.policy, self.base, load_data(self.policy.config, self.base))
 
     def setup_validation_data(self, val_data_config: object) -> None:
         """Part of NeMo's interface; :meth:`setup_training_data` reads the validation pairs too (`data.validation`)."""
@@ -188,12 +144,7 @@ class MegatronGPTLMPOModel(ModelPT):
         config = self.policy.config
         tokenizer = load_tokenizer(self.base.tokenizer, trust_remote_code=config.model.trust_remote_code)
         run = RunDirectory(config, config_as_dict(config))
-        write_policy_archive(
-            Path(save_path).expanduser().resolve(),
-            self.policy.models,
-            lambda directory: run.write_sidecars(directory, self.base, tokenizer),
-            tokenizer=config.model.tokenizer or config.model.restore_from_path,
-        )
+        PolicyFiles(self.policy, self.base, run, tokenizer).save_to(save_path)
 
     @classmethod
     def restore_from(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
-from nemo_lmpo.checkpoint.export import write_policy_archive
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything
@@ -21,39 +19,28 @@ from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded
 from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.order import PairSampler
-from nemo_lmpo.data.tokenizer import padding_id
 from nemo_lmpo.errors import CheckpointError
-from nemo_lmpo.formats.adapters import AdapterDescription, adapter_json, describe_adapters
-from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file
 from nemo_lmpo.runtime.batch_job import read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
-from nemo_lmpo.training.batches import BatchBuilder
 from nemo_lmpo.training.facts import banner_facts
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
-from nemo_lmpo.training.policy import Policy, kernels_for
+from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
+from nemo_lmpo.training.policy import kernels_for
 from nemo_lmpo.training.preflight import Preflight, preflight
 from nemo_lmpo.training.process import distributed_session
-from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
 from nemo_lmpo.training.samples import answer_samples
-from nemo_lmpo.training.start import load_data, load_start_weights
+from nemo_lmpo.training.start import load_data
 from nemo_lmpo.training.stop import StopCondition
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
-
-
-def total_steps(config: Config, sampler: PairSampler) -> int:
-    """Optimizer steps of the whole run."""
-    return config.trainer.max_steps or config.trainer.max_epochs * sampler.steps_per_epoch
 
 
 class TrainingSession:
@@ -78,60 +65,11 @@ class TrainingSession:
         self.data = load_data(config, base)
         self.fingerprints = self.data.fingerprints()
         refuse_other_data_on_other_ranks(config, self.fingerprints)
-        self.sampler = PairSampler(len(self.data.train), config.model.global_batch_size, config.model.seed)
-        self.total_steps = total_steps(config, self.sampler)
-        self.policy = Policy(
-            config,
-            base.architecture,
-            groups,
-            device,
-            reference=lambda policy: reference_in_memory(policy, base),
-        )
-        load_start_weights(self.policy.models, groups, base, config.model.seed)
+        self.policy = start_policy(config, base, groups, device)
         self.optimizer: MegatronOptimizer = build_optimizer(self.policy.chunks, config)
-        self.batches = BatchBuilder(
-            config,
-            groups,
-            device=device,
-            pad_id=padding_id(self.data.tokenizer),
-            sliding_window=base.architecture.sliding_window,
-        )
-        if self.policy.loss.needs_reference and not config.model.reference_in_memory:
-            attach_reference_logps(self.data, self.policy, base, self.batches)
-        self.adapters = self._describe_adapters()
+        self.steps = StepBatches(self.policy, base, self.data)
+        self.files = PolicyFiles(self.policy, base, run, self.data.tokenizer)
         self.checkpoints = self._checkpoints()
-
-    def _describe_adapters(self) -> AdapterDescription | None:
-        """What checkpoints say of adapters and their base, where the run trains some."""
-        model = self.config.model
-        if model.peft.name is None:
-            return None
-        fingerprint: str = on_main_rank(lambda: weights_fingerprint(self.base, model.seed))
-        path = None if self.base.path is None else str(self.base.path.resolve())
-        return describe_adapters(model.peft, base=path, seed=model.seed, fingerprint=fingerprint)
-
-    def write_sidecars(self, directory: Path) -> None:
-        """Configuration, architecture and tokenizer, which belong to the policy's weights (rank 0)."""
-        self.run.write_sidecars(directory, self.base, self.data.tokenizer)
-        if self.adapters is not None:
-            replace_file(directory / run_files.ADAPTER, adapter_json(self.adapters))
-
-    def save_to(self, save_path: str | Path) -> None:
-        """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
-
-        Args:
-            save_path: an existing file is replaced once the new one is complete.
-
-        Raises:
-            CheckpointError: no room on the disk.
-        """
-        model = self.config.model
-        write_policy_archive(
-            Path(save_path).expanduser().resolve(),
-            self.policy.models,
-            self.write_sidecars,
-            tokenizer=model.tokenizer or model.restore_from_path,
-        )
 
     def _checkpoints(self) -> CheckpointManager:
         bytes_a_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12
@@ -140,12 +78,12 @@ class TrainingSession:
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
-            write_sidecars=self.write_sidecars,
+            write_sidecars=self.files.write_sidecars,
             state_bytes=bytes_a_parameter * self.base.architecture.num_parameters(),
             layout=self.layout(),
             find_missing=self.find_missing,
             data=self.fingerprints,
-            base=self.adapters.fingerprint if self.adapters else "",
+            base=self.files.adapters.fingerprint if self.files.adapters else "",
         )
 
     def layout(self) -> dict[str, int]:
@@ -172,7 +110,7 @@ class TrainingSession:
             DataError: the checkpoint is of other pairs.
             CheckpointError: its margin statistics are of another kind.
         """
-        if progress.base != (self.adapters.fingerprint if self.adapters else ""):
+        if progress.base != (self.files.adapters.fingerprint if self.files.adapters else ""):
             raise CheckpointError(
                 f"the checkpoints in {self.run.checkpoints} hold adapters of another base than "
                 f"model.restore_from_path={self.config.model.restore_from_path} (hash {progress.base[:16]}... there); "
@@ -196,17 +134,17 @@ class TrainingSession:
             self.config,
             self.policy,
             self.optimizer,
-            build_scheduler(self.optimizer, self.config.optim, self.total_steps),
+            build_scheduler(self.optimizer, self.config.optim, len(self.steps)),
             train_pairs=self.data.train,
             validation_pairs=self.data.validation,
-            sampler=self.sampler,
-            batches=self.batches,
+            sampler=self.steps.sampler,
+            batches=self.steps.builder,
             checkpoints=self.checkpoints,
-            total_steps=self.total_steps,
+            total_steps=len(self.steps),
             peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
             profiler=StepProfiler(self.config.trainer.profile, self.run.path / "profile", rank=self.launch.rank),
             samples=answer_samples(
-                self.config, self.base, self.policy, self.batches, self.data.tokenizer, self.data.validation
+                self.config, self.base, self.policy, self.steps.builder, self.data.tokenizer, self.data.validation
             ),
         )
 
@@ -215,9 +153,9 @@ class TrainingSession:
         return Reporter(
             self.run.path,
             self.config,
-            banner_facts(self.policy, self.run.path, total_steps=self.total_steps, start_step=start_step),
+            banner_facts(self.policy, self.run.path, total_steps=len(self.steps), start_step=start_step),
             [*map(str, data), self.data.train.example_text()],
-            total_steps=self.total_steps,
+            total_steps=len(self.steps),
             start_step=start_step,
         )
 

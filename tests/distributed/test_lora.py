@@ -90,8 +90,8 @@ def peft_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...]) -> d
 
     config = load_recipe(recipe, [*LORA, *SIMPO, *overrides])
     with open_session(config, launch) as session:
-        indices = session.sampler.pairs_of_step(0)
-        batch = session.batches.build(session.data.train, indices)
+        indices = session.steps.sampler.pairs_of_step(0)
+        batch = session.steps.builder.build(session.data.train, indices)
         adapters = session.policy.models[0].lora
         with torch.no_grad():  # at B = 0 the gradient of A would be zero
             for adapter in adapters.linear_adapters():

@@ -39,7 +39,7 @@ def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive:
     with open_session(config, launch) as session:
         session.train(time.time())
         if archive is not None:
-            session.save_to(archive)
+            session.files.save_to(archive)
         statistics = session.policy.statistics
         return statistics.state_dict() if statistics is not None else {}
 

@@ -26,8 +26,8 @@ def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]
 
     config = load_recipe("lmpo_smollm2_135m", overrides)
     with open_session(config, launch) as session:
-        indices = session.sampler.pairs_of_step(0)
-        batch = session.batches.build(session.data.train, indices)
+        indices = session.steps.sampler.pairs_of_step(0)
+        batch = session.steps.builder.build(session.data.train, indices)
         model = session.policy.models[0].eval()
         tokens: dict[int, list[float]] = {}
         for row in batch.micro_batches:

@@ -130,7 +130,7 @@ def accumulate(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> 
     with session_on_te(launch, run_dir, overrides) as session:
         policy = session.policy
         (model,) = policy.models
-        batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
+        batch = session.steps.builder.build(session.data.train, session.steps.sampler.pairs_of_step(0))
         found["micro_batches"] = len(batch.micro_batches)
         linears = [module for module in model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
         found["linears"] = sum(module.fuse_wgrad_accumulation for module in linears)

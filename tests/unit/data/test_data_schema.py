@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from pair_rows import message_row
 
-from nemo_lmpo.data.schema import PreferenceRow, RowError, check_schema_name, detect_schema, parse_row
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.data.schema import PreferenceRow, RowError, detect_schema, parse_row
 
 USER = {"role": "user", "content": "Q"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -122,5 +121,3 @@ def test_schema_can_be_forced():
     row = {"prompt": "Q", "chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
     assert parse_row(row).chosen == row["chosen"]
     assert parse_row(row, "hh").chosen == "a"
-    with pytest.raises(ConfigError, match=r"data.train.schema=json is unknown.*messages"):
-        check_schema_name("json", "data.train.schema")

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     config = load_recipe("sft_tiny", [*OVERRIDES, f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}"])
     with open_session(config, LaunchInfo()) as session:
         session.train(0.0)
-        session.save_to(root / "policy")
+        session.files.save_to(root / "policy")
         pairs = [session.data.train[index] for index in range(6)]
         texts = [row.split("<user>")[1].split("<assistant>")[0].strip() for row in map(_prompt_text(session), pairs)]
     return root, [pair.prompt_ids for pair in pairs], texts
@@ -92,7 +92,7 @@ def test_a_qwen_trains_converts_and_answers(model_type, own, tmp_path):
     )
     with open_session(config, LaunchInfo()) as session:
         session.train(0.0)
-        session.save_to(tmp_path / "policy.nemo")
+        session.files.save_to(tmp_path / "policy.nemo")
         prompts = [session.data.train[index].prompt_ids for index in range(3)]
     write_huggingface(plan(open_model(newest_checkpoint(tmp_path / "run")), tmp_path / "hf"))
     forms = [tmp_path / name for name in ("run", "policy.nemo", "hf")]

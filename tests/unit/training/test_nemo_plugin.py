@@ -57,7 +57,7 @@ def test_steps_equal_those_of_training(recipe: str, tmp_path: Path) -> None:
     start = tmp_path / "start.nemo"
     config = load_recipe(recipe, [*SMALL, f"run_dir={tmp_path / 'start'}"])
     with open_session(config, LaunchInfo()) as session:
-        session.save_to(start)
+        session.files.save_to(start)
     settings = [*SMALL, f"model.restore_from_path={start}", f"data.cache_dir={tmp_path / 'cache'}"]
     config = load_recipe(recipe, [*settings, f"run_dir={tmp_path / 'run'}"])
     training.run(config, LaunchInfo())
@@ -81,7 +81,7 @@ def test_steps_equal_those_of_training(recipe: str, tmp_path: Path) -> None:
 def test_restores_without_a_configuration_into_one_process(tmp_path: Path) -> None:
     archive = tmp_path / "policy.nemo"
     with open_session(load_recipe("lmpo_tiny", [*SMALL, f"run_dir={tmp_path / 'run'}"]), LaunchInfo()) as session:
-        session.save_to(archive)
+        session.files.save_to(archive)
     with distributed_session(load_recipe("lmpo_tiny", SMALL), LaunchInfo()):
         model = MegatronGPTLMPOModel.restore_from(archive)
         assert model.policy.architecture == open_model(archive).architecture
@@ -106,3 +106,14 @@ def test_configuration_goes_there_and_back_in_nemos_form(tmp_path: Path) -> None
     cfg.tensor_model_paralel_size = 2
     with pytest.raises(ConfigError, match=r"did you mean model\.tensor_model_parallel_size"):
         config_from_nemo(cfg)
+
+
+def test_adapters_are_saved_with_what_they_adapt(tmp_path: Path) -> None:
+    """New adapters change nothing, so the archive holds the start weights."""
+    plain, adapted = tmp_path / "plain.nemo", tmp_path / "adapted.nemo"
+    for archive, settings in ((plain, ()), (adapted, ("model.peft.name=lora", "model.peft.rank=4"))):
+        config = load_recipe("lmpo_tiny", [*SMALL, *settings])
+        with distributed_session(config, LaunchInfo()):
+            MegatronGPTLMPOModel(nemo_config(config)).save_to(archive)
+    expected, found = open_model(plain).source, open_model(adapted).source
+    assert all(found.get(name).allclose(expected.get(name), atol=1e-7) for name in expected.names())

@@ -43,7 +43,7 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def run(session: TrainingSession, step: MicroBatchStep) -> torch.Tensor:
     """Forward and backward over the first step's micro-batches; the pairs' values."""
-    batch = session.batches.build(session.data.train, session.sampler.pairs_of_step(0))
+    batch = session.steps.builder.build(session.data.train, session.steps.sampler.pairs_of_step(0))
     assert len(batch.micro_batches) > 1
     for micro_batch in batch.micro_batches:
         columns = 4 if step.shared_logps else 2

@@ -1,0 +1,111 @@
+"""A policy at its start, the steps that it trains on, and its files: of a session as of the NeMo plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.export import write_policy_archive
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.order import PairSampler
+from nemo_lmpo.data.tokenizer import padding_id
+from nemo_lmpo.formats.adapters import adapter_json, describe_adapters
+from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.training.batches import BatchBuilder, StepBatch
+from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
+from nemo_lmpo.training.start import LoadedData, load_start_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def start_policy(config: Config, base: BaseModel, groups: ParallelGroups, device: torch.device) -> Policy:
+    """A policy with its start weights, and with a reference model beside it where the run wants one.
+
+    Raises:
+        CheckpointError: the start model cannot be read.
+    """
+    policy = Policy(
+        config, base.architecture, groups, device, reference=lambda policy: reference_in_memory(policy, base)
+    )
+    load_start_weights(policy.models, groups, base, config.model.seed)
+    return policy
+
+
+class StepBatches:
+    """The training steps in order, built as they are asked for; what NeMo calls a dataloader."""
+
+    def __init__(self, policy: Policy, base: BaseModel, data: LoadedData) -> None:
+        """Give the pairs reference values where the loss needs them.
+
+        Args:
+            policy: must still hold the start weights.
+            base: what it started from.
+            data: its pairs.
+        """
+        config = policy.config
+        self.data = data
+        self.sampler = PairSampler(len(data.train), config.model.global_batch_size, config.model.seed)
+        self.builder = BatchBuilder(
+            config,
+            policy.groups,
+            device=policy.device,
+            pad_id=padding_id(data.tokenizer),
+            sliding_window=base.architecture.sliding_window,
+        )
+        if policy.loss.needs_reference and policy.attach_reference is None:
+            attach_reference_logps(data, policy, base, self.builder)
+        self._steps = config.trainer.max_steps or config.trainer.max_epochs * self.sampler.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for step in range(len(self)):
+            yield self.builder.build(self.data.train, self.sampler.pairs_of_step(step))
+
+
+class PolicyFiles:
+    """What is written of a policy besides its state in checkpoints."""
+
+    def __init__(self, policy: Policy, base: BaseModel, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Describe the adapters and their base, where the policy trains some; all ranks call it together."""
+        self.policy, self.base, self.run, self.tokenizer = policy, base, run, tokenizer
+        self.adapters = None
+        model = policy.config.model
+        if model.peft.name is not None:
+            fingerprint: str = on_main_rank(lambda: weights_fingerprint(base, model.seed))
+            path = None if base.path is None else str(base.path.resolve())
+            self.adapters = describe_adapters(model.peft, base=path, seed=model.seed, fingerprint=fingerprint)
+
+    def write_sidecars(self, directory: Path) -> None:
+        """Configuration, architecture and tokenizer, which belong to the policy's weights (rank 0)."""
+        self.run.write_sidecars(directory, self.base, self.tokenizer)
+        if self.adapters is not None:
+            replace_file(directory / run_files.ADAPTER, adapter_json(self.adapters))
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
+
+        Args:
+            save_path: an existing file is replaced once the new one is complete.
+
+        Raises:
+            CheckpointError: no room on the disk.
+        """
+        model = self.policy.config.model
+        write_policy_archive(
+            Path(save_path).expanduser().resolve(),
+            self.policy.models,
+            self.write_sidecars,
+            tokenizer=model.tokenizer or model.restore_from_path,
+        )
