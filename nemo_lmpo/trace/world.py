@@ -227,9 +227,13 @@ def _sharding_patches(meter: Meter) -> list[Patch]:
 
     return [
         (fully_sharded, "mesh_of", _real_mesh),
-        (parameters, "alloc_storage", resizing(parameters.alloc_storage)),
-        (group, "alloc_storage", resizing(group.alloc_storage)),
-        (parameters, "free_storage", resizing(parameters.free_storage)),
+        # Which of the two modules uses which of the two functions depends on torch's version.
+        *(
+            (module, name, resizing(getattr(module, name)))
+            for module in (parameters, group)
+            for name in ("alloc_storage", "free_storage")
+            if hasattr(module, name)
+        ),
         (ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
     ]
 

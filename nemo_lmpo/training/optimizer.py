@@ -85,7 +85,8 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             clip_grad=config.trainer.gradient_clip_val,
-            use_distributed_optimizer=optim.use_distributed_optimizer,
+            # Parts of weights have parts of a plain optimizer's state.
+            use_distributed_optimizer=optim.use_distributed_optimizer and not config.model.fsdp,
         ),
         list(chunks),
     )

@@ -45,7 +45,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp2_fsdp_recompute": (2, ("model.fsdp=true", "model.activations_checkpoint_granularity=full")),
     "tp2_dp2_fsdp": (
         4,
-        ("model.fsdp=true", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+        (
+            *("model.fsdp=true", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+            # As in the recipes of 8 B models: what these ask for is part of FSDP.
+            *("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true"),
+        ),
     ),
     "cp2_dp2_fsdp": (4, ("model.fsdp=true", "model.context_parallel_size=2")),
     "untied_dp2_fsdp": (2, ("model.fsdp=true", "model.architecture.tie_word_embeddings=false")),

@@ -20,7 +20,7 @@ LAYERS = 4
 LAYER = 4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096
 VOCABULARY = 128512 * 4096
 DISTRIBUTED = ("optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")
-FSDP = ("model.fsdp=true",)
+FSDP = ("model.fsdp=true", *DISTRIBUTED)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp4": (4, ()),
     "tp2_dp2": (4, ("model.tensor_model_parallel_size=2", *DISTRIBUTED)),
