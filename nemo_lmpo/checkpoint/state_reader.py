@@ -50,14 +50,19 @@ def state_metadata(state: Path) -> Metadata:
 @contextmanager
 def reading_safely() -> Iterator[None]:
     """Within the block, megatron-core loads checkpoints through :class:`SafeReader`."""
+    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import torch as strategy
 
-    original = strategy._get_filesystem_reader
-    strategy._get_filesystem_reader = lambda directory, *args, **kwargs: SafeReader(directory)
+    name = "_get_filesystem_reader"
+    # From 0.19 on, megatron-core reads what is no tensor by a reference of its own.
+    saved = [(module, getattr(module, name)) for module in (strategy, serialization) if hasattr(module, name)]
+    for module, _ in saved:
+        setattr(module, name, lambda directory, *args, **kwargs: SafeReader(directory))
     try:
         yield
     finally:
-        strategy._get_filesystem_reader = original
+        for module, original in saved:
+            setattr(module, name, original)
 
 
 def _numpy_names() -> list[Any]:
