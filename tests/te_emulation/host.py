@@ -90,6 +90,6 @@ class Host:
 
     def stop(self) -> None:
         """End the process, which has nothing to lose."""
-        self._pipe.close()
         self._process.kill()
         self._process.join()
+        self._pipe.close()
