@@ -73,7 +73,7 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
     optim = config.optim
     # Sharded weights are float32, and so their own main parameters.
     dtype = torch.float32 if config.model.fsdp else parameter_dtype(config.trainer)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -90,6 +90,16 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
         ),
         list(chunks),
     )
+    if config.model.fsdp:
+        _make_parts_of_moments(optimizer)
+    return optimizer
+
+
+def _make_parts_of_moments(optimizer: MegatronOptimizer) -> None:
+    """Make a fused optimizer's moments parts like the weights; versions of Transformer Engine would make them whole."""
+    for inner in inner_optimizers(optimizer):
+        if not isinstance(inner.optimizer, torch.optim.AdamW):
+            inner.init_state_fn(inner.optimizer, inner.config)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
