@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import xxhash
 
-from nemo_lmpo.checkpoint.state_reader import read_object
 from nemo_lmpo.checkpoint.train_state import FORMAT_VERSION, DamageError, TrainState, check_version, read_train_state
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.safe_metadata import read_metadata
@@ -28,13 +27,11 @@ from nemo_lmpo.runtime.atomic import replace_file
 
 ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
-"""Under this name the state itself tells its step, so that a state of another step is noticed."""
+"""Under this name the state's own `common.pt` tells its step, so that a state of another step is noticed."""
 
 METADATA = f"{run_files.STATE}/.metadata"
-COMMON = f"{run_files.STATE}/common.pt"
-"""What is no tensor, in a file of its own; megatron-core 0.19 keeps it as an object among the others."""
-COMMON_OBJECT = "common_state/shard_0_1"
-_REQUIRED = (run_files.PROGRESS, METADATA)
+COMMON = f"{run_files.STATE}/{run_files.COMMON}"
+_REQUIRED = (run_files.PROGRESS, METADATA, COMMON)
 _BLOCK = 8 * 2**20
 # The machine's fault, not the file's: nothing is wrong with the checkpoint.
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -213,14 +210,9 @@ def _broken_records(block: bytes) -> bool:
 
 def _step_of_state(directory: Path) -> Any:
     try:
-        if (directory / COMMON).exists():
-            common = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
-        else:
-            (common,) = read_object(directory / run_files.STATE, COMMON_OBJECT)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError):
+        common = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         raise DamageError(f"{COMMON} is not readable") from None
-    except CheckpointError:
-        raise DamageError(f"{run_files.STATE} holds neither common.pt nor {COMMON_OBJECT}") from None
     return common.get(STEP_KEY) if isinstance(common, dict) else None
 
 

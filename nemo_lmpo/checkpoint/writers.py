@@ -7,6 +7,8 @@ import queue
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_queue
 
 
@@ -36,4 +38,22 @@ def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) 
     save = dist_checkpointing.save
     # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
     own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-    return save(state, str(directory), async_sharded_save=in_background, **own_writers)
+    request = save(state, str(directory), async_sharded_save=in_background, **own_writers)
+    on_main_rank(lambda: _write_common(state, directory / run_files.COMMON))
+    return request
+
+
+def _write_common(state: dict[str, Any], file: Path) -> None:
+    """Write what is no rank's own, plain values beside the sharded ones, where megatron-core did not.
+
+    From 0.19 on it puts them among the tensors only. In a file of their own as well, every version reads them, and a
+    checkpoint's step can be compared without megatron-core.
+    """
+    if file.exists():
+        return
+    import torch
+    from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
+
+    _, persistent = extract_nonpersistent(state)
+    _, common = extract_sharded_base(persistent)
+    torch.save(common, file)

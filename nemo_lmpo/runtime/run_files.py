@@ -45,6 +45,7 @@ WANDB_ID = "wandb_id"
 HUGGINGFACE = "huggingface"
 
 STATE = "state"
+COMMON = "common.pt"
 PROGRESS = "progress.json"
 ARCHITECTURE = "architecture.json"
 TOKENIZER = "tokenizer"

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from nemo_lmpo.checkpoint import manager as manager_module
-from nemo_lmpo.checkpoint.manifest import STEP_KEY, find_damage, write_manifest
+from nemo_lmpo.checkpoint.manifest import find_damage, write_manifest
 from nemo_lmpo.checkpoint.random_state import random_state, restore_random_state, seed_everything
 from nemo_lmpo.checkpoint.state_reader import state_metadata
 from nemo_lmpo.checkpoint.train_state import TrainState
@@ -223,22 +223,6 @@ def test_sizes_only_when_asked_for(run: Path) -> None:
     flip(directory / "state" / "__0_0.distcp")
     assert find_damage(directory, content=False) is None
     assert find_damage(directory) == "state/__0_0.distcp has another checksum than when it was written"
-
-
-@pytest.mark.parametrize(("step", "damage"), [(4, None), (3, "state/ is of another step")])
-def test_the_step_may_stand_among_the_objects(step: int, damage: str | None, place: Any, run: Path) -> None:
-    """As megatron-core 0.19 keeps what is no tensor; up to 0.18 it stands in a file of its own."""
-    from megatron.core.dist_checkpointing import ShardedObject
-
-    session = going_on(place, run)
-    make_state = session.checkpoints.make_state
-    common = ShardedObject("common_state", {STEP_KEY: step}, (1,), (0,))
-    session.checkpoints.make_state = lambda progress: {**make_state(progress), "common_state": common}
-    save(session, 4)
-    directory = step_directory(run / "checkpoints", 4)
-    (directory / "state" / "common.pt").unlink(missing_ok=True)
-    write_manifest(directory)
-    assert find_damage(directory) == damage
 
 
 def test_a_newer_version_is_named(place: Any, run: Path) -> None:
@@ -452,3 +436,24 @@ def test_a_gpus_random_state_is_left_alone_on_a_cpu() -> None:
     drawn = random.random()
     restore_random_state(state)
     assert random.random() == drawn
+
+
+def test_an_engine_that_writes_no_file_of_plain_values(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As megatron-core from 0.19 on: every version goes on from what is saved."""
+    from megatron.core import dist_checkpointing
+
+    ordinary, run = dist_checkpointing.save, tmp_path / "run"
+
+    def save_without(state: Any, directory: str, **options: Any) -> Any:
+        request = ordinary(state, directory, **options)
+        (Path(directory) / "common.pt").unlink(missing_ok=True)
+        return request
+
+    monkeypatch.setattr(dist_checkpointing, "save", save_without)
+    saved = fingerprint(train(place, run, "trainer.max_steps=2"))
+    session = open_session(place, run, "trainer.max_steps=2")
+    progress = session.checkpoints.load_newest()
+    assert progress is not None
+    assert (progress.step, fingerprint(session)) == (2, saved)
