@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import typing
@@ -42,11 +41,10 @@ def all_fields() -> Iterator[tuple[str, str, Any]]:
 
 def with_value(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of plain settings with one of them changed."""
-    changed = copy.deepcopy(raw)
+    changed = group = dict(raw)
     *groups, name = key.split(".")
-    group = changed
     for part in groups:
-        group = group.setdefault(part, {})
+        group[part] = group = dict(group.get(part, {}))
     group[name] = value
     return changed
 
