@@ -169,15 +169,16 @@ def test_layout_trains_like_one_process(layout: str, reference, tmp_path: Path) 
     assert_same_weights(weights_of(tmp_path / "run", STEPS), weights_of(expected, STEPS), RELATIVE)
 
 
+FEW = "data.train.limit=60"
 LOSSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # Statistics before the losses, over groups of pairs that neither rows nor ranks follow.
     "released_code": (
         ("loss.compat=released_code", "loss.group_size=5", "loss.momentum=0.5"),
         ("model.pipeline_model_parallel_size=2", "data.row_tokens=200"),
     ),
-    # Sums over part of a response, which context parallelism cuts, too.
-    "dpo_fsdp": (("loss.name=dpo", "loss.beta=0.5"), ("model.fsdp=true", "model.reference_in_memory=true")),
-    "ld_dpo": (("loss.name=dpo", "loss.ld_alpha=0.3", "loss.beta=0.5"), ("model.context_parallel_size=2",)),
+    # Sums over part of a response, which context parallelism cuts, too. A reference of few pairs is soon computed.
+    "dpo_fsdp": (("loss.name=dpo", "loss.beta=0.5", FEW), ("model.fsdp=true", "model.reference_in_memory=true")),
+    "ld_dpo": (("loss.name=dpo", "loss.ld_alpha=0.3", "loss.beta=0.5", FEW), ("model.context_parallel_size=2",)),
 }
 
 

@@ -239,9 +239,9 @@ def dpo(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> None:
 
 
 def test_the_reference_is_the_policy_without_adapters(tmp_path: Path) -> None:
-    cache = f"data.cache_dir={tmp_path / 'cache'}"
-    run_workers(1, dpo, str(tmp_path / "cached"), (cache,))
-    run_workers(1, dpo, str(tmp_path / "off"), (cache, "model.reference_in_memory=true"))
+    data = ("data.train.limit=60", f"data.cache_dir={tmp_path / 'cache'}")
+    run_workers(1, dpo, str(tmp_path / "cached"), data)
+    run_workers(1, dpo, str(tmp_path / "off"), (*data, "model.reference_in_memory=true"))
     cached, off = metrics_of(tmp_path / "cached"), metrics_of(tmp_path / "off")
     assert cached[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert cached[2]["loss"] != pytest.approx(cached[0]["loss"], abs=1e-4)
