@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from nemo_lmpo.errors import TrainingError, UserError
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
-from nemo_lmpo.runtime.environment import prepare_environment
+from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
 
 if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
@@ -86,6 +86,7 @@ def _leave_at_once(status: int) -> int:
 def _run(options: argparse.Namespace, started: float) -> int:
     from nemo_lmpo.runtime.launch import read_launch_info
 
+    prepare_environment()
     launch = read_launch_info()
     _start_logging(launch)
     if not options.list and not options.show_config:
@@ -99,7 +100,8 @@ def _run(options: argparse.Namespace, started: float) -> int:
     if options.config_name is None:
         raise ConfigError("--config-name is missing; name a recipe (see --list)")
     config = load_recipe(options.config_name, options.overrides, config_dir=options.config_dir)
-    prepare_environment(in_order=not config.model.fsdp)
+    if not config.model.fsdp:
+        start_kernels_in_order()
     if options.show_config:
         import yaml
 

@@ -1,4 +1,4 @@
-"""Variables that must be set before torch starts, and the choice between GPUs and CPUs.
+"""Variables that must be set before torch or CUDA starts, and the choice between GPUs and CPUs.
 
 What the user set stays. This module imports no torch until it is asked which device there is.
 """
@@ -16,9 +16,6 @@ BEFORE_TORCH = {
     # Threads that wait for others sleep instead of burning a core: on a shared machine busy waiting makes steps up
     # to fourteen times slower (docs/architecture.md, CPU).
     "OMP_WAIT_POLICY": "passive",
-    # Kernels start in the order in which they were given, so that communication overlaps computation as
-    # megatron-core intends under tensor and sequence parallelism.
-    _CONNECTIONS: "1",
     # Rows of changing length would leave holes between the fixed blocks of the allocator.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
@@ -26,20 +23,21 @@ _OLDER_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def prepare_environment(environ: MutableMapping[str, str] | None = None, *, in_order: bool = True) -> None:
-    """Set what torch reads when it is loaded, unless the user did.
-
-    Args:
-        environ: the variables; unset: this process's.
-        in_order: whether kernels are to start in the order in which they were given. With FSDP they are not: what
-            gathers the next layer would wait behind the computation of this one.
-    """
+def prepare_environment(environ: MutableMapping[str, str] | None = None) -> None:
+    """Set what torch reads when it is loaded, unless the user did."""
     environ = os.environ if environ is None else environ
     for name, value in BEFORE_TORCH.items():
-        if name == _CONNECTIONS and not in_order:
-            continue
         if _OLDER_NAMES.get(name, name) not in environ:
             environ.setdefault(name, value)
+
+
+def start_kernels_in_order(environ: MutableMapping[str, str] | None = None) -> None:
+    """Let kernels start in the order in which they were given, unless the user chose; has to come before CUDA starts.
+
+    So communication overlaps computation as megatron-core intends under tensor and sequence parallelism. Not for FSDP:
+    what gathers the next layer would wait behind the computation of this one.
+    """
+    (os.environ if environ is None else environ).setdefault(_CONNECTIONS, "1")
 
 
 def hide_gpus(environ: MutableMapping[str, str] | None = None) -> None:

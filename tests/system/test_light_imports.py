@@ -92,6 +92,21 @@ def test_the_command_sets_them_before_torch() -> None:
     assert done.stderr.splitlines()[0] == "reading recipe nowhere"
 
 
+@pytest.mark.parametrize(("fsdp", "connections"), [("false", "1"), ("true", None)])
+def test_kernels_start_in_order_but_with_fsdp(fsdp: str, connections: str | None) -> None:
+    code = (
+        "import os, sys\n"
+        "from nemo_lmpo.train import main\n"
+        "assert main(['--config-name', 'lmpo_tiny', f'model.fsdp={sys.argv[1]}', '--show-config']) == 0\n"
+        "print(os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS'))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, fsdp], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(connections)
+
+
 @pytest.mark.parametrize(
     "wrong", ["model.sede=1", "trainer.precision=16", "optim.lr=fast", "loss=simpoo", "optim.betas=["]
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.runtime.environment import BEFORE_TORCH, prepare_environment, uses_gpu
+from nemo_lmpo.runtime.environment import BEFORE_TORCH, prepare_environment, start_kernels_in_order, uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 
 
@@ -16,12 +16,12 @@ def test_variables_are_set_unless_the_user_did() -> None:
     environ: dict[str, str] = {}
     prepare_environment(environ)
     assert environ == BEFORE_TORCH
-    shared: dict[str, str] = {}
-    prepare_environment(shared, in_order=False)
-    assert shared == {name: value for name, value in BEFORE_TORCH.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    start_kernels_in_order(environ)
+    assert environ == {**BEFORE_TORCH, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     own = {"OMP_WAIT_POLICY": "active", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     given = dict(own)
     prepare_environment(given)
+    start_kernels_in_order(given)
     assert given == own, "the allocator's older name counts as set"
 
 
