@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, Pairs, StepBatc
 from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.step import LossFunction, forward_micro_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,14 +112,9 @@ class _NextTokens:
         self.groups = policy.groups
         self.table = PairMetrics((TOKEN,), batch.num_pairs, policy.device)
 
-    def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        """As :meth:`nemo_lmpo.training.step.MicroBatchStep.forward_step`."""
-        from megatron.core.utils import unwrap_model
-
-        micro_batch = next(micro_batches)
-        hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
-        bare = cast(PackedGPTModel, unwrap_model(model))
-        return hidden, partial(self._choose, micro_batch=micro_batch, model=bare)
+    def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
+        """What the schedules call: :func:`forward_micro_batch` with the choice of tokens."""
+        return forward_micro_batch(micro_batches, model, self._choose)
 
     def _choose(
         self, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel

@@ -54,6 +54,26 @@ def loss_inputs(
     )
 
 
+def forward_micro_batch(
+    micro_batches: Iterator[MicroBatch], model: Any, of_hidden: Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
+) -> tuple[Tensor, LossFunction]:
+    """Forward one micro-batch through a stage, in the form that megatron-core's schedules call.
+
+    Args:
+        micro_batches: this chunk's own iterator over the step's micro-batches.
+        model: the chunk, possibly wrapped for data parallelism.
+        of_hidden: called on the last stage, with hidden states, `micro_batch` and the bare `model`.
+
+    Returns:
+        The stage's hidden states, and the function that the last stage calls on them.
+    """
+    from megatron.core.utils import unwrap_model
+
+    micro_batch = next(micro_batches)
+    hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
+    return hidden, partial(of_hidden, micro_batch=micro_batch, model=cast(PackedGPTModel, unwrap_model(model)))
+
+
 class MicroBatchStep:
     """What megatron-core's schedules call for every micro-batch.
 
@@ -102,22 +122,8 @@ class MicroBatchStep:
         return self.pairs
 
     def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
-        """Forward one micro-batch through this stage.
-
-        Args:
-            micro_batches: this chunk's own iterator over the step's micro-batches.
-            model: the chunk, possibly wrapped for data parallelism.
-
-        Returns:
-            The stage's hidden states, and the function that the last stage calls on them.
-        """
-        from megatron.core.utils import unwrap_model
-
-        micro_batch = next(micro_batches)
-        hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
-        return hidden, partial(
-            self.loss_of_micro_batch, micro_batch=micro_batch, model=cast(PackedGPTModel, unwrap_model(model))
-        )
+        """What the schedules call: :func:`forward_micro_batch` with the loss."""
+        return forward_micro_batch(micro_batches, model, self.loss_of_micro_batch)
 
     def loss_of_micro_batch(
         self, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
