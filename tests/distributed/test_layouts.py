@@ -147,6 +147,15 @@ def assert_same_metrics(
             assert line[name] == pytest.approx(value, rel=RELATIVE, abs=slack.get(name, 1e-7)), name
 
 
+def assert_same_metrics_in_bfloat16(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, wanted in zip(found, expected, strict=True):
+        for name in wanted.keys() & {"loss", "logps/chosen", "logps/rejected", "val/loss"}:
+            assert line[name] == pytest.approx(wanted[name], rel=BF16_LOSS), name
+        if "grad_norm" in wanted:
+            assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=BF16_GRADIENT)
+
+
 def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     far = {
@@ -209,10 +218,4 @@ def test_layout_trains_like_one_process_in_bfloat16(layout: str, reference, tmp_
     expected = metrics_of(reference(bf16))
     statistics = run_workers(world_size, train, str(tmp_path / "run"), (*overrides, *bf16))
     assert all(state == statistics[0] for state in statistics), "the statistics differ between ranks"
-    found = metrics_of(tmp_path / "run")
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, wanted in zip(found, expected, strict=True):
-        for name in wanted.keys() & {"loss", "logps/chosen", "logps/rejected", "val/loss"}:
-            assert line[name] == pytest.approx(wanted[name], rel=BF16_LOSS), name
-        if "grad_norm" in wanted:
-            assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=BF16_GRADIENT)
+    assert_same_metrics_in_bfloat16(metrics_of(tmp_path / "run"), expected)

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from tests.distributed.test_layouts import (
-    BF16_GRADIENT,
-    BF16_LOSS,
     QWEN2,
     QWEN3,
     RELATIVE,
     STEPS,
     assert_same_metrics,
+    assert_same_metrics_in_bfloat16,
     assert_same_weights,
 )
 from tests.distributed.test_lora import LORA, adapters_of
@@ -99,13 +98,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 def test_trains_like_local_layers_in_bfloat16(layout: str, host: Host, reference: Reference, tmp_path: Path) -> None:
     world_size, overrides = BFLOAT16[layout]
     train(host, world_size, tmp_path / "run", overrides)
-    found, expected = metrics_of(tmp_path / "run"), metrics_of(reference(overrides))
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, wanted in zip(found, expected, strict=True):
-        for name in wanted.keys() & {"loss", "logps/chosen", "logps/rejected", "val/loss"}:
-            assert line[name] == pytest.approx(wanted[name], rel=BF16_LOSS), name
-        if "grad_norm" in wanted:
-            assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=BF16_GRADIENT)
+    assert_same_metrics_in_bfloat16(metrics_of(tmp_path / "run"), metrics_of(reference(overrides)))
 
 
 def test_adapters_train_like_those_on_local_layers(host: Host, reference: Reference, tmp_path: Path) -> None:
