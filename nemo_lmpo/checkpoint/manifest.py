@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from nemo_lmpo.checkpoint.train_state import FORMAT_VERSION, DamageError, TrainState, check_version, read_train_state
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.formats.safe_metadata import read_metadata
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -187,7 +187,7 @@ def _data_entries(directory: Path) -> list[tuple[str, int, int]]:
             (str(entry.relative_path), int(entry.offset), int(entry.length)) for entry in metadata.storage_data.values()
         )
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
-        raise DamageError(str(error).splitlines()[0]) from None
+        raise DamageError(first_line(error)) from None
 
 
 def _check_entries(directory: Path, entries: Sequence[tuple[str, int, int]]) -> None:

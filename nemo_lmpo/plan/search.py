@@ -11,7 +11,7 @@ from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, first_line
 from nemo_lmpo.plan.amounts import shape_of, split_of
 from nemo_lmpo.plan.cards import Machine
 from nemo_lmpo.plan.pairs import row_of, step_rows
@@ -116,7 +116,7 @@ def _layouts(
             try:
                 yield validate(changed, architecture, machine.gpus)
             except ConfigError as error:
-                refused.append(str(error).splitlines()[0])
+                refused.append(first_line(error))
 
 
 def _virtual_stages(architecture: Architecture, stages: int) -> list[tuple[int | None, bool]]:
