@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_lmpo.config.coerce import coerce
 from nemo_lmpo.config.schema import Config, all_keys
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, first_line
 
 LOSS, SETTING, SPECIALIZATION, COMPAT = "loss", "setting", "specialization", "compat"
 ANY_RUN = "train"
@@ -163,7 +163,7 @@ def _compose(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> di
 def _register_products(wanted: str, folders: Sequence[Path]) -> None:
     """Let Hydra find a loss on a setting by the name of both, also in the `defaults` of the user's own recipes.
 
-    Only names that are asked for or stand in an own recipe: Hydra copies its whole store for every composition.
+    Without own recipes only the name that is asked for, since Hydra copies its whole store for every composition.
     Where there is a file, Hydra would take the entry for the file's schema.
     """
     from hydra.core.config_store import ConfigNode, ConfigStore
@@ -171,9 +171,9 @@ def _register_products(wanted: str, folders: Sequence[Path]) -> None:
     store = ConfigStore.instance()
     for entry in [key for key, node in store.repo.items() if isinstance(node, ConfigNode) and node.provider == _OURS]:
         del store.repo[entry]
-    mentioned = "\n".join([wanted, *(path.read_text() for path in folders[0].rglob("*.yaml"))])
+    has_own = len(folders) > 1
     for name, (loss, setting) in _products(folders).items():
-        if name in mentioned and not any((folder / f"{name}.yaml").is_file() for folder in folders):
+        if (has_own or name == wanted) and not any((folder / f"{name}.yaml").is_file() for folder in folders):
             special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
             node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
             store.store(name=name, node=node, provider=_OURS)
@@ -188,10 +188,9 @@ def _require_readable(overrides: Sequence[str]) -> None:
         try:
             OverridesParser.create().parse_override(override)
         except HydraException as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"{override} cannot be read ({reason}); write key=value, and quote a value with special signs "
-                f"twice: \"key='value'\""
+                f"{override} cannot be read ({first_line(error)}); write key=value, and quote a value with special "
+                f"signs twice: \"key='value'\""
             ) from None
 
 

@@ -216,6 +216,13 @@ def test_own_file_of_a_name_that_is_a_loss_on_a_setting_comes_first(tmp_path):
     assert load_recipe("ipo_tiny").optim.lr == 1e-3
 
 
+def test_other_files_beside_own_recipes_are_not_read(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [dpo_tiny, _self_]\n")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.yaml").write_bytes(b"\xff")
+    assert load_recipe("mine", config_dir=tmp_path).loss == recipe("dpo_tiny").loss
+
+
 def test_own_settings_and_losses_join_the_product(tmp_path):
     for group, name, text in (
         ("setting", "small", "# @package _global_\ndefaults: [tiny, _self_]\noptim: {lr: 2.0e-3}\n"),
