@@ -1,7 +1,7 @@
 """What GPUs and their networks can do: figures of data sheets, and the share of them that programs get.
 
-The shares are assumptions. One a card was fitted (:attr:`Card.products`), on the published MPT-7B runs of
-:mod:`nemo_lmpo.plan.published`; the others are round numbers that microbenchmarks of the field agree with.
+The shares are assumptions. One a card was fitted (:attr:`Card.products`), on published MPT-7B runs
+(docs/performance.md); the others are round numbers that microbenchmarks of the field agree with.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import nemo_lmpo
 from nemo_lmpo.config.architecture import architecture_from_hf
 from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
@@ -16,13 +18,14 @@ from nemo_lmpo.plan.amounts import Row, Shape, Split, attention_flops, further_p
 from nemo_lmpo.plan.cards import CARDS, Machine, read_gpus
 from nemo_lmpo.plan.describe import describe_plan
 from nemo_lmpo.plan.pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
-from nemo_lmpo.plan.published import PUBLISHED, error
 from nemo_lmpo.plan.search import CONTEXT, FRAGMENTATION, rank_layouts
 from nemo_lmpo.plan.step_time import MicroBatchTime, rate_of, step_of, step_time
+from tests.unit.plan.published import PUBLISHED, error, table
 
 SHAPE = Shape(layers=4, hidden=512, ffn=1024, query=512, key_value=256, vocabulary=4096)
 ROW = Row(tokens=256, predicted=128, attended=1000)
 A100 = CARDS["a100"]
+DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
 
 
 def test_products_of_a_layer() -> None:
@@ -117,6 +120,11 @@ def test_published_runs() -> None:
     assert statistics.median(predicted) < 0.08
     assert max(predicted) < 0.17
     assert all(abs(error(run)) < 0.02 for run in PUBLISHED if run.fitted)
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
+def test_the_documentation_shows_these_runs() -> None:
+    assert table() in (DOCS / "performance.md").read_text()
 
 
 @pytest.mark.parametrize(
