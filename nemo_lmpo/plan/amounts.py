@@ -6,16 +6,14 @@ no product is counted in bytes that kernels read and write.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.loss.registry import build_loss
-from nemo_lmpo.plan.work import Product, Work, ring_bytes
+from nemo_lmpo.plan.work import Product, Work
 
 SIZE = 2
 """Bytes of a BF16 number."""
@@ -192,9 +190,8 @@ def layer_work(shape: Shape, split: Split, row: Row) -> Work:
     _tensor_parallel(work, shape, split, tokens, forwards)
     if split.context > 1:
         whole = SIZE * row.tokens * shape.key_value // tensor
-        for kind, times in (("all-gather", 2 * forwards), ("reduce-scatter", 2)):
-            work.sent[kind, "context"] = times * ring_bytes(kind, whole // 2, split.context)
-            work.calls[kind, "context"] = times
+        work.send("all-gather", "context", whole // 2, split.context, 2 * forwards)
+        work.send("reduce-scatter", "context", whole // 2, split.context, 2)
     return work
 
 
@@ -205,12 +202,10 @@ def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwar
     if split.sequence_parallel:
         # Each block gathers its input and scatters its output; backward does both again, and gathers the input
         # once more for the weight's gradient.
-        times = {"all-gather": 2 * forwards + 4, "reduce-scatter": 2 * forwards + 2}
+        work.send("all-gather", "tensor", whole, split.tensor, 2 * forwards + 4)
+        work.send("reduce-scatter", "tensor", whole, split.tensor, 2 * forwards + 2)
     else:
-        times = {"all-reduce": 2 * forwards + 2}
-    for kind, number in times.items():
-        work.sent[kind, "tensor"] += number * ring_bytes(kind, whole, split.tensor)
-        work.calls[kind, "tensor"] += number
+        work.send("all-reduce", "tensor", whole, split.tensor, 2 * forwards + 2)
 
 
 def head_work(shape: Shape, split: Split, row: Row) -> Work:
@@ -230,9 +225,8 @@ def head_work(shape: Shape, split: Split, row: Row) -> Work:
     work.kernels["head"] = 150 + 25 * chunks + split.passes * (25 + 12 * chunks)
     if split.sequence_parallel:
         whole = SIZE * row.tokens // split.context * shape.hidden
-        for kind, number in (("all-gather", 1 + split.passes), ("reduce-scatter", 1)):
-            work.sent[kind, "tensor"] = number * ring_bytes(kind, whole, split.tensor)
-            work.calls[kind, "tensor"] = number
+        work.send("all-gather", "tensor", whole, split.tensor, 1 + split.passes)
+        work.send("reduce-scatter", "tensor", whole, split.tensor)
     if split.shared_copies:
         # The output matrix is gathered for forward, the embedding for backward, too; the head's float32 sum is cast.
         both = (3 + 2 * split.passes) * split.gathering + 6 + split.sharing_out * (1 if shape.tied else 2)
@@ -242,13 +236,12 @@ def head_work(shape: Shape, split: Split, row: Row) -> Work:
 
 def micro_batch_work(shape: Shape, split: Split, row: Row, *, last: bool) -> Work:
     """Forward and backward of a micro-batch on a stage; ``last``: with the head."""
-    work = times(layer_work(shape, split, row), stage_layers(shape, split))
+    work = layer_work(shape, split, row).times(stage_layers(shape, split))
     if last:
         work = work.plus(head_work(shape, split, row))
     if split.pipeline > 1:
         hidden = SIZE * row.tokens // split.context * shape.hidden
-        work.sent["send", "pipeline"] = hidden // split.tensor if split.sequence_parallel else hidden
-        work.calls["send", "pipeline"] = 1
+        work.send("send", "pipeline", hidden // split.tensor if split.sequence_parallel else hidden, 2)
     return work
 
 
@@ -269,19 +262,3 @@ def rank_weights(shape: Shape, split: Split) -> float:
     matrices = 1 if split.pipeline > 1 or shape.tied else 2
     layers = stage_layers(shape, split) * shape.layer_weights
     return (layers + matrices * shape.vocabulary * shape.hidden) / split.tensor
-
-
-def times(work: Work, factor: float) -> Work:
-    """That much of it."""
-
-    def scale(amounts: Counter[Any]) -> Counter[Any]:
-        return Counter({name: round(number * factor) for name, number in amounts.items()})
-
-    return Work(
-        scale(work.products),
-        scale(work.kernels),
-        scale(work.moved),
-        scale(work.sent),
-        scale(work.calls),
-        round(work.host_reads * factor),
-    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -52,38 +54,28 @@ class Work:
         """Kernels launched, collectives not counted."""
         return sum(self.kernels.values())
 
-    def copy(self) -> Work:
-        """A snapshot."""
-        return Work(
-            Counter(self.products),
-            Counter(self.kernels),
-            Counter(self.moved),
-            Counter(self.sent),
-            Counter(self.calls),
-            self.host_reads,
-        )
+    def send(self, kind: str, group: str, whole: int, size: int, times: int = 1) -> None:
+        """Count ``times`` collectives over ``whole`` bytes each in a group of ``size`` ranks (:func:`ring_bytes`)."""
+        self.sent[kind, group] += times * ring_bytes(kind, whole, size)
+        self.calls[kind, group] += times
 
     def plus(self, other: Work) -> Work:
         """Both together."""
-        return Work(
-            self.products + other.products,
-            self.kernels + other.kernels,
-            self.moved + other.moved,
-            self.sent + other.sent,
-            self.calls + other.calls,
-            self.host_reads + other.host_reads,
-        )
+        return Work(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def since(self, earlier: Work) -> Work:
         """What came after the snapshot ``earlier``."""
-        return Work(
-            self.products - earlier.products,
-            self.kernels - earlier.kernels,
-            self.moved - earlier.moved,
-            self.sent - earlier.sent,
-            self.calls - earlier.calls,
-            self.host_reads - earlier.host_reads,
-        )
+        return Work(*map(operator.sub, vars(self).values(), vars(earlier).values()))
+
+    def times(self, factor: float) -> Work:
+        """That much of it."""
+
+        def scaled(amount: Any) -> Any:
+            if isinstance(amount, Counter):
+                return Counter({name: scaled(number) for name, number in amount.items()})
+            return round(amount * factor)
+
+        return Work(*map(scaled, vars(self).values()))
 
 
 def ring_bytes(kind: str, whole: int, size: int) -> int:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_lmpo.plan.work import Product, Work, ring_bytes
+from nemo_lmpo.plan.work import Product, Work
 
 _NO_KERNEL = frozenset(
     {
@@ -175,10 +175,8 @@ class Meter(TorchDispatchMode):
         group = _group(args)
         kind = next((kind for start, kind in _KINDS.items() if name.startswith(start)), None)
         if kind is not None and group.size() > 1:
-            key = (kind, self.group_names.get(group.group_name, "other"))
             whole = max(_nbytes(arg) for arg in args[:2])
-            self.work.sent[key] += ring_bytes(kind, whole, group.size())
-            self.work.calls[key] += 1
+            self.work.send(kind, self.group_names.get(group.group_name, "other"), whole, group.size())
         return func(*args, **kwargs)
 
     def _communicate_apart(self, name: str, args: tuple[Any, ...]) -> Any:

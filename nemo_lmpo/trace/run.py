@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
-from nemo_lmpo.plan.amounts import Row, times
+from nemo_lmpo.plan.amounts import Row
 from nemo_lmpo.plan.work import Work
 from nemo_lmpo.trace.meter import Meter
 from nemo_lmpo.trace.pairs import filling_pairs
@@ -71,7 +72,7 @@ class Trace:
     @property
     def micro_batch(self) -> Work:
         """Forward and backward of one of the micro-batches."""
-        return times(self.forward_backward, 1 / self.micro_batches)
+        return self.forward_backward.times(1 / self.micro_batches)
 
     def phase(self, name: str) -> Phase:
         """One of :attr:`phases` by its name."""
@@ -129,11 +130,11 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
             mark(REFERENCE)
         policy.prepare_for_training_step()
         optimizer.zero_grad()
-        before = meter.work.copy()
+        before = copy.deepcopy(meter.work)
         policy.get_loss_and_metrics(batch, forward_only=False)
         mark(FORWARD_BACKWARD)
         trace.forward_backward = meter.work.since(before)
-        before = meter.work.copy()
+        before = copy.deepcopy(meter.work)
         _finish(policy, optimizer, meter, mark)
         trace.end_of_step = meter.work.since(before)
 
