@@ -54,7 +54,7 @@ class ChatFormat:
         """
         from jinja2 import TemplateError
 
-        prompts = [self._with_system(row.prompt) for row in rows]
+        prompts = [with_system(row.prompt, self.system_prompt) for row in rows]
         chosen = [[*prompt, _assistant(row.chosen)] for prompt, row in zip(prompts, rows, strict=True)]
         rejected = [[*prompt, _assistant(row.rejected)] for prompt, row in zip(prompts, rows, strict=True)]
         try:
@@ -82,11 +82,6 @@ class ChatFormat:
             return self._apply([messages])[0]
         except (TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"data.chat_template cannot render a plain exchange ({error}); correct it") from None
-
-    def _with_system(self, prompt: list[Message]) -> list[Message]:
-        if self.system_prompt is None or prompt[0]["role"] == "system":
-            return prompt
-        return [{"role": "system", "content": self.system_prompt}, *prompt]
 
     def _end_of_turn(self) -> tuple[str, bool]:
         """The part of the tail up to its first special token; without one, the tail's text, and EOS is appended."""
@@ -124,6 +119,13 @@ class ChatFormat:
                 return RowError("empty response", "the chat template leaves nothing of a response")
             responses.append(body + self.end_of_turn)
         return prompt_text, responses[0], responses[1]
+
+
+def with_system(prompt: list[Message], system_prompt: str | None) -> list[Message]:
+    """The prompt, behind a system message if it has none and there is one to give."""
+    if system_prompt is None or prompt[0]["role"] == "system":
+        return prompt
+    return [{"role": "system", "content": system_prompt}, *prompt]
 
 
 def _assistant(text: str) -> Message:

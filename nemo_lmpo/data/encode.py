@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.chat import ChatFormat
@@ -38,55 +39,95 @@ class EncodedRow:
     """Whether the texts hold special tokens of the tokenizer."""
 
 
-class PairEncoder:
-    """Renders and tokenizes pairs.
-
-    ``prompt_ids + response_ids`` is the tokenization of the whole conversation wherever its first tokens are the
-    prompt's; where prompt and response would merge into one token, the response is tokenized on its own.
-
-    Args:
-        tokenizer: the tokenizer.
-        template: Jinja text of the chat template.
-        max_length: most tokens of prompt and response.
-        max_prompt_length: tokens of the prompt where the pair does not fit otherwise.
-        system_prompt: a system message for conversations that have none.
-        special: what becomes of special tokens in the texts.
+@dataclass(eq=False)
+class Encoder(ABC):
+    """Renders and tokenizes pairs, within bounds of length.
 
     Raises:
-        ConfigError: lengths that leave no room, or a template that cannot be used.
+        ConfigError: lengths that leave no room, or a template or tokenizer that cannot be used.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        *,
-        max_length: int,
-        max_prompt_length: int,
-        system_prompt: str | None = None,
-        special: SpecialTokens | None = None,
-    ) -> None:
-        check_lengths(max_length, max_prompt_length)
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.chat = ChatFormat(tokenizer, template, system_prompt)
-        self.special = special or SpecialTokens(tokenizer)
-        self._bos = tokenizer.bos_token_id
-        end = [tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
-        self._end = end[-1]
-        self._adds_bos = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
-        self._begins_with_space = self._tokenize(["a b"])[0][-1:] == self._tokenize(["b"])[0]
-        self._turn_marks = _turn_marks(tokenizer)
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    """Jinja text of the chat template."""
+    _: KW_ONLY
+    max_length: int
+    """Most tokens of prompt and response."""
+    max_prompt_length: int
+    """Tokens of the prompt where the pair does not fit otherwise."""
+    system_prompt: str | None = None
+    """A system message for conversations that have none."""
+    special: InitVar[SpecialTokens | None] = None
+    """What becomes of special tokens in the texts."""
+
+    def __post_init__(self, special: SpecialTokens | None) -> None:
+        if not 1 <= self.max_prompt_length < self.max_length:
+            raise ConfigError(
+                f"data.max_length={self.max_length} leaves no room for a prompt and a response with "
+                f"data.max_prompt_length={self.max_prompt_length}, which must be at least 1 and below it"
+            )
+        self.special_tokens = special or SpecialTokens(self.tokenizer)
 
     @property
     def settings(self) -> list[object]:
         """What decides the ids, beside the tokenizer."""
-        return [self.chat.template, self.chat.system_prompt, self.max_length, self.max_prompt_length]
+        return [self.template, self.system_prompt, self.max_length, self.max_prompt_length]
+
+    @abstractmethod
+    def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
+        """Token ids of each row, or why it cannot be used."""
+
+    @abstractmethod
+    def _end_of_prompt(self, ids: list[int]) -> list[int]:
+        """What a prompt that is cut keeps."""
+
+    def _room(self, prompt: list[int]) -> int:
+        """Tokens of a response where it is cut behind ``prompt``."""
+        return self.max_length - len(prompt)
+
+    def _bounded(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool
+    ) -> EncodedRow | RowError:
+        if not prompt:
+            detail = "the prompt has no tokens, so nothing could predict the first response token"
+            return RowError("empty prompt", detail)
+        longer = max(len(chosen), len(rejected))
+        prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
+        if prompt_cut:
+            prompt = self._end_of_prompt(prompt)
+        room, response_cut = self._room(prompt), len(prompt) + longer > self.max_length
+        if response_cut:
+            chosen, rejected = chosen[:room], rejected[:room]
+        if chosen == rejected and response_cut:
+            detail = f"chosen and rejected are equal in the {room} tokens that data.max_length={self.max_length} leaves"
+            return RowError("equal after truncation", detail)
+        if chosen == rejected:
+            return RowError("chosen equals rejected", "chosen and rejected have the same token ids")
+        if not chosen or not rejected:
+            return RowError("empty response", "a response has no tokens")
+        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special)
+
+
+class PairEncoder(Encoder):
+    """Tokenizes what the chat template makes of a pair.
+
+    ``prompt_ids + response_ids`` is the tokenization of the whole conversation wherever its first tokens are the
+    prompt's; where prompt and response would merge into one token, the response is tokenized on its own.
+    """
+
+    def __post_init__(self, special: SpecialTokens | None) -> None:
+        super().__post_init__(special)
+        self.chat = ChatFormat(self.tokenizer, self.template, self.system_prompt)
+        self._bos = self.tokenizer.bos_token_id
+        end = [self.tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
+        self._end = end[-1]
+        self._adds_bos = self._bos is not None and self.tokenizer("a")["input_ids"][:1] == [self._bos]
+        self._begins_with_space = self._tokenize(["a b"])[0][-1:] == self._tokenize(["b"])[0]
+        self._turn_marks = _turn_marks(self.tokenizer)
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
-        checked = [self.special.checked(row) for row in rows]
+        checked = [self.special_tokens.checked(row) for row in rows]
         rendered = iter(self.chat.render([row for row in checked if isinstance(row, PreferenceRow)]))
         results = [row if isinstance(row, RowError) else next(rendered) for row in checked]
         good = [texts for texts in results if not isinstance(texts, RowError)]
@@ -95,15 +136,16 @@ class PairEncoder:
         chosen = self._responses(tails, [text for _, text, _ in good])
         rejected = self._responses(tails, [text for _, _, text in good])
         special = [
-            self.special.found_in(row) is not None
+            self.special_tokens.found_in(row) is not None
             for row, texts in zip(rows, results, strict=True)
             if not isinstance(texts, RowError)
         ]
+        prompts = [self._with_one_bos(prompt) for prompt in prompts]
         encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, strict=True)])
         return [texts if isinstance(texts, RowError) else next(encoded) for texts in results]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.special.tokenize(texts)
+        return self.special_tokens.tokenize(texts)
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         """Ids of each prompt; of one that is much longer than may be kept, its BOS and more of its end than that."""
@@ -188,26 +230,6 @@ class PairEncoder:
                 return ids[len(before) :]
         return self._beginning_of(response, wanted)
 
-    def _bounded(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool
-    ) -> EncodedRow | RowError:
-        prompt = self._with_one_bos(prompt)
-        if not prompt:
-            return no_tokens()
-        longer = max(len(chosen), len(rejected))
-        prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
-        if prompt_cut:
-            prompt = self._end_of_prompt(prompt)
-        room = self.max_length - len(prompt)
-        response_cut = longer > room
-        if response_cut:
-            chosen, rejected = chosen[:room], rejected[:room]
-        if chosen == rejected:
-            return equal_ids(room if response_cut else None, self.max_length)
-        if not chosen or not rejected:
-            return RowError("empty response", "a response has no tokens")
-        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special)
-
     def _with_one_bos(self, ids: list[int]) -> list[int]:
         """One BOS if the template wrote any or the tokenizer would add one, else none."""
         if self._bos is None:
@@ -228,33 +250,3 @@ def _turn_marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     marks = sorted((token.content for token in tokens if not (token.normalized or token.single_word)), key=len)
     marks = [mark for mark in marks if mark and len(mark) < _TAIL_LETTERS // 4]
     return re.compile("|".join(map(re.escape, reversed(marks)))) if marks else None
-
-
-def no_tokens() -> RowError:
-    """A prompt without tokens."""
-    return RowError("empty prompt", "the prompt has no tokens, so nothing could predict the first response token")
-
-
-def equal_ids(room: int | None, max_length: int) -> RowError:
-    """Responses that are the same for the model; ``room`` is what they were cut to, if they were."""
-    if room is None:
-        return RowError("chosen equals rejected", "chosen and rejected have the same token ids")
-    return RowError(
-        "equal after truncation",
-        f"chosen and rejected are equal in the {room} tokens that data.max_length={max_length} leaves",
-    )
-
-
-def check_lengths(max_length: int, max_prompt_length: int) -> None:
-    """Refuse lengths that leave no room for a prompt or a response.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    if max_prompt_length < 1:
-        raise ConfigError(f"data.max_prompt_length={max_prompt_length} must be at least 1")
-    if max_length <= max_prompt_length:
-        raise ConfigError(
-            f"data.max_length={max_length} leaves no room for a response after data.max_prompt_length="
-            f"{max_prompt_length}; raise the first or lower the second"
-        )

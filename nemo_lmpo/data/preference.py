@@ -16,7 +16,7 @@ import numpy as np
 from nemo_lmpo.config.rules.settings import paths_of
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
-from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.encode import Encoder, PairEncoder
 from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.pair import PairTokens
@@ -197,7 +197,7 @@ def load_preference_dataset(
     return PreferenceDataset(parts, tokenizer, name, dropped)
 
 
-def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairEncoder | ReleasedPairEncoder:
+def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """What makes token ids of pairs under these settings.
 
     Raises:
@@ -215,9 +215,7 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
     )
 
 
-def _tokenized(
-    source: Source, encoder: PairEncoder | ReleasedPairEncoder, config: DataConfig, schema: str
-) -> tuple[str, Store]:
+def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str) -> tuple[str, Store]:
     """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
     key = _cache_key(source, encoder, schema)
     cache = cache_root(config.cache_dir)
@@ -240,7 +238,7 @@ def _tokenized(
     return key, store
 
 
-def _cache_key(source: Source, encoder: PairEncoder | ReleasedPairEncoder, schema: str) -> str:
+def _cache_key(source: Source, encoder: Encoder, schema: str) -> str:
     """A hash of everything that decides the stored pairs."""
     return _hash(
         {
@@ -250,7 +248,7 @@ def _cache_key(source: Source, encoder: PairEncoder | ReleasedPairEncoder, schem
             "schema": schema,
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "encoder": encoder.settings,
-            "special_tokens": encoder.special.policy,
+            "special_tokens": encoder.special_tokens.policy,
         }
     )
 

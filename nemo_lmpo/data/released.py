@@ -9,61 +9,33 @@ cut to what `max_length` has beyond `max_prompt_length`, not beyond the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from nemo_lmpo.data.encode import EncodedRow, check_lengths, equal_ids, no_tokens
+from nemo_lmpo.data.chat import with_system
+from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError, shown
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-class ReleasedPairEncoder:
+class ReleasedPairEncoder(Encoder):
     """Renders and tokenizes pairs as the released trainer does.
 
     One thing it cannot do: prompts that differ between chosen and rejected. Where only one of the responses merges
-    with the prompt's last token, that token belongs to both responses here.
-
-    Args:
-        tokenizer: the tokenizer.
-        template: Jinja text of the chat template.
-        max_length: most tokens of prompt and response.
-        max_prompt_length: tokens of a prompt that is cut.
-        system_prompt: a system message for conversations that have none; unset: an empty one where the template
-            knows system messages, as the released code has it.
-        special: what becomes of special tokens in the texts.
-
-    Raises:
-        ConfigError: lengths that leave no room, or a tokenizer without EOS.
+    with the prompt's last token, that token belongs to both responses here. Without a system prompt, conversations get
+    an empty one where the template knows system messages, as the released code has it.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        *,
-        max_length: int,
-        max_prompt_length: int,
-        system_prompt: str | None = None,
-        special: SpecialTokens | None = None,
-    ) -> None:
-        check_lengths(max_length, max_prompt_length)
-        if tokenizer.eos_token_id is None:
+    def __post_init__(self, special: SpecialTokens | None) -> None:
+        super().__post_init__(special)
+        if self.tokenizer.eos_token_id is None:
             raise ConfigError("data.compat=released_code needs a tokenizer with an EOS token; set eos_token")
-        self.tokenizer = tokenizer
-        self.template = template
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.special = special or SpecialTokens(tokenizer)
-        knows_system = "system" in template or "<|im_start|>" in template
-        self.system_prompt = "" if system_prompt is None and knows_system else system_prompt
+        if self.system_prompt is None and ("system" in self.template or "<|im_start|>" in self.template):
+            self.system_prompt = ""
 
     @property
     def settings(self) -> list[object]:
         """What decides the ids, beside the tokenizer."""
-        return ["released_code", self.template, self.system_prompt, self.max_length, self.max_prompt_length]
+        return ["released_code", *super().settings]
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
@@ -72,29 +44,26 @@ class ReleasedPairEncoder:
     def _encode(self, row: PreferenceRow) -> EncodedRow | RowError:
         from jinja2 import TemplateError
 
-        checked = self.special.checked(row)
+        checked = self.special_tokens.checked(row)
         if isinstance(checked, RowError):
             return checked
         try:
-            prompt = self._rendered(self._with_system(checked.prompt))
+            prompt = self._rendered(with_system(checked.prompt, self.system_prompt))
             texts = [self._response(checked.chosen), self._response(checked.rejected)]
         except (TemplateError, TypeError, ValueError) as error:
             return RowError("refused by the chat template", f"the chat template refuses the row: {shown(str(error))}")
-        prompt_ids, *wholes = self.special.tokenize([prompt, *(prompt + text for text in texts)])
+        prompt_ids, *wholes = self.special_tokens.tokenize([prompt, *(prompt + text for text in texts)])
         # a last token of the prompt that merges with the response belongs to the response
         kept = len(prompt_ids) - any(whole[: len(prompt_ids)] != prompt_ids for whole in wholes)
         if any(whole[:kept] != prompt_ids[:kept] for whole in wholes):
             return RowError("refused by the chat template", "the prompt's tokens change with the response")
         chosen, rejected = (self._ended(whole[kept:]) for whole in wholes)
-        return self._bounded(self._with_bos(prompt_ids[:kept]), chosen, rejected, self.special.found_in(row))
+        return self._bounded(
+            self._with_bos(prompt_ids[:kept]), chosen, rejected, self.special_tokens.found_in(row) is not None
+        )
 
     def _rendered(self, messages: list[Message]) -> str:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
-
-    def _with_system(self, prompt: list[Message]) -> list[Message]:
-        if self.system_prompt is None or prompt[0]["role"] == "system":
-            return prompt
-        return [{"role": "system", "content": self.system_prompt}, *prompt]
 
     def _response(self, text: str) -> str:
         rendered = self._rendered([{"role": "assistant", "content": text}])
@@ -107,19 +76,8 @@ class ReleasedPairEncoder:
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
 
-    def _bounded(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], special: str | None
-    ) -> EncodedRow | RowError:
-        if not prompt:
-            return no_tokens()
-        longer = max(len(chosen), len(rejected))
-        prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
-        if prompt_cut:
-            prompt = prompt[-self.max_prompt_length :]
-        room = self.max_length - self.max_prompt_length
-        response_cut = len(prompt) + longer > self.max_length
-        if response_cut:
-            chosen, rejected = chosen[:room], rejected[:room]
-        if chosen == rejected:
-            return equal_ids(room if response_cut else None, self.max_length)
-        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special is not None)
+    def _end_of_prompt(self, ids: list[int]) -> list[int]:
+        return ids[-self.max_prompt_length :]
+
+    def _room(self, prompt: list[int]) -> int:
+        return self.max_length - self.max_prompt_length

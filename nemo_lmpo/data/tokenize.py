@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.encode import Encoder
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
-from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.schema import PreferenceRow, RowError, parse_row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
@@ -45,7 +44,7 @@ class UnusableRow(Exception):
 class RowsToPairs:
     """What `datasets` maps over a source: rows in, pairs out; a row that cannot be used says why in its columns."""
 
-    encoder: PairEncoder | ReleasedPairEncoder
+    encoder: Encoder
     schema: str
     short_name: str
     stop_at_bad: bool
@@ -94,7 +93,7 @@ class RowsToPairs:
 
 def tokenize_source(
     source: Source,
-    encoder: PairEncoder | ReleasedPairEncoder,
+    encoder: Encoder,
     schema: str,
     directory: Path,
     *,
