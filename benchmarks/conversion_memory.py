@@ -75,10 +75,10 @@ def _make(directory: Path, architecture: Architecture) -> None:
     import torch
 
     from nemo_lmpo.formats.huggingface_writer import write_safetensors
-    from nemo_lmpo.formats.source import random_source
+    from nemo_lmpo.formats.source import RandomSource
 
     directory.mkdir()
-    source = random_source(architecture, 0, torch.bfloat16)
+    source = RandomSource(architecture, 0, torch.bfloat16)
     write_safetensors(directory, source, dtype=torch.bfloat16, max_shard_bytes=1_000_000_000)
     config = {**architecture_to_hf(architecture), "torch_dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(config))

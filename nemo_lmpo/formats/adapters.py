@@ -118,25 +118,17 @@ class AdapterTensors:
         return down, up
 
 
-class MergedSource:
+class MergedSource(TensorSource):
     """A base model with its adapters added to the weights."""
 
     def __init__(self, base: TensorSource, adapters: AdapterTensors) -> None:
+        super().__init__(adapters.checkpoint.origin, {name: base.shape(name) for name in base.names()})
         self._base, self._adapters = base, adapters
-        self.origin = adapters.checkpoint.origin
         self._changed = {
             f"{hf_module(layer, name)}.weight": (layer, name)
             for layer in range(adapters.layers)
             for name in adapters.description.projections
         }
-
-    def names(self) -> list[str]:
-        """Those of the base."""
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """That of the base's tensor."""
-        return self._base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """That of the base's tensor."""

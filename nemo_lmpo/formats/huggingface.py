@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.source import TensorSource
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -19,7 +20,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Floating-point formats of safetensors that weights may have."""
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(TensorSource):
     """Tensors of a directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
 
     Headers are read and checked at once, tensors when asked for: :meth:`get` maps the file into memory, so a
@@ -30,9 +31,9 @@ class HuggingFaceSource:
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory), {})
         self._directory = directory
         self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         index = directory / INDEX_FILE
         if index.is_file():
@@ -41,19 +42,6 @@ class HuggingFaceSource:
             self._add_file(directory / SINGLE_FILE)
         else:
             raise CheckpointError(self._nothing_found())
-
-    @property
-    def origin(self) -> str:
-        """The directory."""
-        return str(self._directory)
-
-    def names(self) -> list[str]:
-        """All tensor names of all files."""
-        return list(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in the file's header."""
-        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in the file's header."""

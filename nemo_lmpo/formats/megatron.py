@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from nemo_lmpo.formats.mapping import (
     rules_by_layer,
     separate,
 )
-from nemo_lmpo.formats.source import check_tied, raise_if_any
+from nemo_lmpo.formats.source import TensorSource, check_tied, raise_if_any
 
 _PREFIX = re.compile(rf"((?:model\.|module\.)*){re.escape(EMBEDDING)}")
 _MOST_PADDING = 128 * 64
@@ -46,16 +45,7 @@ def find_prefix(checkpoint: DistributedCheckpoint) -> str:
     return found[0]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a Hugging Face tensor lies: part ``part`` of ``rule`` in layer ``layer``."""
-
-    rule: Rule
-    layer: int
-    part: int
-
-
-class MegatronSource:
+class MegatronSource(TensorSource):
     """A distributed checkpoint under Hugging Face names.
 
     Raises:
@@ -63,47 +53,33 @@ class MegatronSource:
     """
 
     def __init__(self, checkpoint: DistributedCheckpoint, architecture: Architecture) -> None:
+        super().__init__(checkpoint.origin, hf_shapes(architecture))
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._prefix = find_prefix(checkpoint)
-        self._shapes = hf_shapes(architecture)
+        # Where a Hugging Face tensor lies: part of a rule in a layer.
         self._places = {
-            name: _Place(rule, layer, part)
+            name: (rule, layer, part)
             for rule, layer in rules_by_layer(architecture)
             for part, name in enumerate(rule.hf_names(layer))
         }
-        self._last: tuple[tuple[str, int], tuple[Tensor, ...]] | None = None
+        self._last: tuple[tuple[str, int | None], tuple[Tensor, ...]] | None = None
         self._check()
-
-    @property
-    def origin(self) -> str:
-        """The checkpoint."""
-        return self._checkpoint.origin
-
-    def names(self) -> list[str]:
-        """All Hugging Face names, layer by layer."""
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, without padding of the vocabulary."""
-        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype as stored."""
-        place = self._places[name]
-        return self._checkpoint.tensors[self._key(place.rule, place.layer)[0]].properties.dtype
+        rule, layer, _ = self._places[name]
+        return self._checkpoint.tensors[self._key(rule, layer)[0]].properties.dtype
 
     def get(self, name: str) -> Tensor:
         """The tensor, read from the file."""
-        place = self._places[name]
-        key, index = self._key(place.rule, place.layer)
-        wanted = (key, place.layer)
+        rule, layer, part = self._places[name]
+        key, index = self._key(rule, layer)
         # Neighbours (q, k, v; gate, up) come from the same stored tensor and are asked for in turn.
-        if self._last is None or self._last[0] != wanted:
+        if self._last is None or self._last[0] != (key, index):
             self._last = None
-            stored = self._checkpoint.read(key, index)
-            self._last = (wanted, separate(place.rule, stored, self._architecture))
-        return self._last[1][place.part]
+            self._last = (key, index), separate(rule, self._checkpoint.read(key, index), self._architecture)
+        return self._last[1][part]
 
     def _key(self, rule: Rule, layer: int) -> tuple[str, int | None]:
         """Key of the stored tensor, and the index of the layer in it if layers are stacked."""
@@ -127,7 +103,7 @@ class MegatronSource:
             expected.add(key)
         own = {key for key in stored if key.startswith((self._prefix + "embedding.", self._prefix + "decoder."))}
         raise_if_any(
-            self._checkpoint.origin,
+            self.origin,
             missing=expected - stored.keys(),
             unexpected={key for key in own if not _NOT_WEIGHTS.search(key)} - expected,
             wrong_shapes=wrong_shapes,
@@ -136,7 +112,7 @@ class MegatronSource:
         odd = sorted(key for key in expected if not stored[key].properties.dtype.is_floating_point)
         if odd:
             raise CheckpointError(
-                f"{self._checkpoint.origin}: {odd[0]} is stored as {stored[odd[0]].properties.dtype}, which is not "
+                f"{self.origin}: {odd[0]} is stored as {stored[odd[0]].properties.dtype}, which is not "
                 "supported; save the weights as floating-point numbers"
             )
         self._check_output_layer()
@@ -147,13 +123,13 @@ class MegatronSource:
         vocabulary = self._architecture.vocab_size
         if rows - vocabulary >= _MOST_PADDING:
             raise CheckpointError(
-                f"{self._checkpoint.origin} holds {rows} rows of vocabulary, more than padding of a vocabulary of "
+                f"{self.origin} holds {rows} rows of vocabulary, more than padding of a vocabulary of "
                 f"{vocabulary} explains; give the config that belongs to the weights"
             )
         output = self._prefix + OUTPUT_LAYER
         if self._architecture.tie_word_embeddings and output in self._checkpoint.tensors:
             embedding, head = (self._checkpoint.read(key) for key in (self._prefix + EMBEDDING, output))
-            check_tied(self._checkpoint.origin, embedding, head, "that they are not tied")
+            check_tied(self.origin, embedding, head, "that they are not tied")
 
 
 def _fits(size: tuple[int, ...], expected: tuple[int, ...], rule: Rule) -> bool:

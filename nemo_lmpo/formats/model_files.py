@@ -30,7 +30,7 @@ from nemo_lmpo.formats.sidecars import (
     sentencepiece_files,
     sidecar_names,
 )
-from nemo_lmpo.formats.source import TensorSource, check_source, random_source
+from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.formats.weights_hash import weights_hash
 from nemo_lmpo.runtime import run_files
 
@@ -162,7 +162,7 @@ def _merged_source(path: Path, checkpoint: DistributedCheckpoint, architecture: 
     adapters = _adapter_tensors(path, checkpoint, architecture)
     description = adapters.description
     if description.base is None:
-        return MergedSource(random_source(architecture, description.seed), adapters)
+        return MergedSource(RandomSource(architecture, description.seed), adapters)
     base = Path(description.base)
     if not base.exists():
         raise CheckpointError(f"{path} holds adapters of {base}, which does not exist; bring their base there")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,22 +20,26 @@ _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _MOST_NAMED = 40
 
 
-class TensorSource(Protocol):
-    """Tensors under Hugging Face names."""
+class TensorSource(ABC):
+    """Tensors under Hugging Face names, with their shapes; errors call the source by its ``origin``."""
 
-    @property
-    def origin(self) -> str:
-        """What errors call the source."""
+    def __init__(self, origin: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.origin = origin
+        self._shapes = shapes
 
     def names(self) -> list[str]:
         """All names."""
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, without reading the tensor."""
+        return self._shapes[name]
 
+    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """The dtype, without reading the tensor."""
 
+    @abstractmethod
     def get(self, name: str) -> Tensor:
         """The tensor on the CPU, where possible a lazy view of the file; do not write to it."""
 
@@ -100,29 +104,26 @@ def raise_if_any(
         raise CheckpointError(f"{origin} does not fit the model; {remedy}\n  " + "\n  ".join(problems))
 
 
-class _RandomSource:
-    """Start weights drawn per name, so that they do not depend on who asks for them, or in which order."""
+class RandomSource(TensorSource):
+    """Random start weights as megatron-core draws them: normal with ``initializer_range``, norms one, biases zero.
 
-    def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype) -> None:
+    Attention and MLP output projections have their deviation divided by ``sqrt(2 * num_layers)``. Every tensor
+    has a generator of its own, seeded by a hash of ``seed`` and its name, so the weights depend neither on the
+    parallel layout nor on the order in which they are asked for.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(f"random weights (seed {seed})", hf_shapes(architecture))
         self._architecture = architecture
         self._seed = seed
         self._dtype = dtype
-        self._shapes = hf_shapes(architecture)
-
-    @property
-    def origin(self) -> str:
-        return f"random weights (seed {self._seed})"
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """The one that they are drawn for."""
         return self._dtype
 
     def get(self, name: str) -> Tensor:
+        """Drawn anew each time."""
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)
@@ -132,16 +133,6 @@ class _RandomSource:
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return torch.empty(shape).normal_(0.0, std, generator=generator).to(self._dtype)
-
-
-def random_source(architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> TensorSource:
-    """Random start weights as megatron-core draws them: normal with ``initializer_range``, norms one, biases zero.
-
-    Attention and MLP output projections have their deviation divided by ``sqrt(2 * num_layers)``. Every tensor
-    has a generator of its own, seeded by a hash of ``seed`` and its name, so the weights do not depend on the
-    parallel layout.
-    """
-    return _RandomSource(architecture, seed, dtype)
 
 
 def get_fitting(source: TensorSource, name: str, target: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
 from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.model_files import open_model
-from nemo_lmpo.formats.source import TensorSource, random_source
+from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
     if base.path is not None:
         source: TensorSource = open_model(base.path).source
     else:
-        source = random_source(base.architecture, seed)
+        source = RandomSource(base.architecture, seed)
     load_model_weights(
         list(chunks), source, base.architecture, tp_rank=groups.tensor.rank(), tp_size=groups.tensor.size()
     )

@@ -20,7 +20,7 @@ from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.megatron import MegatronSource
 from nemo_lmpo.formats.sinks import DirectorySink
-from nemo_lmpo.formats.source import random_source
+from nemo_lmpo.formats.source import RandomSource
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -118,7 +118,7 @@ class _OddNorms:
     """Random start weights whose norms are not all ones, which would hide a mix-up."""
 
     def __init__(self, architecture: Architecture) -> None:
-        self._inner = random_source(architecture, 3)
+        self._inner = RandomSource(architecture, 3)
         self.origin = self._inner.origin
         self.names, self.shape, self.dtype = self._inner.names, self._inner.shape, self._inner.dtype
 

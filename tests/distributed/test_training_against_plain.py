@@ -21,7 +21,7 @@ from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.formats.base_model import find_base_model
-from nemo_lmpo.formats.source import random_source
+from nemo_lmpo.formats.source import RandomSource
 from tests.distributed.plain_trainer import Pair, PlainTrainer, Settings, tokenize
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
@@ -67,7 +67,7 @@ def test_trains_like_plain_transformers(case: str, tmp_path: Path) -> None:
 
     config = load_recipe("lmpo_tiny", [*COMMON, *overrides])
     architecture = find_base_model(config.model).architecture
-    source = random_source(architecture, config.model.seed)
+    source = RandomSource(architecture, config.model.seed)
     start = {name: source.get(name) for name in source.names()}
     plain = PlainTrainer(LlamaConfig(**architecture_to_hf(architecture)), start, settings)
     tokenizer = tiny_tokenizer()

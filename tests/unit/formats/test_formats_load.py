@@ -15,7 +15,7 @@ from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.load import load_model_weights
-from nemo_lmpo.formats.source import check_source, random_source
+from nemo_lmpo.formats.source import RandomSource, check_source
 from tests.unit.formats import tiny_models as tiny
 
 _ARCHITECTURE = architecture_from_hf(tiny.config("llama3").to_dict())
@@ -23,7 +23,7 @@ _ARCHITECTURE = architecture_from_hf(tiny.config("llama3").to_dict())
 
 def test_random_weights_have_megatrons_spread() -> None:
     architecture = Architecture(**{**vars(_ARCHITECTURE), "hidden_size": 512, "ffn_hidden_size": 1024, "head_dim": 128})
-    source = random_source(architecture, seed=5)
+    source = RandomSource(architecture, seed=5)
     sigma = architecture.initializer_range
     assert source.get("model.layers.0.mlp.up_proj.weight").std().item() == pytest.approx(sigma, rel=0.01)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -34,7 +34,7 @@ def test_random_weights_have_megatrons_spread() -> None:
 
 
 def test_random_weights_depend_on_seed_and_name_only() -> None:
-    first, again, other = (random_source(_ARCHITECTURE, seed) for seed in (1, 1, 2))
+    first, again, other = (RandomSource(_ARCHITECTURE, seed) for seed in (1, 1, 2))
     names = first.names()
     in_reverse = {name: again.get(name) for name in reversed(names)}
     for name in names:
@@ -42,7 +42,7 @@ def test_random_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(first.get(names[0]), other.get(names[0]))
     gate, up = (first.get(f"model.layers.0.mlp.{part}_proj.weight") for part in ("gate", "up"))
     assert not torch.equal(gate, up)
-    half = random_source(_ARCHITECTURE, 1, torch.bfloat16)
+    half = RandomSource(_ARCHITECTURE, 1, torch.bfloat16)
     assert torch.equal(half.get(names[1]), first.get(names[1]).to(torch.bfloat16))
 
 
@@ -94,7 +94,7 @@ class _Wrapper(Float16Module):
 
 
 def test_layers_go_by_their_number_and_through_wrappers() -> None:
-    source = random_source(_ARCHITECTURE, 0)
+    source = RandomSource(_ARCHITECTURE, 0)
     chunks = [_Wrapper(_Wrapper(_Model([2]).to(torch.bfloat16))), _Wrapper(_Model([4, 1]))]
     load_model_weights(list(chunks), source, _ARCHITECTURE, tp_rank=0, tp_size=1)
     for parameter, layer in (
@@ -113,7 +113,7 @@ def test_loading_lists_everything_that_does_not_fit() -> None:
     model = _Model([1], qkv_rows=120)
     model.extra = nn.Parameter(torch.zeros(3))
     with pytest.raises(CheckpointError) as caught:
-        load_model_weights([model], random_source(_ARCHITECTURE, 0), _ARCHITECTURE, tp_rank=0, tp_size=1)
+        load_model_weights([model], RandomSource(_ARCHITECTURE, 0), _ARCHITECTURE, tp_rank=0, tp_size=1)
     assert "1 unexpected tensors: extra" in str(caught.value)
     assert "decoder.layers.0.self_attention.linear_qkv.weight is [120, 64] instead of [128, 64]" in str(caught.value)
 
@@ -123,10 +123,10 @@ def test_source_of_another_model_is_refused_before_anything_is_written() -> None
     model = _Model([1])
     before = model.decoder.layers[0].self_attention.linear_qkv.weight.clone()
     with pytest.raises(CheckpointError, match="tensors of the wrong shape"):
-        load_model_weights([model], random_source(other, 0), _ARCHITECTURE, tp_rank=0, tp_size=1)
+        load_model_weights([model], RandomSource(other, 0), _ARCHITECTURE, tp_rank=0, tp_size=1)
     assert torch.equal(model.decoder.layers[0].self_attention.linear_qkv.weight, before)
 
 
 def test_tensor_parallel_size_must_divide_the_groups() -> None:
     with pytest.raises(ConfigError, match="tensor_model_parallel_size=4 does not divide 2"):
-        load_model_weights([_Model([1])], random_source(_ARCHITECTURE, 0), _ARCHITECTURE, tp_rank=0, tp_size=4)
+        load_model_weights([_Model([1])], RandomSource(_ARCHITECTURE, 0), _ARCHITECTURE, tp_rank=0, tp_size=4)
