@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 
 from nemo_lmpo.errors import DataError, UserError
 from nemo_lmpo.evaluate.answers import Answer
-from nemo_lmpo.evaluate.bootstrap import SEED, Interval, weighted_means
+from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
 from nemo_lmpo.evaluate.endpoint import Endpoint
 from nemo_lmpo.evaluate.environment import run_program
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
-from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value, interval, standard_error
+from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value
 from nemo_lmpo.evaluate.storage import Journal
 
 CALLS_FILE = "judge_calls.jsonl"
@@ -141,30 +140,14 @@ def score(
         "seed": SEED,
     }
     metrics = found["metrics"]
-    lc = np.array(found["lc_replicates"])
     values = {
         "lc": Value(
             metrics["length_controlled_winrate"],
             metrics["lc_standard_error"],
-            {BY_INSTRUCTION: interval(Interval.of(lc))},
+            {BY_INSTRUCTION: Interval.of(np.array(found["lc_replicates"]))},
         ),
-        **win_and_length(units),
+        "wr": Value.mean(np.array([win for win in units["wins"] if win is not None])),
+        "length": Value.mean(np.array(units["lengths"], dtype=float)),
     }
     details = {"C": found["C"], "weights": found["weights"], "alpaca_eval": metrics}
     return values, details, units
-
-
-def win_and_length(units: Mapping[str, Any]) -> dict[str, Value]:
-    """Plain win rate and mean length in characters."""
-    wins = np.array([win for win in units["wins"] if win is not None])
-    lengths = np.array(units["lengths"], dtype=float)
-    return {
-        "wr": Value(
-            float(wins.mean()), standard_error(wins), {BY_INSTRUCTION: interval(Interval.of(weighted_means(wins)))}
-        ),
-        "length": Value(
-            statistics.fmean(lengths),
-            standard_error(lengths),
-            {BY_INSTRUCTION: interval(Interval.of(weighted_means(lengths)))},
-        ),
-    }

@@ -13,11 +13,10 @@ from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.alpaca_eval import refuse_many_unparsed
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
-from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.endpoint import Endpoint, for_each
 from nemo_lmpo.evaluate.environment import run_program
-from nemo_lmpo.evaluate.result import BY_BATTLE, BY_INSTRUCTION, Judge, Value, interval, standard_error
+from nemo_lmpo.evaluate.result import BY_BATTLE, BY_INSTRUCTION, Judge, Value
 from nemo_lmpo.evaluate.storage import Journal
 
 JUDGMENTS_FILE = "judgments.jsonl"
@@ -118,21 +117,13 @@ def score(
     battles = collect_battles(verdicts)
     means, weights = battles.by_question()
     tokens = run_program("count_tokens", {"texts": [answers[one.id].output for one in chosen]})
-    lengths = np.array(tokens, dtype=float)
     values = {
         "wr": Value(
             battles.win_rate,
             float(battles.replicates().std(ddof=1)),
-            {
-                BY_INSTRUCTION: interval(battles.question_interval()),
-                BY_BATTLE: interval(battles.published_interval()),
-            },
+            {BY_INSTRUCTION: battles.question_interval(), BY_BATTLE: battles.published_interval()},
         ),
-        "length": Value(
-            float(lengths.mean()),
-            standard_error(lengths),
-            {BY_INSTRUCTION: interval(Interval.of(weighted_means(lengths)))},
-        ),
+        "length": Value.mean(np.array(tokens, dtype=float)),
     }
     units = {
         "ids": battles.ids,

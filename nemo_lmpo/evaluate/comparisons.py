@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lmpo.evaluate.bootstrap import Interval, by_task_means, weighted_means
+from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
 from nemo_lmpo.evaluate.result import Result, read_units
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, COLUMNS, TASKS
 
@@ -111,7 +111,7 @@ def average_ranks(results: Mapping[str, Result]) -> Ranks | None:
         arrays = [np.array(one["values"]) for one in units.values()]
         points.append([array.mean() for array in arrays])
         # One stream for all methods: the same documents are drawn for each.
-        replicates.append([by_task_means({column: array})[column] for array in arrays])
+        replicates.append([weighted_means(array) for array in arrays])
     ranks = _ranks(np.array(points)[..., None])
     drawn = _ranks(np.array(replicates))
     methods = list(complete)

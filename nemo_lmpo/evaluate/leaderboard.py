@@ -14,19 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.bootstrap import Interval, by_task_means
 from nemo_lmpo.evaluate.environment import own_packages, packages, run_program
 from nemo_lmpo.evaluate.result import (
-    BY_INSTRUCTION,
     RESULT_FILE,
     SETTINGS_FILE,
     Model,
     Result,
     Value,
     claim_folder,
-    interval,
     now,
-    standard_error,
     write_result,
 )
 from nemo_lmpo.evaluate.storage import content_hash, read_json
@@ -222,16 +218,12 @@ def _write(
     command: str,
 ) -> None:
     scores = read_scores(folder)
-    arrays = {name: np.array(one["values"]) for name, one in scores.items()}
-    replicates = by_task_means(arrays)
+    # A stream a task: tasks are resampled on their own.
     values = {
-        name: Value(
-            float(array.mean()), standard_error(array), {BY_INSTRUCTION: interval(Interval.of(replicates[name]))}
-        )
-        for name, array in arrays.items()
+        name: Value.mean(np.array(one["values"]), stream=place) for place, (name, one) in enumerate(scores.items())
     }
     versions_of_tasks = dict(itertools.chain.from_iterable(one["versions"].items() for one in scores.values()))
-    count = sum(len(array) for array in arrays.values())
+    count = sum(len(one["values"]) for one in scores.values())
     result = Result(
         suite=LEADERBOARD,
         model=model,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.bootstrap import Interval
+from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
 from nemo_lmpo.evaluate.storage import read_json, write_json
 
 RESULT_FILE, UNITS_FILE, SETTINGS_FILE = "result.json", "units.json", "settings.json"
@@ -24,21 +24,23 @@ class Value:
 
     value: float
     standard_error: float | None = None
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
-    def honest(self) -> tuple[float, float] | None:
+    def honest(self) -> Interval | None:
         """The interval of resampling instructions."""
         return self.intervals.get(BY_INSTRUCTION)
+
+    @classmethod
+    def mean(cls, values: np.ndarray, *, stream: int = 0) -> Value:
+        """Mean over instructions; no standard error of a single one."""
+        error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+        honest = Interval.of(weighted_means(values, stream=stream))
+        return cls(float(values.mean()), error, {BY_INSTRUCTION: honest})
 
 
 BY_INSTRUCTION = "bootstrap over instructions, 95 %"
 BY_BATTLE = "bootstrap over battles, 95 % (as published)"
-
-
-def interval(found: Interval) -> tuple[float, float]:
-    """As it is stored."""
-    return (found.low, found.high)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def read_result(folder: Path) -> Result:
         raise DataError(f"{path} has format {content.get('format')}, this version reads {FORMAT}; make it again")
     try:
         values = {
-            name: Value(one["value"], one["standard_error"], {k: tuple(v) for k, v in one["intervals"].items()})
+            name: Value(one["value"], one["standard_error"], {k: Interval(*v) for k, v in one["intervals"].items()})
             for name, one in content["values"].items()
         }
         judge = Judge(**content["judge"]) if content["judge"] is not None else None
@@ -205,8 +207,3 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def standard_error(values: np.ndarray) -> float | None:
-    """Of a mean; None for a single value."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
