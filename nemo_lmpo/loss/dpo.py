@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios, shared_log_ratios
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -18,22 +16,14 @@ class DPOConfig(PreferenceOptions):
     """Options of DPO."""
 
     name: str = "dpo"
-    beta: float = 0.01
+    beta: float = option(0.01, FINITE, POSITIVE)
     """Strength of the pull to the reference. SimPO's README gives 0.01 as the best for DPO in all of its settings.
     With ``average_log_probs`` it counts per token and must be larger: 5 in Tulu 3 (arXiv:2411.15124)."""
     average_log_probs: bool = False
     """Log-ratios per token instead of sums: length-normalized DPO, as in Tulu 3 (TRL's `sigmoid_norm`)."""
-    ld_alpha: float | None = None
+    ld_alpha: float | None = option(None, ("between 0 and 1; unset it for plain DPO", lambda value: 0 <= value <= 1))
     """LD-DPO (arXiv:2409.06411): weight of a response's tokens beyond the length of the shorter response, 0 to 1.
     1 or unset: plain DPO; 0: only the common length counts."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "dpo")
-        check_positive("beta", self.beta)
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ConfigError(f"loss.ld_alpha={self.ld_alpha!r}: must be between 0 and 1; unset it for plain DPO.")
 
 
 def dpo_needs_shared(config: DPOConfig) -> bool:
@@ -55,8 +45,4 @@ def dpo_loss(inputs: LossInputs, config: DPOConfig) -> LossOutputs:
         ratio_l = shared_l + config.ld_alpha * (ratio_l - shared_l)
     if config.average_log_probs:
         ratio_w, ratio_l = ratio_w / inputs.chosen_lengths, ratio_l / inputs.rejected_lengths
-    return LossOutputs(
-        losses=-F.logsigmoid(config.beta * (ratio_w - ratio_l)),
-        chosen_rewards=config.beta * ratio_w.detach(),
-        rejected_rewards=config.beta * ratio_l.detach(),
-    )
+    return LossOutputs(-F.logsigmoid(config.beta * (ratio_w - ratio_l)), config.beta * ratio_w, config.beta * ratio_l)

@@ -8,7 +8,7 @@ handed in as numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,44 +98,15 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """Per-pair values, all ``[B]``. The caller sums ``losses`` and divides by the global number of pairs."""
+    """Per-pair values, all ``[B]``. The caller sums ``losses`` and divides by the global number of pairs.
+
+    Only ``losses`` keep their gradient: the registry detaches the others.
+    """
 
     losses: Tensor
     """With gradient."""
     chosen_rewards: Tensor
-    """Implicit rewards, detached."""
+    """Implicit rewards."""
     rejected_rewards: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Further per-pair metrics, detached; names as they appear in the logs (`lmpo/margin`)."""
-
-
-class PreferenceLoss(Protocol):
-    """A configured loss."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the registry."""
-        ...
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether ``reference_*_logps`` must be given."""
-        ...
-
-    @property
-    def needs_shared_logps(self) -> bool:
-        """Whether ``*_shared_logps`` must be given, and those of the reference where it needs one."""
-        ...
-
-    @property
-    def statistics(self) -> StatisticsConfig | None:
-        """The running statistics that the caller must keep for it, or None."""
-        ...
-
-    def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Per-pair losses and metrics."""
-        ...
-
-    def observe(self, inputs: LossInputs) -> Tensor | None:
-        """Detached ``[B]`` values that feed running statistics, or None for a loss that keeps none."""
-        ...
+    """Further per-pair metrics; names as they appear in the logs (`lmpo/margin`)."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -15,18 +14,12 @@ class IPOConfig(PreferenceOptions):
     """Options of IPO."""
 
     name: str = "ipo"
-    tau: float = 0.1
+    tau: float = option(0.1, FINITE, POSITIVE)
     """Regularisation: the log-ratio difference is drawn to ``1 / (2 tau)``. SimPO's appendix searches 0.01, 0.1,
     0.5, 1.0 and names no winner; 0.1 is the middle of it and the common default elsewhere."""
     average_log_probs: bool = True
     """Log-ratios per token instead of sums. With sums the squared loss grows with length; IPO's authors confirmed to
     TRL's that their results are per token, and SimPO's rows are trained so."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "ipo")
-        check_positive("tau", self.tau)
 
 
 def ipo_loss(inputs: LossInputs, config: IPOConfig) -> LossOutputs:
@@ -38,8 +31,4 @@ def ipo_loss(inputs: LossInputs, config: IPOConfig) -> LossOutputs:
     ratio_w, ratio_l = log_ratios(inputs)
     if config.average_log_probs:
         ratio_w, ratio_l = ratio_w / inputs.chosen_lengths, ratio_l / inputs.rejected_lengths
-    return LossOutputs(
-        losses=(ratio_w - ratio_l - 1 / (2 * config.tau)) ** 2,
-        chosen_rewards=config.tau * ratio_w.detach(),
-        rejected_rewards=config.tau * ratio_l.detach(),
-    )
+    return LossOutputs((ratio_w - ratio_l - 1 / (2 * config.tau)) ** 2, config.tau * ratio_w, config.tau * ratio_l)

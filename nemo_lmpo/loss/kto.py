@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -18,20 +17,12 @@ class KTOConfig(PreferenceOptions):
     """Options of KTO."""
 
     name: str = "kto"
-    beta: float = 0.01
+    beta: float = option(0.01, FINITE, POSITIVE)
     """Scale of the log-ratios. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = option(1.0, FINITE, POSITIVE)
     """Weight of chosen responses (``lambda_D``); 1.0 in SimPO's appendix."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = option(1.0, FINITE, POSITIVE)
     """Weight of rejected responses (``lambda_U``); 1.0 in SimPO's appendix."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "kto")
-        check_positive("beta", self.beta)
-        check_positive("desirable_weight", self.desirable_weight)
-        check_positive("undesirable_weight", self.undesirable_weight)
 
 
 def kto_statistics(config: KTOConfig) -> StatisticsConfig:
@@ -40,9 +31,9 @@ def kto_statistics(config: KTOConfig) -> StatisticsConfig:
 
 
 def kto_observe(inputs: LossInputs, config: KTOConfig) -> Tensor:
-    """Mean log-ratio of the two responses of each pair, ``[B]``, detached; its batch mean estimates the KL."""
+    """Mean log-ratio of the two responses of each pair, ``[B]``; its batch mean estimates the KL."""
     ratio_w, ratio_l = log_ratios(inputs)
-    return ((ratio_w + ratio_l) / 2).detach()
+    return (ratio_w + ratio_l) / 2
 
 
 def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
@@ -66,9 +57,5 @@ def kto_loss(inputs: LossInputs, config: KTOConfig) -> LossOutputs:
     # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where x is large.
     desirable = config.desirable_weight * torch.sigmoid(z - config.beta * ratio_w)
     undesirable = config.undesirable_weight * torch.sigmoid(config.beta * ratio_l - z)
-    return LossOutputs(
-        losses=(desirable + undesirable) / 2,
-        chosen_rewards=config.beta * ratio_w.detach(),
-        rejected_rewards=config.beta * ratio_l.detach(),
-        metrics={"kto/z": z.expand_as(ratio_w).detach()},
-    )
+    losses = (desirable + undesirable) / 2
+    return LossOutputs(losses, config.beta * ratio_w, config.beta * ratio_l, {"kto/z": z.expand_as(ratio_w)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import margins
-from nemo_lmpo.loss.checks import check_choice, check_finite, check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics, StatisticsConfig
 from nemo_lmpo.loss.numerics import averages
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, POSITIVE, PreferenceOptions, option
 
 DEFAULT_LOG_H = 1.4
 DEFAULT_MOMENTUM = 0.9
@@ -42,13 +41,13 @@ class LMPOConfig(PreferenceOptions):
     """
 
     name: str = "lmpo"
-    beta: float = 2.5
+    beta: float = option(2.5, FINITE, POSITIVE)
     """Scale of the implicit reward ``beta * S / n`` (Eq. 5)."""
-    h: float | None = None
+    h: float | None = option(None, FINITE, POSITIVE)
     """Home advantage (Eq. 10), greater than 0; 1 turns it off. Give this or ``log_h``."""
-    log_h: float | None = None
+    log_h: float | None = option(None, FINITE)
     """``ln h``; 0 turns the home advantage off. Neither given: 1.4."""
-    lam: float = 0.2
+    lam: float = option(0.2, FINITE, NON_NEGATIVE)
     """``lambda``, weight of the normalised margin (Eq. 11)."""
     compat: Literal["paper", "released_code"] = "paper"
     """`paper`: the equations as printed. `released_code`: what the authors' trainer does (margin halved and
@@ -56,9 +55,9 @@ class LMPOConfig(PreferenceOptions):
     ``group_size`` pairs, in evaluation too)."""
     margin: Literal["power5", "log", "cube", "sigmoid"] = "power5"
     """Margin function: `power5` (Eq. 7), `log`, `cube` or `sigmoid` (Section 4.2)."""
-    alpha: float | None = None
+    alpha: float | None = option(None, FINITE, POSITIVE)
     """Constant of `margin: log`; unset: 5, from the authors' trainer (the paper gives none)."""
-    beta_s: float | None = None
+    beta_s: float | None = option(None, FINITE, POSITIVE)
     """Constant of `margin: sigmoid`; unset: 0.1, from the authors' trainer (the paper gives none)."""
     average_length_normalization: bool = True
     """Scale the exponent of ``p`` by ``(n_w + n_l) / (2 n)`` (Eq. 8); off: ``p = exp(S / n)``."""
@@ -68,12 +67,12 @@ class LMPOConfig(PreferenceOptions):
     """Normalise the margin by running statistics (Eq. 9); off: ``mbar = m``."""
     statistics: Literal["ema", "cumulative"] = "ema"
     """`ema` (Eq. 21-22) or `cumulative` (mean and deviation over all pairs so far, Eq. 9 read literally)."""
-    momentum: float | None = None
+    momentum: float | None = option(None, ("at least 0 and less than 1", lambda value: 0 <= value < 1))
     """Weight of the past in `statistics: ema`; unset: 0.9."""
-    group_size: int | None = None
+    group_size: int | None = option(None, ("2 or more; one pair has no deviation", lambda value: value >= 2))
     """Pairs of a micro-batch of `compat: released_code`, in the order in which the data comes, however the model's own
     micro-batches are laid; unset: 8 (the authors' 4 GPUs of 2 pairs), and 16 in evaluation (of 4)."""
-    std_floor: float | None = None
+    std_floor: float | None = option(None, FINITE, POSITIVE)
     """The margin is never divided by less than this; unset: 0.01, and 1e-6 with `compat: released_code`."""
 
     @property
@@ -102,43 +101,23 @@ class LMPOConfig(PreferenceOptions):
             ConfigError: Naming the option, its value and the remedy.
         """
         super().validate()
-        check_name(self.name, "lmpo")
-        check_positive("beta", self.beta)
-        check_non_negative("lam", self.lam)
-        if self.std_floor is not None:
-            check_positive("std_floor", self.std_floor)
-        check_choice("compat", self.compat, ("paper", "released_code"))
-        check_choice("margin", self.margin, margins.MARGINS)
-        check_choice("statistics", self.statistics, ("ema", "cumulative"))
-        self._validate_home_advantage()
-        self._validate_margin_constants()
-        self._validate_statistics()
-
-    def _validate_home_advantage(self) -> None:
-        if self.h is not None:
-            check_positive("h", self.h)
-        if self.log_h is not None:
-            check_finite("log_h", self.log_h)
         if self.h is not None and self.log_h is not None and abs(math.log(self.h) - self.log_h) > 1e-6:
             raise ConfigError(
                 f"loss.h={self.h!r} and loss.log_h={self.log_h!r} disagree: ln h is {math.log(self.h):.6g}. "
                 "Give only one of them (set the other to null)."
             )
+        self._validate_margin_constants()
+        self._validate_statistics()
 
     def _validate_margin_constants(self) -> None:
-        for option, value, margin in (("alpha", self.alpha, "log"), ("beta_s", self.beta_s, "sigmoid")):
-            if value is None:
-                continue
-            check_positive(option, value)
-            if self.margin != margin:
+        for name, value, margin in (("alpha", self.alpha, "log"), ("beta_s", self.beta_s, "sigmoid")):
+            if value is not None and self.margin != margin:
                 raise ConfigError(
-                    f"loss.{option}={value!r}: only loss.margin={margin} uses it, and loss.margin={self.margin}. "
+                    f"loss.{name}={value!r}: only loss.margin={margin} uses it, and loss.margin={self.margin}. "
                     f"Leave it out, or set loss.margin={margin}."
                 )
 
     def _validate_statistics(self) -> None:
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise ConfigError(f"loss.momentum={self.momentum!r}: must be at least 0 and less than 1.")
         if not self.z_score:
             self._refuse_statistics_options()
         if self.statistics == "cumulative" and self.momentum is not None:
@@ -151,8 +130,6 @@ class LMPOConfig(PreferenceOptions):
                 "loss.statistics='cumulative': the released code keeps moving averages. "
                 "Set loss.statistics=ema, or loss.compat=paper."
             )
-        if self.group_size is not None and self.group_size < 2:
-            raise ConfigError(f"loss.group_size={self.group_size!r}: must be 2 or more; one pair has no deviation.")
         if self.group_size is not None and self.compat != "released_code":
             raise ConfigError(
                 f"loss.group_size={self.group_size!r}: only loss.compat=released_code uses it, and loss.compat="
@@ -160,12 +137,12 @@ class LMPOConfig(PreferenceOptions):
             )
 
     def _refuse_statistics_options(self) -> None:
-        given = {name: getattr(self, name) for name in ("momentum", "group_size", "std_floor")}
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("momentum", "group_size", "std_floor")}
         given["statistics"] = None if self.statistics == "ema" else self.statistics
-        for option, value in given.items():
+        for name, value in given.items():
             if value is not None:
                 raise ConfigError(
-                    f"loss.{option}={value!r}: loss.z_score=false keeps no statistics. "
+                    f"loss.{name}={value!r}: loss.z_score=false keeps no statistics. "
                     "Leave it out, or set loss.z_score=true."
                 )
 
@@ -208,8 +185,8 @@ def _margin(p_w: Tensor, p_l: Tensor, config: LMPOConfig) -> Tensor:
 
 
 def lmpo_observe(inputs: LossInputs, config: LMPOConfig) -> Tensor:
-    """The margins ``m`` ``[B]``, detached: what the running statistics are taken of."""
-    return _margin(*_probabilities(inputs, config), config).detach()
+    """The margins ``m`` ``[B]``: what the running statistics are taken of."""
+    return _margin(*_probabilities(inputs, config), config)
 
 
 def _normalized(margin: Tensor, statistics: Statistics, config: LMPOConfig) -> Tensor:
@@ -250,12 +227,12 @@ def lmpo_loss(inputs: LossInputs, config: LMPOConfig) -> LossOutputs:
     return LossOutputs(
         # softplus(ln h - d) by its exact identity: torch's softplus turns linear at 20, this one never does.
         losses=-F.logsigmoid(d - config.resolved_log_h),
-        chosen_rewards=reward_w.detach(),
-        rejected_rewards=reward_l.detach(),
+        chosen_rewards=reward_w,
+        rejected_rewards=reward_l,
         metrics={
-            "lmpo/margin": margin.detach(),
-            "lmpo/margin_normalized": normalized.detach(),
-            "lmpo/p_chosen": p_w.detach(),
-            "lmpo/p_rejected": p_l.detach(),
+            "lmpo/margin": margin,
+            "lmpo/margin_normalized": normalized,
+            "lmpo/p_chosen": p_w,
+            "lmpo/p_rejected": p_l,
         },
     )

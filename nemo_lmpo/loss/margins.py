@@ -13,9 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MARGINS = ("power5", "log", "cube", "sigmoid")
-"""Names of the margin functions."""
-
 DEFAULT_ALPHA = 5.0
 """`k` in the authors' `simpo_trainer_loss4-2_log.py`."""
 

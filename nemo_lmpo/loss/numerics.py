@@ -54,10 +54,6 @@ def _ratio(inputs: LossInputs, part: str) -> Tensor:
     return upcast(policy) - upcast(reference).detach()
 
 
-NLL = ("mean", "token_mean", "sum")
-"""How the negative log-likelihood of chosen responses is taken; see :func:`chosen_nll`."""
-
-
 def chosen_nll(inputs: LossInputs, reduction: str) -> Tensor:
     """Negative log-likelihood of the chosen response, ``[B]``.
 

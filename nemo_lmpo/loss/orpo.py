@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_lmpo.loss.checks import check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages, log1mexp
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
 
 LARGEST_LOG_PROBABILITY = -1e-6
 """Odds are infinite at probability 1: mean log-probabilities are kept below this in the odds, where the log-odds
@@ -22,15 +21,9 @@ class ORPOConfig(PreferenceOptions):
     """Options of ORPO."""
 
     name: str = "orpo"
-    lam: float = 0.1
+    lam: float = option(0.1, FINITE, POSITIVE)
     """``lambda``, weight of the odds-ratio term; 0.1 is ORPO's own value for Mistral 7B. SimPO's
     appendix searches 0.1, 0.5, 1.0, 2.0 and names no winner."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "orpo")
-        check_positive("lam", self.lam)
 
 
 def _log_odds(average: Tensor) -> Tensor:
@@ -52,9 +45,5 @@ def orpo_loss(inputs: LossInputs, config: ORPOConfig) -> LossOutputs:
     """
     average_w, average_l = averages(inputs)
     ratio = _log_odds(average_w) - _log_odds(average_l)
-    return LossOutputs(
-        losses=-average_w - config.lam * F.logsigmoid(ratio),
-        chosen_rewards=config.lam * average_w.detach(),
-        rejected_rewards=config.lam * average_l.detach(),
-        metrics={"orpo/log_odds_ratio": ratio.detach()},
-    )
+    losses = -average_w - config.lam * F.logsigmoid(ratio)
+    return LossOutputs(losses, config.lam * average_w, config.lam * average_l, {"orpo/log_odds_ratio": ratio})

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_finite, check_name, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -17,18 +16,11 @@ class RDPOConfig(PreferenceOptions):
     """Options of R-DPO."""
 
     name: str = "rdpo"
-    beta: float = 0.01
+    beta: float = option(0.01, FINITE, POSITIVE)
     """Strength of the pull to the reference. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
-    alpha: float = 0.05
+    alpha: float = option(0.05, FINITE)
     """What a token of length explains of the preference: pairs with a longer chosen response push less, pairs with
     a shorter one more. SimPO's appendix searches 0.05, 0.1, 0.5, 1.0 and names no winner."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "rdpo")
-        check_positive("beta", self.beta)
-        check_finite("alpha", self.alpha)
 
 
 def rdpo_loss(inputs: LossInputs, config: RDPOConfig) -> LossOutputs:
@@ -39,8 +31,5 @@ def rdpo_loss(inputs: LossInputs, config: RDPOConfig) -> LossOutputs:
     """
     ratio_w, ratio_l = log_ratios(inputs)
     longer = inputs.chosen_lengths - inputs.rejected_lengths
-    return LossOutputs(
-        losses=-F.logsigmoid(config.beta * (ratio_w - ratio_l) + config.alpha * longer),
-        chosen_rewards=config.beta * ratio_w.detach(),
-        rejected_rewards=config.beta * ratio_l.detach(),
-    )
+    losses = -F.logsigmoid(config.beta * (ratio_w - ratio_l) + config.alpha * longer)
+    return LossOutputs(losses, config.beta * ratio_w, config.beta * ratio_l)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,11 @@ from torch import Tensor
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.cpo import CPOConfig, cpo_loss
 from nemo_lmpo.loss.dpo import DPOConfig, dpo_loss, dpo_needs_shared
-from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss, StatisticsConfig
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
 from nemo_lmpo.loss.ipo import IPOConfig, ipo_loss
 from nemo_lmpo.loss.kto import KTOConfig, kto_loss, kto_observe, kto_statistics
 from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe, lmpo_statistics
 from nemo_lmpo.loss.numerics import chosen_nll
-from nemo_lmpo.loss.options import PreferenceOptions
 from nemo_lmpo.loss.orpo import ORPOConfig, orpo_loss
 from nemo_lmpo.loss.rdpo import RDPOConfig, rdpo_loss
 from nemo_lmpo.loss.rrhf import RRHFConfig, rrhf_loss
@@ -38,12 +36,12 @@ class LossEntry:
     """Inputs and options to per-pair losses; pure."""
     needs_reference: bool = False
     """Whether it compares with a frozen reference model."""
-    needs_shared_logps: Callable[[Any], bool] | None = None
+    needs_shared_logps: Callable[[Any], bool] = lambda config: False
     """Options to whether it wants the log-probabilities of the two responses' common length, too."""
-    statistics: Callable[[Any], StatisticsConfig | None] | None = None
+    statistics: Callable[[Any], StatisticsConfig | None] = lambda config: None
     """Options to the running statistics they ask for."""
     observe: Callable[[LossInputs, Any], Tensor] | None = None
-    """Inputs and options to the detached ``[B]`` values that feed the statistics."""
+    """Inputs and options to the ``[B]`` values that feed the statistics."""
 
 
 LOSSES: dict[str, LossEntry] = {
@@ -63,12 +61,13 @@ LOSSES: dict[str, LossEntry] = {
 
 
 @dataclass(frozen=True)
-class ConfiguredLoss:
-    """A :class:`~nemo_lmpo.loss.interface.PreferenceLoss`: a registry entry with its options."""
+class PreferenceLoss:
+    """A loss of the registry with its options."""
 
     config: Any
     entry: LossEntry
     statistics: StatisticsConfig | None
+    """The running statistics that the caller must keep for it, or None."""
 
     @property
     def name(self) -> str:
@@ -83,21 +82,24 @@ class ConfiguredLoss:
     @property
     def needs_shared_logps(self) -> bool:
         """Whether ``*_shared_logps`` must be given, and those of the reference where it needs one."""
-        return self.entry.needs_shared_logps is not None and self.entry.needs_shared_logps(self.config)
+        return self.entry.needs_shared_logps(self.config)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Per-pair losses and metrics."""
-        outputs = self.entry.function(inputs, self.config)
-        if not isinstance(self.config, PreferenceOptions) or self.config.sft_weight == 0:
-            return outputs
-        losses = outputs.losses + self.config.sft_weight * chosen_nll(inputs, "mean")
-        return dataclasses.replace(outputs, losses=losses)
+        """Per-pair losses, with gradient, and what is only looked at, without."""
+        found = self.entry.function(inputs, self.config)
+        sft_weight = getattr(self.config, "sft_weight", 0.0)
+        return LossOutputs(
+            found.losses + sft_weight * chosen_nll(inputs, "mean") if sft_weight else found.losses,
+            found.chosen_rewards.detach(),
+            found.rejected_rewards.detach(),
+            {name: values.detach() for name, values in found.metrics.items()},
+        )
 
     def observe(self, inputs: LossInputs) -> Tensor | None:
-        """Detached ``[B]`` values for the running statistics; None where none are kept."""
+        """Detached ``[B]`` values that feed the running statistics; None where none are kept."""
         if self.statistics is None or self.entry.observe is None:
             return None
-        return self.entry.observe(inputs, self.config)
+        return self.entry.observe(inputs, self.config).detach()
 
 
 def build_loss(config: Any) -> PreferenceLoss:
@@ -110,5 +112,4 @@ def build_loss(config: Any) -> PreferenceLoss:
     if entry is None or not isinstance(config, entry.config):
         raise ConfigError(f"loss={config!r}: not the options of a known loss; parse a mapping first.")
     config.validate()
-    statistics = entry.statistics(config) if entry.statistics is not None else None
-    return ConfiguredLoss(config, entry, statistics)
+    return PreferenceLoss(config, entry, entry.statistics(config))

@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_choice, check_name, check_non_negative
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import NLL, averages, chosen_nll
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.numerics import averages, chosen_nll
+from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -18,19 +17,12 @@ class RRHFConfig(PreferenceOptions):
     """Options of RRHF."""
 
     name: str = "rrhf"
-    lam: float = 1.0
+    lam: float = option(1.0, FINITE, NON_NEGATIVE)
     """``lambda``, weight of the likelihood of the chosen response; 1 in RRHF's own loss. SimPO's appendix searches
     0.1, 0.5, 1.0, 10.0 and names no winner."""
     nll: Literal["mean", "token_mean", "sum"] = "sum"
     """How that likelihood is taken: `sum` over the response as SimPO's appendix prints it, its `mean`, or
     `token_mean` over all chosen tokens of the global batch."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "rrhf")
-        check_non_negative("lam", self.lam)
-        check_choice("nll", self.nll, NLL)
 
 
 def rrhf_loss(inputs: LossInputs, config: RRHFConfig) -> LossOutputs:
@@ -40,8 +32,5 @@ def rrhf_loss(inputs: LossInputs, config: RRHFConfig) -> LossOutputs:
     Rewards are ``S / n``, what the hinge compares.
     """
     average_w, average_l = averages(inputs)
-    return LossOutputs(
-        losses=F.relu(average_l - average_w) + config.lam * chosen_nll(inputs, config.nll),
-        chosen_rewards=average_w.detach(),
-        rejected_rewards=average_l.detach(),
-    )
+    losses = F.relu(average_l - average_w) + config.lam * chosen_nll(inputs, config.nll)
+    return LossOutputs(losses, average_w, average_l)

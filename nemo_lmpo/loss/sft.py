@@ -5,24 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_lmpo.loss.checks import check_choice, check_name
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import NLL, averages, chosen_nll
+from nemo_lmpo.loss.numerics import averages, chosen_nll
+from nemo_lmpo.loss.options import LossOptions
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(LossOptions):
     """Options of SFT."""
 
     name: str = "sft"
     nll: Literal["mean", "token_mean", "sum"] = "mean"
     """How the likelihood is taken: the `mean` of a response, so that all responses weigh the same; `token_mean` over
     all chosen tokens of the global batch, as TRL and other SFT trainers do; or the `sum`."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        check_name(self.name, "sft")
-        check_choice("nll", self.nll, NLL)
 
 
 def sft_loss(inputs: LossInputs, config: SFTConfig) -> LossOutputs:
@@ -32,8 +27,4 @@ def sft_loss(inputs: LossInputs, config: SFTConfig) -> LossOutputs:
     computed to be looked at. Rewards are ``S / n``.
     """
     average_w, average_l = averages(inputs)
-    return LossOutputs(
-        losses=chosen_nll(inputs, config.nll),
-        chosen_rewards=average_w.detach(),
-        rejected_rewards=average_l.detach(),
-    )
+    return LossOutputs(chosen_nll(inputs, config.nll), average_w, average_l)

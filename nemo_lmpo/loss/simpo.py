@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,10 @@ class SimPOConfig(PreferenceOptions):
     """
 
     name: str = "simpo"
-    beta: float = 2.5
+    beta: float = option(2.5, FINITE, POSITIVE)
     """Scale of the implicit reward ``beta S / n``."""
-    gamma: float = 1.375
+    gamma: float = option(1.375, FINITE, NON_NEGATIVE)
     """Target reward margin, absolute: not the ratio ``gamma / beta`` of SimPO's own configuration files."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "simpo")
-        check_positive("beta", self.beta)
-        check_non_negative("gamma", self.gamma)
 
 
 def simpo_loss(inputs: LossInputs, config: SimPOConfig) -> LossOutputs:
@@ -43,8 +35,5 @@ def simpo_loss(inputs: LossInputs, config: SimPOConfig) -> LossOutputs:
     ``lam=0`` and ``log_h=gamma`` is the same function.
     """
     average_w, average_l = averages(inputs)
-    return LossOutputs(
-        losses=-F.logsigmoid(config.beta * (average_w - average_l) - config.gamma),
-        chosen_rewards=config.beta * average_w.detach(),
-        rejected_rewards=config.beta * average_l.detach(),
-    )
+    losses = -F.logsigmoid(config.beta * (average_w - average_l) - config.gamma)
+    return LossOutputs(losses, config.beta * average_w, config.beta * average_l)

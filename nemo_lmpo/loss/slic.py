@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from nemo_lmpo.loss.checks import check_choice, check_name, check_non_negative, check_positive
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
-from nemo_lmpo.loss.numerics import NLL, chosen_nll, sums
-from nemo_lmpo.loss.options import PreferenceOptions
+from nemo_lmpo.loss.numerics import chosen_nll, sums
+from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, POSITIVE, PreferenceOptions, option
 
 
 @dataclass(frozen=True)
@@ -18,23 +17,15 @@ class SLiCConfig(PreferenceOptions):
     """Options of SLiC-HF."""
 
     name: str = "slic"
-    delta: float = 1.0
+    delta: float = option(1.0, FINITE, POSITIVE)
     """Wanted distance of the two log-probabilities, in nats. SimPO's appendix searches 0.5, 1.0, 2.0, 10.0
     and names no winner."""
-    lam: float = 0.1
+    lam: float = option(0.1, FINITE, NON_NEGATIVE)
     """``lambda``, weight of the likelihood of the chosen response. SimPO's appendix searches 0.1, 0.5, 1.0, 10.0 and
     names no winner."""
     nll: Literal["mean", "token_mean", "sum"] = "sum"
     """How that likelihood is taken: `sum` over the response as SimPO's appendix prints it, its `mean`, or
     `token_mean` over all chosen tokens of the global batch."""
-
-    def validate(self) -> None:
-        """Check every option; raises ConfigError."""
-        super().validate()
-        check_name(self.name, "slic")
-        check_positive("delta", self.delta)
-        check_non_negative("lam", self.lam)
-        check_choice("nll", self.nll, NLL)
 
 
 def slic_loss(inputs: LossInputs, config: SLiCConfig) -> LossOutputs:
@@ -44,8 +35,4 @@ def slic_loss(inputs: LossInputs, config: SLiCConfig) -> LossOutputs:
     ``config.nll`` says). Rewards are ``S``, what the hinge compares.
     """
     sum_w, sum_l = sums(inputs)
-    return LossOutputs(
-        losses=F.relu(config.delta - sum_w + sum_l) + config.lam * chosen_nll(inputs, config.nll),
-        chosen_rewards=sum_w.detach(),
-        rejected_rewards=sum_l.detach(),
-    )
+    return LossOutputs(F.relu(config.delta - sum_w + sum_l) + config.lam * chosen_nll(inputs, config.nll), sum_w, sum_l)

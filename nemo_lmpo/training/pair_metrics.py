@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_lmpo.loss.interface import LossInputs, PreferenceLoss
+from nemo_lmpo.loss.interface import LossInputs
+from nemo_lmpo.loss.registry import PreferenceLoss
 from nemo_lmpo.parallel.groups import ParallelGroups
 
 BASE_COLUMNS = (

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nemo_lmpo.loss.interface import LossInputs, LossOutputs, PreferenceLoss, Statistics
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics
+from nemo_lmpo.loss.registry import PreferenceLoss
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups

@@ -10,7 +10,7 @@ import torch
 
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.loss.interface import LossInputs, Statistics
-from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe
+from nemo_lmpo.loss.lmpo import LMPOConfig
 from nemo_lmpo.loss.margins import paper_margin
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
@@ -55,6 +55,14 @@ def expected(
     d = BETA * s_w / n_w - BETA * s_l / n_l - LAM * m_bar
     loss = -math.log(1 / (1 + math.exp(LOG_H) * math.exp(-d)))
     return {"p_w": p_w, "p_l": p_l, "m": m, "m_bar": m_bar, "loss": loss}
+
+
+def lmpo_loss(inputs, config):
+    return build_loss(config)(inputs)
+
+
+def lmpo_observe(inputs, config):
+    return build_loss(config).observe(inputs)
 
 
 def check(outputs, rows: list[dict[str, float]]) -> None:
