@@ -249,13 +249,13 @@ def _window(fields: Fields, family: Family, layers: int) -> int | None:
     return None
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """The architecture of a Hugging Face directory.
+def read_architecture(directory: Path, name: str = "config.json") -> Architecture:
+    """The architecture of a Hugging Face directory, or of another file of this form.
 
     Raises:
-        CheckpointError: no readable `config.json`, or one that is not supported.
+        CheckpointError: no readable file, or one that is not supported.
     """
-    path = directory / "config.json"
+    path = directory / name
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist as a file; give a Hugging Face model directory")
     return architecture_from_hf(parse_json(path.read_bytes(), str(path)), origin=str(path))

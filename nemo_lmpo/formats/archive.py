@@ -7,50 +7,39 @@ checkpoint needs no second copy on disk.
 from __future__ import annotations
 
 import tarfile
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO
 
 from nemo_lmpo.errors import CheckpointError
 
 
-class CheckpointFiles(Protocol):
+class CheckpointFiles(ABC):
     """Named files; names are relative, with forward slashes."""
 
-    @property
-    def origin(self) -> str:
-        """What errors call the place."""
+    origin: str
+    """What errors call the place."""
 
+    @abstractmethod
     def names(self) -> list[str]:
-        """All files."""
+        """All files, those of sub-directories included."""
 
+    @abstractmethod
     def open(self, name: str) -> IO[bytes]:
         """A seekable stream; close it after use."""
 
-
-@dataclass(frozen=True)
-class FileReference:
-    """One file of a checkpoint, read when needed."""
-
-    files: CheckpointFiles
-    name: str
-
-    def read(self) -> bytes:
-        """The whole content; for small files."""
-        with self.files.open(self.name) as stream:
+    def read(self, name: str) -> bytes:
+        """The whole content of a small file."""
+        with self.open(name) as stream:
             return stream.read()
 
 
-class DirectoryFiles:
+class DirectoryFiles(CheckpointFiles):
     """The files below a directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-
-    @property
-    def origin(self) -> str:
-        """The directory."""
-        return str(self._directory)
+        self.origin = str(directory)
 
     def names(self) -> list[str]:
         """All files, sub-directories included."""
@@ -62,7 +51,7 @@ class DirectoryFiles:
         return (self._directory / name).open("rb")
 
 
-class TarFiles:
+class TarFiles(CheckpointFiles):
     """The members of an uncompressed tar archive.
 
     Raises:
@@ -71,6 +60,7 @@ class TarFiles:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.origin = str(path)
         self._members: dict[str, tarfile.TarInfo] = {}
         try:
             self._archive = tarfile.open(path, "r:")  # noqa: SIM115 - members are read as long as this lives
@@ -84,11 +74,6 @@ class TarFiles:
         end = max((member.offset_data + member.size for member in self._members.values()), default=0)
         if end > path.stat().st_size:
             raise CheckpointError(f"{path} is cut off: its last member ends beyond the file; copy it again")
-
-    @property
-    def origin(self) -> str:
-        """The archive."""
-        return str(self._path)
 
     def names(self) -> list[str]:
         """All members that are files."""

@@ -38,8 +38,7 @@ class DistributedCheckpoint:
         self._at = f"{folder}/" if folder else ""
         self._names = set(files.names())
         self._check_backend()
-        with files.open(f"{self._at}.metadata") as stream:
-            content = stream.read()
+        content = files.read(f"{self._at}.metadata")
         catalog, self._checksums = self._read_checksums()
         if catalog is not None and xxhash.xxh3_64_hexdigest(content) != catalog:
             raise CheckpointError(
@@ -147,8 +146,7 @@ class DistributedCheckpoint:
     def _json(self, name: str) -> Any:
         if self._at + name not in self._names:
             return None
-        with self._files.open(self._at + name) as stream:
-            return parse_json(stream.read(), f"{self.origin}/{name}")
+        return parse_json(self._files.read(self._at + name), f"{self.origin}/{name}")
 
 
 def _as_saved(content: bytes) -> bool:

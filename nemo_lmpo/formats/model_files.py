@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,12 @@ from nemo_lmpo.config.architecture import (
 from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
-from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, FileReference, TarFiles
+from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
-from nemo_lmpo.formats.sidecars import (
-    content_of,
-    is_sidecar,
-    pruned_vocabulary,
-    sentencepiece_files,
-    sidecar_names,
-)
+from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.formats.weights_hash import weights_hash
 from nemo_lmpo.runtime import run_files
@@ -45,6 +40,7 @@ _MOST_YAML_BRACKETS = 1000
 TRAINING_CONFIG = "architecture.json"
 TRAINING_WEIGHTS = "state"
 TRAINING_TOKENIZER = "tokenizer"
+_CONFIGS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -56,20 +52,19 @@ class ModelFiles:
     origin: str
     architecture: Architecture
     source: TensorSource
-    sidecars: dict[str, FileReference | bytes] = field(default_factory=dict)
+    sidecars: dict[str, SideFile] = field(default_factory=dict)
     """Hugging Face files besides the weights (config, tokenizer, chat template, ...) by name."""
 
     def side_file(self, name: str) -> bytes | None:
         """Content of a side file, or None."""
-        found = self.sidecars.get(name)
-        return None if found is None else content_of(found)
+        return self.sidecars[name]() if name in self.sidecars else None
 
     def save_sidecars(self, directory: Path) -> None:
         """Write config, tokenizer and the like where `transformers` can load them."""
-        for name in self.sidecars:
+        for name, read in self.sidecars.items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.side_file(name) or b"")
+            path.write_bytes(read())
 
 
 def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> ModelFiles:
@@ -86,12 +81,11 @@ def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None
     check_architecture(model.architecture)
     if tokenizer is None:
         return model
-    if not any(name.startswith(("token", "tekken", "vocab")) for name in _side_files(tokenizer)):
+    given = side_files(tokenizer)
+    if not any(name.startswith(("token", "tekken", "vocab")) for name in given):
         raise CheckpointError(f"{tokenizer} holds no tokenizer; give the directory of one, with tokenizer.json")
-    kept = {name: file for name, file in model.sidecars.items() if name in ("config.json", "generation_config.json")}
-    replaced = {name: file for name, file in _side_files(tokenizer).items() if name not in kept}
-    replaced.pop("config.json", None)
-    return ModelFiles(model.kind, model.origin, model.architecture, model.source, {**kept, **replaced})
+    given.pop("config.json", None)
+    return replace(model, sidecars=given | {name: model.sidecars[name] for name in _CONFIGS if name in model.sidecars})
 
 
 def _open(path: Path, config: Path | None) -> ModelFiles:
@@ -111,13 +105,12 @@ def _open(path: Path, config: Path | None) -> ModelFiles:
 
 
 def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
-    looks_right = any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE))
-    if not looks_right:
+    if not any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
             f"{path} is no model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
             f"nor {NEMO2_CONFIG}, nor {TRAINING_CONFIG}, nor .metadata; give the directory of a model"
         )
-    sidecars = _side_files(path)
+    sidecars = side_files(path)
     architecture = _given_architecture(config, sidecars) if config else read_architecture(path)
     source = HuggingFaceSource(path)
     check_source(source, architecture)
@@ -125,12 +118,9 @@ def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
 
 
 def _open_training(path: Path, config: Path | None) -> ModelFiles:
-    sidecars = _side_files(path / TRAINING_TOKENIZER)
-    sidecars["config.json"] = FileReference(DirectoryFiles(path), TRAINING_CONFIG)
-    if config:
-        architecture = _given_architecture(config, sidecars)
-    else:
-        architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
+    sidecars = side_files(path / TRAINING_TOKENIZER)
+    sidecars["config.json"] = (path / TRAINING_CONFIG).read_bytes
+    architecture = _given_architecture(config, sidecars) if config else read_architecture(path, TRAINING_CONFIG)
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
     if (path / run_files.ADAPTER).is_file():
         source: TensorSource = _merged_source(path, checkpoint, architecture)
@@ -149,7 +139,7 @@ def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
         raise CheckpointError(
             f"{path} holds no adapters ({run_files.ADAPTER} is not there); export it without --adapter"
         )
-    architecture = _parse_hf((path / TRAINING_CONFIG).read_bytes(), str(path / TRAINING_CONFIG))
+    architecture = read_architecture(path, TRAINING_CONFIG)
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
     return _adapter_tensors(path, checkpoint, architecture), architecture
 
@@ -185,19 +175,16 @@ def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
             f"{files.origin} holds {what} instead of {NEMO_WEIGHTS}/; save it as a distributed checkpoint with NeMo"
         )
     checkpoint = DistributedCheckpoint(files, NEMO_WEIGHTS)
-    nemo = _yaml(FileReference(files, NEMO_CONFIG))
+    nemo = _yaml(files.read(NEMO_CONFIG), f"{files.origin}: {NEMO_CONFIG}")
     fields = nemo_fields(nemo, f"{files.origin}: {NEMO_CONFIG}")
     folder = f"{EMBEDDED_FOLDER}/"
-    sidecars: dict[str, FileReference | bytes] = {
-        name.removeprefix(folder): FileReference(files, name)
-        for name in names
-        if name.startswith(folder) and is_sidecar(name.removeprefix(folder))
-    }
+    embedded = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    sidecars: dict[str, SideFile] = {name: partial(files.read, folder + name) for name in embedded if is_sidecar(name)}
     if config:
         architecture = _given_architecture(config, sidecars)
-    elif (embedded := sidecars.get("config.json")) is not None:
-        assert isinstance(embedded, FileReference)
-        architecture = _parse_hf(embedded.read(), f"{files.origin}: {embedded.name}")
+    elif "config.json" in sidecars:
+        origin = f"{files.origin}: {folder}config.json"
+        architecture = architecture_from_hf(parse_json(sidecars["config.json"](), origin), origin)
     else:
         sidecars.update(_nemo_tokenizer(files, names, fields))
         rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), _multiple(fields), files.origin)
@@ -211,33 +198,32 @@ def _multiple(fields: Fields) -> int:
     return math.prod(fields.size(name, absent=usual, null=usual) for name, usual in sizes)
 
 
-def _nemo_tokenizer(files: CheckpointFiles, names: set[str], fields: Fields) -> dict[str, FileReference | bytes]:
+def _nemo_tokenizer(files: CheckpointFiles, names: set[str], fields: Fields) -> dict[str, SideFile]:
     """Tokenizer files of a `.nemo` that NeMo wrote: it keeps the SentencePiece model only."""
     section = Fields(fields.values.get("tokenizer") or {}, f"{fields.origin}: tokenizer").values
     artifact = str(section.get("model") or "").removeprefix("nemo:")
     if artifact in names:
-        return sentencepiece_files(FileReference(files, artifact))
+        return sentencepiece_files(files.read(artifact), f"{files.origin}: {artifact}")
     kind = section.get("type")
     if section.get("library") == "huggingface" and kind and Path(str(kind)).is_dir():
-        found = _side_files(Path(str(kind)))
-        return {name: file for name, file in found.items() if name not in ("config.json", "generation_config.json")}
+        return {name: read for name, read in side_files(Path(str(kind))).items() if name not in _CONFIGS}
     return {}
 
 
 def _open_nemo2(path: Path, config: Path | None) -> ModelFiles:
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), NEMO2_WEIGHTS)
-    sidecars = _side_files(path / "context" / "nemo_tokenizer")
+    sidecars = side_files(path / "context" / "nemo_tokenizer")
     sidecars.pop("config.json", None)
-    generation = FileReference(DirectoryFiles(path), "context/artifacts/generation_config.json")
-    if generation.name in generation.files.names():
-        sidecars["generation_config.json"] = generation
+    generation = path / "context/artifacts/generation_config.json"
+    if generation.is_file():
+        sidecars["generation_config.json"] = generation.read_bytes
     if config:
         architecture = _given_architecture(config, sidecars)
     else:
         if not (path / NEMO2_CONFIG).is_file():
             raise CheckpointError(f"{path} has no {NEMO2_CONFIG}; give the model's Hugging Face config with --config")
-        model = _yaml(FileReference(DirectoryFiles(path), NEMO2_CONFIG))
         origin = str(path / NEMO2_CONFIG)
+        model = _yaml((path / NEMO2_CONFIG).read_bytes(), origin)
         settings = Fields(model.get("config"), f"{origin}: config")
         multiple = settings.size("make_vocab_size_divisible_by", absent=128, null=128)
         rows = pruned_vocabulary(sidecars, stored_rows(checkpoint), multiple, str(path))
@@ -252,14 +238,12 @@ def _open_bare(path: Path, config: Path | None) -> ModelFiles:
             f"{path} is a bare distributed checkpoint, which does not describe its model; "
             "give the model's Hugging Face config with --config"
         )
-    sidecars = _side_files(config) if config.is_dir() else {}
+    sidecars = side_files(config)
     architecture = _given_architecture(config, sidecars, rows=stored_rows(checkpoint))
     return ModelFiles("megatron", str(path), architecture, MegatronSource(checkpoint, architecture), sidecars)
 
 
-def _given_architecture(
-    config: Path, sidecars: dict[str, FileReference | bytes], rows: int | None = None
-) -> Architecture:
+def _given_architecture(config: Path, sidecars: dict[str, SideFile], rows: int | None = None) -> Architecture:
     """The architecture that the user named; a Hugging Face config also replaces the checkpoint's own."""
     path = config / "config.json" if config.is_dir() else config
     if not path.is_file():
@@ -269,28 +253,14 @@ def _given_architecture(
     if path.suffix in (".yaml", ".yml"):
         if rows is None:
             raise CheckpointError(f"{path}: give a Hugging Face config.json here, which holds the vocabulary's size")
-        return architecture_from_nemo(_yaml(FileReference(DirectoryFiles(path.parent), path.name)), rows, str(path))
-    content = path.read_bytes()
-    sidecars["config.json"] = content
-    return _parse_hf(content, str(path))
+        return architecture_from_nemo(_yaml(path.read_bytes(), str(path)), rows, str(path))
+    sidecars["config.json"] = path.read_bytes
+    return read_architecture(path.parent, path.name)
 
 
-def _parse_hf(content: bytes, origin: str) -> Architecture:
-    return architecture_from_hf(parse_json(content, origin), origin)
-
-
-def _side_files(directory: Path) -> dict[str, FileReference | bytes]:
-    if not directory.is_dir():
-        return {}
-    files = DirectoryFiles(directory)
-    return {name: FileReference(files, name) for name in sidecar_names(directory)}
-
-
-def _yaml(reference: FileReference) -> dict[str, Any]:
+def _yaml(text: bytes, origin: str) -> dict[str, Any]:
     import yaml
 
-    origin = f"{reference.files.origin}: {reference.name}"
-    text = reference.read()
     # PyYAML takes minutes over a large or deeply nested file, and a model's settings are neither.
     if len(text) > _MOST_YAML_BYTES or max(text.count(bracket) for bracket in (b"[", b"{")) > _MOST_YAML_BRACKETS:
         raise CheckpointError(f"{origin} is no model's settings: {len(text)} bytes of YAML; restore the file")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
-from nemo_lmpo.formats.archive import FileReference
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
+
+SideFile = Callable[[], bytes]
+"""Reads a file."""
 
 _SIDE_FILES = (
     "config.json",
@@ -51,26 +53,30 @@ def is_sidecar(name: str) -> bool:
 
 def sidecar_names(directory: Path) -> list[str]:
     """Side files of a model directory, named from there."""
-    found = (path for path in (*directory.iterdir(), *directory.glob("*/*")) if path.is_file())
+    found = (path for path in (*directory.glob("*"), *directory.glob("*/*")) if path.is_file())
     names = (path.relative_to(directory).as_posix() for path in found)
     return sorted(name for name in names if is_sidecar(name))
 
 
-def sentencepiece_files(model: FileReference) -> dict[str, FileReference | bytes]:
+def side_files(directory: Path) -> dict[str, SideFile]:
+    """The side files of a model directory by name; none if there is no such directory."""
+    return {name: (directory / name).read_bytes for name in sidecar_names(directory)}
+
+
+def sentencepiece_files(content: bytes, origin: str) -> dict[str, SideFile]:
     """Tokenizer files of a model that has a SentencePiece model only, as Llama 2 and Mistral have them.
 
     Raises:
         CheckpointError: it is no such model.
     """
-    processor = sentencepiece_model(model.read())
+    processor = sentencepiece_model(content)
     if processor is None:
-        raise CheckpointError(
-            f"{model.files.origin}: {model.name} is no SentencePiece model; give the tokenizer with --tokenizer DIR"
-        )
+        raise CheckpointError(f"{origin} is no SentencePiece model; give the tokenizer with --tokenizer DIR")
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     tokens = {name: processor.id_to_piece(number) for name, number in ids.items() if number >= 0}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}
-    return {"tokenizer.model": model, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    settings = (json.dumps(config, indent=2) + "\n").encode()
+    return {"tokenizer.model": lambda: content, "tokenizer_config.json": lambda: settings}
 
 
 def sentencepiece_model(content: bytes | None) -> SentencePieceProcessor | None:
@@ -132,7 +138,7 @@ def fast_tokenizer(files: Mapping[str, bytes], origin: str) -> Tokenizer:
         raise CheckpointError(f"{origin}: tokenizer.json cannot be read ({reason}); restore the file") from None
 
 
-def pruned_vocabulary(sidecars: Mapping[str, FileReference | bytes], rows: int, multiple: int, origin: str) -> int:
+def pruned_vocabulary(sidecars: Mapping[str, SideFile], rows: int, multiple: int, origin: str) -> int:
     """Vocabulary size behind ``rows`` stored rows that may be padded to a ``multiple``.
 
     It is the tokenizer's size if padding that gives exactly these rows; else all rows are the vocabulary, since
@@ -142,15 +148,10 @@ def pruned_vocabulary(sidecars: Mapping[str, FileReference | bytes], rows: int, 
         CheckpointError: the tokenizer's files are damaged.
     """
     names = [name for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json") if name in sidecars]
-    size = _tokenizer_size({name: content_of(sidecars[name]) for name in names}, origin)
+    size = _tokenizer_size({name: sidecars[name]() for name in names}, origin)
     if size is None or not 0 < size < rows:
         return rows
     return size if math.ceil(size / multiple) * multiple == rows else rows
-
-
-def content_of(file: FileReference | bytes) -> bytes:
-    """A side file's bytes, wherever they are."""
-    return file.read() if isinstance(file, FileReference) else file
 
 
 def _tokenizer_size(files: Mapping[str, bytes], origin: str) -> int | None:
