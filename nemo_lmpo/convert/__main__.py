@@ -97,8 +97,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
+    from nemo_lmpo.formats.base_model import local_model
     from nemo_lmpo.formats.conversion import plan, write_nemo
-    from nemo_lmpo.formats.hub import local_model
     from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
 
@@ -159,7 +159,7 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.base_model import local_model
     from nemo_lmpo.formats.model_files import open_model
 
     hf_path, _ = local_model(options.hf)

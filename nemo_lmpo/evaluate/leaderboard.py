@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
         UserError: names what is wrong; finished tasks are kept.
     """
     from nemo_lmpo.evaluate import model as models
-    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.base_model import local_model
 
     tasks = find_tasks(options.tasks)
     versions = packages()
@@ -133,7 +133,7 @@ def export(given: str, output: Path) -> Path:
     Raises:
         CheckpointError: there is no such model, or it cannot be converted.
     """
-    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.base_model import local_model
 
     path, _ = local_model(given)
     from nemo_lmpo.evaluate.in_process import newest

@@ -160,7 +160,7 @@ def trained_model(
 ) -> tuple[Model, AnswerSource]:
     """A model on disk, answering through a server or in this process."""
     from nemo_lmpo.evaluate import model as models
-    from nemo_lmpo.formats.hub import local_model
+    from nemo_lmpo.formats.base_model import local_model
 
     path, _ = local_model(str(options.model))
     from nemo_lmpo.evaluate.in_process import InProcessSource, choose_device, newest

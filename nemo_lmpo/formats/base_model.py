@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -11,9 +13,9 @@ from typing import Any
 
 from nemo_lmpo.config.architecture import Architecture, architecture_from_hf, read_architecture
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.errors import CheckpointError, ConfigError
-from nemo_lmpo.formats.hub import local_model
-from nemo_lmpo.formats.weights_hash import weights_hash
+from nemo_lmpo.errors import CheckpointError, ConfigError, first_line
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,34 @@ SIZES = (
     "max_position_embeddings",
 )
 """What decides whether a layout fits a model."""
+
+
+def local_model(name: str) -> tuple[Path, str | None]:
+    """The local path of ``name``, and its hub name if it came from the Hugging Face hub.
+
+    An existing path wins; `OWNER/NAME` is downloaded into the usual cache (weights as safetensors only).
+
+    Raises:
+        CheckpointError: neither a path nor a model that can be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path, None
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"{name} does not exist; give a model directory, a .nemo file or a hub name OWNER/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
+
+    try:
+        patterns = ["model*.safetensors", "model.safetensors.index.json", *TOKENIZER_PATTERNS]
+        return Path(snapshot_download(name, allow_patterns=patterns)), name
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no local path and cannot be fetched from the hub ({first_line(error)}); "
+            "check the name and your login"
+        ) from None
 
 
 def find_base_model(model: ModelConfig, *, fetch: bool = True) -> BaseModel:
@@ -129,6 +159,20 @@ def _with_vocabulary(model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def weights_fingerprint(base: BaseModel, seed: int) -> str:
-    """A hash over the content of the base model's weight files, or of what random weights are made from."""
-    return weights_hash(base.path, base.architecture, seed)
+def weights_fingerprint(path: Path | None, architecture: Architecture, seed: int = 0) -> str:
+    """A hash over the content of a model's weight files; without a path, of what random weights are made from.
+
+    The path is no part of it: a copied model is the same model.
+    """
+    digest = hashlib.sha256(repr(architecture).encode())
+    if path is None:
+        digest.update(f"random {seed}".encode())
+        return digest.hexdigest()
+    # An archive itself, or a directory's tensor files (Hugging Face or distributed checkpoint).
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    for file_path in found:
+        if file_path == path or file_path.suffix in (".safetensors", ".distcp"):
+            digest.update(file_path.name.encode())
+            with file_path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

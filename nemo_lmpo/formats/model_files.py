@@ -20,13 +20,13 @@ from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
+from nemo_lmpo.formats.base_model import weights_fingerprint
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
 from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
-from nemo_lmpo.formats.weights_hash import weights_hash
 from nemo_lmpo.runtime import run_files
 
 EMBEDDED_FOLDER = "huggingface"
@@ -156,7 +156,7 @@ def _merged_source(path: Path, checkpoint: DistributedCheckpoint, architecture: 
     base = Path(description.base)
     if not base.exists():
         raise CheckpointError(f"{path} holds adapters of {base}, which does not exist; bring their base there")
-    if weights_hash(base, architecture) != description.fingerprint:
+    if weights_fingerprint(base, architecture) != description.fingerprint:
         raise CheckpointError(
             f"{path} holds adapters of {base} as it was (hash {description.fingerprint[:16]}...), and its weights are "
             f"others now; bring the base that they were trained on"

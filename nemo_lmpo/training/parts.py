@@ -83,7 +83,7 @@ class PolicyFiles:
         self.adapters = None
         model = policy.config.model
         if model.peft.name is not None:
-            fingerprint: str = on_main_rank(lambda: weights_fingerprint(base, model.seed))
+            fingerprint: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, model.seed))
             path = None if base.path is None else str(base.path.resolve())
             self.adapters = describe_adapters(model.peft, base=path, seed=model.seed, fingerprint=fingerprint)
 

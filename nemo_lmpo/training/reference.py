@@ -124,7 +124,7 @@ class ReferenceLogps:
         self.sums = sums
         self.batches = batches
         self.root = cache_root(config.data.cache_dir) / "reference"
-        self.weights: str = on_main_rank(lambda: weights_fingerprint(base, config.model.seed))
+        self.weights: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, config.model.seed))
         self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
 
     def attach(self, dataset: PreferenceDataset, name: str) -> None:
