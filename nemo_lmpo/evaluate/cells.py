@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nemo_lmpo.evaluate.blocks import Block, Details, Table, Text
-from nemo_lmpo.evaluate.claims import Row
+from nemo_lmpo.evaluate.claims import PLACES, Row
 from nemo_lmpo.evaluate.published import ERRATA
 from nemo_lmpo.evaluate.result import Judge, Result, Value
-from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, TITLES
+from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
 
-PLACES = {
-    "lc": (ALPACA_EVAL, "lc", "LC %"),
-    "wr": (ALPACA_EVAL, "wr", "WR %"),
-    "length": (ALPACA_EVAL, "length", "characters"),
-    "arena_wr": (ARENA_HARD, "wr", "Arena-Hard WR %"),
-    "arena_length": (ARENA_HARD, "length", "tokens"),
-}
-"""Columns of Table 1: suite, value, title."""
 _MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰ"
 
 
@@ -26,32 +19,27 @@ class Judges:
     """Letters for judges, so that cells say which numbers may be compared."""
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self._by_suite: dict[str, list[Judge]] = {}
-        for result in results:
-            if result.judge is not None:
-                known = self._by_suite.setdefault(result.suite, [])
-                if result.judge.identity not in [judge.identity for judge in known]:
-                    known.append(result.judge)
+        self._known: dict[str, dict[Any, tuple[str, Judge]]] = {}
+        for judge, suite in ((result.judge, result.suite) for result in results if result.judge is not None):
+            known = self._known.setdefault(suite, {})
+            known.setdefault(judge.identity, (string.ascii_uppercase[len(known) % 26], judge))
 
     def letter(self, result: Result) -> str:
         """Empty where the suite has one judge only."""
-        known = [judge.identity for judge in self._by_suite.get(result.suite, [])]
-        if result.judge is None or len(known) < 2:
-            return ""
-        return string.ascii_uppercase[known.index(result.judge.identity) % 26]
+        known = self._known.get(result.suite, {})
+        return known[result.judge.identity][0] if result.judge is not None and len(known) > 1 else ""
 
     def lines(self) -> list[str]:
         """Who judged what, and what the letters mean."""
-        return [
-            f"{TITLES[suite]} was judged here by {'; '.join(self._name(known, place) for place in range(len(known)))}."
-            for suite, known in self._by_suite.items()
-        ]
-
-    @staticmethod
-    def _name(known: Sequence[Judge], place: int) -> str:
-        judge = known[place]
-        letter = f"{string.ascii_uppercase[place % 26]}: " if len(known) > 1 else ""
-        return f"{letter}{judge.asked} (answered as {', '.join(judge.answered)}; prompt {judge.prompt[:40]})"
+        lines = []
+        for suite, known in self._known.items():
+            names = [
+                f"{f'{letter}: ' if len(known) > 1 else ''}{judge.asked} (answered as {', '.join(judge.answered)}; "
+                f"prompt {judge.prompt[:40]})"
+                for letter, judge in known.values()
+            ]
+            lines.append(f"{TITLES[suite]} was judged here by {'; '.join(names)}.")
+        return lines
 
 
 def format_value(value: Value | None, digits: int = 1) -> str:
@@ -67,14 +55,19 @@ def digits_of(column: str) -> int:
     return 0 if "length" in column else 1
 
 
-def measured_cell(result: Result | None, value: str, judges: Judges, digits: int) -> str:
+def published_cells(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Published numbers by column as they are shown."""
+    return {column: f"{number:.{digits_of(column)}f}" for column, number in numbers.items()}
+
+
+def measured_cell(result: Result | None, value: str, judges: Judges) -> str:
     """Number, interval, judge if there are several, and the count of a trial."""
     if result is None or value not in result.values:
         return ""
     judged = result.suite != LEADERBOARD and value != "length"
     trial = "" if result.whole else f"n = {result.n}"
     more = " ".join(filter(None, (judges.letter(result) if judged else "", trial)))
-    return format_value(result.values[value], digits) + (f"\n{more}" if more else "")
+    return format_value(result.values[value], digits_of(value)) + (f"\n{more}" if more else "")
 
 
 class Footnotes:
@@ -139,19 +132,13 @@ def command_for(suite: str, row: Row) -> str:
 
 
 def pairs(
-    columns: Sequence[str],
-    published: Mapping[str, float],
-    find: Callable[[str], Result | None],
-    mark: Callable[[str], str],
-    judges: Judges,
+    columns: Sequence[str], published: Mapping[str, str], found: Mapping[str, Result | None], judges: Judges
 ) -> list[str]:
-    """Published and measured cell of each column."""
+    """Published and measured cell of each column; results by suite."""
     cells = []
     for column in columns:
         suite, value, _ = PLACES[column]
-        there = published.get(column)
-        cells.append("" if there is None else f"{there:.{digits_of(column)}f}{mark(column)}")
-        cells.append(measured_cell(find(suite), value, judges, digits_of(column)))
+        cells += [published.get(column, ""), measured_cell(found[suite], value, judges)]
     return cells
 
 

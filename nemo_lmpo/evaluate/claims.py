@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nemo_lmpo.evaluate.comparisons import Difference, Ranks, average_ranks, compare, compare_ranks, newest
 from nemo_lmpo.evaluate.published import TABLE1, TABLE2, TABLE2_SETTING, TABLE3, TABLE3_SETTING, TABLE4
 from nemo_lmpo.evaluate.result import Result
-from nemo_lmpo.evaluate.suites import (
-    ALPACA_EVAL,
-    ARENA_HARD,
-    LEADERBOARD,
-    METHODS,
-    PAPER_LAMBDA,
-    PAPER_LAMBDA_ELSE,
-    SETTINGS,
-)
+from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, METHODS, SETTINGS, lambda_variant
 
 Row = tuple[str, str, str | None]
 """Setting, method, variant."""
+
+
+PLACES = {
+    "lc": (ALPACA_EVAL, "lc", "LC %"),
+    "wr": (ALPACA_EVAL, "wr", "WR %"),
+    "length": (ALPACA_EVAL, "length", "characters"),
+    "arena_wr": (ARENA_HARD, "wr", "Arena-Hard WR %"),
+    "arena_length": (ARENA_HARD, "length", "tokens"),
+    "rank": (LEADERBOARD, "rank", "average rank"),
+}
+"""Columns of Table 1 and the ranks of Table 4: suite, value, title."""
+_OVER_SIMPO = (
+    (1, "LMPO answers shorter than SimPO", "length"),
+    (1, "LMPO's length-controlled win rate is above SimPO's", "lc"),
+    (1, "LMPO wins more in Arena-Hard than SimPO", "arena_wr"),
+    (1, "LMPO's answers in Arena-Hard are shorter than SimPO's", "arena_length"),
+    (4, "LMPO ranks before SimPO over the ten tasks", "rank"),
+)
+"""Claims of LMPO against SimPO: table, words, column. Answers are to be short, ranks low, win rates high."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,13 @@ class Results:
             f"{suite}: {'/'.join(filter(None, row))}" for (suite, row), found in self._rows.items() if len(found) > 1
         ]
 
+    def other_settings(self) -> list[str]:
+        """Settings that were measured and are none of the paper's."""
+        return sorted({row[0] for _, row in self._rows if row[0] not in SETTINGS})
+
     def settings(self) -> list[str]:
-        """The paper's settings, then others that were measured."""
-        others = dict.fromkeys(row[0] for _, row in self._rows if row[0] not in SETTINGS)
-        return [*SETTINGS, *sorted(others)]
+        """The paper's settings, then the others."""
+        return [*SETTINGS, *self.other_settings()]
 
     def ranks(self, setting: str) -> Ranks | None:
         """Average ranks of the methods in a setting."""
@@ -84,36 +98,19 @@ def claims_of(setting: str) -> list[Claim]:
 
     Where the paper's own numbers say the opposite of its words, the claim is left out.
     """
-    found = [*_table1(setting), *_table2(setting), *_table3(setting), *_table4(setting)]
+    found = [*_over_simpo(setting), *_table2(setting), *_table3(setting)]
     return [claim for claim in found if claim.published is None or claim.published > 0]
 
 
-def _difference(table: Mapping[tuple[str, str], Mapping[str, float]], setting: str, column: str) -> float | None:
-    """LMPO less SimPO in the paper."""
-    if (setting, "LMPO") not in table:
-        return None
-    return table[setting, "LMPO"][column] - table[setting, "SimPO"][column]
-
-
-def _table1(setting: str) -> list[Claim]:
+def _over_simpo(setting: str) -> Iterator[Claim]:
     lmpo, simpo = (setting, "LMPO", None), (setting, "SimPO", None)
-
-    def published(column: str, sign: int = 1) -> float | None:
-        found = _difference(TABLE1, setting, column)
-        return None if found is None else sign * found
-
-    return [
-        Claim(
-            *(1, "LMPO answers shorter than SimPO", ALPACA_EVAL, "length", simpo, lmpo),
-            published("length", -1),
-        ),
-        Claim(1, "LMPO's length-controlled win rate is above SimPO's", ALPACA_EVAL, "lc", lmpo, simpo, published("lc")),
-        Claim(1, "LMPO wins more in Arena-Hard than SimPO", ARENA_HARD, "wr", lmpo, simpo, published("arena_wr")),
-        Claim(
-            *(1, "LMPO's answers in Arena-Hard are shorter than SimPO's", ARENA_HARD, "length", simpo, lmpo),
-            published("arena_length", -1),
-        ),
-    ]
+    for table, text, column in _OVER_SIMPO:
+        suite, value, _ = PLACES[column]
+        larger, smaller = (simpo, lmpo) if value in ("length", "rank") else (lmpo, simpo)
+        paper = TABLE4 if suite == LEADERBOARD else TABLE1
+        there = (setting, "LMPO") in paper
+        published = paper[larger[:2]][column] - paper[smaller[:2]][column] if there else None
+        yield Claim(table, text, suite, value, larger, smaller, published)
 
 
 def _table2(setting: str) -> list[Claim]:
@@ -135,40 +132,16 @@ def _table2(setting: str) -> list[Claim]:
     ]
 
 
-def lambda_variant(setting: str, value: float) -> str | None:
-    """Which variant has that lambda in a setting; None: it is the setting's own."""
-    return None if value == PAPER_LAMBDA.get(setting, PAPER_LAMBDA_ELSE) else f"lambda={value:g}"
-
-
 def _table3(setting: str) -> list[Claim]:
     if setting in SETTINGS and setting != TABLE3_SETTING:
         return []
     low, high = TABLE3[0], TABLE3[-1]
-    ours = setting == TABLE3_SETTING
     small, large = ((setting, "LMPO", lambda_variant(setting, row.value)) for row in (low, high))
     names = f"from λ = {low.value} to {high.value}"
+    lc, length = (high.lc - low.lc, low.length - high.length) if setting == TABLE3_SETTING else (None, None)
     return [
-        Claim(3, f"LC rises {names}", ALPACA_EVAL, "lc", large, small, high.lc - low.lc if ours else None),
-        Claim(
-            3,
-            f"answers get shorter {names}",
-            ALPACA_EVAL,
-            "length",
-            small,
-            large,
-            low.length - high.length if ours else None,
-        ),
-    ]
-
-
-def _table4(setting: str) -> list[Claim]:
-    found = _difference(TABLE4, setting, "rank")
-    return [
-        Claim(
-            *(4, "LMPO ranks before SimPO over the ten tasks", LEADERBOARD, "rank"),
-            *((setting, "SimPO", None), (setting, "LMPO", None)),
-            None if found is None else -found,
-        )
+        Claim(3, f"LC rises {names}", ALPACA_EVAL, "lc", large, small, lc),
+        Claim(3, f"answers get shorter {names}", ALPACA_EVAL, "length", small, large, length),
     ]
 
 

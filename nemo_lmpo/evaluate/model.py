@@ -13,13 +13,7 @@ from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
 from nemo_lmpo.evaluate.storage import content_hash, read_json, write_json
-from nemo_lmpo.evaluate.suites import (
-    METHOD_OF_LOSS,
-    METHODS,
-    PAPER_LAMBDA,
-    PAPER_LAMBDA_ELSE,
-    SETTING_OF_RECIPE,
-)
+from nemo_lmpo.evaluate.suites import METHOD_OF_LOSS, METHODS, PAPER_LAMBDA_ELSE, SETTING_OF_RECIPE, lambda_variant
 
 if TYPE_CHECKING:
     from nemo_lmpo.formats.model_files import ModelFiles
@@ -63,10 +57,7 @@ def trained_row(config: Mapping[str, Any]) -> tuple[str | None, str | None, str 
         return setting, method, "no_average_length"
     if loss.get("margin", "power5") in VARIANTS:
         return setting, method, str(loss["margin"])
-    weight = float(loss.get("lam", PAPER_LAMBDA_ELSE))
-    if weight != PAPER_LAMBDA.get(setting or "", PAPER_LAMBDA_ELSE):
-        return setting, method, f"lambda={weight:g}"
-    return setting, method, None
+    return setting, method, lambda_variant(setting, float(loss.get("lam", PAPER_LAMBDA_ELSE)))
 
 
 def read_run_config(directory: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from nemo_lmpo.evaluate.suites import COLUMNS, METHODS, SETTINGS
 
 PUBLISHED_JUDGE = "gpt-4-1106-preview"
-TABLE1_COLUMNS = ("lc", "wr", "length", "arena_wr", "arena_length")
+TABLE3_COLUMNS = ("lc", "wr", "length")
+TABLE1_COLUMNS = (*TABLE3_COLUMNS, "arena_wr", "arena_length")
 
 _TABLE1 = {
     "mistral_7b_base": """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from nemo_lmpo.evaluate.blocks import Block, Details, Heading, Table, Text
 from nemo_lmpo.evaluate.cells import (
@@ -10,14 +11,13 @@ from nemo_lmpo.evaluate.cells import (
     Judges,
     card,
     command_for,
-    digits_of,
     format_value,
     general_errata,
     header_of,
-    measured_cell,
     pairs,
+    published_cells,
 )
-from nemo_lmpo.evaluate.claims import Claim, Results, Row, claims_of, judge, lambda_variant
+from nemo_lmpo.evaluate.claims import PLACES, Results, Row, claims_of, judge
 from nemo_lmpo.evaluate.comparisons import Difference, paper_tasks
 from nemo_lmpo.evaluate.published import (
     TABLE1,
@@ -25,11 +25,12 @@ from nemo_lmpo.evaluate.published import (
     TABLE2,
     TABLE2_SETTING,
     TABLE3,
+    TABLE3_COLUMNS,
     TABLE3_SETTING,
     TABLE4,
 )
 from nemo_lmpo.evaluate.result import Result
-from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, COLUMNS, LEADERBOARD, METHODS, SETTINGS, TASKS, TITLES
+from nemo_lmpo.evaluate.suites import COLUMNS, LEADERBOARD, METHODS, SETTINGS, TASKS, TITLES, lambda_variant
 
 
 def anchors(results: Results, judges: Judges) -> list[Block]:
@@ -42,90 +43,93 @@ def anchors(results: Results, judges: Judges) -> list[Block]:
             "--judge-endpoint URL"
         )
         return [Heading(2, "Anchors"), Text(text)]
-    rows = []
-    for result in sorted(anchors, key=lambda one: (one.suite, -one.model.published.get("wr", 0))):
-        row = [f"{result.model.name}, {TITLES[result.suite]}"]
-        for name in ("lc", "wr", "length"):
-            there = result.model.published.get(name)
-            row.append("" if there is None else f"{there:.{digits_of(name)}f}")
-            row.append(measured_cell(result, name, judges, digits_of(name)))
-        rows.append(row)
+    rows = [
+        [
+            f"{result.model.name}, {TITLES[result.suite]}",
+            *pairs(TABLE3_COLUMNS, published_cells(result.model.published), dict.fromkeys(TITLES, result), judges),
+        ]
+        for result in sorted(anchors, key=lambda one: (one.suite, -one.model.published.get("wr", 0)))
+    ]
     header = ["", *(f"{name} {kind}" for name in ("LC %", "WR %", "length") for kind in ("published", "here"))]
     about = "Stored answers of models with published scores, judged here: how far today's judge is from the published."
     return [Heading(2, "Anchors"), Text(about), Table(header, rows)]
 
 
+class Line(NamedTuple):
+    """A line of a table: what it is called, which results fill it, and the published cells by column."""
+
+    label: str
+    row: Row
+    published: Mapping[str, str]
+
+
 def table1(results: Results, judges: Judges) -> list[Block]:
     """LC, WR and lengths of all methods."""
     about = "AlpacaEval 2 and Arena-Hard v0.1 by setting and method. Brackets: 95 % by resampling instructions."
-    blocks: list[Block] = [Heading(2, "Table 1: all methods"), Text(about)]
-    claims = []
-    for setting in results.settings():
-        footnotes, rows, missing = Footnotes(1), [], []
+
+    def lines(setting: str, footnotes: Footnotes) -> Iterator[Line]:
         for method in METHODS:
-            row: Row = (setting, method, None)
-            found = {suite: results.row(suite, row) for suite in (ALPACA_EVAL, ARENA_HARD)}
-            mark = _mark(footnotes, setting, method)
-            published = TABLE1.get((setting, method), {})
-            if published or any(found.values()):
-                rows.append([method, *pairs(TABLE1_COLUMNS, published, found.__getitem__, mark, judges)])
-                missing += [command_for(suite, row) for suite, result in found.items() if result is None]
-        claims += [claim for claim in claims_of(setting) if claim.table == 1]
-        if rows:
-            title = SETTINGS.get(setting, f"{setting} (not a setting of the paper)")
-            blocks += card(title, header_of(TABLE1_COLUMNS), rows, footnotes.notes(), missing)
-    return [*blocks, *general_errata(1), *_verdicts(claims, results)]
+            cells = published_cells(TABLE1.get((setting, method), {}))
+            marked = {column: cell + footnotes.mark(setting, method, column) for column, cell in cells.items()}
+            yield Line(method, (setting, method, None), marked)
 
-
-def _mark(footnotes: Footnotes, setting: str, method: str) -> Callable[[str], str]:
-    return lambda column: footnotes.mark(setting, method, column)
+    table = _table(1, TABLE1_COLUMNS, results.settings(), lines, results, judges)
+    return [Heading(2, "Table 1: all methods"), Text(about), *table]
 
 
 def table2(results: Results, judges: Judges) -> list[Block]:
     """LMPO with parts taken away or replaced."""
     about = "Arena-Hard v0.1 with LMPO's parts taken away or replaced; published brackets resample battles."
-    blocks: list[Block] = [Heading(2, "Table 2: ablations"), Text(about)]
-    claims = []
-    for setting in (TABLE2_SETTING, *(name for name in results.settings() if name not in SETTINGS)):
-        ours, rows, missing, measured = setting == TABLE2_SETTING, [], [], False
-        for ablation in TABLE2:
-            row: Row = (setting, ablation.method, ablation.variant)
-            result = results.row(ARENA_HARD, row)
-            measured = measured or result is not None
-            there = f"{ablation.wr:.1f} [{ablation.low:.1f}, {ablation.high:.1f}]" if ours else ""
-            cells = [there, measured_cell(result, "wr", judges, 1)]
-            cells += [f"{ablation.length:.0f}" if ours else "", measured_cell(result, "length", judges, 0)]
-            rows.append([ablation.label, *cells])
-            missing += [command_for(ARENA_HARD, row)] if result is None else []
-        if ours or measured:
-            header = header_of(("arena_wr", "arena_length"))
-            blocks += card(SETTINGS.get(setting, setting), header, rows, [], missing)
-            claims += [claim for claim in claims_of(setting) if claim.table == 2]
-    return [*blocks, *general_errata(2), *_verdicts(claims, results)]
+
+    def lines(setting: str, _: Footnotes) -> Iterator[Line]:
+        for one in TABLE2:
+            wr = f"{one.wr:.1f} [{one.low:.1f}, {one.high:.1f}]"
+            published = {"arena_wr": wr, "arena_length": f"{one.length:.0f}"}
+            yield Line(one.label, (setting, one.method, one.variant), published)
+
+    settings = [TABLE2_SETTING, *results.other_settings()]
+    table = _table(2, ("arena_wr", "arena_length"), settings, lines, results, judges)
+    return [Heading(2, "Table 2: ablations"), Text(about), *table]
 
 
 def table3(results: Results, judges: Judges) -> list[Block]:
     """LMPO under three values of lambda."""
-    blocks: list[Block] = [Heading(2, "Table 3: the weight of the margin"), Text("AlpacaEval 2 for three values of λ.")]
-    claims = []
-    columns = ("lc", "wr", "length")
-    for setting in (TABLE3_SETTING, *(name for name in results.settings() if name not in SETTINGS)):
-        ours, rows, missing, measured = setting == TABLE3_SETTING, [], [], False
-        for line in TABLE3:
-            row: Row = (setting, "LMPO", lambda_variant(setting, line.value))
-            result = results.row(ALPACA_EVAL, row)
-            measured = measured or result is not None
-            published = {"lc": line.lc, "wr": line.wr, "length": line.length} if ours else {}
-            rows.append([f"λ = {line.value}", *pairs(columns, published, _always(result), lambda _: "", judges)])
-            missing += [command_for(ALPACA_EVAL, row)] if result is None else []
-        if ours or measured:
-            blocks += card(SETTINGS.get(setting, setting), header_of(columns), rows, [], missing)
-            claims += [claim for claim in claims_of(setting) if claim.table == 3]
-    return [*blocks, *_verdicts(claims, results)]
+
+    def lines(setting: str, _: Footnotes) -> Iterator[Line]:
+        for one in TABLE3:
+            published = published_cells({"lc": one.lc, "wr": one.wr, "length": one.length})
+            yield Line(f"λ = {one.value}", (setting, "LMPO", lambda_variant(setting, one.value)), published)
+
+    settings = [TABLE3_SETTING, *results.other_settings()]
+    table = _table(3, TABLE3_COLUMNS, settings, lines, results, judges)
+    return [Heading(2, "Table 3: the weight of the margin"), Text("AlpacaEval 2 for three values of λ."), *table]
 
 
-def _always(result: Result | None) -> Callable[[str], Result | None]:
-    return lambda suite: result
+def _table(
+    number: int,
+    columns: Sequence[str],
+    settings: Sequence[str],
+    lines_of: Callable[[str, Footnotes], Iterator[Line]],
+    results: Results,
+    judges: Judges,
+) -> list[Block]:
+    """A card for each setting that the paper or a result has numbers of; then what is wrong, and the claims."""
+    blocks: list[Block] = []
+    suites = dict.fromkeys(PLACES[column][0] for column in columns)
+    for setting in settings:
+        footnotes, rows, missing, filled = Footnotes(number), [], [], False
+        for label, row, cells in lines_of(setting, footnotes):
+            published = cells if setting in SETTINGS else {}
+            found = {suite: results.row(suite, row) for suite in suites}
+            here = bool(published) or any(found.values())
+            filled = filled or here
+            if here or number != 1:  # lines of the other tables are read together
+                rows.append([label, *pairs(columns, published, found, judges)])
+                missing += [command_for(suite, row) for suite, result in found.items() if result is None]
+        if filled:
+            title = SETTINGS.get(setting, f"{setting} (not a setting of the paper)" if number == 1 else setting)
+            blocks += card(title, header_of(columns), rows, footnotes.notes(), missing)
+    return [*blocks, *general_errata(number), *_verdicts(number, settings, results)]
 
 
 def table4(results: Results, judges: Judges) -> list[Block]:
@@ -135,7 +139,6 @@ def table4(results: Results, judges: Judges) -> list[Block]:
         "is involved, so cells can be compared, as far as versions of harness and tasks are the same."
     )
     blocks: list[Block] = [Heading(2, "Table 4: ten tasks"), Text(about)]
-    claims = []
     for setting in results.settings():
         footnotes, rows, missing = Footnotes(4), [], []
         ranks = results.ranks(setting)
@@ -153,11 +156,10 @@ def table4(results: Results, judges: Judges) -> list[Block]:
                 rows.append([f"{method} here", *_task_cells(result, judges), rank])
             elif published is not None:
                 missing.append(command_for(LEADERBOARD, row))
-        claims += [claim for claim in claims_of(setting) if claim.table == 4]
         if rows:
             header = ["", *COLUMNS, "average rank"]
             blocks += card(SETTINGS.get(setting, setting), header, rows, footnotes.notes(), missing)
-    return [*blocks, *_both_ways(results), *general_errata(4), *_verdicts(claims, results)]
+    return [*blocks, *_both_ways(results), *general_errata(4), *_verdicts(4, results.settings(), results)]
 
 
 def _task_cells(result: Result, judges: Judges) -> list[str]:
@@ -184,8 +186,9 @@ def _both_ways(results: Results) -> list[Block]:
     return [Table(header, rows, title="Tasks that depend on how they are run")]
 
 
-def _verdicts(claims: Sequence[Claim], results: Results) -> list[Block]:
+def _verdicts(table: int, settings: Sequence[str], results: Results) -> list[Block]:
     """The claims of a table, and which of the paper's were not measured."""
+    claims = [claim for setting in settings for claim in claims_of(setting) if claim.table == table]
     rows, missing = [], []
     for claim in claims:
         found = judge(claim, results)

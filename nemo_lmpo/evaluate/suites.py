@@ -26,6 +26,11 @@ PAPER_LAMBDA = {"mistral_7b_base": 1.0}
 PAPER_LAMBDA_ELSE = 0.2
 
 
+def lambda_variant(setting: str | None, value: float) -> str | None:
+    """Which variant has that lambda in a setting; None: it is the setting's own."""
+    return None if value == PAPER_LAMBDA.get(setting or "", PAPER_LAMBDA_ELSE) else f"lambda={value:g}"
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How answers are sampled."""

@@ -9,7 +9,7 @@ from nemo_lmpo.errors import DataError
 from nemo_lmpo.evaluate.blocks import Block, Details, Heading, Table, Text, to_html, to_markdown
 from nemo_lmpo.evaluate.cells import Judges, measured_cell
 from nemo_lmpo.evaluate.claims import Results
-from nemo_lmpo.evaluate.published import PUBLISHED_JUDGE
+from nemo_lmpo.evaluate.published import PUBLISHED_JUDGE, TABLE3_COLUMNS
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.evaluate.sections import anchors, table1, table2, table3, table4
 from nemo_lmpo.evaluate.storage import content_hash
@@ -86,8 +86,10 @@ def _others(results: Results, judges: Judges) -> list[Block]:
         result for result in results.all if result.model.kind != "anchor" and not results.stands_for_a_row(result)
     ]
     rows = [
-        [f"{result.model.name}, {TITLES[result.suite]}", *(measured_cell(result, name, judges, 1) for name in names)]
-        for names in (("lc", "wr", "length"),)
+        [
+            f"{result.model.name}, {TITLES[result.suite]}",
+            *(measured_cell(result, one, judges) for one in TABLE3_COLUMNS),
+        ]
         for result in others
         if result.suite != LEADERBOARD
     ]
