@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lmpo.errors import DataError, UserError
+from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
@@ -21,7 +21,6 @@ from nemo_lmpo.evaluate.storage import Journal
 
 CALLS_FILE = "judge_calls.jsonl"
 PROMPT_NAME = "alpaca_eval_clf (alpaca_eval 0.6)"
-MOST_UNPARSED = 0.01
 OUTPUT_TOKENS = 1
 
 
@@ -83,29 +82,6 @@ def judge(
             raise gateway.failure or UserError(f"judging failed; see {folder / 'judge.log'}") from None
         preferences = {one.id: found[one.id] for one in chosen}
         return preferences, Judge(name, answering_models(journal), endpoint.shown, PROMPT_NAME)
-
-
-def check_labels(preferences: Mapping[str, float | None], judge: str) -> int:
-    """How many answers of the judge had neither label.
-
-    Raises:
-        DataError: more than 1 %.
-    """
-    return refuse_many_unparsed(sum(value is None for value in preferences.values()), len(preferences), judge)
-
-
-def refuse_many_unparsed(unparsed: int, count: int, judge: str) -> int:
-    """The count, if it is at most 1 %.
-
-    Raises:
-        DataError: it is more.
-    """
-    if unparsed > MOST_UNPARSED * count:
-        raise DataError(
-            f"the judge {judge} gave no verdict in {unparsed} of {count} answers, more than 1 %: its numbers would say "
-            "little; choose another judge"
-        )
-    return unparsed
 
 
 def score(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.evaluate.alpaca_eval import refuse_many_unparsed
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
@@ -98,16 +97,6 @@ def judgment(prompt: JudgePrompt, one: Instruction, output: str, game: int, ask:
         if found["verdict"] is not None:
             break
     return found
-
-
-def check_verdicts(verdicts: Mapping[str, Sequence[str | None]], judge: str) -> int:
-    """How many judgments have no verdict.
-
-    Raises:
-        DataError: more than 1 %.
-    """
-    every = [verdict for games in verdicts.values() for verdict in games]
-    return refuse_many_unparsed(sum(verdict is None for verdict in every), len(every), judge)
 
 
 def score(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate import alpaca_eval, arena_hard
 from nemo_lmpo.evaluate.answers import Answer, AnswerSource, EndpointSource, StoredSource, choose, collect_answers
 from nemo_lmpo.evaluate.answers import stored_answers as read_stored_answers
@@ -43,6 +44,7 @@ from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSetting
 
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
+_MOST_UNPARSED = 0.01
 
 _logger = logging.getLogger("nemo_lmpo")
 
@@ -258,7 +260,7 @@ def _alpaca_eval(plan: Plan, answers: Mapping[str, Answer]) -> Found:
     preferences, judge = alpaca_eval.judge(
         plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, quiet=plan.options.quiet
     )
-    unparsed = alpaca_eval.check_labels(preferences, plan.judge_name)
+    unparsed = count_unparsed(preferences.values(), plan.judge_name)
     _logger.info("score: fitting the length-controlled win rate with its interval (about half a minute)")
     return (*alpaca_eval.score(plan.chosen, answers, preferences, plan.data, plan.options.bootstrap), unparsed, judge)
 
@@ -269,8 +271,24 @@ def _arena_hard(plan: Plan, answers: Mapping[str, Answer]) -> Found:
         *(plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, plan.judge_prompt),
         quiet=plan.options.quiet,
     )
-    unparsed = arena_hard.check_verdicts(verdicts, plan.judge_name)
+    unparsed = count_unparsed(itertools.chain(*verdicts.values()), plan.judge_name)
     return (*arena_hard.score(plan.chosen, answers, verdicts), unparsed, judge)
+
+
+def count_unparsed(verdicts: Iterable[object], judge: str) -> int:
+    """How many answers of the judge said nothing, each None.
+
+    Raises:
+        DataError: more than 1 %.
+    """
+    every = list(verdicts)
+    unparsed = every.count(None)
+    if unparsed > _MOST_UNPARSED * len(every):
+        raise DataError(
+            f"the judge {judge} gave no verdict in {unparsed} of {len(every)} answers, more than 1 %: its numbers "
+            "would say little; choose another judge"
+        )
+    return unparsed
 
 
 def _write(
