@@ -11,7 +11,8 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def load_set(suite: str, folder: Path) -> EvaluationSet:
     Raises:
         DataError: it is missing, or another one than the published set.
     """
-    return _LOADERS[suite](folder)
+    return _alpaca_eval(folder) if suite == ALPACA_EVAL else _arena_hard(folder)
 
 
 def _alpaca_eval(folder: Path) -> EvaluationSet:
@@ -145,9 +146,6 @@ def load_own_questions(path: Path) -> EvaluationSet:
     every = list(instructions.values())
     digest = content_hash([[one.id, one.text, one.baseline_answer] for one in every])
     return EvaluationSet(ARENA_HARD, every, digest, path.stem, published=False)
-
-
-_LOADERS: Mapping[str, Callable[[Path], EvaluationSet]] = {ALPACA_EVAL: _alpaca_eval, ARENA_HARD: _arena_hard}
 
 
 def _check(path: Path, found: str, expected: str, count: int, expected_count: int) -> None:
@@ -223,17 +221,9 @@ class JudgePrompt:
     def messages(self, question: str, answer_a: str, answer_b: str) -> list[dict[str, str]]:
         """The conversation to send."""
         # Not str.format: answers hold braces.
-        text = self.template
         parts = {"{QUESTION}": question, "{ANSWER_A}": answer_a, "{ANSWER_B}": answer_b}
-        places = sorted((text.index(name), name) for name in parts)
-        pieces, last = [], 0
-        for place, name in places:
-            pieces += [text[last:place], parts[name]]
-            last = place + len(name)
-        return [
-            {"role": "system", "content": self.system},
-            {"role": "user", "content": "".join([*pieces, text[last:]])},
-        ]
+        told = re.sub("|".join(map(re.escape, parts)), lambda place: parts[place[0]], self.template)
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": told}]
 
 
 def load_judge_prompt(folder: Path, given: Path | None) -> JudgePrompt:
