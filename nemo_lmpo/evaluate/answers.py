@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from nemo_lmpo.evaluate.suites import ALPACA_EVAL, GenerationSettings
 
 ANSWERS_FILE = "answers.jsonl"
 _MOST_EMPTY = 0.01
+Progress = Callable[[int], object]
+"""Is told how many more are done."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,6 @@ class AnswerSource(Protocol):
 
     def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
         """Answer each and append it to the journal as it comes."""
-
-
-class Progress(Protocol):
-    """A progress bar's update."""
-
-    def __call__(self, count: int, /) -> object:
-        """So many more are done."""
 
 
 def choose(instructions: Sequence[Instruction], limit: int | None) -> list[Instruction]:
@@ -202,7 +197,7 @@ class StoredSource:
     path: Path
     outputs: Mapping[str, str]
     """By instruction."""
-    sha256: str = field(default="")
+    sha256: str
 
     def generation(self) -> Mapping[str, Any]:
         """Unknown but for the file."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,7 @@ def relabel(folder: Path, model: Model) -> None:
         write_result(folder, replace(before, model=model), read_units(before))
 
 
-_NEEDED = (
-    *("suite", "model", "values", "n", "of", "unparsed", "truncated", "empty", "judge", "date", "generation"),
-    *("packages", "evaluation_set", "command"),
-)
+_NEEDED = [one.name for one in fields(Result) if one.name not in ("details", "folder")]
 
 
 def read_result(folder: Path) -> Result:
@@ -183,7 +181,7 @@ def claim_folder(folder: Path, name: str, identity: Mapping[str, Any]) -> None:
         ConfigError: another evaluation was begun there; names what differs.
     """
     path = folder / name
-    wanted = _plain(identity)
+    wanted: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists in files
     if path.exists():
         before = read_json(path)
         differing = [key for key in sorted(before.keys() | wanted.keys()) if before.get(key) != wanted.get(key)]
@@ -195,13 +193,6 @@ def claim_folder(folder: Path, name: str, identity: Mapping[str, Any]) -> None:
             )
         return
     write_json(path, wanted)
-
-
-def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    import json
-
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
 
 
 def _short(value: Any) -> str:
