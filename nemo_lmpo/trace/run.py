@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.plan.amounts import Row
@@ -29,7 +28,7 @@ from nemo_lmpo.trace.world import (
 from nemo_lmpo.training.batches import BatchBuilder
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
 from nemo_lmpo.training.policy import Policy, build_frozen_chunks
-from nemo_lmpo.training.reference import FrozenReference, ResponseSums
+from nemo_lmpo.training.reference import ResponseSums
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -126,7 +125,7 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
         make_moments(optimizer)
         mark(OPTIMIZER)
         if config.model.reference_in_memory:
-            policy.attach_reference = _reference(policy).attach
+            policy.attach_reference = ResponseSums(policy, build_frozen_chunks(policy)).attach
             mark(REFERENCE)
         policy.prepare_for_training_step()
         optimizer.zero_grad()
@@ -149,13 +148,6 @@ def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Ca
     clip_and_step(optimizer, norm, policy.config.trainer.gradient_clip_val)
     meter.work.host_reads = reads  # AdamW reads its step counts, which torch keeps on the host
     mark(STEP)
-
-
-def _reference(policy: Policy) -> FrozenReference:
-    chunks = build_frozen_chunks(policy)
-    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
-    sums = ResponseSums(list(chunks), policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
-    return FrozenReference(sums)
 
 
 def _mark(meter: Meter, trace: Trace, name: str) -> None:

@@ -22,8 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
-from nemo_lmpo.config.memory import logprob_chunk
-from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
@@ -32,7 +30,6 @@ from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.model.lora import adapters_off
-from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
@@ -55,17 +52,20 @@ _logger = logging.getLogger(__name__)
 
 
 class ResponseSums:
-    """Sums of response log-probabilities under a model's present weights, in the model's own layout."""
+    """Sums of response log-probabilities under a model's present weights, in the policy's layout."""
 
-    def __init__(
-        self, chunks: Sequence[Any], groups: ParallelGroups, *, chunk_tokens: int, device: torch.device
-    ) -> None:
-        """Prepare for this process's model chunks, wrapped or bare."""
-        self.chunks = chunks
-        self.groups = groups
+    def __init__(self, policy: Policy, chunks: Sequence[Any] | None = None) -> None:
+        """Of this process's ``chunks``, wrapped or bare, which lie as the policy's own do; unset: of these."""
+        self.chunks = list(policy.chunks if chunks is None else chunks)
+        self.groups = policy.groups
         # SFT's loss needs no reference, so it can run where there is none yet; only the sums are taken.
-        loss = build_loss(SFTConfig())
-        self.step = MicroBatchStep(loss, groups, chunk_tokens=chunk_tokens, device=device, shared_logps=True)
+        self.step = MicroBatchStep(
+            build_loss(SFTConfig()),
+            policy.groups,
+            chunk_tokens=policy.micro_batch_step.chunk_tokens,
+            device=policy.device,
+            shared_logps=True,
+        )
 
     def __call__(self, batch: StepBatch) -> Tensor:
         """Sums of the whole global batch on every rank, ``[pairs, 4]`` float64.
@@ -77,17 +77,11 @@ class ResponseSums:
         pairs.share(self.groups)
         return torch.stack([pairs.column(name) for name in SUMS], dim=1)
 
-
-class FrozenReference:
-    """A second model in memory that never changes."""
-
-    def __init__(self, sums: ResponseSums) -> None:
-        """``sums`` runs a model of its own, which holds the start weights."""
-        self._sums = sums
-
     def attach(self, batch: StepBatch) -> None:
-        """Give every micro-batch its reference log-probabilities; one forward pass."""
-        give_reference(batch, self._sums(batch))
+        """Give every micro-batch its sums as those of the reference; one forward pass."""
+        values = self(batch).float()
+        for micro_batch in batch.micro_batches:
+            micro_batch.reference_logps = values[micro_batch.pair_index]
 
 
 @dataclass(frozen=True)
@@ -112,16 +106,11 @@ class ReferenceLogps:
     """
 
     def __init__(
-        self,
-        config: Config,
-        base: BaseModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sums: ResponseSums,
-        batches: BatchBuilder,
+        self, policy: Policy, base: BaseModel, tokenizer: PreTrainedTokenizerBase, batches: BatchBuilder
     ) -> None:
-        """Take what computing needs; the model behind ``sums`` must still hold the start weights."""
-        self.config = config
-        self.sums = sums
+        """Take what computing needs; the policy must still hold the start weights."""
+        self.config = config = policy.config
+        self.sums = ResponseSums(policy)
         self.batches = batches
         self.root = cache_root(config.data.cache_dir) / "reference"
         self.weights: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, config.model.seed))
@@ -191,27 +180,6 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
     return values if usable else None
 
 
-class AdaptersOff:
-    """The policy without its adapters, which is what it started from."""
-
-    def __init__(self, policy: Policy) -> None:
-        """Take the policy's own chunks; no second model."""
-        self._chunks = policy.models
-        self._sums = sums_like(policy, list(policy.chunks))
-
-    def attach(self, batch: StepBatch) -> None:
-        """Give every micro-batch its reference log-probabilities; one forward pass."""
-        with adapters_off(self._chunks):
-            give_reference(batch, self._sums(batch))
-
-
-def give_reference(batch: StepBatch, sums: Tensor) -> None:
-    """Reference sums ``[pairs, 4]`` of a global batch to the micro-batches that hold the pairs."""
-    values = sums.float()
-    for micro_batch in batch.micro_batches:
-        micro_batch.reference_logps = values[micro_batch.pair_index]
-
-
 def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch], None] | None:
     """What gives batches their reference values, where the run wants a reference model beside the policy.
 
@@ -221,16 +189,16 @@ def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch]
     if not (config.model.reference_in_memory and policy.loss.needs_reference):
         return None
     if config.model.peft.name is not None:
-        return AdaptersOff(policy).attach
+        adapted, sums = policy.models, ResponseSums(policy)
+
+        def attach(batch: StepBatch) -> None:
+            with adapters_off(adapted):
+                sums.attach(batch)
+
+        return attach
     chunks = build_frozen_chunks(policy)
     load_start_weights(chunks, policy.groups, base, config.model.seed)
-    return FrozenReference(sums_like(policy, chunks)).attach
-
-
-def sums_like(policy: Policy, chunks: Sequence[Any]) -> ResponseSums:
-    """Sums under ``chunks``, which lie as the policy's own do."""
-    chunk_tokens = logprob_chunk(policy.config.model, policy.architecture)
-    return ResponseSums(chunks, policy.groups, chunk_tokens=chunk_tokens, device=policy.device)
+    return ResponseSums(policy, chunks).attach
 
 
 def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, batches: BatchBuilder) -> None:
@@ -238,8 +206,7 @@ def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, ba
 
     Communicates: the layout's own, and a broadcast over all ranks.
     """
-    sums = sums_like(policy, list(policy.chunks))
-    reference = ReferenceLogps(policy.config, base, data.tokenizer, sums, batches)
+    reference = ReferenceLogps(policy, base, data.tokenizer, batches)
     reference.attach(data.train, "train")
     if data.validation is not None:
         reference.attach(data.validation, "validation")
