@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,52 +36,35 @@ from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 _logger = logging.getLogger(__name__)
 
 
+@dataclass
 class CheckpointManager:
     """Saves, prunes and finds a run's checkpoints. All ranks call every method together."""
 
-    def __init__(
-        self,
-        root: Path,
-        config: CheckpointConfig,
-        *,
-        make_state: Callable[[TrainState | None], dict[str, Any]],
-        load_state: Callable[[dict[str, Any], TrainState], None],
-        write_sidecars: Callable[[Path], None],
-        state_bytes: int,
-        layout: dict[str, int],
-        find_missing: Callable[[TrainState], str | None] = lambda progress: None,
-        data: dict[str, str] | None = None,
-        base: str = "",
-    ) -> None:
-        """Collect what saving needs.
-
-        Args:
-            root: the run's `checkpoints/`.
-            config: how often and how many.
-            make_state: sharded state dict of model and optimizer; told the progress of the checkpoint that is to be
-                loaded into it, or None for saving.
-            load_state: puts a loaded state dict back; ``random_state`` is in it if the layout is the same.
-            write_sidecars: writes config, architecture and tokenizer into a directory (called on rank 0).
-            state_bytes: size of a checkpoint, to check the disk before writing.
-            layout: sizes of the parallel groups.
-            find_missing: what of a progress is not there that this run needs; raises a UserError where the run does
-                not fit the checkpoint. Called before anything is loaded.
-            data: fingerprints of the pairs, kept with every checkpoint.
-            base: hash of the weights that adapters belong to, kept with every checkpoint of adapters.
-        """
-        self.root = root
-        self.config = config
-        self.make_state = make_state
-        self.load_state = load_state
-        self.write_sidecars = write_sidecars
-        self.state_bytes = state_bytes
-        self.layout = layout
-        self.find_missing = find_missing
-        self.data = data or {}
-        self.base = base
-        self._queue: Any = None
-        self._in_background: Path | None = None
-        """The checkpoint that was last given to background writers."""
+    root: Path
+    """The run's `checkpoints/`."""
+    config: CheckpointConfig
+    """How often and how many."""
+    make_state: Callable[[TrainState | None], dict[str, Any]]
+    """Sharded state dict of model and optimizer; told the progress of the checkpoint that is to be loaded into it, or
+    None for saving."""
+    load_state: Callable[[dict[str, Any], TrainState], None]
+    """Puts a loaded state dict back; ``random_state`` is in it if the layout is the same."""
+    write_sidecars: Callable[[Path], None]
+    """Writes config, architecture and tokenizer into a directory (called on rank 0)."""
+    state_bytes: int
+    """Size of a checkpoint, to check the disk before writing."""
+    layout: dict[str, int]
+    """Sizes of the parallel groups."""
+    find_missing: Callable[[TrainState], str | None]
+    """What of a progress is not there that this run needs; raises a UserError where the run does not fit the
+    checkpoint. Called before anything is loaded."""
+    data: dict[str, str]
+    """Fingerprints of the pairs, kept with every checkpoint."""
+    base: str
+    """Hash of the weights that adapters belong to, kept with every checkpoint of adapters."""
+    _queue: Any = None
+    _in_background: Path | None = None
+    """The checkpoint that was last given to background writers."""
 
     def save(self, progress: TrainState) -> float:
         """Write a checkpoint; returns the seconds that training was held up.

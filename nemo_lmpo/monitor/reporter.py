@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
@@ -13,7 +12,6 @@ from nemo_lmpo.errors import UserError
 from nemo_lmpo.monitor.banner import BannerFacts, render_banner
 from nemo_lmpo.monitor.console import Console
 from nemo_lmpo.monitor.metrics_log import MetricsLog
-from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.runtime.batch_job import read_batch_job
 
 _logger = logging.getLogger("nemo_lmpo")
@@ -22,16 +20,7 @@ _logger = logging.getLogger("nemo_lmpo")
 class Reporter:
     """Prints the start of a run and passes every line of metrics on."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: Config,
-        facts: BannerFacts,
-        summaries: Sequence[str],
-        *,
-        total_steps: int,
-        start_step: int,
-    ) -> None:
+    def __init__(self, run_dir: Path, config: Config, facts: BannerFacts, summaries: Sequence[str]) -> None:
         """Open the files and show the start.
 
         Args:
@@ -39,8 +28,6 @@ class Reporter:
             config: what is kept of it with the metrics, and how much is shown.
             facts: the banner's content.
             summaries: texts shown below the banner, of the data above all.
-            total_steps: optimizer steps of the whole run.
-            start_step: finished steps, when a run goes on.
         """
         self.run_dir = run_dir
         self.draw_report = config.logging.report
@@ -50,12 +37,12 @@ class Reporter:
             run_dir,
             config.logging,
             settings=config_as_dict(config),
-            resume_step=start_step,
-            total_steps=total_steps,
+            resume_step=facts.start_step,
+            total_steps=facts.total_steps,
         )
         for text in (render_banner(facts), *summaries):
             _logger.info("%s", text)
-        self.console = Console(config.logging, total_steps=total_steps, start_step=start_step)
+        self.console = Console(config.logging, total_steps=facts.total_steps, start_step=facts.start_step)
 
     def listen(self, step: int, metrics: dict[str, float], prefix: str) -> None:
         """One line of metrics."""
@@ -64,14 +51,6 @@ class Reporter:
             self.console.validation(step, metrics)
         else:
             self.console.update(step, metrics)
-
-    def show_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """The answers of a validation."""
-        self.log.log_samples(step, samples)
-
-    def note_early_stop(self, facts: Mapping[str, Any]) -> None:
-        """The run is done before its last step; to be told before the report is drawn."""
-        self.log.note_early_stop(facts)
 
     def close(self) -> None:
         """Close the files and draw the report of what there is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,27 +15,22 @@ from torch import Tensor
 from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
 
 
+@dataclass
 class BatchesAhead:
     """The batches of a run of steps, each asked for in turn and ready when it is."""
 
-    def __init__(
-        self, builder: BatchBuilder, pairs: Pairs, indices_of: Callable[[int], np.ndarray], num_batches: int
-    ) -> None:
-        """Build nothing yet.
+    builder: BatchBuilder
+    """Makes the batches, on its device."""
+    pairs: Pairs
+    """What they are made of; only the thread reads it as long as there is a batch to come."""
+    indices_of: Callable[[int], np.ndarray]
+    """The pairs of batch ``number``."""
+    num_batches: int
 
-        Args:
-            builder: makes the batches, on its device.
-            pairs: what they are made of; only the thread reads it as long as there is a batch to come.
-            indices_of: the pairs of batch ``number``.
-            num_batches: how many there are.
-        """
-        self.builder = builder
-        self.pairs = pairs
-        self.indices_of = indices_of
-        self.num_batches = num_batches
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
         self._coming: tuple[int, Future[StepBatch]] | None = None
-        self._stream = torch.cuda.Stream(builder.device) if builder.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.builder.device) if self.builder.device.type == "cuda" else None
 
     def get(self, number: int) -> StepBatch:
         """Batch ``number``, on the device; the one after it is begun.

@@ -36,17 +36,6 @@ class Pairs(Protocol):
     def __getitem__(self, index: int) -> PairTokens: ...
 
 
-class MixedPairs(Pairs, Protocol):
-    """Pairs that know which source they come from."""
-
-    @property
-    def source_names(self) -> list[str]:
-        """What metrics call the sources."""
-
-    def sources(self, indices: np.ndarray) -> np.ndarray:
-        """For each index the number of its source."""
-
-
 @dataclass
 class MicroBatch:
     """A rank's part of a packed row under context parallelism (the whole row without it)."""

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.chat import ChatFormat, stop_ids
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.data.tokenizer import chat_template_text
@@ -20,6 +19,7 @@ from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, Pairs, StepBatch
 from nemo_lmpo.training.pair_metrics import PairMetrics
+from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy
 from nemo_lmpo.training.step import LossFunction, forward_micro_batch
@@ -185,25 +185,19 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def answer_samples(
-    config: Config,
-    base: BaseModel,
-    policy: Policy,
-    batches: BatchBuilder,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs | None,
-) -> AnswerSamples | None:
+def answer_samples(policy: Policy, base: BaseModel, steps: StepBatches) -> AnswerSamples | None:
     """What `logging.samples` asks for; None: nothing.
 
     Raises:
         ConfigError: the chat template gives no way to end an answer.
         CheckpointError: the start model's generation config is damaged.
     """
+    config, pairs, tokenizer = policy.config, steps.data.validation, steps.data.tokenizer
     if config.logging.samples == 0 or pairs is None:
         return None
     chat = ChatFormat(tokenizer, chat_template_text(config.data.chat_template, tokenizer))
     path = None if base.sidecars is None else base.sidecars / "generation_config.json"
     generation_config = path.read_bytes() if path is not None and path.is_file() else None
     ends = stop_ids(chat, generation_config, str(base.sidecars))
-    answers = GreedyAnswers(policy, batches, ends=ends, most_tokens=config.logging.sample_tokens)
+    answers = GreedyAnswers(policy, steps.builder, ends=ends, most_tokens=config.logging.sample_tokens)
     return AnswerSamples(answers, distinct_prompts(pairs, config.logging.samples), tokenizer)

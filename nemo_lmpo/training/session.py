@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,6 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
-from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.batch_job import read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
@@ -39,36 +39,27 @@ from nemo_lmpo.training.start import load_data
 from nemo_lmpo.training.stop import StopCondition
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
 
-if TYPE_CHECKING:
-    from megatron.core.optimizer import MegatronOptimizer
 
-
+@dataclass
 class TrainingSession:
     """Data, policy, optimizer and checkpoints of this process."""
 
-    def __init__(
-        self,
-        config: Config,
-        base: BaseModel,
-        run: RunDirectory,
-        launch: LaunchInfo,
-        groups: ParallelGroups,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.base = base
-        self.run = run
-        self.launch = launch
-        self.groups = groups
-        self.device = device
-        seed_everything(config.model.seed)
-        self.data = load_data(config, base)
+    config: Config
+    base: BaseModel
+    run: RunDirectory
+    launch: LaunchInfo
+    groups: ParallelGroups
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        seed_everything(self.config.model.seed)
+        self.data = load_data(self.config, self.base)
         self.fingerprints = self.data.fingerprints()
-        refuse_other_data_on_other_ranks(config, self.fingerprints)
-        self.policy = start_policy(config, base, groups, device)
-        self.optimizer: MegatronOptimizer = build_optimizer(self.policy.chunks, config)
-        self.steps = StepBatches(self.policy, base, self.data)
-        self.files = PolicyFiles(self.policy, base, run, self.data.tokenizer)
+        refuse_other_data_on_other_ranks(self.config, self.fingerprints)
+        self.policy = start_policy(self.config, self.base, self.groups, self.device)
+        self.optimizer = build_optimizer(self.policy.chunks, self.config)
+        self.steps = StepBatches(self.policy, self.base, self.data)
+        self.files = PolicyFiles(self.policy, self.base, self.run, self.data.tokenizer)
         self.checkpoints = self._checkpoints()
 
     def _checkpoints(self) -> CheckpointManager:
@@ -131,21 +122,13 @@ class TrainingSession:
     def trainer(self) -> PreferenceTrainer:
         """The loop over this session's policy and data, at step 0."""
         return PreferenceTrainer(
-            self.config,
             self.policy,
             self.optimizer,
             build_scheduler(self.optimizer, self.config.optim, len(self.steps)),
-            train_pairs=self.data.train,
-            validation_pairs=self.data.validation,
-            sampler=self.steps.sampler,
-            batches=self.steps.builder,
-            checkpoints=self.checkpoints,
-            total_steps=len(self.steps),
-            peak_flops=peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
-            profiler=StepProfiler(self.config.trainer.profile, self.run.path / "profile", rank=self.launch.rank),
-            samples=answer_samples(
-                self.config, self.base, self.policy, self.steps.builder, self.data.tokenizer, self.data.validation
-            ),
+            self.steps,
+            self.checkpoints,
+            StepProfiler(self.config.trainer.profile, self.run.path / "profile", rank=self.launch.rank),
+            answer_samples(self.policy, self.base, self.steps),
         )
 
     def _reporter(self, start_step: int) -> Reporter:
@@ -155,8 +138,6 @@ class TrainingSession:
             self.config,
             banner_facts(self.policy, self.run.path, total_steps=len(self.steps), start_step=start_step),
             [*map(str, data), self.data.train.example_text()],
-            total_steps=len(self.steps),
-            start_step=start_step,
         )
 
     def train(self, started: float) -> FitResult:
@@ -172,9 +153,9 @@ class TrainingSession:
             with StopCondition(limit, started=started, stop_at=job.stop_at if job else None) as stop:
                 if reporter is None:
                     return trainer.fit(stop)
-                result = trainer.fit(stop, reporter.listen, reporter.show_samples)
+                result = trainer.fit(stop, reporter.listen, reporter.log.log_samples)
                 if result.early:
-                    reporter.note_early_stop(trainer.early_stop_facts())
+                    reporter.log.note_early_stop(trainer.early_stop_facts())
                 return result
         finally:
             if reporter is not None:

@@ -99,7 +99,6 @@ class MicroBatchStep:
         self.device = device
         self.columns = pair_columns(loss, shared_logps=self.shared_logps)
         self.pairs = PairMetrics(self.columns, 0, device)
-        self.global_pairs = 0
         self.mean_chosen_length: float | None = None
         self.statistics = Statistics()
 
@@ -117,7 +116,6 @@ class MicroBatchStep:
             The per-pair values, which fill up as the pass goes.
         """
         self.pairs = PairMetrics(self.columns, num_pairs, self.device)
-        self.global_pairs = num_pairs
         self.mean_chosen_length = mean_chosen_length
         self.statistics = (statistics or Statistics()).to(self.device)
         return self.pairs
@@ -146,7 +144,7 @@ class MicroBatchStep:
         )
         outputs = self.loss(inputs)
         self._record(micro_batch, inputs, outputs)
-        return outputs.losses.sum() / self.global_pairs, micro_batch.pair_count, {}
+        return outputs.losses.sum() / len(self.pairs.values), micro_batch.pair_count, {}
 
     def _sums(self, logprobs: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Log-probabilities ``[P]`` summed per response, ``[B, 2]``, or ``[B, 4]`` with those over the common length.

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,17 @@ from torch.profiler import record_function
 
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.train_state import TrainState
-from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.order import PairSampler, validation_steps
+from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.samples import Sample
-from nemo_lmpo.monitor.throughput import model_flops, peak_memory_gib, throughput_metrics
+from nemo_lmpo.monitor.throughput import model_flops, peak_flops, peak_memory_gib, throughput_metrics
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.training.ahead import BatchesAhead
-from nemo_lmpo.training.batches import BatchBuilder, MixedPairs, Pairs, StepBatch
+from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
 from nemo_lmpo.training.pair_metrics import PairMetrics
+from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.policy import Policy
 from nemo_lmpo.training.samples import AnswerSamples, sample_metrics
 from nemo_lmpo.training.stop import StopCondition
@@ -65,41 +65,26 @@ class FitResult:
     """Whether the run is done before its last step: its patience is over."""
 
 
+@dataclass
 class PreferenceTrainer:
     """Owns the loop; policy, optimizer, data and checkpoints are handed in."""
 
-    def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        *,
-        train_pairs: Pairs,
-        validation_pairs: MixedPairs | None,
-        sampler: PairSampler,
-        batches: BatchBuilder,
-        checkpoints: CheckpointManager,
-        total_steps: int,
-        peak_flops: float | None = None,
-        profiler: StepProfiler | None = None,
-        samples: AnswerSamples | None = None,
-    ) -> None:
-        self.config = config
-        self.policy = policy
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.train_pairs = train_pairs
-        self.validation_pairs = validation_pairs
-        self.sampler = sampler
-        self.batches = batches
-        self.checkpoints = checkpoints
-        self.total_steps = total_steps
-        self.peak_flops = peak_flops
-        self.profiler = profiler
-        self.samples = samples
-        self._ahead = BatchesAhead(batches, train_pairs, sampler.pairs_of_step, total_steps)
+    policy: Policy
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    steps: StepBatches
+    checkpoints: CheckpointManager
+    profiler: StepProfiler
+    samples: AnswerSamples | None
+
+    def __post_init__(self) -> None:
+        self.config = self.policy.config
+        self.total_steps = len(self.steps)
+        self.validation_pairs = self.steps.data.validation
+        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.progress = TrainState()
+        train_pairs, indices_of = self.steps.data.train, self.steps.sampler.pairs_of_step
+        self._ahead = BatchesAhead(self.steps.builder, train_pairs, indices_of, self.total_steps)
         self._saved_step = 0
         """Newest step that needs no saving; step 0 is the start weights."""
 
@@ -126,7 +111,6 @@ class PreferenceTrainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
-        device = self.batches.device
         stop.longest_save = self.progress.save_seconds
         if self.progress.step == 0 and self.samples is not None:
             _logger.info("answering %d sampled prompts with the start model", len(self.samples.prompts))
@@ -135,13 +119,13 @@ class PreferenceTrainer:
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
         while self.progress.step < self.total_steps and not self._out_of_patience():
             with self._watched():
-                reason = stop.reason(device, validates=self._validates(self.progress.step + 1))
+                reason = stop.reason(self.policy.device, validates=self._validates(self.progress.step + 1))
             if reason is not None:
                 self._save_if_new(stop)
                 self.checkpoints.wait()
                 return FitResult(self.progress.step, reason)
             started = time.monotonic()
-            with self._watched(), self._profiled():
+            with self._watched(), self.profiler.step(self.progress.step + 1):
                 metrics = self.train_step(self.progress.step)
             stop.longest_step = max(stop.longest_step, time.monotonic() - started)
             self.progress.step += 1
@@ -178,9 +162,6 @@ class PreferenceTrainer:
     def _watched(self) -> AbstractContextManager[None]:
         what = f"step {self.progress.step + 1} on rank {torch.distributed.get_rank()}"
         return watched(what, self.config.trainer.step_timeout)
-
-    def _profiled(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.profiler is None else self.profiler.step(self.progress.step + 1)
 
     def _after_step(self, stop: StopCondition, listen: Listener, show: SampleViewer) -> None:
         """Validate and save where it is time."""
@@ -248,7 +229,7 @@ class PreferenceTrainer:
         with record_function("optimizer"):
             clip_and_step(self.optimizer, norm, self.config.trainer.gradient_clip_val)
         self.scheduler.step(increment=1)
-        if self.batches.device.type == "cuda":
+        if self.policy.device.type == "cuda":
             # The next thing that happens is a read of the stop flag; until here the time would miss the optimizer.
             torch.cuda.synchronize()
         metrics.update(self._throughput(batch, time.monotonic() - started))
@@ -270,7 +251,7 @@ class PreferenceTrainer:
             attended=batch.attended,
         )
         return {
-            "epoch": (self.progress.step + 1) / self.sampler.steps_per_epoch,
+            "epoch": (self.progress.step + 1) / self.steps.sampler.steps_per_epoch,
             "step_seconds": seconds,
             "data/imbalance": batch.imbalance,
             "memory/peak": peak_memory_gib(),
@@ -289,7 +270,7 @@ class PreferenceTrainer:
         assert self.validation_pairs is not None
         parts: list[PairMetrics] = []
         steps = validation_steps(len(self.validation_pairs), self.config.model.global_batch_size)
-        for batch in BatchesAhead(self.batches, self.validation_pairs, steps.__getitem__, len(steps)):
+        for batch in BatchesAhead(self.steps.builder, self.validation_pairs, steps.__getitem__, len(steps)):
             parts.append(self.policy.run_batch(batch, forward_only=True))
         joined, pairs = PairMetrics.join(parts), self.validation_pairs
         return joined.metrics() | joined.by_source(pairs.sources(np.arange(len(pairs))), pairs.source_names)
