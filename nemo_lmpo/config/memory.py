@@ -48,12 +48,10 @@ def stage_parameters(architecture: Architecture, config: Config) -> float:
     """Parameters of the busiest rank: a first or last pipeline stage's share of layers and embeddings."""
     model = config.model
     tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    rows = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor)
-    matrices = 1 if stages > 1 or architecture.tie_word_embeddings else 2
-    embeddings = matrices * rows * architecture.hidden_size
-    plain_embeddings = (1 if architecture.tie_word_embeddings else 2) * architecture.vocab_size
-    layers = architecture.num_parameters() - plain_embeddings * architecture.hidden_size
-    return embeddings / tensor + layers / (tensor * stages)
+    matrices = 1 if architecture.tie_word_embeddings else 2
+    layers = architecture.num_parameters() - matrices * architecture.vocab_size * architecture.hidden_size
+    embeddings = (1 if stages > 1 else matrices) * vocabulary_rows(model, architecture) * architecture.hidden_size
+    return embeddings + layers / (tensor * stages)
 
 
 def adapter_parameters(architecture: Architecture, config: Config) -> float:
@@ -63,25 +61,17 @@ def adapter_parameters(architecture: Architecture, config: Config) -> float:
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     query = architecture.num_attention_heads * architecture.head_dim
     key = architecture.num_query_groups * architecture.head_dim
-    # Inputs and outputs of one rank's part: A is whole and B split where the output is, and the other way round.
-    sizes = {
-        "q_proj": hidden + query / tensor,
-        "k_proj": hidden + key / tensor,
-        "v_proj": hidden + key / tensor,
-        "o_proj": query / tensor + hidden,
-        "gate_proj": hidden + ffn / tensor,
-        "up_proj": hidden + ffn / tensor,
-        "down_proj": ffn / tensor + hidden,
-    }
+    # A rank has a part of the width inside of the block: A is whole and B split where that is the output, and reversed.
+    attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
+    inside = [attention.get(name, ffn) for name in projections_of(model.peft.target_modules)]
     layers = architecture.num_layers / model.pipeline_model_parallel_size
-    return layers * model.peft.rank * sum(sizes[name] for name in projections_of(model.peft.target_modules))
+    return layers * model.peft.rank * sum(hidden + width / tensor for width in inside)
 
 
 def activation_bytes(architecture: Architecture, config: Config, row_tokens: int) -> float:
     """Bytes kept for backward on the busiest rank."""
     model = config.model
-    size = 2 if config.trainer.precision == "bf16" else 4
-    tensor = model.tensor_model_parallel_size
+    size, tensor = number_bytes(config), model.tensor_model_parallel_size
     tokens = row_tokens / model.context_parallel_size
     split = tensor if model.sequence_parallel else 1
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
@@ -133,28 +123,26 @@ def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
     """
     if model.logprob_chunk_tokens is not None:
         return model.logprob_chunk_tokens
-    tensor = model.tensor_model_parallel_size
-    rows = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor) / tensor
-    fitting = max(LOGIT_BYTES / (4 * rows), 1)
+    fitting = max(LOGIT_BYTES / (4 * vocabulary_rows(model, architecture)), 1)
     return min(max(2 ** math.floor(math.log2(fitting)), 256), 8192)
 
 
 def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     """Memory of the busiest rank."""
     config, architecture = layout.config, layout.architecture
-    if config.model.fsdp:
-        return _fully_sharded(layout)
     parameters = stage_parameters(architecture, config)
     frozen = parameters if config.model.peft.name is not None else 0.0
     trained = adapter_parameters(architecture, config) if frozen else parameters
+    if config.model.fsdp:
+        return _fully_sharded(layout, parameters, frozen, trained)
     size = number_bytes(config)
     weights = (frozen + trained) * size
     optimizer = (12.0 if size == 2 else 8.0) * trained
     if config.optim.use_distributed_optimizer:
         optimizer /= max(layout.replicas, 1)
-    rows = vocabulary_rows(layout)
     # Beside the logits there is room that autograd asks for beside the output matrix.
-    logits = chunk_of_logits(layout) + (0.0 if frozen else size * rows * architecture.hidden_size)
+    matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
+    logits = chunk_of_logits(layout) + (0.0 if frozen else size * matrix)
     activations = activation_bytes(architecture, config, config.data.row_budget)
     if config.model.pipeline_model_parallel_size > 1:
         # The first stage holds the most micro-batches, the last one fewer and the logits.
@@ -173,14 +161,11 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     )
 
 
-def _fully_sharded(layout: ParallelLayout) -> MemoryEstimate:
+def _fully_sharded(layout: ParallelLayout, parameters: float, frozen: float, trained: float) -> MemoryEstimate:
     """Memory where data- and context-parallel ranks share weights, gradients and optimizer state."""
-    config, architecture = layout.config, layout.architecture
-    parameters, ranks = stage_parameters(architecture, config), max(layout.replicas, 1)
-    frozen = parameters if config.model.peft.name is not None else 0.0
-    trained = adapter_parameters(architecture, config) if frozen else parameters
+    config, architecture, ranks = layout.config, layout.architecture, max(layout.replicas, 1)
     size, logits = number_bytes(config), chunk_of_logits(layout)
-    matrix = vocabulary_rows(layout) * architecture.hidden_size
+    matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
     ends = 1 if architecture.tie_word_embeddings else 2
     layer = (parameters - ends * matrix) / architecture.num_layers
     if frozen:
@@ -213,17 +198,18 @@ def number_bytes(config: Config) -> int:
     return 2 if config.trainer.precision == "bf16" else 4
 
 
-def vocabulary_rows(layout: ParallelLayout) -> float:
+def vocabulary_rows(model: ModelConfig, architecture: Architecture) -> float:
     """Rows of the output matrix on a rank."""
-    tensor = layout.config.model.tensor_model_parallel_size
-    return layout.architecture.padded_vocab_size(layout.config.model.make_vocab_size_divisible_by, tensor) / tensor
+    tensor = model.tensor_model_parallel_size
+    return architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor) / tensor
 
 
 def logit_numbers(layout: ParallelLayout) -> float:
     """Logits that exist at a time."""
     config = layout.config
     positions = config.data.row_budget / config.model.context_parallel_size
-    return min(logprob_chunk(config.model, layout.architecture), positions) * vocabulary_rows(layout)
+    chunk = min(logprob_chunk(config.model, layout.architecture), positions)
+    return chunk * vocabulary_rows(config.model, layout.architecture)
 
 
 def chunk_of_logits(layout: ParallelLayout) -> float:
@@ -240,18 +226,14 @@ def checkpoint_host_bytes(layout: ParallelLayout) -> float:
     """
     model, trainer = layout.config.model, layout.config.trainer
     memory = estimate_memory(layout)
-    group = layout.replicas
-    nodes = range(0, layout.world_size, trainer.devices)
-    # Ranks count through tensor parallelism first, then the replicas of one stage.
-    first = [
-        sum(rank // model.tensor_model_parallel_size % group == 0 for rank in range(start, start + trainer.devices))
-        for start in nodes
-    ]
     # What is trained has float32 gradients; with adapters these alone are written.
-    weights = memory.gradients / 4 * (2 if trainer.precision == "bf16" else 4)
+    weights = memory.gradients / 4 * number_bytes(layout.config)
     if model.fsdp:
         main = memory.gradients if trainer.precision == "bf16" else 0.0
         return trainer.devices * (weights + main + memory.optimizer)
+    # Ranks count through tensor parallelism first, then the replicas of one stage.
+    writes = [rank // model.tensor_model_parallel_size % layout.replicas == 0 for rank in range(layout.world_size)]
+    first = max(sum(writes[start : start + trainer.devices]) for start in range(0, len(writes), trainer.devices))
     if layout.config.optim.use_distributed_optimizer:
-        return max(first) * weights + trainer.devices * memory.optimizer
-    return max(first) * (weights + memory.optimizer)
+        return first * weights + trainer.devices * memory.optimizer
+    return first * (weights + memory.optimizer)
