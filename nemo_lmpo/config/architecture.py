@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,8 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     given = fields.values.get(name) or {}
     if not isinstance(given, Mapping):
         raise fields.error(name, "does not describe a rotary embedding; correct it")
-    rope = Fields({**_only(fields, "rope_theta", "partial_rotary_factor"), **given}, f"{fields.origin}: {name}")
+    older = {name: fields.values[name] for name in ("rope_theta", "partial_rotary_factor") if name in fields.values}
+    rope = Fields({**older, **given}, f"{fields.origin}: {name}")
     rope.require({"partial_rotary_factor": (1.0, None)}, "the whole head is rotated")
     theta = rope.number("rope_theta", 10000.0)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
@@ -230,10 +231,6 @@ def llama3_scaling(fields: Fields, factor: str, original: str, defaults: RopeSca
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise fields.error("high_freq_factor", f"is not above low_freq_factor={scaling.low_freq_factor}; correct it")
     return scaling
-
-
-def _only(fields: Fields, *names: str) -> dict[str, Any]:
-    return {name: fields.values[name] for name in names if name in fields.values}
 
 
 def _window(fields: Fields, family: Family, layers: int) -> int | None:
@@ -337,10 +334,5 @@ def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }
+    numbers = asdict(scaling)
+    return {"rope_type": numbers.pop("kind"), **numbers}

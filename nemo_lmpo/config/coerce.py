@@ -84,7 +84,8 @@ def _convert(path: str, value: Any, annotation: Any, unknown: UnknownKey, proble
     if choices and bool in options:
         choices = ["true", "false", *choices]
     if choices:
-        problems.append(f"{path}={shown(value)} is unknown; choose {', '.join(choices)}{_or_unset(options)}")
+        unset = ", or unset it" if type(None) in options else ""
+        problems.append(f"{path}={shown(value)} is unknown; choose {', '.join(choices)}{unset}")
     else:
         problems.append(f"{path}={shown(value)} is not {_describe(options)}")
     return None
@@ -92,10 +93,6 @@ def _convert(path: str, value: Any, annotation: Any, unknown: UnknownKey, proble
 
 def _choices(option: Any) -> tuple[Any, ...]:
     return typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()
-
-
-def _or_unset(options: Sequence[Any]) -> str:
-    return ", or unset it" if type(None) in options else ""
 
 
 def _as_type(value: Any, option: Any) -> tuple[Any] | None:
@@ -124,25 +121,19 @@ def _as_switch(value: Any) -> bool | None:
 
 def _as_whole(value: Any) -> int | None:
     """Also `20.0`, and text (of an environment variable, for example) that is a whole number."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         return None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, int | str):
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    return None
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _as_number(value: Any) -> float | None:
     """Also text: YAML reads `1e-3` as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
     try:
-        return float(value)
-    except (ValueError, OverflowError):
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from nemo_lmpo.errors import CheckpointError
@@ -71,10 +72,8 @@ class Fields:
         if value is None and name not in self.values:
             raise CheckpointError(f"{self.origin}: the field {name} is missing; add it")
         if self._text_numbers and isinstance(value, str):
-            try:
+            with suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                raise self.error(name, "is not a number above 0; correct it") from None
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.error(name, "is not a number above 0; correct it")
         return float(value)

@@ -147,6 +147,11 @@ class DatasetConfig:
     limit: int | None = setting(None, minimum=1, remedy="unset it for all rows")
     """Use the first N rows of each path."""
 
+    @property
+    def paths(self) -> list[str]:
+        """The path or paths as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
+
 
 @dataclass
 class DataConfig:

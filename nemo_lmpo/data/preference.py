@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_lmpo.config.rules.settings import paths_of
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import Encoder, PairEncoder
@@ -176,7 +175,7 @@ def load_preference_dataset(
         DataError: a source is missing, broken, or has no usable row.
     """
     field = f"data.{name}"
-    paths = paths_of(which)
+    paths = which.paths
     if not paths:
         raise ConfigError(f"{field}.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
     weights = [1.0] * len(paths) if which.weights is None else which.weights

@@ -6,7 +6,6 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from nemo_lmpo.config.rules.settings import paths_of
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.read import BUILTIN_PREFIX, open_source
 from nemo_lmpo.data.schema import RowError, parse_row
@@ -33,7 +32,7 @@ def look_at_data(config: DataConfig) -> list[str]:
         raise ConfigError("data.train.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
     unseen: list[str] = []
     for which in (config.train, config.validation):
-        for path in paths_of(which):
+        for path in which.paths:
             if _is_hub_name(path):
                 unseen.append(path)
             elif _HUB_LIKE.fullmatch(path) and not Path(path).exists():

@@ -17,8 +17,8 @@ from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_data_on_other_ranks
 from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
 from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded_weights
-from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.recipe import config_as_dict
+from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.base_model import BaseModel

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_lmpo.config.schema import Config, Limits, limits_of
+from nemo_lmpo.config.schema import Limits, limits_of
 from nemo_lmpo.errors import shown
 
 LARGEST_WHOLE_NUMBER = 2**63 - 1
@@ -20,26 +20,14 @@ LONGEST_NAME = 255
 """Bytes of a file's name."""
 
 
-def out_of_bounds(config: Config) -> Iterator[str]:
-    """Numbers and texts that no run could use."""
-    yield from _of_group(config, "")
-    yield from _of_loss(config.loss)
-
-
-def _of_group(group: Any, prefix: str) -> Iterator[str]:
+def out_of_bounds(group: Any, prefix: str = "") -> Iterator[str]:
+    """Numbers and texts of a configuration that no run could use."""
     for of in dataclasses.fields(group):
         key, value = prefix + of.name, getattr(group, of.name)
-        if key == "loss":
-            continue
         if dataclasses.is_dataclass(value):
-            yield from _of_group(value, f"{key}.")
+            yield from out_of_bounds(value, f"{key}.")
         else:
             yield from _of_value(key, value, limits_of(of))
-
-
-def _of_loss(loss: Any) -> Iterator[str]:
-    for of in dataclasses.fields(loss) if dataclasses.is_dataclass(loss) else ():
-        yield from _of_value(f"loss.{of.name}", getattr(loss, of.name), limits_of(of))
 
 
 def _of_value(key: str, value: Any, limits: Limits) -> Iterator[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator
 
-from nemo_lmpo.config.duration import parse_duration
 from nemo_lmpo.config.lora_targets import LINEARS, PROJECTIONS
 from nemo_lmpo.config.rules.bounds import LONGEST_NAME
-from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
+from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.loss.registry import LOSSES
 
@@ -52,18 +52,12 @@ def names(config: Config) -> Iterator[str]:
 def sources(config: Config) -> Iterator[str]:
     """Lists of paths hold some, and there are as many weights as paths."""
     for key, which in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        paths = paths_of(which)
         if which.path == []:
             yield f"{key}.path=[] holds no path; give one, or set it to null"
-        if which.weights is not None and paths and len(which.weights) != len(paths):
-            yield f"{key}.weights has {len(which.weights)} values for {len(paths)} paths; give one a path"
-        elif which.weights is not None and paths and not any(which.weights):
+        if which.weights is not None and which.paths and len(which.weights) != len(which.paths):
+            yield f"{key}.weights has {len(which.weights)} values for {len(which.paths)} paths; give one a path"
+        elif which.weights is not None and which.paths and not any(which.weights):
             yield f"{key}.weights={which.weights} take no row; give at least one above 0"
-
-
-def paths_of(which: DatasetConfig) -> list[str]:
-    """The paths of a dataset as a list."""
-    return [which.path] if isinstance(which.path, str) else list(which.path or [])
 
 
 def lengths(config: Config) -> Iterator[str]:
@@ -99,6 +93,24 @@ def duration(config: Config) -> Iterator[str]:
         yield str(error)
 
 
+def parse_duration(text: str | None) -> float | None:
+    """Seconds of `DD:HH:MM:SS`, `HH:MM:SS` or `MM:SS`; None stays None.
+
+    Raises:
+        ConfigError: another form.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(:\d+){1,3}", str(text)):
+        raise ConfigError(
+            f"trainer.max_time_per_run={text!r} is not a duration; write DD:HH:MM:SS or HH:MM:SS, as '03:45:00'"
+        )
+    seconds = 0
+    for number, unit in zip(reversed(str(text).split(":")), (1, 60, 3600, 86400), strict=False):
+        seconds += int(number) * unit
+    return float(seconds)
+
+
 def profile(config: Config) -> Iterator[str]:
     """Steps to profile are a first and a last one."""
     steps = config.trainer.profile
@@ -110,7 +122,7 @@ def monitor(config: Config) -> Iterator[str]:
     """Checkpoints are ranked by something that validation measures."""
     wanted = config.checkpoint.monitor
     metric = wanted.removeprefix("val/")
-    mixed = len(paths_of(config.data.validation)) > 1  # a mixture's metrics come for every source, too
+    mixed = len(config.data.validation.paths) > 1  # a mixture's metrics come for every source, too
     metric = metric.split("/", 1)[-1] if mixed and metric.split("/", 1)[-1] in VALIDATION_METRICS else metric
     known = metric in VALIDATION_METRICS or metric.startswith(f"{config.loss.name}/")
     if not wanted.startswith("val/") or not known:

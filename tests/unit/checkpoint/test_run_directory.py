@@ -14,7 +14,7 @@ import pytest
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
-from nemo_lmpo.config.rules.check import check_settings
+from nemo_lmpo.config.rules import check_settings
 from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError

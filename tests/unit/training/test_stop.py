@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.config.duration import parse_duration
+from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.training.stop import StopCondition
 
