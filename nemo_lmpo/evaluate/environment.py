@@ -120,12 +120,16 @@ def _last_line(text: str) -> str:
     return " | ".join(lines[-_LAST_LINES:]) if lines else "it said nothing"
 
 
-def own_packages() -> dict[str, str]:
-    """Versions of this environment's packages that decide answers."""
+def all_packages() -> dict[str, str]:
+    """Versions of this environment's packages that decide answers, and of the scoring environment's.
+
+    Raises:
+        ConfigError: there is no scoring environment.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("nemo-lmpo", "torch", "transformers", "tokenizers"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return {**found, **{f"scoring: {name}": version for name, version in packages().items()}}

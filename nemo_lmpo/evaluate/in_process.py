@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.evaluate.answers import Answer, Progress, room
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.storage import Journal
 from nemo_lmpo.evaluate.suites import GenerationSettings
-from nemo_lmpo.generate.engine import Generator, Prompting, Sampling, transformers_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from nemo_lmpo.generate.engine import Generator, Prompting, Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -51,8 +46,7 @@ class InProcessSource:
 
     @cached_property
     def _generator(self) -> Generator:
-        model: PreTrainedModel = transformers_model(self.prompting.files, DTYPES[self.dtype]).to(self.device).eval()
-        return Generator(model, self.prompting.tokenizer, self.prompting.encoder, self.prompting.stop_ids)
+        return self.prompting.load(self.device, DTYPES[self.dtype])
 
     def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
         """Answer in batches of similar length; a batch that was kept as a whole is not made again.
@@ -83,21 +77,6 @@ class InProcessSource:
         ]
 
 
-def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
-    """The GPU in BF16 if there is one, else the CPU in float32.
-
-    Raises:
-        ConfigError: no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: there is no GPU that torch can use; set cpu")
-    return device, dtype or ("bf16" if device.startswith("cuda") else "fp32")
-
-
-def newest(path: Path) -> Path:
-    """The newest checkpoint of a run; other paths as they are."""
-    from nemo_lmpo.generate.engine import newest_checkpoint
-
-    return newest_checkpoint(path)
+def default_dtype(device: str) -> str:
+    """BF16 on a GPU, float32 elsewhere."""
+    return "bf16" if device.startswith("cuda") else "fp32"

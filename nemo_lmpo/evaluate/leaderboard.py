@@ -7,14 +7,14 @@ import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.environment import own_packages, packages, run_program
+from nemo_lmpo.evaluate.environment import all_packages, run_program
 from nemo_lmpo.evaluate.result import (
     RESULT_FILE,
     SETTINGS_FILE,
@@ -59,33 +59,23 @@ def run(options: argparse.Namespace, command: str) -> Path:
     Raises:
         UserError: names what is wrong; finished tasks are kept.
     """
-    from nemo_lmpo.evaluate import model as models
+    from nemo_lmpo.evaluate.model import default_name, describe
     from nemo_lmpo.formats.base_model import local_model
 
     tasks = find_tasks(options.tasks)
-    versions = packages()
+    versions = all_packages()
     if options.task_data is not None and not options.task_data.is_dir():
         raise ConfigError(f"--task-data {options.task_data} is no directory; give one with a TASK.jsonl for each task")
     path, _ = local_model(options.model)
-    from nemo_lmpo.evaluate.in_process import newest
     from nemo_lmpo.generate.engine import open_prompting
 
-    directory = newest(path)
-    prompting = open_prompting(directory)
-    model = models.describe(options.model, directory, prompting, name=options.name, row=options.row)
-    folder = (options.output or Path("evals") / model.name) / LEADERBOARD
-    model = replace(model, weights_sha256=models.weights_hash(prompting.files, directory, folder, lambda _: None))
-    told, generation = _harness_model(options, prompting, directory, folder)
+    prompting = open_prompting(path)
+    folder = (options.output or Path("evals") / (options.name or default_name(options.model))) / LEADERBOARD
+    model = describe(options, prompting, folder)
+    told, generation = _harness_model(options, prompting, folder)
     claim_folder(folder, SETTINGS_FILE, _identity(options, model, generation))
     _run_tasks(options, tasks, folder, told)
-    _write(
-        options,
-        folder,
-        model,
-        generation,
-        {**own_packages(), **{f"scoring: {k}": v for k, v in versions.items()}},
-        command,
-    )
+    _write(options, folder, model, generation, versions, command)
     return folder
 
 
@@ -98,12 +88,13 @@ def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str
 
 
 def _harness_model(
-    options: argparse.Namespace, prompting: Prompting, directory: Path, folder: Path
+    options: argparse.Namespace, prompting: Prompting, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the harness is told of the model, and what of that decides numbers."""
     from nemo_lmpo.evaluate.endpoint import choose_model
-    from nemo_lmpo.evaluate.in_process import choose_device
+    from nemo_lmpo.evaluate.in_process import default_dtype
     from nemo_lmpo.evaluate.pairwise import open_endpoint
+    from nemo_lmpo.generate.engine import choose_device
 
     bos = prompting.tokenizer.bos_token_id
     chat = prompting.encoder.chat
@@ -113,7 +104,7 @@ def _harness_model(
         "system_prompt": chat.system_prompt,
         "adds_bos": bos is not None and prompting.tokenizer("a")["input_ids"][:1] == [bos],
     }
-    exported = huggingface_form(prompting, directory, folder / EXPORT_FOLDER, weights=options.endpoint is None)
+    exported = huggingface_form(prompting, folder / EXPORT_FOLDER, weights=options.endpoint is None)
     if options.endpoint is not None:
         endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
         served = choose_model(endpoint, options.served_name, "--served-name")
@@ -121,7 +112,8 @@ def _harness_model(
         told = {"kind": "endpoint", "name": served, "url": endpoint.base, "tokenizer": str(exported)}
         told.update(concurrency=options.concurrency, retries=max(options.retries, 1))
         return {**shared, **told}, generation
-    device, dtype = choose_device(options.device, options.dtype)
+    device = choose_device(options.device)
+    dtype = options.dtype or default_dtype(device)
     generation = {"backend": "transformers", "device": device, "dtype": dtype, "batch_size": options.batch_size}
     told = {"kind": "hf", "path": str(exported), "dtype": _DTYPES[dtype], "device": device}
     return {**shared, **told, "batch_size": options.batch_size}, generation
@@ -136,21 +128,19 @@ def export(given: str, output: Path) -> Path:
     from nemo_lmpo.formats.base_model import local_model
 
     path, _ = local_model(given)
-    from nemo_lmpo.evaluate.in_process import newest
     from nemo_lmpo.generate.engine import open_prompting
 
-    directory = newest(path)
-    return huggingface_form(open_prompting(directory), directory, output, weights=True)
+    return huggingface_form(open_prompting(path), output, weights=True)
 
 
-def huggingface_form(prompting: Prompting, directory: Path, output: Path, *, weights: bool) -> Path:
+def huggingface_form(prompting: Prompting, output: Path, *, weights: bool) -> Path:
     """The model as the harness reads it: itself, or converted beside the results.
 
     Raises:
         CheckpointError: it cannot be converted, or there is no room.
     """
     if prompting.files.kind == "huggingface":
-        return directory.resolve()
+        return prompting.directory.resolve()
     if not weights:
         folder = output.with_name("tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +151,7 @@ def huggingface_form(prompting: Prompting, directory: Path, output: Path, *, wei
 
         _logger.info("export: %s", output)
         conversion = plan(prompting.files, output)
-        conversion.check([directory], overwrite=False)
+        conversion.check([prompting.directory], overwrite=False)
         write_huggingface(conversion)
     return output.resolve()
 

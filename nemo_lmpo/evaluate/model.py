@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
+from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
 from nemo_lmpo.evaluate.storage import content_hash, read_json, write_json
@@ -60,18 +59,6 @@ def trained_row(config: Mapping[str, Any]) -> tuple[str | None, str | None, str 
     return setting, method, lambda_variant(setting, float(loss.get("lam", PAPER_LAMBDA_ELSE)))
 
 
-def read_run_config(directory: Path) -> dict[str, Any]:
-    """The configuration beside a checkpoint; empty for models that were not trained here."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        raise CheckpointError(f"{path} is not readable; restore the file") from None
-    return content if isinstance(content, dict) else {}
-
-
 def default_name(given: str) -> str:
     """A name for a model from how it was given: the run's, the archive's, or the last part of a hub name."""
     path = Path(given)
@@ -80,19 +67,20 @@ def default_name(given: str) -> str:
     return path.name.removesuffix(".nemo") or "model"
 
 
-def describe(given: str, directory: Path, prompting: Prompting, *, name: str | None, row: str | None) -> Model:
-    """The model's identity but for its weights' hash."""
+def describe(options: argparse.Namespace, prompting: Prompting, folder: Path) -> Model:
+    """The model's identity; its weights' hash takes a while the first time, and is kept in ``folder``."""
+    from tqdm import tqdm
+
     from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 
-    setting, method, variant = parse_row(row) if row else trained_row(read_run_config(directory))
+    row = parse_row(options.row) if options.row else trained_row(prompting.trained)
+    with tqdm(desc="hash", unit="tensor", disable=True if options.quiet else None) as bar:
+        weights = weights_hash(prompting.files, prompting.directory, folder, bar.update)
     chat = prompting.encoder.chat
     return Model(
-        name or default_name(given),
-        given,
-        prompting.files.kind,
-        setting,
-        method,
-        variant,
+        *(options.name or default_name(options.model), options.model, prompting.files.kind),
+        *row,
+        weights_sha256=weights,
         template_sha256=content_hash([chat.template, chat.system_prompt]),
         tokenizer_sha256=tokenizer_fingerprint(prompting.tokenizer),
     )

@@ -27,7 +27,7 @@ from nemo_lmpo.evaluate.data_files import (
     published_scores,
 )
 from nemo_lmpo.evaluate.endpoint import Endpoint, Limits, choose_model
-from nemo_lmpo.evaluate.environment import own_packages, packages
+from nemo_lmpo.evaluate.environment import all_packages
 from nemo_lmpo.evaluate.result import (
     RESULT_FILE,
     SETTINGS_FILE,
@@ -94,7 +94,7 @@ def prepare(options: argparse.Namespace) -> Plan:
     Raises:
         UserError: names what is wrong.
     """
-    versions = packages()
+    versions = all_packages()
     data = data_folder(options.data)
     own = getattr(options, "questions", None)
     evaluation_set = load_set(options.command, data) if own is None else load_own_questions(own)
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> Plan:
     model, source = describe_source(options, data, evaluation_set, chosen, folder)
     return Plan(
         *(options, folder, data, evaluation_set, chosen, model, source),
-        *(judge_endpoint, judge_name, prompt, {**own_packages(), **{f"scoring: {k}": v for k, v in versions.items()}}),
+        *(judge_endpoint, judge_name, prompt, versions),
     )
 
 
@@ -164,24 +164,18 @@ def trained_model(
     from nemo_lmpo.evaluate import model as models
     from nemo_lmpo.formats.base_model import local_model
 
-    path, _ = local_model(str(options.model))
-    from nemo_lmpo.evaluate.in_process import InProcessSource, choose_device, newest
-    from nemo_lmpo.generate.engine import open_prompting
+    path, _ = local_model(options.model)
+    from nemo_lmpo.evaluate.in_process import InProcessSource, default_dtype
+    from nemo_lmpo.generate.engine import choose_device, open_prompting
 
-    directory = newest(path)
-    prompting = open_prompting(directory, chat_template=options.chat_template, system_prompt=options.system_prompt)
-    model = models.describe(str(options.model), directory, prompting, name=options.name, row=options.row)
-    with _bar(options.quiet, "hash", "tensor") as bar:
-        digest = models.weights_hash(prompting.files, directory, folder, bar.update)
-    model = replace(model, weights_sha256=digest)
+    prompting = open_prompting(path, chat_template=options.chat_template, system_prompt=options.system_prompt)
+    model = models.describe(options, prompting, folder)
     prompts = models.prompts_of(prompting, chosen)
     settings = sampling(options, evaluation_set.suite, model.setting)
     if options.endpoint is None:
-        device, dtype = choose_device(options.device, options.dtype)
-        source: AnswerSource = InProcessSource(
-            prompting, prompts, settings, options.seed, options.batch_size, device, dtype
-        )
-        return model, source
+        device = choose_device(options.device)
+        dtype = options.dtype or default_dtype(device)
+        return model, InProcessSource(prompting, prompts, settings, options.seed, options.batch_size, device, dtype)
     endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
     served = choose_model(endpoint, options.served_name, "--served-name")
     positions = prompting.files.architecture.max_position_embeddings
@@ -204,12 +198,6 @@ def sampling(options: argparse.Namespace, suite: str, setting: str | None) -> Ge
     if not 0 < settings.top_p <= 1:
         raise ConfigError(f"--top-p {settings.top_p} must be above 0 and at most 1")
     return settings
-
-
-def _bar(quiet: bool, what: str, unit: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(desc=what, unit=unit, disable=True if quiet else None)
 
 
 def identity(plan: Plan) -> dict[str, Any]:

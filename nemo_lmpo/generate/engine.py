@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from nemo_lmpo.data.tokenizer import chat_template_text, load_tokenizer, padding
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.conversion import tensor_names
 from nemo_lmpo.formats.model_files import ModelFiles, open_model
-from nemo_lmpo.runtime.run_files import saved_steps, step_directory
+from nemo_lmpo.runtime.run_files import CONFIG, saved_steps, step_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +74,29 @@ class Response:
 
 
 @dataclass
-class Generator:
-    """A model with its tokenizer, ready to answer."""
+class Prompting:
+    """All of a stored model but its weights: how conversations become its token ids, and which ids end an answer."""
 
-    model: PreTrainedModel
+    directory: Path
+    """Where it lies; of a run, its newest checkpoint."""
+    trained: Mapping[str, Any]
+    """The configuration that it was trained with; empty for models that were not trained here."""
+    files: ModelFiles
     tokenizer: PreTrainedTokenizerBase
     encoder: PairEncoder
     stop_ids: list[int]
     """Tokens that end a response."""
+
+    def load(self, device: str, dtype: torch.dtype) -> Generator:
+        """The same with the weights."""
+        return Generator(**vars(self), model=transformers_model(self.files, dtype).to(device).eval())
+
+
+@dataclass
+class Generator(Prompting):
+    """A model with its tokenizer, ready to answer."""
+
+    model: PreTrainedModel
 
     def respond(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Progress = lambda done: None
@@ -176,21 +191,9 @@ def load_generator(
         CheckpointError: no model there, or a damaged one.
         ConfigError: there is no tokenizer or chat template, or no such device.
     """
-    device = _device(device)
+    device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    prompting = open_prompting(checkpoint, chat_template=chat_template, system_prompt=system_prompt)
-    model = transformers_model(prompting.files, dtype).to(device).eval()
-    return Generator(model, prompting.tokenizer, prompting.encoder, prompting.stop_ids)
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """All of a stored model but its weights: how conversations become its token ids, and which ids end an answer."""
-
-    files: ModelFiles
-    tokenizer: PreTrainedTokenizerBase
-    encoder: PairEncoder
-    stop_ids: list[int]
+    return open_prompting(checkpoint, chat_template=chat_template, system_prompt=system_prompt).load(device, dtype)
 
 
 def open_prompting(
@@ -200,17 +203,17 @@ def open_prompting(
     directory = newest_checkpoint(checkpoint)
     files = open_model(directory)
     tokenizer = _tokenizer(files)
-    trained = _trained_data(directory)
+    trained, data = _trained(directory)
     encoder = PairEncoder(
         tokenizer,
-        chat_template_text(chat_template or trained.chat_template, tokenizer),
+        chat_template_text(chat_template or data.chat_template, tokenizer),
         # The pairs' own bound is on what is learned from; here a prompt may fill the model's positions.
         max_length=files.architecture.max_position_embeddings + 1,
         max_prompt_length=files.architecture.max_position_embeddings,
-        system_prompt=system_prompt or trained.system_prompt,
+        system_prompt=system_prompt or data.system_prompt,
     )
     ends = stop_ids(encoder.chat, files.side_file("generation_config.json"), files.origin)
-    return Prompting(files, tokenizer, encoder, ends)
+    return Prompting(directory, trained, files, tokenizer, encoder, ends)
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -248,7 +251,12 @@ def transformers_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel
             logging.enable_progress_bar()
 
 
-def _device(device: str | None) -> str:
+def choose_device(device: str | None) -> str:
+    """As named; by default the GPU if there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -268,14 +276,14 @@ def _tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
         return load_tokenizer(folder)
 
 
-def _trained_data(directory: Path) -> DataConfig:
-    """Template and system prompt that a training checkpoint was made with."""
-    data = DataConfig()
-    path = directory / "config.yaml"
+def _trained(directory: Path) -> tuple[dict[str, Any], DataConfig]:
+    """The configuration of a training checkpoint, and of its data the template and the system prompt."""
+    trained, data = {}, DataConfig()
+    path = directory / CONFIG
     if path.is_file():
         try:
-            saved = yaml.safe_load(path.read_text())["data"]
-            data.chat_template, data.system_prompt = saved["chat_template"], saved["system_prompt"]
+            trained = yaml.safe_load(path.read_text())
+            data.chat_template, data.system_prompt = trained["data"]["chat_template"], trained["data"]["system_prompt"]
         except (yaml.YAMLError, KeyError, TypeError):
             raise CheckpointError(f"{path} is not readable; restore the file") from None
-    return data
+    return trained, data
