@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from nemo_lmpo.compare.results import Values, estimate, of_variant
 from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
-from nemo_lmpo.report.charts import Chart, Curve, Panel
-from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, draw, picture_bytes
+from nemo_lmpo.report.charts import LOGPS, Chart, Curve, Panel
+from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, picture_bytes
 from nemo_lmpo.report.read import VALIDATION, Metrics, Run, Series
 
 MARGIN_METRIC = "logps/margin"
@@ -24,10 +24,7 @@ CURVES: dict[str, Chart] = {
         "Log-probabilities during training",
         "Mean log-probability of a response token: chosen above, rejected below. All runs see the same pairs in the "
         "same order. Lines: training batches; dots: held-out pairs.",
-        (
-            Panel("chosen (nats/token)", (Curve("logps/chosen", "chosen", "chosen"),)),
-            Panel("rejected (nats/token)", (Curve("logps/rejected", "rejected", "rejected"),)),
-        ),
+        LOGPS.panels,
     ),
     "margin": Chart(
         "margin",
@@ -61,11 +58,6 @@ def _with_margin(metrics: Metrics) -> dict[str, Series]:
             differences = [a - b for a, b in zip(chosen.values, rejected.values, strict=True)]
             series[f"{prefix}{MARGIN_METRIC}"] = Series(chosen.steps, differences)
     return series
-
-
-def curve_picture(chart: Chart, runs: Sequence[Run]) -> bytes | None:
-    """The chart, or None without data."""
-    return draw(chart, runs) if runs else None
 
 
 def measure_picture(suite: Suite, values: Values) -> bytes | None:

@@ -93,7 +93,8 @@ def _claim_row(judgement: Judgement) -> list[str]:
 
 def figures_of(suite: Suite, comparison: Comparison) -> list[Figure]:
     """The suite's pictures."""
-    from nemo_lmpo.compare.figures import CURVES, average, curve_picture, measure_picture
+    from nemo_lmpo.compare.figures import CURVES, average, measure_picture
+    from nemo_lmpo.report.plots import draw
 
     runs = []
     for variant in suite.variants:
@@ -101,7 +102,7 @@ def figures_of(suite: Suite, comparison: Comparison) -> list[Figure]:
         if metrics and max(one.last_step for one in metrics) > 1:
             runs.append(average(variant.label, metrics))
     drawn = [
-        (f"{suite.name}_{name}", CURVES[name].title, CURVES[name].caption, curve_picture(CURVES[name], runs))
+        (f"{suite.name}_{name}", CURVES[name].title, CURVES[name].caption, draw(CURVES[name], runs))
         for name in suite.curves
     ]
     caption = "Means over seeds with standard errors. The dashed line is the start model."

@@ -49,8 +49,7 @@ def start_run(scale: Scale, root: Path) -> RunPlan | None:
     """The SFT run that makes the start model, where the scale has none of its own."""
     if not scale.start:
         return None
-    variant = Variant("start", "sft")
-    return _plan(variant, scale.recipe("sft"), scale.start, FIRST_SEED, root, "start")
+    return _plan(Variant("start", "sft"), scale.recipe("sft"), scale.start, root / "start")
 
 
 def plan_runs(
@@ -72,17 +71,16 @@ def plan_runs(
     runs: dict[tuple[Variant, int], RunPlan] = {}
     for variant in dict.fromkeys(variant for suite in suites for variant in suite.variants):
         overrides = (*common, *variant.overrides)
-        first = _plan(variant, scale.recipe(variant.method), overrides, FIRST_SEED, root, variant.method)
+        first = _plan(variant, scale.recipe(variant.method), overrides, root / variant.method)
         for seed in range(FIRST_SEED, FIRST_SEED + (1 if variant == START else seeds)):
-            runs[variant, seed] = dataclasses.replace(first, seed=seed, directory=_of_seed(first.directory, seed))
+            runs[variant, seed] = dataclasses.replace(
+                first, seed=seed, directory=first.directory.with_name(f"seed{seed}")
+            )
     return runs
 
 
-def _of_seed(directory: Path, seed: int) -> Path:
-    return directory.parent / f"seed{seed}"
-
-
-def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], seed: int, root: Path, name: str) -> RunPlan:
+def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], beginning: Path) -> RunPlan:
+    """The run of the first seed, in a directory whose name begins so."""
     config = load_recipe(recipe, overrides)
     devices = config.trainer.devices * config.trainer.num_nodes
     if is_known(config.model):
@@ -90,8 +88,8 @@ def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], seed: int, 
         preflight(config, devices, fetch=False, owns_directory=False)
     else:
         check_settings(config)
-    directory = root / f"{name}-{identity(config)}" / f"seed{seed}"
-    return RunPlan(variant, recipe, overrides, seed, directory, devices)
+    directory = Path(f"{beginning}-{identity(config)}") / f"seed{FIRST_SEED}"
+    return RunPlan(variant, recipe, overrides, FIRST_SEED, directory, devices)
 
 
 def identity(config: Config) -> str:

@@ -63,14 +63,10 @@ def judge(claim: Claim, values: Values) -> Judgement:
     high, low = of_variant(values, claim.high, claim.measure), of_variant(values, claim.low, claim.measure)
     estimates = estimate(list(high.values())), estimate(list(low.values()))
     # The start model has one run, which every seed starts from.
-    if START in (claim.high, claim.low):
-        seeds = sorted(low if claim.high == START else high)
-        fixed = high if claim.high == START else low
-        if len(fixed) == 1:
-            value = next(iter(fixed.values()))
-            high, low = (
-                (dict.fromkeys(seeds, value), low) if claim.high == START else (high, dict.fromkeys(seeds, value))
-            )
+    if claim.high == START and len(high) == 1:
+        high = dict.fromkeys(low, *high.values())
+    if claim.low == START and len(low) == 1:
+        low = dict.fromkeys(high, *low.values())
     seeds = sorted(high.keys() & low.keys())
     difference = estimate([high[seed] - low[seed] for seed in seeds])
     if difference is None:

@@ -32,6 +32,11 @@ class Claim:
     low: Variant
 
 
+def _claims(source: str, *said: tuple[str, str, Variant, Variant]) -> tuple[Claim, ...]:
+    """Several claims of one source: text, measure, high and low of each."""
+    return tuple(Claim(text, source, measure, high, low) for text, measure, high, low in said)
+
+
 @dataclass(frozen=True)
 class Suite:
     """One figure or table of the paper."""
@@ -71,10 +76,12 @@ DPO_IN_MEMORY = Variant("DPO, reference in memory", "dpo", ("model.reference_in_
 QUALITY = ("accuracy", "margin", "chosen", "chosen_change", "rejected", "length", "finished", "right")
 
 _SHORTER = Claim("LMPO answers shorter than SimPO (length controlled)", "Sec. 4.2, Table 1", "length", SIMPO, LMPO)
-_KEPT = Claim(
-    "LMPO keeps the log-probability of chosen answers higher than SimPO", "Sec. 5.1, Figure 2", "chosen", LMPO, SIMPO
+_KEPT, _REJECTED, _WIDENED = _claims(
+    "Sec. 5.1, Figure 2",
+    ("LMPO keeps the log-probability of chosen answers higher than SimPO", "chosen", LMPO, SIMPO),
+    ("and that of rejected answers, too: it constrains both", "rejected", LMPO, SIMPO),
+    ("LMPO widens the margin between chosen and rejected", "margin", LMPO, START),
 )
-_WIDENED = Claim("LMPO widens the margin between chosen and rejected", "Sec. 5.1, Figure 2", "margin", LMPO, START)
 
 FIGURE2 = Suite(
     "figure2",
@@ -83,25 +90,7 @@ FIGURE2 = Suite(
     "the distance between them still grows.",
     (START, LMPO, SIMPO),
     ("chosen", "chosen_change", "rejected", "margin", "accuracy", "length", "finished", "right"),
-    (
-        _KEPT,
-        Claim(
-            "and that of rejected answers, too: it constrains both",
-            "Sec. 5.1, Figure 2",
-            "rejected",
-            LMPO,
-            SIMPO,
-        ),
-        _WIDENED,
-        _SHORTER,
-    ),
-)
-
-_LAMBDA_CLAIMS = (
-    Claim(
-        "A larger λ makes the log-probability of chosen answers fall faster", "Sec. 5.2, Figure 3", "chosen", LOW, HIGH
-    ),
-    Claim("A larger λ makes answers shorter", "Sec. 5.2, Table 3", "length", LOW, HIGH),
+    (_KEPT, _REJECTED, _WIDENED, _SHORTER),
 )
 
 FIGURE3 = Suite(
@@ -110,7 +99,10 @@ FIGURE3 = Suite(
     "λ weighs the normalised margin in the loss. The runs differ in nothing else.",
     (START, LOW, MIDDLE, HIGH),
     ("chosen", "chosen_change", "rejected", "margin"),
-    _LAMBDA_CLAIMS[:1],
+    _claims(
+        "Sec. 5.2, Figure 3",
+        ("A larger λ makes the log-probability of chosen answers fall faster", "chosen", LOW, HIGH),
+    ),
 )
 
 TABLE3 = Suite(
@@ -120,7 +112,7 @@ TABLE3 = Suite(
     "of greedy answers.",
     (START, LOW, MIDDLE, HIGH),
     QUALITY,
-    _LAMBDA_CLAIMS[1:],
+    (Claim("A larger λ makes answers shorter", "Sec. 5.2, Table 3", "length", LOW, HIGH),),
     (),
 )
 
@@ -131,25 +123,15 @@ TABLE2 = Suite(
     "an average token. The three other margins are the paper's, their constants the authors' (see docs/losses.md).",
     (START, LMPO, NO_Z_SCORE, NO_AVERAGE, LOG, CUBE, SIGMOID),
     QUALITY,
-    (
-        Claim("Without the Z-score the result is worse", "Sec. 4.2, Table 2", "accuracy", LMPO, NO_Z_SCORE),
-        Claim("Without average-length normalisation it is worse", "Sec. 4.2, Table 2", "accuracy", LMPO, NO_AVERAGE),
-        Claim("Without the Z-score fewer answers are right", "Sec. 4.2, Table 2", "right", LMPO, NO_Z_SCORE),
-        Claim(
-            "Without average-length normalisation fewer answers are right",
-            "Sec. 4.2, Table 2",
-            "right",
-            LMPO,
-            NO_AVERAGE,
-        ),
-        Claim("Without the Z-score answers are shorter", "Sec. 4.2, Table 2", "length", LMPO, NO_Z_SCORE),
-        Claim(
-            "Without average-length normalisation answers are shorter", "Sec. 4.2, Table 2", "length", LMPO, NO_AVERAGE
-        ),
-        *(
-            Claim(f"LMPO's margin answers longer than the {name}", "Sec. 4.2, Table 2", "length", LMPO, other)
-            for name, other in (("log margin", LOG), ("cube margin", CUBE), ("sigmoid margin", SIGMOID))
-        ),
+    _claims(
+        "Sec. 4.2, Table 2",
+        ("Without the Z-score the result is worse", "accuracy", LMPO, NO_Z_SCORE),
+        ("Without average-length normalisation it is worse", "accuracy", LMPO, NO_AVERAGE),
+        ("Without the Z-score fewer answers are right", "right", LMPO, NO_Z_SCORE),
+        ("Without average-length normalisation fewer answers are right", "right", LMPO, NO_AVERAGE),
+        ("Without the Z-score answers are shorter", "length", LMPO, NO_Z_SCORE),
+        ("Without average-length normalisation answers are shorter", "length", LMPO, NO_AVERAGE),
+        *((f"LMPO's margin answers longer than the {one.label}", "length", LMPO, one) for one in (LOG, CUBE, SIGMOID)),
     ),
 )
 
@@ -159,17 +141,7 @@ TABLE1 = Suite(
     "The paper reports AlpacaEval 2 and Arena-Hard, which need a judge; here are held-out accuracy, margin, likelihood "
     "and the length of greedy answers. SFT goes on with fine-tuning on the chosen answers; the paper's SFT rows are "
     "the start model.",
-    (
-        START,
-        Variant("SFT", "sft"),
-        DPO,
-        SLIC,
-        IPO,
-        CPO,
-        KTO,
-        SIMPO,
-        LMPO,
-    ),
+    (START, Variant("SFT", "sft"), DPO, SLIC, IPO, CPO, KTO, SIMPO, LMPO),
     QUALITY,
     (
         _SHORTER,
@@ -241,19 +213,12 @@ COMPAT = Suite(
             HIGH,
             LOW,
         ),
-        Claim(
-            "Released code: a larger λ makes it fall faster, as Figure 3 shows",
-            "Figure 3",
-            "chosen",
-            CODE_LOW,
-            CODE_HIGH,
-        ),
-        Claim(
-            "Released code: a larger λ makes answers shorter, as Table 3 shows",
-            "Table 3",
-            "length",
-            CODE_LOW,
-            CODE_HIGH,
+        *(
+            Claim(f"Released code: a larger λ makes {what}, as {place} shows", place, measure, CODE_LOW, CODE_HIGH)
+            for what, place, measure in (
+                ("it fall faster", "Figure 3", "chosen"),
+                ("answers shorter", "Table 3", "length"),
+            )
         ),
     ),
 )
