@@ -14,7 +14,7 @@ from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.builtin.tiny_task import is_right
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_metrics
+from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_facts, read_metrics
 from nemo_lmpo.runtime.atomic import replace_file
 
 _EXAMPLES = 4
@@ -83,8 +83,4 @@ def _answers(run: Path, scale: Scale) -> tuple[dict[str, float], list[dict[str, 
 
 def read_measured(run: Path) -> dict[str, Any] | None:
     """The numbers of a finished run; None if it is not finished."""
-    try:
-        loaded: dict[str, Any] = json.loads((run / MEASURED_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return loaded
+    return read_facts(run / MEASURED_FILE) or None

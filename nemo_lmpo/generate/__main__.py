@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import UserError
+from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.generate.engine import Response
@@ -103,10 +104,8 @@ def _write(output: Path | None, prompts: Sequence[Prompt], responses: Sequence[R
     text = "\n".join(lines) + "\n"
     if output is None:
         sys.stdout.write(text)
-        return
-    temporary = output.with_name(f"{output.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output)
+    else:
+        replace_file(output, text)
 
 
 if __name__ == "__main__":

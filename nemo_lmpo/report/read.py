@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import UserError
+from nemo_lmpo.runtime import run_files
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "val/"
@@ -146,10 +147,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
 
 
-def _facts(run_dir: Path) -> dict[str, Any]:
-    """What `run.json` says; empty if it is missing or cannot be read."""
+def read_facts(path: Path) -> dict[str, Any]:
+    """The object in a JSON file such as `run.json`; empty if it is missing or cannot be read."""
     try:
-        found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -183,5 +184,5 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
     metrics = read_metrics(run_dir / METRICS_FILE)
     config = read_config(run_dir)
     name = label or str(config.get("name") or run_dir.resolve().name)
-    facts = _facts(run_dir)
+    facts = read_facts(run_dir / run_files.RUN_FACTS)
     return Run(name, metrics, config, _total_steps(facts, config), _early_stop(facts, metrics.last_step))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nemo_lmpo.report.charts import Chart
@@ -106,7 +107,7 @@ def _lines(axes: Any, samples: Samples) -> None:
     cut = [answer for answer in samples.answers if not answer.finished]
     rings = {"markerfacecolor": "none", "markeredgecolor": MUTED, "markersize": 5.0}
     axes.plot(*_curve(cut), linestyle="none", marker="o", zorder=3, **rings)
-    means = [_mean([answer.tokens for answer in samples.answers if answer.step == step]) for step in samples.steps]
+    means = [fmean(answer.tokens for answer in samples.answers if answer.step == step) for step in samples.steps]
     marks = {"marker": "o", "markersize": 4.5}
     axes.plot(samples.steps, means, color=ROLES["margin"], linewidth=1.9, zorder=4, label="mean", **marks)
 
@@ -114,7 +115,3 @@ def _lines(axes: Any, samples: Samples) -> None:
 def _curve(answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
     ordered = sorted(answers, key=lambda answer: answer.step)
     return [answer.step for answer in ordered], [answer.tokens for answer in ordered]
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from nemo_lmpo.report.read import VALIDATION, EarlyStop, Run, Series
@@ -109,7 +110,7 @@ def _at(series: Series | None, step: int) -> float | None:
 
 def _mean_of_last(series: Series | None, window: int) -> float | None:
     values = series.finite().values[-window:] if series is not None else []
-    return sum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def metric_rows(run: Run) -> tuple[list[str], list[list[str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.report.read import Metrics, Run, read_run
+from nemo_lmpo.report.read import Metrics, Run, read_facts, read_run
 from nemo_lmpo.runtime.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED
 
 _RECENT_STEPS = 50
@@ -58,7 +57,7 @@ def describe_run(path: Path) -> list[str]:
     """The cells of a run's line."""
     if not _is_run(path):
         raise ConfigError(f"{path} holds no run that has started; give the directory of a run, such as runs/RECIPE")
-    job = _read_job(path)
+    job = read_facts(path / JOB_FILE)
     try:
         run: Run | None = read_run(path)
     except UserError:  # no step finished yet
@@ -80,14 +79,6 @@ def describe_run(path: Path) -> list[str]:
         str(job.get("restarts", "-")),
         entry.time_left if entry is not None and entry.state == "RUNNING" else "-",
     ]
-
-
-def _read_job(run_dir: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run_dir / JOB_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def queue_entry(job_id: str) -> QueueEntry | None:
