@@ -42,7 +42,7 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
         if getattr(inner, "is_stub_optimizer", False):
             continue
         if is_loading:
-            _make_state(inner)
+            inner.init_state_fn(inner.optimizer, inner.config)  # moments, which the first step would make
         if _is_shared(inner):
             state[f"{index}"] = _shared_state(inner, model_state)
         else:
@@ -76,11 +76,6 @@ def _is_distributed(inner: Any) -> bool:
 def _is_shared(inner: Any) -> bool:
     """Whether this rank keeps a part of the state only."""
     return _is_distributed(inner) or any(is_shared(parameter) for parameter in inner.get_parameters())
-
-
-def _make_state(inner: Any) -> None:
-    """Allocate moments that the first step would allocate."""
-    inner.init_state_fn(inner.optimizer, inner.config)
 
 
 def _set_step(inner: Any, step: int) -> None:

@@ -82,10 +82,6 @@ class ShardedDataParallel(TorchFullyShardedDataParallel):
     def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
         """Nothing is left to do: backward has summed the gradients. megatron-core 0.16's lacks the argument."""
 
-    def release(self) -> None:
-        """Free what forward alone left gathered; the next one gathers the weights of then."""
-        cast(FSDPModule, self.module).reshard()
-
 
 def mesh_of(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
     """The group in the form that torch's FSDP takes."""
@@ -101,7 +97,7 @@ def _units(chunk: PackedGPTModel) -> Iterator[nn.Module]:
 
 
 def release_gathered(chunks: list[Any]) -> None:
-    """:meth:`ShardedDataParallel.release` those of the chunks that are sharded."""
+    """Free what forward alone left gathered of sharded chunks; the next one gathers the weights of then."""
     for chunk in chunks:
         if isinstance(chunk, ShardedDataParallel):
-            chunk.release()
+            cast(FSDPModule, chunk.module).reshard()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.runtime.transformer_engine import installed_version
 
 # Shown if installed: the name people use, and the distributions that may carry it.
 _PACKAGES = {
@@ -34,7 +37,7 @@ class DetectedKernels:
 class BannerFacts:
     """Everything the banner shows."""
 
-    recipe: str
+    config: Config
     run_dir: str
     devices: str
     """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 2 threads a process`."""
@@ -43,16 +46,7 @@ class BannerFacts:
     """Of the whole model."""
     parameters_per_rank: int
     total_steps: int
-    global_batch_size: int
-    precision: str
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    virtual_pipeline_parallel: int | None = None
-    context_parallel: int = 1
     data_parallel: int = 1
-    sequence_parallel: bool = False
-    fsdp: bool = False
-    """Whether replicas share the weights."""
     start_step: int = 0
     """Finished steps of the checkpoint that is resumed."""
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -63,56 +57,44 @@ class BannerFacts:
     """From :func:`package_versions`."""
 
 
-def _version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+def _spec(name: str) -> ModuleSpec | None:
+    """Of a top-level module, found without importing it."""
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
 
 
 def _package_dirs(name: str) -> list[Path]:
-    """Directories of a top-level package, found without importing it."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return []
+    spec = _spec(name)
     return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _detect_transformer_engine() -> str | None:
     # The `transformer-engine` distribution alone has no torch extension and cannot be used.
     places = _package_dirs("transformer_engine")
-    has_extension = _has_module("transformer_engine_torch") or any(
+    has_extension = _spec("transformer_engine_torch") or any(
         next(place.rglob("transformer_engine_torch*"), None) for place in places
     )
     if not (places and has_extension):
         return None
-    return _version("transformer-engine", "transformer_engine", "transformer_engine_torch") or "installed"
+    return installed_version("transformer-engine", "transformer_engine", "transformer_engine_torch") or "installed"
 
 
 def _detect_apex() -> str | None:
     # PyPI's `apex` is a web toolkit: NVIDIA's has optimizers, and its fused ones need the extension amp_C.
     # `find_spec("apex.optimizers")` would import the parent package, so the directory is looked at instead.
     is_nvidia = any((place / "optimizers").is_dir() for place in _package_dirs("apex"))
-    return (_version("apex") or "installed") if is_nvidia and _has_module("amp_C") else None
+    return (installed_version("apex") or "installed") if is_nvidia and _spec("amp_C") else None
 
 
 def detect_kernels() -> DetectedKernels:
     """Which kernel packages are installed and usable; imports none of them."""
-    has_flash = _has_module("flash_attn") or _has_module("flash_attn_interface")
+    has_flash = _spec("flash_attn") or _spec("flash_attn_interface")
     return DetectedKernels(
         transformer_engine=_detect_transformer_engine(),
         apex=_detect_apex(),
-        flash_attention=(_version(*_PACKAGES["flash-attention"]) or "installed") if has_flash else None,
+        flash_attention=(installed_version(*_PACKAGES["flash-attention"]) or "installed") if has_flash else None,
     )
 
 
@@ -145,7 +127,7 @@ def package_versions() -> dict[str, str]:
     """Versions of what a run stands on, of the installed ones only; read from metadata, nothing is imported."""
     from nemo_lmpo import __version__
 
-    versions = {name: _version(*distributions) for name, distributions in _PACKAGES.items()}
+    versions = {name: installed_version(*distributions) for name, distributions in _PACKAGES.items()}
     versions["nemo_lmpo"] = __version__  # a source tree that is not installed has no metadata
     versions["apex"] = _detect_apex()
     return {name: version for name, version in versions.items() if version}
@@ -161,18 +143,16 @@ def format_count(number: int) -> str:
 
 
 def _layout(facts: BannerFacts) -> str:
+    model = facts.config.model
     # Virtual stages lie inside the pipeline stages and are no factor of the world size.
-    virtual = f" (VPP {facts.virtual_pipeline_parallel})" if facts.virtual_pipeline_parallel else ""
-    parts = [
-        f"TP {facts.tensor_parallel}",
-        f"PP {facts.pipeline_parallel}{virtual}",
-        f"CP {facts.context_parallel}",
-        f"DP {facts.data_parallel}",
-    ]
-    text = " x ".join(parts)
+    stages = model.virtual_pipeline_model_parallel_size
+    virtual = f" (VPP {stages})" if stages else ""
     noun = "process" if facts.world_size == 1 else "processes"
-    more = (", sequence parallel" if facts.sequence_parallel else "") + (", FSDP" if facts.fsdp else "")
-    return f"{text} = {facts.world_size} {noun}{more}"
+    more = (", sequence parallel" if model.sequence_parallel else "") + (", FSDP" if model.fsdp else "")
+    return (
+        f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}{virtual} x "
+        f"CP {model.context_parallel_size} x DP {facts.data_parallel} = {facts.world_size} {noun}{more}"
+    )
 
 
 def _wrap(items: list[str], width: int) -> list[str]:
@@ -189,16 +169,16 @@ def _wrap(items: list[str], width: int) -> list[str]:
 
 def render_banner(facts: BannerFacts, width: int = 100) -> str:
     """The banner as aligned lines, without a trailing newline."""
-    steps = f"{facts.total_steps:,} of {facts.global_batch_size:,} pairs"
+    steps = f"{facts.total_steps:,} of {facts.config.model.global_batch_size:,} pairs"
     if facts.start_step:
         steps += f", resumed after step {facts.start_step:,}"
     per_rank = f"{format_count(facts.parameters_per_rank)} a process"
     rows: list[tuple[str, list[str]]] = [
-        ("recipe", [facts.recipe]),
+        ("recipe", [facts.config.name]),
         ("run directory", [facts.run_dir]),
         ("devices", [facts.devices]),
         ("layout", [_layout(facts)]),
-        ("precision", [facts.precision]),
+        ("precision", [facts.config.trainer.precision]),
         ("parameters", [f"{format_count(facts.parameters)} ({facts.parameters:,}), {per_rank}"]),
         ("steps", [steps]),
     ]

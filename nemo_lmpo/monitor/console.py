@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -64,7 +63,6 @@ class Console:
         *,
         total_steps: int,
         start_step: int = 0,
-        description: str = "train",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,7 +72,6 @@ class Console:
             config: whether a bar is wanted, and the interval of lines.
             total_steps: steps of the whole run.
             start_step: finished steps of the checkpoint that is resumed.
-            description: word in front of the bar.
             stream: where the bar goes; standard error by default.
             clock: seconds, replaceable in tests.
         """
@@ -87,13 +84,13 @@ class Console:
         self._bar: tqdm | None = None
         target = stream if stream is not None else sys.stderr
         if config.progress_bar and target.isatty():
-            self._bar = self._open_bar(target, start_step, description)
+            self._bar = self._open_bar(target, start_step)
 
-    def _open_bar(self, stream: TextIO, start_step: int, description: str) -> tqdm:
+    def _open_bar(self, stream: TextIO, start_step: int) -> tqdm:
         bar = tqdm(
             total=self._total,
             initial=start_step,
-            desc=description,
+            desc="train",
             file=stream,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
@@ -140,11 +137,3 @@ class Console:
         """Leave the display; can be called twice."""
         self._stack.close()
         self._bar = None
-
-    def __enter__(self) -> Console:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nemo_lmpo.config.schema import LoggingConfig
@@ -152,11 +151,3 @@ class MetricsLog:
             self.sync()
             self._file.close()
         self._trackers.close()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -9,6 +9,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,17 +43,12 @@ class _CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Stream:
-    """Stands in for a CUDA stream: CPU work is done when the call returns."""
+def _nothing(*_: object) -> None:
+    """CPU work is done when the call returns, and profiler ranges exist on GPUs only."""
 
-    def wait_stream(self, stream: object) -> None:
-        """Nothing to wait for."""
 
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing to wait for."""
+_STREAM = SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, synchronize=_nothing)
+_NVTX = SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=lambda *_: contextlib.nullcontext())
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
@@ -69,9 +65,9 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
         (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
-        (torch.cuda, "current_stream", lambda *args, **kwargs: _Stream()),
+        (torch.cuda, "current_stream", lambda *args, **kwargs: _STREAM),
         (torch.cuda, "empty_cache", lambda: None),
-        (torch.cuda, "nvtx", _Nvtx()),
+        (torch.cuda, "nvtx", _NVTX),
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
         *_without_fused_optimizers(),
@@ -93,20 +89,6 @@ def _without_fused_optimizers() -> list[tuple[Any, str, Any]]:
         *((module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale) for module in (clip_grads, optimizers)),
         *((module, "multi_tensor_applier", utils.local_multi_tensor_applier) for module in (clip_grads, optimizers)),
     ]
-
-
-class _Nvtx:
-    """Profiler ranges exist on GPUs only."""
-
-    def range_push(self, *args: object) -> None:
-        """No profiler here."""
-
-    def range_pop(self) -> None:
-        """No profiler here."""
-
-    def range(self, *args: object) -> contextlib.AbstractContextManager[None]:
-        """No profiler here."""
-        return contextlib.nullcontext()
 
 
 class CpuAdapter:

@@ -47,7 +47,7 @@ def find_transformer_engine() -> TransformerEngine:
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return TransformerEngine(problem=f"Transformer Engine is not installed ({INSTALL})")
-    version = _version() or "of unknown version"
+    version = installed_version(*DISTRIBUTIONS) or "of unknown version"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, RuntimeError, OSError, AssertionError) as error:
@@ -98,8 +98,9 @@ def declared_range() -> SpecifierSet | None:
     return None
 
 
-def _version() -> str | None:
-    for name in DISTRIBUTIONS:
+def installed_version(*distributions: str) -> str | None:
+    """That of the first of these names of a package that is installed; None: none is."""
+    for name in distributions:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -17,29 +17,21 @@ if TYPE_CHECKING:
 
 def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step: int) -> BannerFacts:
     """Machine, layout, model and versions of a run that is about to start."""
-    config, groups, kernels = policy.config, policy.groups, policy.kernels
+    kernels = policy.kernels
     cuda, world_size = policy.device.type == "cuda", dist.get_world_size()
     if cuda:
         devices = f"{world_size} x {torch.cuda.get_device_name()}"
     else:
         devices = f"CPU, {world_size} process(es) of {torch.get_num_threads()} thread(s)"
     return BannerFacts(
-        recipe=config.name,
+        config=policy.config,
         run_dir=str(run_dir),
         devices=devices,
         world_size=world_size,
         parameters=policy.architecture.num_parameters(),
         parameters_per_rank=policy.num_local_parameters(),
         total_steps=total_steps,
-        global_batch_size=config.model.global_batch_size,
-        precision=config.trainer.precision,
-        tensor_parallel=groups.tensor.size(),
-        pipeline_parallel=groups.pipeline.size(),
-        virtual_pipeline_parallel=config.model.virtual_pipeline_model_parallel_size,
-        context_parallel=groups.context.size(),
-        data_parallel=groups.data.size(),
-        sequence_parallel=config.model.sequence_parallel,
-        fsdp=config.model.fsdp,
+        data_parallel=policy.groups.data.size(),
         start_step=start_step,
         kernels=kernels_in_use(
             detect_kernels(),

@@ -1,6 +1,7 @@
 """W&B and MLflow themselves, without a server: both start programs of their own."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def offline_runs(run_dir):
 def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    with open_log(tmp_path / "r", WANDB) as log:
+    with closing(open_log(tmp_path / "r", WANDB)) as log:
         log.log(1, {"loss": 1.0})
         log.log(1, {"loss": 2.0}, prefix="val/")
         log.log_samples(1, SAMPLES)
@@ -50,12 +51,12 @@ def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file:{tmp_path / 'mlruns'}"
     config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e", tracking_uri=uri))
-    with open_log(tmp_path / "r", config) as log:
+    with closing(open_log(tmp_path / "r", config)) as log:
         log.log(1, {"loss": 1.5})
         log.log(1, {"loss": 2.0}, prefix="val/")
         log.log_samples(1, SAMPLES)
         log.log_samples(2, SAMPLES)  # behind the newest checkpoint
-    with open_log(tmp_path / "r", config, resume_step=1) as log:
+    with closing(open_log(tmp_path / "r", config, resume_step=1)) as log:
         log.log(2, {"loss": 0.5})
         log.log_samples(2, SAMPLES[:1])
     run_id = (tmp_path / "r" / "mlflow_id").read_text().strip()

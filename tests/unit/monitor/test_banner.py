@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from nemo_lmpo.config.schema import Config, ModelConfig, TrainerConfig
 from nemo_lmpo.monitor.banner import (
     BannerFacts,
     DetectedKernels,
@@ -109,28 +110,28 @@ def test_counts(number, text):
 
 
 def test_banner_says_that_weights_are_shared():
-    facts = BannerFacts(
-        *("tiny", "runs/tiny", "CPU", 2, 10, 5, 3, 4, "bf16"), data_parallel=2, sequence_parallel=True, fsdp=True
-    )
+    config = Config(name="tiny", model=ModelConfig(sequence_parallel=True, fsdp=True))
+    facts = BannerFacts(config, "runs/tiny", "CPU", 2, 10, 5, 3, data_parallel=2)
     assert "DP 2 = 2 processes, sequence parallel, FSDP" in render_banner(facts)
 
 
 def test_banner():
+    model = ModelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=4,
+        sequence_parallel=True,
+        global_batch_size=128,
+    )
     facts = BannerFacts(
-        recipe="lmpo_llama3_8b",
+        config=Config(name="lmpo_llama3_8b", model=model, trainer=TrainerConfig(precision="bf16")),
         run_dir="runs/lmpo_llama3_8b",
         devices="8 x NVIDIA A100-SXM4-80GB",
         world_size=8,
         parameters=8_030_261_248,
         parameters_per_rank=2_007_565_312,
         total_steps=1478,
-        global_batch_size=128,
-        precision="bf16",
-        tensor_parallel=2,
-        pipeline_parallel=2,
-        virtual_pipeline_parallel=4,
         data_parallel=2,
-        sequence_parallel=True,
         start_step=100,
         kernels={"attention": "torch SDPA"},
         reasons=["attention without flash: its kernel takes 16-bit numbers, not trainer.precision=32", "one more"],

@@ -1,7 +1,7 @@
 import io
 import logging
 import sys
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_metrics_that_are_absent_are_left_out():
 def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog):
     caplog.set_level(logging.INFO)
     clock = Clock()
-    with Console(LoggingConfig(), total_steps=30, stream=io.StringIO(), clock=clock) as progress:
+    with closing(Console(LoggingConfig(), total_steps=30, stream=io.StringIO(), clock=clock)) as progress:
         for step in range(1, 31):
             clock.now += 4.0
             progress.update(step, METRICS)
@@ -85,7 +85,7 @@ def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps():
 def test_bar_in_a_terminal_shows_the_values():
     clock = Clock()
     terminal = Terminal()
-    with Console(LoggingConfig(), total_steps=4, start_step=2, stream=terminal, clock=clock) as progress:
+    with closing(Console(LoggingConfig(), total_steps=4, start_step=2, stream=terminal, clock=clock)) as progress:
         for step in (3, 4):
             clock.now += 1.0
             progress.update(step, METRICS)
@@ -98,7 +98,7 @@ def test_bar_in_a_terminal_shows_the_values():
 def test_no_bar_when_it_is_turned_off(caplog):
     caplog.set_level(logging.INFO)
     terminal = Terminal()
-    with Console(LoggingConfig(progress_bar=False), total_steps=4, stream=terminal) as progress:
+    with closing(Console(LoggingConfig(progress_bar=False), total_steps=4, stream=terminal)) as progress:
         progress.update(1, METRICS)
     assert terminal.getvalue() == ""
     assert "step 1/4" in caplog.text
@@ -106,7 +106,7 @@ def test_no_bar_when_it_is_turned_off(caplog):
 
 def test_validation_line(caplog):
     caplog.set_level(logging.INFO)
-    with Console(LoggingConfig(), total_steps=4, stream=io.StringIO()) as progress:
+    with closing(Console(LoggingConfig(), total_steps=4, stream=io.StringIO())) as progress:
         progress.validation(2, {"loss": 1.0, "rewards/accuracies": 0.75})
     assert caplog.records[0].message == "validation at step 2/4  loss 1.0000  accuracy 0.750"
 
@@ -121,7 +121,7 @@ def test_messages_beside_the_bar_are_printed_once():
     try:
         with redirect_stderr(io.StringIO()) as errors:
             handler.setStream(sys.stderr)
-            with Console(LoggingConfig(), total_steps=4, stream=terminal) as progress:
+            with closing(Console(LoggingConfig(), total_steps=4, stream=terminal)) as progress:
                 progress.validation(2, {"loss": 1.0})
     finally:
         root.removeHandler(handler)

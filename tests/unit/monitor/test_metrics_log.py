@@ -2,6 +2,7 @@ import json
 import math
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def write_steps(log, first, last, validate_every=2):
 
 
 def test_one_line_a_step_in_the_order_given(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         log.log(1, {"rewards/margins": 0.5, "loss": 2.0})
         log.log(1, {"loss": 3.0}, prefix="val/")
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -51,21 +52,21 @@ def test_one_line_a_step_in_the_order_given(tmp_path):
 
 
 def test_resumed_file_equals_uninterrupted_one(tmp_path):
-    with open_log(tmp_path / "whole") as log:
+    with closing(open_log(tmp_path / "whole")) as log:
         write_steps(log, 1, 8)
-    with open_log(tmp_path / "cut") as log:
+    with closing(open_log(tmp_path / "cut")) as log:
         write_steps(log, 1, 6)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    with open_log(tmp_path / "cut", resume_step=3) as log:
+    with closing(open_log(tmp_path / "cut", resume_step=3)) as log:
         write_steps(log, 4, 8)
     assert without_time(lines(tmp_path / "cut")) == without_time(lines(tmp_path / "whole"))
 
 
 def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         write_steps(log, 1, 4)
-    with open_log(tmp_path, resume_step=4) as log:
+    with closing(open_log(tmp_path, resume_step=4)) as log:
         log.log(4, {"loss": 9.0}, prefix="val/")  # a trainer that validates again where it resumes
         log.log(5, {"loss": 0.2})
     entries = without_time(lines(tmp_path))
@@ -74,17 +75,17 @@ def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path):
 
 
 def test_validation_missing_at_the_resume_step_is_written(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         log.log(1, {"loss": 1.0})
-    with open_log(tmp_path, resume_step=1) as log:
+    with closing(open_log(tmp_path, resume_step=1)) as log:
         log.log(1, {"loss": 5.0}, prefix="val/")
     assert without_time(lines(tmp_path)) == [{"step": 1, "loss": 1.0}, {"step": 1, "val/loss": 5.0}]
 
 
 def test_new_run_removes_lines_of_an_earlier_one(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         write_steps(log, 1, 3)
-    with open_log(tmp_path, resume_step=0):
+    with closing(open_log(tmp_path, resume_step=0)):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
@@ -119,7 +120,7 @@ def test_unchanged_file_is_not_rewritten(tmp_path):
 
 
 def test_values_that_are_not_finite_are_valid_json(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         log.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
     text = (tmp_path / "metrics.jsonl").read_text()
 
@@ -161,12 +162,12 @@ def tensorboard_points(run_dir, tag):
 
 def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tmp_path):
     config = LoggingConfig(log_interval=2)
-    with open_log(tmp_path, config=config) as log:
+    with closing(open_log(tmp_path, config=config)) as log:
         for step in range(1, 8):
             log.log(step, {"loss": 10.0 + step})
     # Steps 1, 2, 4, 6: the first one and every second.
     assert tensorboard_points(tmp_path, "loss") == [(1, 11.0), (2, 12.0), (4, 14.0), (6, 16.0)]
-    with open_log(tmp_path, config=config, resume_step=3) as log:
+    with closing(open_log(tmp_path, config=config, resume_step=3)) as log:
         for step in range(4, 7):
             log.log(step, {"loss": 20.0 + step})
         log.log(5, {"loss": 1.0}, prefix="val/")
@@ -182,7 +183,7 @@ def lines_of_samples(run_dir):
 
 
 def test_samples_are_a_line_an_answer(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         assert not (tmp_path / "samples.jsonl").exists()
         log.log_samples(0, SAMPLES)
         log.log_samples(25, SAMPLES[1:])
@@ -198,24 +199,24 @@ def sampled_steps(run_dir):
 
 
 def test_samples_of_a_resumed_run(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         for step in (0, 2, 4):
             log.log_samples(step, SAMPLES)
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"step": 1, "prom')
-    with open_log(tmp_path, resume_step=2) as log:
+    with closing(open_log(tmp_path, resume_step=2)) as log:
         assert sampled_steps(tmp_path) == [0, 0, 2, 2]
         log.log_samples(2, SAMPLES)  # a trainer that validates again where it resumes
         log.log_samples(3, SAMPLES)
     assert sampled_steps(tmp_path) == [0, 0, 2, 2, 3, 3]
     # A run that begins anew may have another start model.
-    with open_log(tmp_path, resume_step=0) as log:
+    with closing(open_log(tmp_path, resume_step=0)) as log:
         log.log_samples(0, SAMPLES[1:])
     assert lines_of_samples(tmp_path) == [{"step": 0, "prompt_index": 0, **vars(SAMPLES[1])}]
 
 
 def test_samples_that_cannot_be_written_are_one_clear_error(tmp_path):
-    with open_log(tmp_path) as log:
+    with closing(open_log(tmp_path)) as log:
         (tmp_path / "samples.jsonl").mkdir()
         with pytest.raises(TrainingError, match=r"cannot write .*samples\.jsonl.*resume the run"):
             log.log_samples(2, SAMPLES)
@@ -225,10 +226,10 @@ def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tm
     # The one that TensorBoard itself reads with; its older one forgets no texts.
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-    with open_log(tmp_path, config=LoggingConfig()) as log:
+    with closing(open_log(tmp_path, config=LoggingConfig())) as log:
         for step in (0, 2, 4):
             log.log_samples(step, SAMPLES)
-    with open_log(tmp_path, config=LoggingConfig(), resume_step=2) as log:
+    with closing(open_log(tmp_path, config=LoggingConfig(), resume_step=2)) as log:
         log.log_samples(4, [SAMPLES[1]])
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
     accumulator.Reload()
@@ -243,7 +244,7 @@ def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tm
 
 
 def test_an_early_stop_is_kept_until_the_run_goes_on(tmp_path):
-    with open_log(tmp_path, total_steps=9) as log:
+    with closing(open_log(tmp_path, total_steps=9)) as log:
         log.note_early_stop({"step": 3})
     assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 9, "stopped_early": {"step": 3}}
     open_log(tmp_path, total_steps=9, resume_step=3).close()

@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import closing
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_text_under_a_metric_name_is_passed_over(tmp_path):
 def test_reads_what_the_log_writes(tmp_path):
     from nemo_lmpo.monitor.metrics_log import MetricsLog
 
-    with MetricsLog(tmp_path, LoggingConfig(tensorboard=False), settings={}, resume_step=0, total_steps=2) as log:
+    with closing(
+        MetricsLog(tmp_path, LoggingConfig(tensorboard=False), settings={}, resume_step=0, total_steps=2)
+    ) as log:
         log.log(1, {"loss": 0.5, "grad_norm": math.inf})
         log.log(1, {"loss": 0.75}, prefix="val/")
     run = read_run(tmp_path)
