@@ -24,7 +24,7 @@ from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
-from nemo_lmpo.data.text import COMPRESSIONS, TEXT_SUFFIXES
+from nemo_lmpo.data.text import FILE_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
 from nemo_lmpo.errors import ConfigError, DataError, shown
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 2
 """Raised whenever the same input would give other tokens than before: old cache entries are then not used."""
-
-_SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet")
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,10 @@ class PreferenceDataset:
     ) -> None:
         self._parts = list(parts)
         self._epoch = Epoch([part.share for part in parts])
-        self._source_names = source_names([part.source.short_name for part in parts])
+        self.source_names = source_names([part.source.short_name for part in parts])
+        """What metrics and pair ids call the sources."""
+        self.lengths = Lengths(self._epoch)
+        """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
         self._tokenizer = tokenizer
         self._reference: np.ndarray | None = None
         self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
@@ -79,16 +80,6 @@ class PreferenceDataset:
 
     def __len__(self) -> int:
         return len(self._epoch)
-
-    @property
-    def source_names(self) -> list[str]:
-        """What metrics and pair ids call the sources."""
-        return self._source_names
-
-    @property
-    def lengths(self) -> Lengths:
-        """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
-        return Lengths(self._epoch)
 
     def __getitem__(self, index: int) -> PairTokens:
         """The pair at ``index``."""
@@ -279,7 +270,7 @@ def source_names(short_names: Sequence[str]) -> list[str]:
     names: list[str] = []
     for short in short_names:
         stem = short.rsplit("/", 1)[-1]
-        while Path(stem).suffix.lower() in _SUFFIXES:
+        while Path(stem).suffix.lower() in FILE_SUFFIXES:
             stem = Path(stem).stem
         name = re.sub(r"[^\w.\-]+", "_", stem)
         number = sum(name == known or known.startswith(f"{name}_") for known in names)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from itertools import islice
 from pathlib import Path
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
-from nemo_lmpo.data.read import BUILTIN_PREFIX, open_source
+from nemo_lmpo.data.read import BUILTIN_PREFIX, is_hub_name, open_source
 from nemo_lmpo.data.schema import RowError, parse_row
-from nemo_lmpo.data.text import COMPRESSIONS, TEXT_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error
-from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.errors import ConfigError
 
 FIRST_ROWS = 16
-_HUB_LIKE = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def look_at_data(config: DataConfig) -> list[str]:
@@ -33,27 +30,17 @@ def look_at_data(config: DataConfig) -> list[str]:
     unseen: list[str] = []
     for which in (config.train, config.validation):
         for path in which.paths:
-            if _is_hub_name(path):
+            if is_hub_name(path) and not Path(path).exists():
                 unseen.append(path)
-            elif _HUB_LIKE.fullmatch(path) and not Path(path).exists():
-                raise DataError(f"{path} does not exist; give a file, a saved dataset, a hub name or builtin:tiny")
             else:
                 _look_at_source(path, which, strict=config.on_bad_row == "error")
     return list(dict.fromkeys(unseen))
-
-
-def _is_hub_name(path: str) -> bool:
-    """Neither here nor called like a file that is read; hub names begin with a letter or digit, and may hold dots."""
-    called_like_file = path.lower().endswith((*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet"))
-    return bool(_HUB_LIKE.fullmatch(path)) and path[0].isalnum() and not called_like_file and not Path(path).exists()
 
 
 def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:
     source = open_source(path, which.split, min(which.limit or FIRST_ROWS, FIRST_ROWS))
     for row in islice(source.read(), FIRST_ROWS) if strict else ():
         try:
-            if isinstance(row.value, RowError):
-                raise row.value
             parse_row(row.value, which.schema)
         except RowError as error:
             raise bad_row_error(source, row.number, error.detail) from None

@@ -5,6 +5,7 @@ Whatever the source is, its rows become a memory-mapped `datasets.Dataset`, so t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,8 @@ from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.schema import RowError
 from nemo_lmpo.data.text import (
-    COMPRESSIONS,
     CSV_SUFFIXES,
+    FILE_SUFFIXES,
     TEXT_SUFFIXES,
     is_document,
     parse_line,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 BUILTIN_PREFIX = "builtin:"
 _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
-_HUB_NAME = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
+_HUB_NAME = re.compile(r"[^\W_][\w.\-]*(/[\w.\-]+)?")
 _READ_ROWS = 1024
 _LONGEST_NAME = 200
 
@@ -135,10 +136,14 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     path = _printable(path)
     if special:
         raise DataError(f"{path} is neither a file nor a directory; give a file with preference pairs")
-    is_file = path.lower().endswith((*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet")) or path.startswith(("/", ".", "~"))
-    if is_file or not _HUB_NAME.match(path):
+    if not is_hub_name(path):
         raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
     return _hub_dataset(path, split, limit)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not here is one on the hub: those begin with a letter or digit, and end like no file."""
+    return _HUB_NAME.fullmatch(path) is not None and not path.lower().endswith(FILE_SUFFIXES)
 
 
 def _printable(path: str) -> str:
@@ -148,17 +153,12 @@ def _printable(path: str) -> str:
 
 def _builtin(path: str, split: str, limit: int | None) -> Source:
     import datasets
+    import xxhash
 
     name = path.removeprefix(BUILTIN_PREFIX)
     rows = builtin_rows(name, split, limit)
-    digest = _hash_bytes(json.dumps(rows).encode())
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
     return Source(path, f"{name}-{split}", "row", digest, lambda directory: datasets.Dataset.from_list(rows))
-
-
-def _hash_bytes(content: bytes) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(content)
 
 
 def _file(path: str, file: Path, limit: int | None) -> Source:
@@ -190,8 +190,7 @@ def _hash_files(files: list[Path]) -> str:
     for file in files:
         digest.update(f"\0{file.name}\0".encode())
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 

@@ -54,12 +54,14 @@ def parse_row(row: Any, schema: str = "auto") -> PreferenceRow:
     """Bring a row into the one form and check it.
 
     Args:
-        row: a mapping with `chosen`, `rejected` and, but for transcripts, `prompt`.
+        row: a mapping with `chosen`, `rejected` and, but for transcripts, `prompt`; or why it could not be read.
         schema: as `data.train.schema`.
 
     Raises:
         RowError: the row cannot be used.
     """
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
         raise RowError("not an object", f"the row is {_kind(row)}, not an object with fields")
     schema = detect_schema(row) if schema == "auto" else schema

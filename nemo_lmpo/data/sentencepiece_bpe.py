@@ -28,6 +28,7 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
     Raises:
         ConfigError: the file is not a SentencePiece BPE model.
     """
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     pieces = _read_pieces(directory / "tokenizer.model")
@@ -37,8 +38,12 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
             f"{directory / 'tokenizer.model'} is not a BPE model as Llama 2 and Mistral have; "
             "use a tokenizer directory with tokenizer.json"
         )
-    names = {kind: pieces.IdToPiece(token_id) for kind, token_id in _special_ids(pieces).items()}
-    _add_bos(backend, names["bos_token"], pieces.bos_id())
+    ids = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+    names = {kind: pieces.IdToPiece(token_id) for kind, token_id in ids.items()}
+    bos = names["bos_token"]
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_chat_template(directory),
@@ -67,10 +72,6 @@ def _read_pieces(path: Path) -> Any:
     return pieces
 
 
-def _special_ids(pieces: Any) -> dict[str, int]:
-    return {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
-
-
 def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Every split of every piece into two pieces, in the order in which SentencePiece merges.
 
@@ -95,11 +96,7 @@ def _build_backend(pieces: Any) -> Tokenizer:
     size = pieces.GetPieceSize()
     vocabulary = {pieces.IdToPiece(i): i for i in range(size)}
     control = [i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i)]
-    mergeable = {
-        piece: i
-        for piece, i in vocabulary.items()
-        if not (pieces.IsControl(i) or pieces.IsUnknown(i) or pieces.IsByte(i))
-    }
+    mergeable = {piece: i for piece, i in vocabulary.items() if not (i in control or pieces.IsByte(i))}
     scores = [pieces.GetScore(i) for i in range(size)]
     backend = Tokenizer(
         BPE(
@@ -116,14 +113,6 @@ def _build_backend(pieces: Any) -> Tokenizer:
     )
     backend.add_special_tokens([AddedToken(pieces.IdToPiece(i), special=True, normalized=False) for i in control])
     return backend
-
-
-def _add_bos(backend: Tokenizer, bos: str, bos_id: int) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
-    )
 
 
 def _chat_template(directory: Path) -> str | None:

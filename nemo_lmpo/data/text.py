@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_lmpo.data.schema import RowError
-from nemo_lmpo.errors import DataError
+from nemo_lmpo.errors import DataError, first_line
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 CSV_SUFFIXES = (".csv", ".tsv")
 COMPRESSIONS = (".gz", ".zst")
 TEXT_SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSIONS, ".parquet")
+"""How files are called that are read here."""
 MOST_DOCUMENT_BYTES = 1 << 30
 """A file that is one JSON document is read as a whole; larger ones have to be written as lines."""
 
@@ -72,12 +74,14 @@ def _raw_lines(path: str) -> Iterator[Line]:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(path, number, error) from None
-    except OSError as error:
-        if error.strerror is None:  # pyarrow's decompression
-            raise _damaged(path, number, error) from None
-        raise DataError(f"{path} cannot be read after line {number} ({error.strerror})") from None
+    except (EOFError, zlib.error, OSError) as error:
+        if reason := getattr(error, "strerror", None):
+            raise DataError(f"{path} cannot be read after line {number} ({reason})") from None
+        # what decompression raises, of gzip and pyarrow alike, says no error of the system
+        raise DataError(
+            f"{path} is damaged after line {number} ({first_line(error)}); "
+            "restore the file, it may be a broken download"
+        ) from None
 
 
 def _open(path: str) -> IO[bytes]:
@@ -89,11 +93,6 @@ def _open(path: str) -> IO[bytes]:
 
         return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
     return file.open("rb")
-
-
-def _damaged(path: str, number: int, error: Exception) -> DataError:
-    reason = (str(error).splitlines() or [""])[0]
-    return DataError(f"{path} is damaged after line {number} ({reason}); restore the file, it may be a broken download")
 
 
 def is_document(path: str) -> bool:
@@ -150,18 +149,14 @@ def _csv_lines(path: str) -> Iterator[Line]:
     separator = "\t" if uncompressed_name(path).endswith(".tsv") else ","
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader((_decoded(path, *line) for line in _all_lines(path)), delimiter=separator, strict=True)
-    rows = iter(reader)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            place = f"{path} line {reader.reader.line_num}"
-            raise DataError(f"{place}: the table is broken ({error}); correct the file") from None
-        if None in row:
-            row = {"more cells than the first line names": row.pop(None)}
-        yield reader.line_num, json.dumps(row).encode()
+    try:
+        for row in reader:
+            if None in row:
+                row = {"more cells than the first line names": row.pop(None)}
+            yield reader.line_num, json.dumps(row).encode()
+    except csv.Error as error:
+        place = f"{path} line {reader.reader.line_num}"
+        raise DataError(f"{place}: the table is broken ({error}); correct the file") from None
 
 
 def _all_lines(path: str) -> Iterator[Line]:

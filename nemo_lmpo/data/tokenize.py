@@ -83,8 +83,6 @@ class RowsToPairs:
         return columns
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
-        if isinstance(value, RowError):
-            return value
         try:
             return parse_row(value, self.schema)
         except RowError as error:
