@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,11 @@ from nemo_lmpo.evaluate.result import Result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
 from nemo_lmpo.report.document import templates_of
 from nemo_lmpo.report.read import Run
-from nemo_lmpo.report.summary import metric_rows, settings_rows
+from nemo_lmpo.report.summary import metric_rows, setting, settings_rows
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("nemo-lmpo", "megatron-core", "nemo-toolkit", "torch", "transformers", "datasets")
 _METRICS = {"lc": "length-controlled win rate", "wr": "win rate", "length": "mean length"}
-
-
-@dataclass(frozen=True)
-class Card:
-    """Everything that a card says."""
-
-    name: str
-    place: str
-    """Hub name or directory, for the example."""
-    run: Run
-    config: Mapping[str, Any]
-    pictures: Sequence[tuple[str, str]] = ()
-    """Titles and paths beside the card."""
-    evaluations: Sequence[Result] = field(default_factory=tuple)
 
 
 def hub_names(values: Any) -> list[str]:
@@ -40,22 +25,20 @@ def hub_names(values: Any) -> list[str]:
     return [str(one) for one in listed if isinstance(one, str) and _HUB_NAME.fullmatch(one) and not Path(one).exists()]
 
 
-def metadata(card: Card) -> str:
+def _metadata(name: str, config: Mapping[str, Any], evaluations: Sequence[Result]) -> str:
     """The card's YAML head, by `huggingface_hub`."""
     from huggingface_hub import ModelCardData
 
-    config = card.config
-    loss = str((config.get("loss") or {}).get("name", ""))
-    base = hub_names((config.get("model") or {}).get("restore_from_path"))
-    data = hub_names(((config.get("data") or {}).get("train") or {}).get("path"))
+    loss = str(setting(config, "loss.name") or "")
+    base = hub_names(setting(config, "model.restore_from_path"))
     found = ModelCardData(
         base_model=base[0] if base else None,
-        datasets=data or None,
+        datasets=hub_names(setting(config, "data.train.path")) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=sorted({"preference-optimization", "nemo-lmpo", loss} - {""}),
-        model_name=card.name,
-        eval_results=_eval_results(card.evaluations) or None,
+        model_name=name,
+        eval_results=_eval_results(evaluations) or None,
     )
     return f"---\n{found.to_yaml()}\n---\n"
 
@@ -95,39 +78,40 @@ def evaluation_rows(results: Sequence[Result]) -> list[list[str]]:
     ]
 
 
-def build_card(card: Card) -> str:
-    """The card's whole text."""
-    header, rows = metric_rows(card.run)
+def build_card(
+    run: Run, name: str, place: str, pictures: Sequence[tuple[str, str]], evaluations: Sequence[Result]
+) -> str:
+    """The card's whole text.
+
+    Args:
+        run: what it is about.
+        name: the model's.
+        place: hub name or directory, for the example.
+        pictures: titles, and paths beside the card.
+        evaluations: results to show.
+    """
+    header, rows = metric_rows(run)
+    loss = str(setting(run.config, "loss.name") or "?").upper()
+    start = setting(run.config, "model.restore_from_path") or "random weights"
+    data = setting(run.config, "data.train.path") or "?"
     text = (
         templates_of("nemo_lmpo.export")
         .get_template("card.md.j2")
         .render(
-            name=card.name,
-            place=card.place,
-            about=about(card.config),
-            settings=settings_rows(card.run),
+            name=name,
+            place=place,
+            about=f"Trained from {start} with {loss} on the preference pairs of {data}, by nemo_lmpo on Megatron-Core.",
+            settings=settings_rows(run),
             metrics=rows,
             metrics_header=header,
-            pictures=card.pictures,
-            evaluations=evaluation_rows(card.evaluations),
+            pictures=pictures,
+            evaluations=evaluation_rows(evaluations),
             versions=", ".join(_versions()),
-            command=command_of(card.config),
+            # The settings stand in the table above.
+            command=f"python -m nemo_lmpo.train --config-name {run.config.get('name', 'RECIPE')}",
         )
     )
-    return metadata(card) + text
-
-
-def about(config: Mapping[str, Any]) -> str:
-    """One sentence."""
-    loss = str((config.get("loss") or {}).get("name", "?")).upper()
-    start = (config.get("model") or {}).get("restore_from_path") or "random weights"
-    data = ((config.get("data") or {}).get("train") or {}).get("path") or "?"
-    return f"Trained from {start} with {loss} on the preference pairs of {data}, by nemo_lmpo on Megatron-Core."
-
-
-def command_of(config: Mapping[str, Any]) -> str:
-    """The recipe's command; the settings stand in the table above."""
-    return f"python -m nemo_lmpo.train --config-name {config.get('name', 'RECIPE')}"
+    return _metadata(name, run.config, evaluations) + text
 
 
 def _versions() -> list[str]:

@@ -76,9 +76,9 @@ def holds(output: Path, conversion: Plan) -> bool:
 
 def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path]) -> None:
     """The card and the pictures that it shows."""
-    from nemo_lmpo.export.card import Card, build_card
+    from nemo_lmpo.export.card import build_card
     from nemo_lmpo.report.plots import draw_all
-    from nemo_lmpo.report.read import read_config, read_run
+    from nemo_lmpo.report.read import read_run
 
     read = read_run(run)
     pictures = []
@@ -88,8 +88,8 @@ def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path]) 
         replace_file(path, picture.png)
         pictures.append((picture.chart.title, f"{PICTURES}/{path.name}"))
     place = name if "/" in name else str(output)
-    card = Card(name.rpartition("/")[2], place, read, read_config(run), pictures, read_evaluations(evaluations))
-    replace_file(output / CARD, build_card(card))
+    card = build_card(read, name.rpartition("/")[2], place, pictures, read_evaluations(evaluations))
+    replace_file(output / CARD, card)
 
 
 def read_evaluations(folders: Sequence[Path]) -> list[Result]:

@@ -58,7 +58,8 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def _setting(config: Mapping[str, Any], name: str) -> Any:
+def setting(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted key; None where there is none."""
     value: Any = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -81,8 +82,8 @@ def _text(value: object) -> str:
 def settings_rows(run: Run) -> list[tuple[str, str]]:
     """Key settings with their values, the loss's first; unset ones are left out."""
     loss = _leaves("loss", run.config.get("loss"))
-    others = [(name, _setting(run.config, name)) for name in _SETTINGS]
-    sizes = [(name, _setting(run.config, name)) for name in _PARALLEL_SIZES]
+    others = [(name, setting(run.config, name)) for name in _SETTINGS]
+    sizes = [(name, setting(run.config, name)) for name in _PARALLEL_SIZES]
     split = [(name, value) for name, value in sizes if value != 1]
     return [(name, _text(value)) for name, value in [*loss, *others, *split] if value is not None]
 
