@@ -29,7 +29,7 @@ def hf_to_nemo(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="FILE.nemo, or a directory")
-    _add_common(parser)
+    _add_conversion(parser)
     options = parser.parse_args(arguments)
     return _guarded(lambda: _hf_to_nemo(options))
 
@@ -58,7 +58,7 @@ def nemo_to_hf(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="write the adapters of a LoRA run's checkpoint for peft and vLLM, instead of the merged model",
     )
-    _add_common(parser)
+    _add_conversion(parser)
     options = parser.parse_args(arguments)
     return _guarded(lambda: _adapter_to_peft(options) if options.adapter else _nemo_to_hf(options))
 
@@ -73,27 +73,28 @@ def verify(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hf", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
     parser.add_argument("--nemo", required=True, type=Path, metavar="PATH", help=".nemo file or checkpoint directory")
     parser.add_argument("--config", type=Path, metavar="PATH", help="config.json for a bare distributed checkpoint")
+    parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
+    _add_comparison(parser)
+    options = parser.parse_args(arguments)
+    return _guarded(lambda: _verify_given(options))
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
         default=DEFAULT_TOLERANCE,
         help=f"largest absolute difference allowed in float32 (default: {DEFAULT_TOLERANCE})",
     )
-    parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
-    return _guarded(lambda: _verify(options))
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="store the weights in this dtype (default: as they are)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the mapping, write nothing")
     parser.add_argument("--verify", action="store_true", help="compare tensors and logits after writing")
-    parser.add_argument(
-        "--tolerance", type=float, default=DEFAULT_TOLERANCE, help=f"for --verify (default: {DEFAULT_TOLERANCE})"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_comparison(parser)
 
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
@@ -116,7 +117,7 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
     with _progress(work.num_tensors, options.quiet, "writing") as advance:
         write_nemo(work, hub_name=hub_name, overwrite=options.overwrite, progress=advance)
     _say(f"wrote {options.output}")
-    return _verify_models(path, options.output, work, options) if options.verify else 0
+    return _verify(path, options.output, options) if options.verify else 0
 
 
 def _nemo_to_hf(options: argparse.Namespace) -> int:
@@ -140,7 +141,7 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
         shard = int(options.max_shard_gb * 1e9)
         write_huggingface(work, max_shard_bytes=shard, overwrite=options.overwrite, progress=advance)
     _say(f"wrote {options.output}")
-    return _verify_models(options.output, path, work, options) if options.verify else 0
+    return _verify(options.output, path, options, config=options.config) if options.verify else 0
 
 
 def _adapter_to_peft(options: argparse.Namespace) -> int:
@@ -158,30 +159,22 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify_given(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.base_model import local_model
-    from nemo_lmpo.formats.model_files import open_model
 
     hf_path, _ = local_model(options.hf)
-    reference = open_model(hf_path)
-    _expect(reference, "huggingface", "--hf takes a Hugging Face model")
-    converted = open_model(options.nemo, config=options.config)
-    return _compare(reference, converted, options, tensors_only=options.tensors_only)
+    return _verify(hf_path, options.nemo, options, config=options.config, tensors_only=options.tensors_only)
 
 
-def _verify_models(hf_path: Path, nemo_path: Path, work: Plan, options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.model_files import open_model
-
-    reference = open_model(hf_path)
-    converted = open_model(nemo_path, config=getattr(options, "config", None))
-    return _compare(reference, converted, options)
-
-
-def _compare(
-    reference: ModelFiles, converted: ModelFiles, options: argparse.Namespace, *, tensors_only: bool = False
+def _verify(
+    hf: Path, nemo: Path, options: argparse.Namespace, *, config: Path | None = None, tensors_only: bool = False
 ) -> int:
     from nemo_lmpo.convert.verify import verify_models
+    from nemo_lmpo.formats.model_files import open_model
 
+    reference = open_model(hf)
+    _expect(reference, "huggingface", "--hf takes a Hugging Face model")
+    converted = open_model(nemo, config=config)
     with _progress(len(reference.source.names()), options.quiet, "comparing") as advance:
         result = verify_models(
             reference, converted, tolerance=options.tolerance, tensors_only=tensors_only, progress=advance

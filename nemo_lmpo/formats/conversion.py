@@ -25,14 +25,7 @@ from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_
 from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
 
-DTYPE_NAMES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 _SLACK_BYTES = 64 * 1024 * 1024
 """Headers, metadata and small files besides the tensors, estimated from above."""
@@ -75,10 +68,10 @@ def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Plan:
     Raises:
         CheckpointError: an unknown name, or a dtype that models are not stored in.
     """
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"dtype '{dtype}' is not supported; supported: {', '.join(DTYPE_NAMES)}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise CheckpointError(f"dtype '{dtype}' is not supported; supported: {', '.join(_DTYPES)}")
     if dtype is not None:
-        return Plan(model, output, DTYPE_NAMES[dtype])
+        return Plan(model, output, _DTYPES[dtype])
     found = functools.reduce(torch.promote_types, {model.source.dtype(name) for name in tensor_names(model)})
     if found not in _PRECISION:
         raise CheckpointError(f"{model.origin} is stored as {found}; name a target with --dtype, for example bf16")

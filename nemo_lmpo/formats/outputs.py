@@ -111,7 +111,12 @@ def _take_place(temporary: Path, output: Path, overwrite: bool) -> None:
         temporary.replace(output)
     else:
         _appear(temporary, output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
+    make_durable(output.parent)
+
+
+def make_durable(directory: Path) -> None:
+    """Entries of a directory outlive a crash of the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

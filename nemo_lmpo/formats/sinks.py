@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from nemo_lmpo.formats.outputs import make_durable
+
 Content = Iterable[bytes | bytearray | memoryview]
 """A file's bytes in pieces, so that a large one is never whole in memory."""
 
@@ -42,11 +44,7 @@ class DirectorySink:
 
     def close(self) -> None:
         """Make the directory's entries durable."""
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        make_durable(self._directory)
 
 
 class TarSink:
