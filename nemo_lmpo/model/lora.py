@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,13 @@ from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.lora_targets import ADAPTERS, LINEARS, projections_of
 from nemo_lmpo.config.schema import PeftConfig
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def typed_modules(modules: dict[str, ModuleT]) -> Mapping[str, ModuleT]:
+    """The same as submodules; torch's own type does not tell of what class they are."""
+    return cast(Mapping[str, ModuleT], nn.ModuleDict(modules))
 
 
 class LowRank(nn.Module):
@@ -64,14 +71,9 @@ class LinearAdapter(nn.Module):
         weight: Any = linear.weight
         rows, columns = weight.shape
         self.rows = _rows_of_parts(name, int(rows), architecture)
-        wanted = projections_of(peft.target_modules)
-        self.parts = nn.ModuleDict(
-            {
-                part: LowRank(peft.rank, int(columns), self.rows[part], like=weight)
-                for part in LINEARS[name]
-                if part in wanted
-            }
-        )
+        wanted = [part for part in LINEARS[name] if part in projections_of(peft.target_modules)]
+        parts = {part: LowRank(peft.rank, int(columns), self.rows[part], like=weight) for part in wanted}
+        self.parts = typed_modules(parts)
         self._mark()
 
     def _mark(self) -> None:
@@ -81,7 +83,7 @@ class LinearAdapter(nn.Module):
         """
         from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-        for part in self._low_ranks():
+        for part in self.parts.values():
             split, dimension = (part.lora_B, 0) if self.splits_output else (part.lora_A, 1)
             set_tensor_model_parallel_attributes(split, True, dimension, 1)
             whole = part.lora_A if self.splits_output else part.lora_B
@@ -91,11 +93,6 @@ class LinearAdapter(nn.Module):
     def linear(self) -> nn.Module:
         """The base layer."""
         return self._linear[0]
-
-    def _low_ranks(self) -> Iterator[LowRank]:
-        for part in self.parts.values():
-            assert isinstance(part, LowRank)
-            yield part
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What is added to the linear layer's output, in that output's form.
@@ -115,8 +112,10 @@ class LinearAdapter(nn.Module):
     def _down(self, hidden: Tensor) -> Tensor:
         """``[..., parts * rank]``: dropped out anew for every projection, as PEFT does."""
         if self.dropout == 0.0 or not self.training:
-            return F.linear(hidden, torch.cat([part.lora_A for part in self._low_ranks()]))
-        return torch.cat([F.linear(F.dropout(hidden, self.dropout), part.lora_A) for part in self._low_ranks()], dim=-1)
+            return F.linear(hidden, torch.cat([part.lora_A for part in self.parts.values()]))
+        return torch.cat(
+            [F.linear(F.dropout(hidden, self.dropout), part.lora_A) for part in self.parts.values()], dim=-1
+        )
 
     def _output_split(self, hidden: Tensor) -> Tensor:
         from megatron.core.tensor_parallel import (
@@ -133,9 +132,7 @@ class LinearAdapter(nn.Module):
         outputs = []
         for name, rows in self.rows.items():
             if name in pieces:
-                part = self.parts[name]
-                assert isinstance(part, LowRank)
-                outputs.append(F.linear(pieces[name], part.lora_B) * self.scale)
+                outputs.append(F.linear(pieces[name], self.parts[name].lora_B) * self.scale)
             else:
                 outputs.append(down.new_zeros(*down.shape[:-1], rows))
         if self.linear_name == "linear_fc1":
@@ -150,7 +147,7 @@ class LinearAdapter(nn.Module):
             reduce_scatter_to_sequence_parallel_region,
         )
 
-        (part,) = self._low_ranks()
+        (part,) = self.parts.values()
         down = self._down(hidden)
         if self.sequence_parallel:
             down = reduce_scatter_to_sequence_parallel_region(down)
@@ -160,7 +157,7 @@ class LinearAdapter(nn.Module):
 
     def named_tensors(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
         """Name in a checkpoint, parameter, and the axis that tensor parallelism cuts."""
-        for name, part in zip(self.parts, self._low_ranks(), strict=True):
+        for name, part in self.parts.items():
             first = f"layers.{self.layer}.{name}"
             yield f"{first}.lora_A", part.lora_A, None if self.splits_output else 1
             yield f"{first}.lora_B", part.lora_B, 0 if self.splits_output else None
@@ -181,15 +178,9 @@ class Adapters(nn.Module):
 
     def __init__(self, adapters: dict[str, LinearAdapter]) -> None:
         super().__init__()
-        self.by_linear = nn.ModuleDict(adapters)
+        self.by_linear = typed_modules(adapters)
         self.enabled = True
         """Without, the model is its base."""
-
-    def linear_adapters(self) -> Iterator[LinearAdapter]:
-        """One after the other."""
-        for adapter in self.by_linear.values():
-            assert isinstance(adapter, LinearAdapter)
-            yield adapter
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -198,7 +189,7 @@ class Adapters(nn.Module):
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         result: dict[str, Any] = {}
-        for adapter in self.linear_adapters():
+        for adapter in self.by_linear.values():
             for name, parameter, axis in adapter.named_tensors():
                 axes = {} if axis is None else {name: axis}
                 result.update(make_sharded_tensors_for_checkpoint({name: parameter}, prefix, axes))
@@ -206,7 +197,7 @@ class Adapters(nn.Module):
 
     def by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters by the names of :meth:`LinearAdapter.named_tensors`."""
-        for adapter in self.linear_adapters():
+        for adapter in self.by_linear.values():
             for name, parameter, _ in adapter.named_tensors():
                 yield name, parameter
 
@@ -248,7 +239,7 @@ def add_adapters(chunks: Sequence[PackedGPTModel], peft: PeftConfig, architectur
 
 
 def _draw(adapters: Adapters, seed: int, group: Any) -> None:
-    for adapter in adapters.linear_adapters():
+    for adapter in adapters.by_linear.values():
         for name, parameter, axis in adapter.named_tensors():
             if not name.endswith("lora_A"):
                 continue
@@ -264,7 +255,7 @@ def _draw(adapters: Adapters, seed: int, group: Any) -> None:
 
 
 def _hook(chunk: PackedGPTModel, adapters: Adapters) -> None:
-    for adapter in adapters.linear_adapters():
+    for adapter in adapters.by_linear.values():
 
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Any, adapter: LinearAdapter = adapter) -> Any:
             if not adapters.enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
-from nemo_lmpo.checkpoint.export import write_policy_archive
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.checkpoint.weights import describe_weights, sharded_weights
+from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.tokenizer import padding_id
 from nemo_lmpo.formats.adapters import adapter_json, describe_adapters
 from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.formats.conversion import plan, write_nemo
+from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, TRAINING_WEIGHTS, open_model
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -94,18 +98,37 @@ class PolicyFiles:
             replace_file(directory / run_files.ADAPTER, adapter_json(self.adapters))
 
     def save_to(self, save_path: str | Path) -> None:
-        """Write the policy as a `.nemo` that NeMo-Aligner and the converters read; all ranks call it together.
+        """Write the policy as a `.nemo`, or as the same tree if the name does not end so; an existing one is replaced.
+
+        All ranks call it together: each writes its part beside the archive, from where rank 0 converts the whole.
 
         Args:
-            save_path: an existing file is replaced once the new one is complete.
+            save_path: the same on all ranks, on storage that they share.
 
         Raises:
-            CheckpointError: no room on the disk.
+            CheckpointError: no room on the disk, or ``save_path`` is in the way of something.
+            OSError: it could not be written; what was there is untouched.
         """
+        output = Path(save_path).expanduser().resolve()
+        parts = output.with_name(f"{output.name}.parts")
         model = self.policy.config.model
-        write_policy_archive(
-            Path(save_path).expanduser().resolve(),
-            self.policy.models,
-            self.write_sidecars,
-            tokenizer=model.tokenizer or model.restore_from_path,
-        )
+        # By this name NeMo shall load a tokenizer that a `.nemo` cannot hold in NeMo's own way.
+        tokenizer = model.tokenizer or model.restore_from_path or EMBEDDED_FOLDER
+
+        def prepare() -> None:
+            shutil.rmtree(parts, ignore_errors=True)
+            (parts / TRAINING_WEIGHTS).mkdir(parents=True)
+
+        def convert() -> None:
+            self.write_sidecars(parts)
+            conversion = plan(open_model(parts), output)
+            conversion.check([], overwrite=True)
+            write_nemo(conversion, hub_name=tokenizer, overwrite=True)
+
+        on_main_rank(prepare)
+        try:
+            weights = sharded_weights(describe_weights(self.policy.models))
+            write_state(weights, parts / TRAINING_WEIGHTS, in_background=False)
+            on_main_rank(convert)
+        finally:
+            on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))

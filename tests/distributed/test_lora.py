@@ -94,13 +94,13 @@ def peft_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...]) -> d
         batch = session.steps.builder.build(session.data.train, indices)
         adapters = session.policy.models[0].lora
         with torch.no_grad():  # at B = 0 the gradient of A would be zero
-            for adapter in adapters.linear_adapters():
+            for adapter in adapters.by_linear.values():
                 for name, parameter, _ in adapter.named_tensors():
                     generator = torch.Generator().manual_seed(len(name) + parameter.numel())
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
         session.policy.prepare_for_training_step()
         outcome = session.policy.get_loss_and_metrics(batch, forward_only=False)
-        named = [entry for adapter in adapters.linear_adapters() for entry in adapter.named_tensors()]
+        named = [entry for adapter in adapters.by_linear.values() for entry in adapter.named_tensors()]
         pairs = [session.data.train[int(index)] for index in indices]
         return {
             "loss": outcome.loss,
