@@ -102,31 +102,21 @@ def average_ranks(results: Mapping[str, Result]) -> Ranks | None:
     complete = {name: result for name, result in results.items() if set(paper_tasks(result)) == set(COLUMNS)}
     if len(complete) < 2:
         return None
-    points, replicates = [], []
+    from scipy.stats import rankdata
+
+    drawn = []
     for column in COLUMNS:
         names = {method: paper_tasks(result)[column] for method, result in complete.items()}
         units = {method: read_units(complete[method])[name] for method, name in names.items()}
         if len({tuple(one["ids"]) for one in units.values()}) != 1:
             return None
         arrays = [np.array(one["values"]) for one in units.values()]
-        points.append([array.mean() for array in arrays])
-        # One stream for all methods: the same documents are drawn for each.
-        replicates.append([weighted_means(array) for array in arrays])
-    ranks = _ranks(np.array(points)[..., None])
-    drawn = _ranks(np.array(replicates))
-    methods = list(complete)
-    return Ranks(
-        {method: float(ranks.mean(axis=0)[place, 0]) for place, method in enumerate(methods)},
-        {method: drawn.mean(axis=0)[place] for place, method in enumerate(methods)},
-    )
-
-
-def _ranks(scores: np.ndarray) -> np.ndarray:
-    """Ranks along the second axis, 1 for the largest, equal ones sharing the mean of theirs."""
-    from scipy.stats import rankdata
-
-    ranks: np.ndarray = rankdata(-scores, axis=1)
-    return ranks
+        # One stream for all methods: the same documents are drawn for each. The mean itself stands first.
+        drawn.append([[array.mean(), *weighted_means(array)] for array in arrays])
+    # 1 for the largest, equal ones share the mean of theirs. Shape (methods, 1 + rounds).
+    ranks = rankdata(-np.array(drawn), axis=1).mean(axis=0)
+    every = dict(zip(complete, ranks, strict=True))
+    return Ranks({one: float(row[0]) for one, row in every.items()}, {one: row[1:] for one, row in every.items()})
 
 
 def compare_ranks(ranks: Ranks | None, first: str, second: str) -> Difference:
