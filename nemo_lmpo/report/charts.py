@@ -45,10 +45,9 @@ class Chart:
 
 
 def _pair(metric: str) -> tuple[Curve, Curve]:
-    return (
-        Curve(f"{metric}/chosen", "chosen", "chosen"),
-        Curve(f"{metric}/rejected", "rejected", "rejected"),
-    )
+    """Both responses of a metric whose name has a place for which one."""
+    one, other = (Curve(metric.format(side), side, side) for side in ("chosen", "rejected"))
+    return one, other
 
 
 LOGPS = Chart(
@@ -59,21 +58,6 @@ LOGPS = Chart(
     (
         Panel("chosen (nats per token)", (Curve("logps/chosen", "chosen", "chosen"),)),
         Panel("rejected (nats per token)", (Curve("logps/rejected", "rejected", "rejected"),)),
-    ),
-)
-
-LOGPS_SUM = Chart(
-    "logps_sum",
-    "Log-probabilities of whole responses",
-    "Sum over the tokens of a response. Long responses have low sums, whatever the model thinks of them.",
-    (
-        Panel(
-            "log-probability (nats)",
-            (
-                Curve("logps/chosen_sum", "chosen", "chosen"),
-                Curve("logps/rejected_sum", "rejected", "rejected"),
-            ),
-        ),
     ),
 )
 
@@ -103,7 +87,7 @@ CHARTS: tuple[Chart, ...] = (
         "rewards",
         "Implicit rewards",
         "What the loss compares: for LMPO and SimPO, beta times the mean log-probability of a token.",
-        (Panel("reward", _pair("rewards")),),
+        (Panel("reward", _pair("rewards/{}")),),
     ),
     Chart("loss", "Loss", "Mean over the pairs of a step.", (Panel("loss", (Curve("loss", "loss", "loss"),)),)),
     Chart(
@@ -121,23 +105,21 @@ CHARTS: tuple[Chart, ...] = (
                 band=("lmpo/mean", "lmpo/std", "± std"),
             ),
             Panel("normalised margin", (Curve("lmpo/margin_normalized", "normalised margin", "margin"),)),
-            Panel(
-                "probability p",
-                (
-                    Curve("lmpo/p_chosen", "chosen", "chosen"),
-                    Curve("lmpo/p_rejected", "rejected", "rejected"),
-                ),
-                floor=0.0,
-            ),
+            Panel("probability p", _pair("lmpo/p_{}"), floor=0.0),
         ),
     ),
     Chart(
         "lengths",
         "Response lengths in the batches",
         "Tokens of the responses in the data, to read the other curves by; they do not depend on the model.",
-        (Panel("tokens per response", _pair("lengths"), floor=0.0),),
+        (Panel("tokens per response", _pair("lengths/{}"), floor=0.0),),
     ),
-    LOGPS_SUM,
+    Chart(
+        "logps_sum",
+        "Log-probabilities of whole responses",
+        "Sum over the tokens of a response. Long responses have low sums, whatever the model thinks of them.",
+        (Panel("log-probability (nats)", _pair("logps/{}_sum")),),
+    ),
     Chart(
         "optimization",
         "Learning rate and gradient norm",
