@@ -15,16 +15,7 @@ import numpy as np
 
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.environment import all_packages, run_program
-from nemo_lmpo.evaluate.result import (
-    RESULT_FILE,
-    SETTINGS_FILE,
-    Model,
-    Result,
-    Value,
-    claim_folder,
-    now,
-    write_result,
-)
+from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
 from nemo_lmpo.evaluate.storage import content_hash, read_json
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
 
@@ -220,11 +211,6 @@ def _write(
         values=values,
         n=count,
         of=count if options.limit is None and options.task_data is None else -1,
-        unparsed=0,
-        truncated=0,
-        empty=0,
-        judge=None,
-        date=now(),
         generation=generation,
         packages=versions,
         evaluation_set={

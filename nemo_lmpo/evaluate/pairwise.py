@@ -35,7 +35,6 @@ from nemo_lmpo.evaluate.result import (
     Model,
     Result,
     claim_folder,
-    now,
     read_result,
     relabel,
     write_result,
@@ -299,7 +298,6 @@ def _write(
         truncated=sum(answer.truncated for answer in answers.values()),
         empty=sum(not answer.output.strip() for answer in answers.values()),
         judge=judge,
-        date=now(),
         generation=dict(plan.source.generation()),
         packages=plan.packages,
         evaluation_set={

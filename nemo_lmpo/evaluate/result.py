@@ -81,7 +81,7 @@ class Judge:
         return (self.asked, tuple(sorted(self.answered)), self.prompt)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """All that `result.json` holds."""
 
@@ -92,11 +92,11 @@ class Result:
     """Instructions that the numbers rest on."""
     of: int
     """Instructions in the set."""
-    unparsed: int
-    truncated: int
-    empty: int
-    judge: Judge | None
-    date: str
+    unparsed: int = 0
+    truncated: int = 0
+    empty: int = 0
+    judge: Judge | None = None
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     generation: Mapping[str, Any]
     packages: Mapping[str, str]
     evaluation_set: Mapping[str, str]
@@ -109,11 +109,6 @@ class Result:
     def whole(self) -> bool:
         """Whether nothing of the set was left out."""
         return self.n == self.of
-
-
-def now() -> str:
-    """The time of a result."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def write_result(folder: Path, result: Result, units: Mapping[str, Any]) -> None:
