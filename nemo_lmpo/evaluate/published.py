@@ -172,20 +172,16 @@ class Erratum:
 
 
 ERRATA = (
-    Erratum(
-        1,
-        "The SFT rows of Mistral-Base and Llama-3-Base are swapped against SimPO's README (Mistral-Base 8.4 / 6.2 / "
-        "Arena-Hard 1.3, Llama-3-Base 6.2 / 4.6 / 3.3).",
-        "mistral_7b_base",
-        ("SFT",),
-        TABLE1_COLUMNS,
-    ),
-    Erratum(
-        1,
-        "The SFT rows of Mistral-Base and Llama-3-Base are swapped against SimPO's README.",
-        "llama3_8b_base",
-        ("SFT",),
-        TABLE1_COLUMNS,
+    *(
+        Erratum(
+            1,
+            "The SFT rows of Mistral-Base and Llama-3-Base are swapped against SimPO's README (Mistral-Base 8.4 / "
+            "6.2 / Arena-Hard 1.3, Llama-3-Base 6.2 / 4.6 / 3.3).",
+            setting,
+            ("SFT",),
+            TABLE1_COLUMNS,
+        )
+        for setting in ("mistral_7b_base", "llama3_8b_base")
     ),
     Erratum(
         1,
