@@ -115,13 +115,6 @@ def unique(plans: Mapping[tuple[Variant, int], RunPlan]) -> list[RunPlan]:
     return list(found.values())
 
 
-def _first_of_each(
-    examples: Mapping[Variant, Sequence[Mapping[str, str]]], plans: Mapping[tuple[Variant, int], RunPlan]
-) -> dict[Variant, Sequence[Mapping[str, str]]]:
-    """In the order of the plans, variants that have none left out."""
-    return {variant: examples[variant] for variant, _ in plans if examples.get(variant)}
-
-
 def _write(
     suites: Sequence[Suite],
     scale: Scale,
@@ -136,6 +129,10 @@ def _write(
 
     found = {key: read_measured(plan.directory) for key, plan in plans.items()}
     measured = {key: result for key, result in found.items() if result is not None}
+    examples: dict[Variant, Sequence[Mapping[str, str]]] = {}
+    for (variant, _), result in measured.items():
+        if result["examples"]:
+            examples.setdefault(variant, result["examples"])
     comparison = Comparison(
         scale,
         suites,
@@ -144,7 +141,7 @@ def _write(
         {key: result["values"] for key, result in measured.items()},
         {key: read_metrics(plans[key].directory / "metrics.jsonl") for key in measured},
         {variant: f"{plan.recipe} {' '.join(plan.overrides)}" for (variant, _), plan in plans.items()},
-        _first_of_each({key[0]: result["examples"] for key, result in reversed(measured.items())}, plans),
+        examples,
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
         [f"{variant.label} (seed {seed})" for variant, seed in plans if (variant, seed) not in measured],
     )

@@ -32,7 +32,7 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
     """Finish all runs.
 
     Args:
-        plans: runs; finished ones are passed over, and one that was cut off resumes.
+        plans: runs, each once; finished ones are passed over, and one that was cut off resumes.
         scale: how they are started and measured.
         jobs: how many at a time.
         quiet: no bar.
@@ -40,8 +40,8 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
     Returns:
         The runs that failed; their log says why.
     """
-    waiting = [plan for plan in dict.fromkeys(plans) if not plan.finished]
-    done = len(dict.fromkeys(plans)) - len(waiting)
+    waiting = [plan for plan in plans if not plan.finished]
+    done = len(plans) - len(waiting)
     if not waiting:
         return []
     context = _process_context(scale)

@@ -71,14 +71,8 @@ def collect_answers(
 
     with Journal(folder / ANSWERS_FILE, "id") as journal:
         missing = [instruction for instruction in chosen if instruction.id not in journal.rows]
-        bar = tqdm(
-            total=len(chosen),
-            initial=len(chosen) - len(missing),
-            desc="generate",
-            unit="answer",
-            disable=True if quiet else None,
-        )
-        with bar:
+        done, hidden = len(chosen) - len(missing), True if quiet else None
+        with tqdm(total=len(chosen), initial=done, desc="generate", unit="answer", disable=hidden) as bar:
             if missing:
                 source.answer(missing, journal, bar.update)
         answers = {instruction.id: _read(journal, instruction.id) for instruction in chosen}

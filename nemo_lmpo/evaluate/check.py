@@ -58,15 +58,11 @@ def alpaca_models(folder: Path) -> list[dict[str, Any]]:
     rows = read_table(find_file(folder, "alpaca_eval2_preferences_and_lengths.csv"))
     names = [column.removeprefix("pref:") for column in rows[0] if column.startswith("pref:")]
     baseline = [int(row[f"len:{BASELINES[ALPACA_EVAL]}"]) for row in rows]
-
-    def number(text: str) -> float | None:
-        return float(text) if text else None
-
     return [
         {
             "name": name,
             "index": [int(row["index"]) for row in rows],
-            "preferences": [number(row[f"pref:{name}"]) for row in rows],
+            "preferences": [float(text) if (text := row[f"pref:{name}"]) else None for row in rows],
             "lengths": [int(row[f"len:{name}"]) for row in rows],
             "baseline_lengths": baseline,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -106,8 +105,7 @@ def _run(command: Sequence[str], log: Path, more: Mapping[str, str], on_line: Ca
 def _stop(child: subprocess.Popen[str]) -> None:
     """End a child that is left behind by an error or Ctrl-C."""
     if child.poll() is None:
-        with suppress(ProcessLookupError):
-            child.send_signal(signal.SIGTERM)
+        child.terminate()
         try:
             child.wait(10)
         except subprocess.TimeoutExpired:

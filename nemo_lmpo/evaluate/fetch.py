@@ -32,8 +32,7 @@ class Source:
     name: str
     """In the data folder."""
     url: str
-    sha256: str | None
-    """None: what is read from it is checked instead."""
+    sha256: str
 
 
 _ANCHORS = {
@@ -141,7 +140,7 @@ def verified(source: Source, download: Download) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
         raise DataError(
-            f"{source.url} has hash {found[:12]}, not {str(source.sha256)[:12]}: it was changed or cut off; try again, "
+            f"{source.url} has hash {found[:12]}, not {source.sha256[:12]}: it was changed or cut off; try again, "
             "or put the right file into the folder by hand"
         )
     return content

@@ -64,14 +64,11 @@ def describe_run(path: Path) -> list[str]:
         run = None
     job_id = str(job.get("job_id", ""))
     entry = queue_entry(job_id) if job_id else None
-    step = "-"
-    if run is not None:
-        step = f"{run.metrics.last_step}/{run.total_steps or '?'}"
     metrics = run.metrics if run is not None else None
     return [
         str(path),
         _state(run, job, entry),
-        step,
+        f"{run.metrics.last_step}/{run.total_steps or '?'}" if run is not None else "-",
         _last(metrics, "loss"),
         _last(metrics, "val/loss"),
         _training_left(run),
