@@ -65,38 +65,20 @@ class Rule:
         return tuple(name.format(layer=layer) for name in self.hf)
 
 
-_ATTENTION = "model.layers.{layer}.self_attn."
-_LAYER_RULES = (
-    Rule(
-        LAYERS + "self_attention.linear_qkv.layer_norm_weight",
-        ("model.layers.{layer}.input_layernorm.weight",),
-        TensorLayout.WHOLE,
-    ),
-    Rule(
-        LAYERS + "self_attention.linear_qkv.weight",
-        tuple(f"{_ATTENTION}{part}_proj.weight" for part in "qkv"),
-        TensorLayout.QKV,
-    ),
-    Rule(
-        LAYERS + "self_attention.linear_qkv.bias",
-        tuple(f"{_ATTENTION}{part}_proj.bias" for part in "qkv"),
-        TensorLayout.QKV,
-        only="qkv_bias",
-    ),
-    Rule(LAYERS + "self_attention.q_layernorm.weight", (_ATTENTION + "q_norm.weight",), TensorLayout.WHOLE, "qk_norm"),
-    Rule(LAYERS + "self_attention.k_layernorm.weight", (_ATTENTION + "k_norm.weight",), TensorLayout.WHOLE, "qk_norm"),
-    Rule(LAYERS + "self_attention.linear_proj.weight", (_ATTENTION + "o_proj.weight",), TensorLayout.COLUMNS),
-    Rule(
-        LAYERS + "mlp.linear_fc1.layer_norm_weight",
-        ("model.layers.{layer}.post_attention_layernorm.weight",),
-        TensorLayout.WHOLE,
-    ),
-    Rule(
-        LAYERS + "mlp.linear_fc1.weight",
-        ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"),
-        TensorLayout.GATE_UP,
-    ),
-    Rule(LAYERS + "mlp.linear_fc2.weight", ("model.layers.{layer}.mlp.down_proj.weight",), TensorLayout.COLUMNS),
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER_RULES = tuple(
+    Rule(LAYERS + megatron, tuple(f"model.layers.{{layer}}.{name}" for name in names), layout, only)
+    for megatron, names, layout, only in (
+        ("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"], TensorLayout.WHOLE, None),
+        ("self_attention.linear_qkv.weight", [f"{part}.weight" for part in _QKV], TensorLayout.QKV, None),
+        ("self_attention.linear_qkv.bias", [f"{part}.bias" for part in _QKV], TensorLayout.QKV, "qkv_bias"),
+        ("self_attention.q_layernorm.weight", ["self_attn.q_norm.weight"], TensorLayout.WHOLE, "qk_norm"),
+        ("self_attention.k_layernorm.weight", ["self_attn.k_norm.weight"], TensorLayout.WHOLE, "qk_norm"),
+        ("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"], TensorLayout.COLUMNS, None),
+        ("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"], TensorLayout.WHOLE, None),
+        ("mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], TensorLayout.GATE_UP, None),
+        ("mlp.linear_fc2.weight", ["mlp.down_proj.weight"], TensorLayout.COLUMNS, None),
+    )
 )
 
 
