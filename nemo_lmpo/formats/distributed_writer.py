@@ -10,7 +10,6 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import xxhash
@@ -71,11 +70,10 @@ def write_distributed_checkpoint(
         for rule, layer in rules_by_layer(architecture):
             size = megatron_shape(rule, architecture)
             lead, at = ((architecture.num_layers,), (layer,)) if rule.per_layer else ((), ())
-            for piece in _pieces(rule, layer, architecture, dtype):
-                tensor = _make(piece, rule, source, architecture, dtype)
-                offsets = (*at, piece.row, *(0 for _ in size[1:]))
+            for row, tensor, done in _pieces(rule, layer, source, architecture, dtype):
+                offsets = (*at, row, *(0 for _ in size[1:]))
                 yield catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
-                for name in piece.names if piece.ends_tensor else ():
+                for name in done:
                     progress(name)
 
     sink.add(f"{folder}/{_DATA_FILE}", content())
@@ -131,44 +129,32 @@ def _saved(value: object) -> memoryview:
     return stream.getbuffer()
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of a parameter (of one layer) that are stored together, and the tensors they come from."""
+def _pieces(
+    rule: Rule, layer: int, source: TensorSource, architecture: Architecture, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, tuple[str, ...]]]:
+    """What is stored together of a parameter (of one layer): its first row, its content, and the tensors done by it.
 
-    names: tuple[str, ...]
-    row: int
-    shape: tuple[int, ...]
-    first: int | None = None
-    """For a piece of one tensor: the first row to take from it."""
-    ends_tensor: bool = True
-
-
-def _pieces(rule: Rule, layer: int, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
-    """Gate and up apart, as NeMo stores them; the vocabulary in blocks, which keeps memory small."""
+    Gate and up apart, as NeMo stores them; the vocabulary in blocks, which keeps memory small.
+    """
     names = rule.hf_names(layer)
     if rule.layout is TensorLayout.GATE_UP:
-        row = 0
-        for name, shape in zip(names, part_shapes(rule, architecture), strict=True):
-            yield _Piece((name,), row, shape, first=0)
-            row += shape[0]
+        for place, name in enumerate(names):
+            yield place * architecture.ffn_hidden_size, _copied(get_fitting(source, name, dtype), dtype), (name,)
     elif rule.layout is TensorLayout.VOCABULARY:
         rows, columns = part_shapes(rule, architecture)[0]
         block = max(1, _VOCABULARY_BLOCK_BYTES // (columns * dtype.itemsize))
         for row in range(0, rows, block):
-            taken = min(block, rows - row)
-            yield _Piece(names, row, (taken, columns), first=row, ends_tensor=row + taken == rows)
+            content = _copied(get_fitting(source, names[0], dtype)[row : row + block], dtype)
+            yield row, content, names if row + block >= rows else ()
     else:
-        yield _Piece(names, 0, megatron_shape(rule, architecture))
+        out = torch.empty(megatron_shape(rule, architecture), dtype=dtype)
+        fill(out, rule, [get_fitting(source, name, dtype) for name in names], architecture)
+        yield 0, out, names
 
 
-def _make(piece: _Piece, rule: Rule, source: TensorSource, architecture: Architecture, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(piece.shape, dtype=dtype)
-    parts = [get_fitting(source, name, dtype) for name in piece.names]
-    if piece.first is None:
-        fill(out, rule, parts, architecture)
-    else:
-        out.copy_(parts[0][piece.first : piece.first + piece.shape[0]])
-    return out
+def _copied(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a storage of its own, as torch saves storages whole."""
+    return part.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 _EXTRA_STATES = (
