@@ -74,7 +74,7 @@ def _sized(target: int) -> Architecture:
 def _make(directory: Path, architecture: Architecture) -> None:
     import torch
 
-    from nemo_lmpo.formats.huggingface_writer import write_safetensors
+    from nemo_lmpo.formats.huggingface import write_safetensors
     from nemo_lmpo.formats.source import RandomSource
 
     directory.mkdir()
