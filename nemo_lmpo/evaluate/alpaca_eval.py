@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
@@ -55,8 +56,6 @@ def judge(
     Raises:
         UserError: the judge cannot be asked; what it said is kept.
     """
-    from tqdm import tqdm
-
     rows = [
         {"index": one.id, "instruction": one.text, "output_1": one.baseline_answer, "output_2": answers[one.id].output}
         for one in chosen

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
@@ -43,8 +44,6 @@ def judge(
     Raises:
         UserError: the judge cannot be asked; what it said is kept.
     """
-    from tqdm import tqdm
-
     with Journal(folder / JUDGMENTS_FILE, "game") as journal:
         games = [(one, game) for one in chosen for game in GAMES]
         missing = [(one, game) for one, game in games if _key(one, game) not in journal.rows]

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
 from nemo_lmpo.errors import ConfigError, UserError
 
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -85,23 +89,8 @@ class Endpoint:
         self._pace = _Pace(limits.requests_per_minute)
         self._session = self._open(limits.retries)
 
-    def _open(self, retries: int) -> Any:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        retry = Retry(
-            total=retries,
-            backoff_factor=self.limits.backoff,
-            backoff_max=60,
-            backoff_jitter=self.limits.backoff / 2,
-            status_forcelist=_PASSING,
-            allowed_methods=None,  # also POST: asking again costs a call, not a wrong result
-            raise_on_status=False,
-        )
-        session = requests.Session()
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=self.limits.concurrency))
+    def _open(self, retries: int) -> requests.Session:
+        session = open_session(retries, self.limits.backoff, self.limits.concurrency)
         if self._key:
             session.headers["Authorization"] = f"Bearer {self._key}"
         return session
@@ -118,8 +107,6 @@ class Endpoint:
         Raises:
             UserError: it does not answer.
         """
-        import requests
-
         try:
             with self._open(1) as session:
                 answer = session.get(f"{self.base}/models", timeout=30)
@@ -139,8 +126,6 @@ class Endpoint:
         Raises:
             UserError: it does not answer, or refuses the request.
         """
-        import requests
-
         self._pace.wait()
         try:
             answer = self._session.post(f"{self.base}/{path}", json=body, timeout=self.limits.timeout)
@@ -161,8 +146,6 @@ class Endpoint:
         return UserError(f"{self.option} {self.shown} does not answer ({type(cause).__name__}); start it; {_KEPT}")
 
     def _refused(self, answer: Any) -> UserError:
-        import requests
-
         try:
             content = answer.json()
             error = content.get("error", content)
@@ -176,6 +159,23 @@ class Endpoint:
         elif answer.status_code in _PASSING:
             advice = f" after {self.limits.retries} retries"
         return UserError(f"{self.option} {self.shown} says {answer.status_code} ({said}){advice}; {_KEPT}")
+
+
+def open_session(retries: int, backoff: float = 1.0, connections: int = 1) -> requests.Session:
+    """A session that asks again where that may help."""
+    retry = Retry(
+        total=retries,
+        backoff_factor=backoff,
+        backoff_max=60,
+        backoff_jitter=backoff / 2,
+        status_forcelist=_PASSING,
+        allowed_methods=None,  # also POST: asking again costs a call, not a wrong result
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=connections))
+    return session
 
 
 def choose_model(endpoint: Endpoint, wanted: str | None, name_option: str) -> str:

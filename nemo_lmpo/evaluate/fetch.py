@@ -13,8 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
+import yaml
+from tqdm import tqdm
+
 from nemo_lmpo.errors import DataError, UserError
 from nemo_lmpo.evaluate.data_files import DF_GAMED_HASH, JudgePrompt, data_folder, load_set
+from nemo_lmpo.evaluate.endpoint import open_session
 from nemo_lmpo.evaluate.environment import run_program
 from nemo_lmpo.evaluate.storage import file_hash
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, TASKS
@@ -117,8 +122,6 @@ def fetch(options: argparse.Namespace) -> Path:
 
 def fetch_files(folder: Path, download: Download, *, quiet: bool) -> None:
     """Every file, each written when it is whole and right."""
-    from tqdm import tqdm
-
     with tqdm(total=len(SOURCES) + 1, desc="fetch", unit="file", disable=True if quiet else None) as bar:
         for source in SOURCES:
             path = folder / source.name
@@ -152,8 +155,6 @@ def judge_prompt(download: Download) -> str:
     Raises:
         DataError: they are not the released ones.
     """
-    import yaml
-
     code = ast.parse(verified(_JUDGE_PROMPT, download))
     texts = [
         ast.literal_eval(node.value)
@@ -173,13 +174,7 @@ def download(url: str) -> bytes:
     Raises:
         UserError: it cannot be had.
     """
-    import requests
-    from requests.adapters import HTTPAdapter
-    from urllib3.util import Retry
-
-    with requests.Session() as session:
-        retry = Retry(total=4, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
-        session.mount("https://", HTTPAdapter(max_retries=retry))
+    with open_session(retries=4) as session:
         try:
             answer = session.get(url, timeout=120)
         except requests.RequestException as error:

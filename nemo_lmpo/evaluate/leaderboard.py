@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.environment import all_packages, run_program
@@ -148,8 +149,6 @@ def huggingface_form(prompting: Prompting, output: Path, *, weights: bool) -> Pa
 
 
 def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path, told: Mapping[str, Any]) -> None:
-    from tqdm import tqdm
-
     request = {
         "model": told,
         "tasks": [asdict(task) for task in tasks],

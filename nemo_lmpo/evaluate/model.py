@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
@@ -69,8 +71,6 @@ def default_name(given: str) -> str:
 
 def describe(options: argparse.Namespace, prompting: Prompting, folder: Path) -> Model:
     """The model's identity; its weights' hash takes a while the first time, and is kept in ``folder``."""
-    from tqdm import tqdm
-
     from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 
     row = parse_row(options.row) if options.row else trained_row(prompting.trained)
