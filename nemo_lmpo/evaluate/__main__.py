@@ -57,7 +57,12 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
         _logger.info("page: %s", write_tables(options.folders, options.output))
         return 0
-    return _check(options) if options.command == "check" else _fetch(options)
+    if options.command == "fetch":
+        from nemo_lmpo.evaluate.fetch import fetch
+
+        _logger.info("data: %s", fetch(options))
+        return 0
+    return _check(options)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -71,13 +76,6 @@ def _check(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     sys.stdout.write(f"{len(rows) - len(wrong)} of {len(rows)} rows agree with what was published ({shown})\n")
     return 1 if wrong else 0
-
-
-def _fetch(options: argparse.Namespace) -> int:
-    from nemo_lmpo.evaluate.fetch import fetch
-
-    _logger.info("data: %s", fetch(options))
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import EvaluationSet, Instruction, answers_of_file, arena_answers
@@ -65,39 +67,24 @@ def collect_answers(
 
     Raises:
         UserError: the source cannot answer; what it answered is kept.
-        DataError: too many answers are empty.
+        DataError: more than 1 % of the answers are empty.
     """
-    from tqdm import tqdm
-
     with Journal(folder / ANSWERS_FILE, "id") as journal:
         missing = [instruction for instruction in chosen if instruction.id not in journal.rows]
         done, hidden = len(chosen) - len(missing), True if quiet else None
         with tqdm(total=len(chosen), initial=done, desc="generate", unit="answer", disable=hidden) as bar:
             if missing:
                 source.answer(missing, journal, bar.update)
-        answers = {instruction.id: _read(journal, instruction.id) for instruction in chosen}
-    check_not_empty(answers.values(), str(folder / ANSWERS_FILE), allow_empty=allow_empty)
-    return answers
-
-
-def _read(journal: Journal, name: str) -> Answer:
-    row = journal.rows[name]
-    return Answer(name, row["output"], row.get("tokens"), bool(row.get("truncated")))
-
-
-def check_not_empty(answers: Iterable[Answer], place: str, *, allow_empty: bool) -> None:
-    """Refuse a set of answers of which more than 1 % are empty.
-
-    Raises:
-        DataError: with their number.
-    """
-    every = list(answers)
-    empty = [answer.id for answer in every if not answer.output.strip()]
-    if len(empty) > _MOST_EMPTY * len(every) and not allow_empty:
+        rows = {instruction.id: journal.rows[instruction.id] for instruction in chosen}
+    empty = [name for name, row in rows.items() if not row["output"].strip()]
+    if len(empty) > _MOST_EMPTY * len(rows) and not allow_empty:
         raise DataError(
-            f"{place}: {len(empty)} of {len(every)} answers are empty (the first to instruction {empty[0]}); look at "
-            "the prompts and the template, or say --allow-empty if the model does that"
+            f"{folder / ANSWERS_FILE}: {len(empty)} of {len(rows)} answers are empty (the first to instruction "
+            f"{empty[0]}); look at the prompts and the template, or say --allow-empty if the model does that"
         )
+    return {
+        name: Answer(name, row["output"], row.get("tokens"), bool(row.get("truncated"))) for name, row in rows.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -157,16 +144,14 @@ class EndpointSource:
                 "/v1/completions for token ids, as `vllm serve` does"
             ) from None
         usage = response.get("usage") or {}
-        self._check_prompt_length(usage.get("prompt_tokens"), len(prompt), instruction.id)
-        return Answer(instruction.id, text.strip(), usage.get("completion_tokens"), reason == "length")
-
-    def _check_prompt_length(self, counted: int | None, sent: int, name: str) -> None:
-        if counted is not None and counted != sent:
+        counted = usage.get("prompt_tokens")
+        if counted is not None and counted != len(prompt):
             raise DataError(
                 f"{self.endpoint.option} {self.endpoint.shown} counts {counted} tokens in the prompt of instruction "
-                f"{name}, of which {sent} were sent: it adds its own (a second BOS?); use a server that takes token "
-                "ids as they are"
+                f"{instruction.id}, of which {len(prompt)} were sent: it adds its own (a second BOS?); use a server "
+                "that takes token ids as they are"
             )
+        return Answer(instruction.id, text.strip(), usage.get("completion_tokens"), reason == "length")
 
 
 def room(wanted: int, prompt: int, positions: int, name: str) -> int:
@@ -188,7 +173,6 @@ def room(wanted: int, prompt: int, positions: int, name: str) -> int:
 class StoredSource:
     """Answers that exist already."""
 
-    path: Path
     outputs: Mapping[str, str]
     """By instruction."""
     sha256: str
@@ -220,4 +204,4 @@ def stored_answers(path: Path, evaluation_set: EvaluationSet) -> StoredSource:
         raise DataError(
             f"{path} answers {len(outputs)} of the {count} instructions; the numbers need all of them, so complete it"
         )
-    return StoredSource(path, outputs, file_hash(path))
+    return StoredSource(outputs, file_hash(path))

@@ -48,8 +48,6 @@ class Instruction:
     id: str
     text: str
     baseline_answer: str
-    dataset: str = ""
-    """AlpacaEval's source of it."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ def _alpaca_eval(folder: Path) -> EvaluationSet:
     rows = answers_of_file(path)
     found = content_hash([[row.get("dataset", ""), row["instruction"], row["output"]] for row in rows])
     _check(path, found, SET_HASHES[ALPACA_EVAL], len(rows), ALPACA_EVAL_INSTRUCTIONS)
-    instructions = [
-        Instruction(str(index), row["instruction"], row["output"], row["dataset"]) for index, row in enumerate(rows)
-    ]
+    instructions = [Instruction(str(index), row["instruction"], row["output"]) for index, row in enumerate(rows)]
     return EvaluationSet(ALPACA_EVAL, instructions, found, BASELINES[ALPACA_EVAL], published=True)
 
 
