@@ -62,24 +62,22 @@ def _with_margin(metrics: Metrics) -> dict[str, Series]:
 
 def measure_picture(suite: Suite, values: Values) -> bytes | None:
     """Every measure of a suite as a row of dots with standard errors."""
-    shown = [name for name in suite.measures if name != "chosen_change" and _has(suite, values, name)]
-    return _measures(suite, values, shown) if shown else None
-
-
-def _has(suite: Suite, values: Values, name: str) -> bool:
-    return sum(bool(of_variant(values, variant, name)) for variant in suite.variants) > 1
-
-
-def _measures(suite: Suite, values: Values, names: Sequence[str]) -> bytes:
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
+    shown = [
+        name
+        for name in suite.measures
+        if name != "chosen_change" and sum(bool(of_variant(values, one, name)) for one in suite.variants) > 1
+    ]
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
     height = rows * (0.75 + 0.27 * len(suite.variants))
     figure = Figure(figsize=(3.1 * columns + 1.6, height), dpi=160, facecolor=BACKGROUND, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for place, axes in enumerate(grid.flat):
-        if place < len(names):
-            _dots(axes, suite.variants, values, names[place])
+        if place < len(shown):
+            _dots(axes, suite.variants, values, shown[place])
         else:
             axes.set_visible(False)
     return picture_bytes(canvas)

@@ -12,13 +12,12 @@ from nemo_lmpo.errors import ConfigError
 _PREFIXES = ("SBATCH_", "NEMO_LMPO_")
 
 
-def templates_dir(environ: Mapping[str, str] | None = None) -> Path:
+def templates_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the templates lie: inside an installed wheel, beside the package in a checkout, or as told.
 
     Raises:
         ConfigError: nowhere.
     """
-    environ = os.environ if environ is None else environ
     package = Path(__file__).resolve().parent
     places = [package / "templates", package.parent.parent / "slurm"]
     if "NEMO_LMPO_SLURM_DIR" in environ:
@@ -31,13 +30,12 @@ def templates_dir(environ: Mapping[str, str] | None = None) -> Path:
     )
 
 
-def settings_file(templates: Path, environ: Mapping[str, str] | None = None) -> Path | None:
+def settings_file(templates: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The user's copy of `cluster.env.example`; None if there is none.
 
     Raises:
         ConfigError: NEMO_LMPO_CLUSTER_ENV names a file that does not exist.
     """
-    environ = os.environ if environ is None else environ
     named = environ.get("NEMO_LMPO_CLUSTER_ENV")
     path = Path(named) if named else templates / "cluster.env"
     if path.is_file():

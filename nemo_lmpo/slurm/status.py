@@ -106,7 +106,11 @@ def _state(run: Run | None, job: dict[str, Any], entry: QueueEntry | None) -> st
         return "done"
     if outcome is not None:
         return outcome
-    age = "" if run is None or run.metrics.last_time is None else f", {_age(run.metrics.last_time)} ago"
+    age = (
+        ""
+        if run is None or run.metrics.last_time is None
+        else f", {_duration(time.time() - run.metrics.last_time)} ago"
+    )
     # Without Slurm nobody tells whether it still runs.
     return f"ended{age}" if job and shutil.which("squeue") else f"unknown{age}"
 
@@ -133,10 +137,6 @@ def _training_left(run: Run | None) -> str:
         return _duration(0)
     left = (run.total_steps - run.metrics.last_step) * statistics.median(seconds.values[-_RECENT_STEPS:])
     return _duration(left)
-
-
-def _age(moment: float) -> str:
-    return _duration(time.time() - moment)
 
 
 def _duration(seconds: float) -> str:
