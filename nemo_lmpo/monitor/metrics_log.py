@@ -13,14 +13,16 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.config.schema import LoggingConfig
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.lines import cut_lines
-from nemo_lmpo.monitor.samples import Sample, SamplesFile
+from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.trackers import Trackers
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -48,6 +50,14 @@ def truncate_metrics(path: Path, resume_step: int) -> set[str]:
     """
     last = cut_lines(path, resume_step)
     return {"val/" if any(name.startswith("val/") for name in entry) else "" for entry in last}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {path} ({error}); free the disk and resume the run") from error
 
 
 class MetricsLog:
@@ -87,7 +97,9 @@ class MetricsLog:
         self._write_facts()
         self._path = self._run_dir / run_files.METRICS
         self._present = truncate_metrics(self._path, resume_step)
-        self._samples = SamplesFile(self._run_dir, resume_step)
+        self._samples_path = self._run_dir / run_files.SAMPLES
+        # The answers of the start model stand at step 0, which a run that begins anew takes again.
+        self._has_samples = bool(cut_lines(self._samples_path, resume_step if resume_step > 0 else -1))
         self._file = self._path.open("ab")
         self._synced_at = time.monotonic()
 
@@ -109,25 +121,29 @@ class MetricsLog:
         entry: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
         entry.update((name, encode_number(value)) for name, value in named.items())
         line = json.dumps(entry, allow_nan=False) + "\n"
-        try:
+        with _writing(self._path):
             # One write a line: a kill can then only cut the last line.
             self._file.write(line.encode())
             self._file.flush()
             if time.monotonic() - self._synced_at >= _SYNC_SECONDS:
                 self.sync()
-        except OSError as error:
-            raise TrainingError(f"cannot write {self._path} ({error}); free the disk and resume the run") from error
         if prefix or step == 1 or step % self._log_interval == 0:
             self._trackers.log(step, named)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Write the answers of a validation; ``step`` 0 has the start model's.
+        """Write the answers of a validation, a line each; ``step`` 0 has the start model's.
 
         Raises:
             TrainingError: they cannot be written.
         """
-        if self._samples.write(step, samples):
-            self._trackers.log_samples(step, samples)
+        if step == self._resume_step and self._has_samples:
+            return
+        entries = [{"step": step, "prompt_index": index, **asdict(sample)} for index, sample in enumerate(samples)]
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        with _writing(self._samples_path), self._samples_path.open("ab", buffering=0) as file:
+            # One write: a kill can then only cut the last lines, which a resume takes again.
+            file.write(text.encode(errors="replace"))
+        self._trackers.log_samples(step, samples)
 
     def note_early_stop(self, facts: Mapping[str, Any]) -> None:
         """Keep in `run.json`, for the report, that the run is done before its last step, and why, until it goes on."""

@@ -85,12 +85,8 @@ def read_gpus(text: str) -> Machine:
     found = _GPUS.fullmatch(text.lower().replace(" ", ""))
     if found is None:
         raise ConfigError(f"GPUS={text} cannot be read; write GPUS=4, GPUS=64xH100 or GPUS=16x4xA100")
-    nodes, count, name, suffixes = (
-        found[1],
-        int(found[2]),
-        found[3] or "a100",
-        found[4].split("-")[1:] if found[4] else [],
-    )
+    nodes, count, name = found[1], int(found[2]), found[3] or "a100"
+    suffixes = found[4].split("-")[1:] if found[4] else []
     if name not in CARDS:
         raise ConfigError(f"GPUS={text} names the card {name}, which is unknown; known: {', '.join(CARDS)}")
     card = CARDS[name]

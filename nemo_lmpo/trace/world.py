@@ -11,7 +11,6 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,15 +116,22 @@ def _world_patches() -> list[Patch]:
 
 def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
     """Forms that only GPUs have, and that fake tensors of the CPU must not take apart."""
+
+    def rms_norm(hidden: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Any:
+        return _FusedRMSNorm.apply(hidden, weight, meter)
+
+    def rotary(states: Tensor, angles: Tensor, *_: object, **__: object) -> Any:
+        return _FusedRotary.apply(states, angles, meter)
+
     patches: list[Patch] = [
         # Nothing moves, and parameters cannot be exchanged for fake ones.
         (torch.nn.Module, "to", lambda self, *args, **kwargs: self),
-        (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", partial(_FusedRMSNorm.apply_with, meter)),
+        (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", rms_norm),
         *_sharding_patches(meter),
     ]
     if transformer_engine:
         attention = importlib.import_module("megatron.core.transformer.attention")
-        patches.append((attention, "apply_rotary_pos_emb", partial(_FusedRotary.apply_with, meter)))
+        patches.append((attention, "apply_rotary_pos_emb", rotary))
     for path, names in _COMPILED.items():
         module = importlib.import_module(path)
         patches += [(module, name, _fuse(meter, getattr(module, name))) for name in names]
@@ -134,12 +140,6 @@ def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
 
 class _FusedRMSNorm(torch.autograd.Function):
     """One kernel each way, as on GPUs; keeps its input and one number a token."""
-
-    @staticmethod
-    def apply_with(meter: Meter, hidden: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
-        """With the signature of `torch.nn.functional.rms_norm`."""
-        normalized: Tensor = _FusedRMSNorm.apply(hidden, weight, meter)
-        return normalized
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, meter: Meter) -> Tensor:
@@ -159,12 +159,6 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 class _FusedRotary(torch.autograd.Function):
     """One kernel each way; keeps nothing but the angles."""
-
-    @staticmethod
-    def apply_with(meter: Meter, states: Tensor, angles: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """With the signature of megatron-core's function."""
-        rotated: Tensor = _FusedRotary.apply(states, angles, meter)
-        return rotated
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, angles: Tensor, meter: Meter) -> Tensor:

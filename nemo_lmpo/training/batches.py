@@ -36,6 +36,15 @@ class Pairs(Protocol):
     def __getitem__(self, index: int) -> PairTokens: ...
 
 
+class PairList(list[PairTokens]):
+    """Pairs in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """As :attr:`Pairs.lengths`."""
+        return np.array([[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in self])
+
+
 @dataclass
 class MicroBatch:
     """A rank's part of a packed row under context parallelism (the whole row without it)."""

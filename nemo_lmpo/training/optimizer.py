@@ -109,16 +109,12 @@ def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, total_step
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    warmup_steps = math.ceil(optim.sched.warmup_fraction * total_steps)
-    if warmup_steps >= total_steps:
-        # Rounding up may take the only step of a very short run.
-        warmup_steps = total_steps - 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=optim.sched.min_lr,
-        lr_warmup_steps=warmup_steps,
+        lr_warmup_steps=min(math.ceil(optim.sched.warmup_fraction * total_steps), total_steps - 1),
         lr_decay_steps=total_steps,
         lr_decay_style=optim.sched.name,
         start_wd=optim.weight_decay,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from nemo_lmpo.data.tokenizer import chat_template_text
 from nemo_lmpo.formats.base_model import BaseModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
-from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, Pairs, StepBatch
+from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, PairList, Pairs
 from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.pipeline import run_pipeline
@@ -29,27 +30,6 @@ if TYPE_CHECKING:
 
 TOKEN = "token"
 """Column of the table of next tokens."""
-
-
-class _Unfinished:
-    """Sequences that want their next token, as :class:`nemo_lmpo.training.batches.Pairs`.
-
-    Each is the prompt of a pair whose responses are one unknown token: a response's last token is never fed, so all
-    that is laid in a row is the sequence, and the position that predicts is its end.
-    """
-
-    def __init__(self, sequences: Sequence[list[int]]) -> None:
-        self.sequences = sequences
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([[len(ids), 1, 1] for ids in self.sequences])
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> PairTokens:
-        return PairTokens(f"sample {index}", self.sequences[index], [0], [0])
 
 
 class GreedyAnswers:
@@ -98,26 +78,24 @@ class GreedyAnswers:
         return self.finished(answer) or len(answer) >= min(self.most_tokens, self.room - len(prompt))
 
     def _next_tokens(self, sequences: Sequence[list[int]]) -> list[int]:
-        pairs: Pairs = _Unfinished(sequences)
-        batch = self.batches.build(pairs, np.arange(len(sequences)))
-        table = _NextTokens(self.policy, batch)
-        run_pipeline(list(self.policy.chunks), batch.micro_batches, table.forward_step, forward_only=True)
-        return table.read()
+        """The token after each sequence.
 
+        A sequence is laid as the prompt of a pair whose responses are one unknown token: a response's last token is
+        never fed, so all that is laid in a row is the sequence, and the position that predicts is its end.
+        """
+        pairs = PairList(PairTokens(f"sample {place}", ids, [0], [0]) for place, ids in enumerate(sequences))
+        batch = self.batches.build(pairs, np.arange(len(pairs)))
+        table = PairMetrics((TOKEN,), batch.num_pairs, self.policy.device)
 
-class _NextTokens:
-    """What megatron-core's schedules call for every micro-batch, and the tokens that come of it."""
+        def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
+            return forward_micro_batch(micro_batches, model, partial(self._choose, table))
 
-    def __init__(self, policy: Policy, batch: StepBatch) -> None:
-        self.groups = policy.groups
-        self.table = PairMetrics((TOKEN,), batch.num_pairs, policy.device)
-
-    def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
-        """What the schedules call: :func:`forward_micro_batch` with the choice of tokens."""
-        return forward_micro_batch(micro_batches, model, self._choose)
+        run_pipeline(list(self.policy.chunks), batch.micro_batches, forward_step, forward_only=True)
+        table.share(self.policy.groups)
+        return [int(token) for token in table.read().column(TOKEN).tolist()]
 
     def _choose(
-        self, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
+        self, table: PairMetrics, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Note the tokens of a row on the last stage; the rest is megatron-core's form of a loss.
 
@@ -127,16 +105,12 @@ class _NextTokens:
         chosen = model.most_probable(hidden, micro_batch.predict_positions)
         tokens = torch.zeros(2 * micro_batch.num_pairs, dtype=torch.int64, device=hidden.device)
         tokens[micro_batch.sequence_index] = chosen
-        if self.groups.context.size() > 1:
-            dist.all_reduce(tokens, group=self.groups.context)
+        context = self.policy.groups.context
+        if context.size() > 1:
+            dist.all_reduce(tokens, group=context)
         # Both unknown responses are predicted from the same place.
-        self.table.put(micro_batch.pair_index, {TOKEN: tokens.view(-1, 2)[:, 0]})
+        table.put(micro_batch.pair_index, {TOKEN: tokens.view(-1, 2)[:, 0]})
         return hidden.new_zeros(()), micro_batch.pair_count, {}
-
-    def read(self) -> list[int]:
-        """The token of each sequence. Communicates: an all-reduce and a broadcast, so that every rank has all."""
-        self.table.share(self.groups)
-        return [int(token) for token in self.table.read().column(TOKEN).tolist()]
 
 
 def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:

@@ -12,8 +12,7 @@ from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.plan.amounts import micro_batch_work, shape_of, split_of
-from nemo_lmpo.trace.pairs import EqualPairs
-from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Trace, trace_rank
+from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Trace, filling_pairs, trace_rank
 
 LAYERS = 4
 # Weights of a layer, its two norms, and the vocabulary as tensor parallelism of 4 pads it.
@@ -159,5 +158,5 @@ def test_fsdp_keeps_a_share_of_all_and_sends_layers_around() -> None:
 
 
 def test_pairs_have_what_any_loss_wants() -> None:
-    (pair,) = EqualPairs(1, (2, 3, 4))
+    pair = filling_pairs(load_recipe("lmpo_tiny"), 1)[0]
     assert all(value is not None for value in vars(pair).values())
