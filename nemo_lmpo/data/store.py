@@ -7,7 +7,6 @@ share their pages, and what is not looked at costs nothing.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,14 +102,13 @@ def summarize_store(directory: Path) -> None:
     import xxhash
 
     table = _read_table(directory)
-    meta = StoreMeta(rows_read=table.num_rows)
+    meta = _counted(table)
     # one hash for each column: how many rows a batch has, which the number of workers decides, does not matter
     tokens = [xxhash.xxh3_128() for _ in range(4)]
     rows, lengths, hashes = [np.empty(0, np.int32)], [np.empty((0, 3), np.int32)], [np.empty(0, np.uint64)]
     start = 0
     for batch in table.to_batches():
         good = np.asarray(batch.column("reason").is_null())
-        _count(meta, batch, good)
         rows.append((start + np.flatnonzero(good)).astype(np.int32))
         lengths.append(_lengths(batch)[good])
         hashes.append(_hashes(batch))
@@ -130,18 +128,20 @@ def summarize_store(directory: Path) -> None:
     (directory / META_FILE).write_text(json.dumps(asdict(meta)), encoding="utf-8")
 
 
-def _count(meta: StoreMeta, batch: pa.RecordBatch, good: np.ndarray) -> None:
+def _counted(table: pa.Table) -> StoreMeta:
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    meta.prompts_cut += pc.sum(batch.column("prompt_cut")).as_py() or 0
-    meta.responses_cut += pc.sum(batch.column("response_cut")).as_py() or 0
-    meta.special_tokens += pc.sum(batch.column("special_tokens")).as_py() or 0
-    bad = np.flatnonzero(~good)
-    reasons = Counter(meta.dropped)
-    reasons.update(batch.column("reason").take(bad).to_pylist())
-    meta.dropped = dict(reasons)
-    if len(bad) and meta.first_bad is None:
-        meta.first_bad = [batch.column(name)[int(bad[0])].as_py() for name in ("number", "reason", "detail")]
+    meta = StoreMeta(rows_read=table.num_rows)
+    meta.prompts_cut, meta.responses_cut, meta.special_tokens = (
+        pc.sum(table.column(name)).as_py() or 0 for name in ("prompt_cut", "response_cut", "special_tokens")
+    )
+    reasons = table.column("reason")
+    meta.dropped = {one["values"]: one["counts"] for one in reasons.drop_null().value_counts().to_pylist()}
+    if meta.dropped:
+        first = pc.index(reasons.is_valid(), pa.scalar(True)).as_py()
+        meta.first_bad = [table.column(name)[first].as_py() for name in ("number", "reason", "detail")]
+    return meta
 
 
 def _lengths(batch: pa.RecordBatch) -> np.ndarray:
@@ -180,11 +180,6 @@ def _read_table(directory: Path) -> pa.Table:
     return pa.concat_tables([table.cast(schema) for table in tables]) if tables else schema.empty_table()
 
 
-def _mapped(path: Path) -> np.ndarray:
-    mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return np.asarray(mapped)
-
-
 def read_store(directory: Path) -> Store | None:
     """Open what tokenizing left in ``directory``.
 
@@ -198,9 +193,11 @@ def read_store(directory: Path) -> Store | None:
         if meta.bytes != {path.name: path.stat().st_size for path in _files(directory)}:
             return None
         table = _read_table(directory)
-        rows, lengths, repeated = (_mapped(directory / name) for name in (ROWS_FILE, LENGTHS_FILE, REPEATED_FILE))
+        rows, lengths, repeated = (
+            np.asarray(np.load(directory / name, mmap_mode="r", allow_pickle=False))
+            for name in (ROWS_FILE, LENGTHS_FILE, REPEATED_FILE)
+        )
     except (OSError, ValueError, TypeError, pa.ArrowException):
         return None
-    store = Store(table, rows, lengths, repeated, meta)
-    fits = table.num_rows == meta.rows_read and len(store.rows) == len(store.lengths) == meta.pairs
-    return store if fits else None
+    fits = table.num_rows == meta.rows_read and len(rows) == len(lengths) == meta.pairs
+    return Store(table, rows, lengths, repeated, meta) if fits else None
