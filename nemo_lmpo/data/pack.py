@@ -6,6 +6,7 @@ Packing decides cost only: the pairs of a step, their tokens and so the loss are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -64,11 +65,8 @@ def plan_micro_batches(
     limit = len(costs) if max_pairs_per_row is None else max_pairs_per_row
     block = dp_size * multiple_of_rows
     least = max(-(-int(costs.sum()) // row_tokens), -(-len(costs) // max(limit, 1)), 1)
-    num_rows = -(-least // block) * block
-    rows = _fill_rows(costs, num_rows, row_tokens, limit)
-    while rows is None:
-        num_rows += block
-        rows = _fill_rows(costs, num_rows, row_tokens, limit)
+    tried = (_fill_rows(costs, number, row_tokens, limit) for number in count(-(-least // block) * block, block))
+    rows = next(filter(None, tried))
     even_out(rows, costs)
     return _deal_rows(rows, costs, dp_size)
 
@@ -147,19 +145,14 @@ class _RowBuilder:
         self.targets.extend(response)
         self.sequences.extend([sequence] * len(response))
 
-    def add_pair_sharing_prompt(self, pair: PairTokens, index: int) -> None:
-        """Three segments: prompt, chosen, rejected; both responses see the prompt and themselves."""
-        prompt = self.add_segment(pair.prompt_ids)
+    def add_pair(self, pair: PairTokens, index: int, *, share_prompt: bool) -> None:
+        """Three segments, prompt, chosen and rejected, where both responses see the prompt; or two, with it in each."""
+        prompt = self.add_segment(pair.prompt_ids) if share_prompt else (0, 0)
+        own = [] if share_prompt else pair.prompt_ids
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            start, _ = self.add_segment(response[:-1], prefix=prompt)
-            self.add_targets(response, prompt[0] + prompt[1] - 1, start, 2 * index + side)
-
-    def add_pair_twice(self, pair: PairTokens, index: int) -> None:
-        """Two segments: prompt and chosen, prompt and rejected."""
-        for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            start, _ = self.add_segment([*pair.prompt_ids, *response[:-1]])
-            after_prompt = start + len(pair.prompt_ids)
-            self.add_targets(response, after_prompt - 1, after_prompt, 2 * index + side)
+            start = self.add_segment([*own, *response[:-1]], prefix=prompt)[0] + len(own)
+            last_of_prompt = (start if own else sum(prompt)) - 1
+            self.add_targets(response, last_of_prompt, start, 2 * index + side)
 
     def pad(self, multiple: int, pad_id: int) -> None:
         """Fill up to a multiple (one whole multiple for an empty row) with one segment that predicts nothing."""
@@ -194,10 +187,7 @@ def pack_pairs(
     builder = _RowBuilder()
     for index, pair in enumerate(pairs):
         assert all((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)), pair.pair_id
-        if share_prompt:
-            builder.add_pair_sharing_prompt(pair, index)
-        else:
-            builder.add_pair_twice(pair, index)
+        builder.add_pair(pair, index, share_prompt=share_prompt)
     builder.pad(pad_to_multiple, pad_id)
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     return PackedSequence(
