@@ -123,18 +123,14 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
         why = f" (no better {config.checkpoint.monitor} for a while)" if result.early else ""
         _logger.info("done: %d steps%s; checkpoints in %s", result.step, why, run.checkpoints)
         if config.checkpoint.export_hf:
-            _export(run.path)
+            from nemo_lmpo.export.write import export_run
+
+            exported = export_run(run.path, run.path / run_files.HUGGINGFACE, overwrite=True)
+            _logger.info("exported: %s", exported)
     else:
         leave_outcome(stopped(result.stopped_by))
         _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
     return 0
-
-
-def _export(run: Path) -> None:
-    """The finished run as a Hugging Face directory, with its model card."""
-    from nemo_lmpo.export.write import export_run
-
-    _logger.info("exported: %s", export_run(run, run / run_files.HUGGINGFACE, overwrite=True))
 
 
 def _dry_run(config: Config) -> int:

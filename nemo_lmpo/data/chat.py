@@ -32,11 +32,16 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: str | None = None) -> None:
+        from jinja2 import TemplateError
+
         self.tokenizer = tokenizer
         self.template = template
         self.system_prompt = system_prompt
-        exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}]
-        rendered = self._probe(exchange)
+        exchange = [{"role": "user", "content": "Hello"}, _assistant(_PROBE)]
+        try:
+            rendered = self._apply([exchange])[0]
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"data.chat_template cannot render a plain exchange ({error}); correct it") from None
         found = rendered.rfind(_PROBE)
         if found < 0:
             raise ConfigError("data.chat_template leaves out the assistant's text; use another template")
@@ -74,14 +79,6 @@ class ChatFormat:
             conversations, chat_template=self.template, tokenize=False, add_generation_prompt=generate
         )
         return list(rendered)
-
-    def _probe(self, messages: list[Message]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._apply([messages])[0]
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"data.chat_template cannot render a plain exchange ({error}); correct it") from None
 
     def _end_of_turn(self) -> tuple[str, bool]:
         """The part of the tail up to its first special token; without one, the tail's text, and EOS is appended."""

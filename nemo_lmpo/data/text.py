@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,17 +97,14 @@ def _open(path: str) -> IO[bytes]:
 
 def is_document(path: str) -> bool:
     """Whether a JSON file is one document, or several over many lines each, instead of lines."""
-    start = list(islice(_raw_lines(path), 2))
-    return bool(start) and _may_be_document(start) and _document(path) is not None
+    return _document(path) is not None
 
 
 def _json_lines(path: str) -> Iterator[Line]:
     """JSON lines as they are; the rows of a file that is one or several JSON documents over many lines."""
-    lines = _raw_lines(path)
-    start = list(islice(lines, 2))
-    document = _document(path) if start and _may_be_document(start) else None
+    document = _document(path)
     if document is None:
-        yield from chain(start, lines)
+        yield from _raw_lines(path)
         return
     for number, row in enumerate(document, start=1):
         yield number, json.dumps(row).encode()
@@ -127,6 +124,9 @@ def _may_be_document(start: list[Line]) -> bool:
 
 def _document(path: str) -> list[Any] | None:
     """The rows of an array, an object, or objects behind each other; None if the file is none of these."""
+    start = list(islice(_raw_lines(path), 2))
+    if not start or not _may_be_document(start):
+        return None
     with _open(path) as stream:
         content = stream.read(MOST_DOCUMENT_BYTES + 1)
     if len(content) > MOST_DOCUMENT_BYTES:
