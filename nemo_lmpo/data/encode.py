@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
@@ -119,6 +119,8 @@ class PairEncoder(Encoder):
         super().__post_init__(special)
         self.chat = ChatFormat(self.tokenizer, self.template, self.system_prompt)
         self._bos = self.tokenizer.bos_token_id
+        self._kept = self.max_length + _SPARE_TOKENS
+        """Tokens of a long text that are made at least."""
         end = [self.tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
         self._end = end[-1]
         self._adds_bos = self._bos is not None and self.tokenizer("a")["input_ids"][:1] == [self._bos]
@@ -147,18 +149,21 @@ class PairEncoder(Encoder):
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.special_tokens.tokenize(texts)
 
+    def _in_bulk(self, texts: list[str], alone: Callable[[int], list[int]]) -> list[list[int]]:
+        """Ids of texts, in one call but for those much longer than may be kept: ``alone`` gives one's, by its place."""
+        fits = [len(text) <= self._kept * _LETTERS_A_TOKEN for text in texts]
+        short = iter(self._tokenize([text for text, whole in zip(texts, fits, strict=True) if whole]))
+        return [next(short) if whole else alone(place) for place, whole in enumerate(fits)]
+
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         """Ids of each prompt; of one that is much longer than may be kept, its BOS and more of its end than that."""
-        wanted = self.max_length + _SPARE_TOKENS
-        whole = [len(text) <= wanted * _LETTERS_A_TOKEN for text in texts]
-        short = iter(self._tokenize([text for text, fits in zip(texts, whole, strict=True) if fits]))
-        return [next(short) if fits else self._end_of(text, wanted) for text, fits in zip(texts, whole, strict=True)]
+        return self._in_bulk(texts, lambda place: self._end_of(texts[place]))
 
-    def _end_of(self, text: str, wanted: int) -> list[int]:
-        letters = wanted * _LETTERS_A_TOKEN
+    def _end_of(self, text: str) -> list[int]:
+        letters = self._kept * _LETTERS_A_TOKEN
         while letters < len(text):
             ids = self._tokenize([text[-letters:]])[0][_SPARE_TOKENS:]
-            if len(ids) >= wanted:
+            if len(ids) >= self._kept:
                 starts_with_bos = self._bos is not None and text.startswith(str(self.tokenizer.bos_token))
                 return [self._bos, *ids] if starts_with_bos else ids
             letters *= 4
@@ -191,17 +196,10 @@ class PairEncoder(Encoder):
         return 0
 
     def _responses(self, tails: list[tuple[str, list[int]]], texts: list[str]) -> list[list[int]]:
-        wanted = self.max_length + _SPARE_TOKENS
-        letters = wanted * _LETTERS_A_TOKEN
-        short = iter(
-            self._tokenize(
-                [tail + text for (tail, _), text in zip(tails, texts, strict=True) if len(tail + text) <= letters]
-            )
-        )
+        wholes = [tail + text for (tail, _), text in zip(tails, texts, strict=True)]
+        bulk = self._in_bulk(wholes, lambda place: self._beginning_of(wholes[place], len(tails[place][1]) + self._kept))
         responses = []
-        for (tail, tail_ids), text in zip(tails, texts, strict=True):
-            fits = len(tail + text) <= letters
-            ids = next(short) if fits else self._beginning_of(tail + text, len(tail_ids) + wanted)
+        for (_, tail_ids), text, ids in zip(tails, texts, bulk, strict=True):
             response = ids[len(tail_ids) :] if ids[: len(tail_ids)] == tail_ids else self._alone(text)
             if self.chat.append_eos:
                 response = [*response, self._end]
@@ -222,13 +220,12 @@ class PairEncoder(Encoder):
 
     def _alone(self, response: str) -> list[int]:
         """Ids of a response that would merge with its prompt, without the space some tokenizers put in front."""
-        wanted = self.max_length + _SPARE_TOKENS
         for anchor in _ANCHORS:
             before = self._tokenize([anchor])[0]
-            ids = self._beginning_of(anchor + response, wanted)
+            ids = self._beginning_of(anchor + response, self._kept)
             if ids[: len(before)] == before:
                 return ids[len(before) :]
-        return self._beginning_of(response, wanted)
+        return self._beginning_of(response, self._kept)
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
         """One BOS if the template wrote any or the tokenizer would add one, else none."""

@@ -57,30 +57,24 @@ class RowsToPairs:
         """
         import pyarrow as pa
 
-        parts = []
-        for start in range(0, table.num_rows, CHUNK_ROWS):
-            part = table.slice(start, CHUNK_ROWS)
-            columns = self._columns(raw_rows(part, indices[start : start + CHUNK_ROWS]))
-            parts.append(pa.Table.from_pydict(columns, schema=pairs_schema()))
-        return pa.concat_tables(parts)
+        starts = range(0, table.num_rows, CHUNK_ROWS)
+        chunks = (raw_rows(table.slice(at, CHUNK_ROWS), indices[at : at + CHUNK_ROWS]) for at in starts)
+        schema = pairs_schema()
+        return pa.concat_tables([pa.Table.from_pylist(list(self._pairs(chunk)), schema=schema) for chunk in chunks])
 
-    def _columns(self, rows: list[RawRow]) -> dict[str, list[Any]]:
+    def _pairs(self, rows: list[RawRow]) -> Iterator[dict[str, Any]]:
         parsed = [self._parsed(raw.value) for raw in rows]
         encoded = iter(self.encoder.encode([row for row in parsed if isinstance(row, PreferenceRow)]))
-        columns: dict[str, list[Any]] = {name: [] for name in pairs_schema().names}
         for raw, result in zip(rows, parsed, strict=True):
             row = result if isinstance(result, RowError) else next(encoded)
-            values: dict[str, Any] = {"number": raw.number, "pair_id": pair_id(raw, self.short_name)}
-            if isinstance(row, RowError):
-                detail = f"{row.detail} (pair {shown(values['pair_id'])})"
-                if self.stop_at_bad:
-                    raise UnusableRow(raw.number, detail)
-                values |= {"reason": row.reason, "detail": detail}
-            else:
-                values |= vars(row)
-            for name, column in columns.items():
-                column.append(values.get(name))
-        return columns
+            place = {"number": raw.number, "pair_id": pair_id(raw, self.short_name)}
+            if not isinstance(row, RowError):
+                yield place | vars(row)
+                continue
+            detail = f"{row.detail} (pair {shown(place['pair_id'])})"
+            if self.stop_at_bad:
+                raise UnusableRow(raw.number, detail)
+            yield place | {"reason": row.reason, "detail": detail}
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
         try:
