@@ -47,12 +47,6 @@ def setting(default: Any = dataclasses.MISSING, *, may_change: bool = False, **l
     return field(default=default, metadata=metadata)
 
 
-def limits_of(of: dataclasses.Field[Any]) -> Limits:
-    """What holds for a field's values."""
-    limits: Limits = of.metadata.get("limits", Limits())
-    return limits
-
-
 @dataclass
 class PeftConfig:
     """Adapters instead of full training; off unless `name` is set."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_lmpo.config.schema import Limits, limits_of
+from nemo_lmpo.config.schema import Limits
 from nemo_lmpo.errors import shown
 
 LARGEST_WHOLE_NUMBER = 2**63 - 1
@@ -27,7 +27,7 @@ def out_of_bounds(group: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from out_of_bounds(value, f"{key}.")
         else:
-            yield from _of_value(key, value, limits_of(of))
+            yield from _of_value(key, value, of.metadata.get("limits", Limits()))
 
 
 def _of_value(key: str, value: Any, limits: Limits) -> Iterator[str]:
