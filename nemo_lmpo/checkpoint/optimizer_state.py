@@ -37,16 +37,26 @@ def optimizer_sharded_state(optimizer: Any, model_state: dict[str, Any], *, is_l
 
     Nothing is communicated, and nothing copied: the tensors are the optimizer's own or views of them.
     """
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    def sharded(entry: Any, start: int, tensor: Tensor, name: str, is_part: bool) -> Any:
+        if is_part:
+            return boxed(entry, start, tensor, prefix=f"optimizer.state.{name}.")
+        return make_sharded_optimizer_tensor(entry, tensor, prefix=f"optimizer.state.{name}")
+
     state: dict[str, Any] = {}
     for index, inner in enumerate(inner_optimizers(optimizer)):
         if getattr(inner, "is_stub_optimizer", False):
             continue
         if is_loading:
             inner.init_state_fn(inner.optimizer, inner.config)  # moments, which the first step would make
-        if _is_shared(inner):
-            state[f"{index}"] = _shared_state(inner, model_state)
-        else:
-            state[f"{index}"] = _plain_state(inner, model_state)
+        is_part, by_identity = _is_shared(inner), _sharded_parameters(model_state)
+        state[f"{index}"] = {
+            number: {
+                name: sharded(by_identity[id(model)], start, tensor, name, is_part) for name, tensor in tensors.items()
+            }
+            for number, (model, start, tensors) in enumerate(_parameters(inner))
+        }
     return state
 
 
@@ -55,15 +65,10 @@ def load_optimizer_state(optimizer: Any, loaded: dict[str, Any], *, step: int) -
     for index, inner in enumerate(inner_optimizers(optimizer)):
         if getattr(inner, "is_stub_optimizer", False):
             continue
-        tensors = loaded[f"{index}"]
-        if _is_shared(inner):
-            _load_shared(inner, tensors)
-        else:
-            for number, (_, main, state) in enumerate(_plain_parameters(inner)):
-                for name in MOMENTS:
-                    state[name].copy_(tensors[number][name])
-                if "fp32_param" in tensors[number]:
-                    main.data.copy_(tensors[number]["fp32_param"])
+        copy = copy_from_boxes if _is_shared(inner) else Tensor.copy_
+        for number, (_, _, tensors) in enumerate(_parameters(inner)):
+            for name, tensor in tensors.items():
+                copy(tensor, loaded[f"{index}"][number][name])
         _set_step(inner, step)
 
 
@@ -88,18 +93,6 @@ def _set_step(inner: Any, step: int) -> None:
                 inner.optimizer.state[parameter]["step"] = torch.tensor(float(step))
 
 
-def _plain_parameters(inner: Any) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """Model parameter, main parameter (the same one in float32) and state, of a non-distributed optimizer."""
-    model_of_main: dict[int, Tensor] = {}
-    for model_group, main_group in zip(
-        getattr(inner, "float16_groups", []), getattr(inner, "fp32_from_float16_groups", []), strict=True
-    ):
-        model_of_main.update((id(main), model) for model, main in zip(model_group, main_group, strict=True))
-    for group in inner.optimizer.param_groups:
-        for main in group["params"]:
-            yield model_of_main.get(id(main), main), main, inner.optimizer.state[main]
-
-
 def _sharded_parameters(model_state: dict[str, Any]) -> dict[int, Any]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -108,38 +101,10 @@ def _sharded_parameters(model_state: dict[str, Any]) -> dict[int, Any]:
     return {id(described_parameter(entry.data)): entry for entry in nested_values(sharded)}
 
 
-def _plain_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-
-    by_identity = _sharded_parameters(model_state)
-    result: dict[int, dict[str, Any]] = {}
-    for number, (model, main, state) in enumerate(_plain_parameters(inner)):
-        tensors = {name: state[name] for name in MOMENTS}
-        if main is not model:
-            tensors["fp32_param"] = main
-        result[number] = {
-            name: make_sharded_optimizer_tensor(by_identity[id(model)], tensor, prefix=f"optimizer.state.{name}")
-            for name, tensor in tensors.items()
-        }
-    return result
-
-
-def _shared_state(inner: Any, model_state: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
-    """This rank's part of each parameter's state, in the format of a plain optimizer, without a copy or a gather."""
-    by_identity = _sharded_parameters(model_state)
-    return {
-        number: {
-            name: boxed(by_identity[id(model)], start, part, prefix=f"optimizer.state.{name}.")
-            for name, part in tensors.items()
-        }
-        for number, (model, start, tensors) in enumerate(_shards(inner))
-    }
-
-
-def _shards(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    """Parameters that this rank keeps state of: the model's, where its flat range starts, and the state's tensors."""
+def _parameters(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """What this rank keeps state of: the model's parameter, where its part of it begins, and the state's tensors."""
     if not _is_distributed(inner):
-        yield from _shards_of_shared_parameters(inner)
+        yield from _plain_parameters(inner)
         return
     for ranges in inner.gbuf_ranges:
         for buckets in ranges.values():
@@ -152,16 +117,17 @@ def _shards(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
                     yield model, places["param"].start, tensors
 
 
-def _shards_of_shared_parameters(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    for parameter, _, state in _plain_parameters(inner):
-        own = own_part(parameter)
-        tensors = {name: own_part(state[name]).local for name in MOMENTS}
-        if gathered_dtype(parameter) != parameter.dtype:
-            tensors["fp32_param"] = own.local
-        yield parameter, own.start, tensors
-
-
-def _load_shared(inner: Any, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
-    for number, (_, _, tensors) in enumerate(_shards(inner)):
-        for name, part in tensors.items():
-            copy_from_boxes(part, loaded[number][name])
+def _plain_parameters(inner: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """The same of an optimizer whose state lies as the parameters do: whole, or in parts (FSDP)."""
+    model_of_main: dict[int, Tensor] = {}
+    for model_group, main_group in zip(
+        getattr(inner, "float16_groups", []), getattr(inner, "fp32_from_float16_groups", []), strict=True
+    ):
+        model_of_main.update((id(main), model) for model, main in zip(model_group, main_group, strict=True))
+    for group in inner.optimizer.param_groups:
+        for main in group["params"]:
+            model = model_of_main.get(id(main), main)
+            tensors = {name: own_part(inner.optimizer.state[main][name]).local for name in MOMENTS}
+            if main is not model or gathered_dtype(model) != model.dtype:
+                tensors["fp32_param"] = own_part(main).local
+            yield model, own_part(model).start, tensors
