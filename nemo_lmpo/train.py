@@ -119,7 +119,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
         return 0
     if result.stopped_by is None:
         leave_outcome(OUTCOME_DONE)
-        run = RunDirectory(config, {})
+        run = RunDirectory(config)
         why = f" (no better {config.checkpoint.monitor} for a while)" if result.early else ""
         _logger.info("done: %d steps%s; checkpoints in %s", result.step, why, run.checkpoints)
         if config.checkpoint.export_hf:

@@ -15,6 +15,7 @@ import yaml
 
 from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten, is_admitted
 from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.sidecars import sidecar_names
@@ -33,9 +34,9 @@ _logger = logging.getLogger(__name__)
 class RunDirectory:
     """``runs/<recipe>`` unless set; what lies in it is told in :mod:`nemo_lmpo.runtime.run_files`."""
 
-    def __init__(self, config: Config, plain: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         self.path = Path(config.run_dir) if config.run_dir else Path("runs") / config.name
-        self.plain = plain
+        self.plain = config_as_dict(config)
         self.resumes = config.checkpoint.resume
         self.defaults = default_settings(config)
         self.allow_changes = config.checkpoint.allow_changes
@@ -138,7 +139,7 @@ class RunDirectory:
         return ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one")
 
     def _write_config(self, directory: Path) -> None:
-        replace_file(directory / run_files.CONFIG, yaml.safe_dump(dict(self.plain), sort_keys=False))
+        replace_file(directory / run_files.CONFIG, yaml.safe_dump(self.plain, sort_keys=False))
 
     def write_sidecars(self, directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,12 @@ def reading_safely() -> Iterator[None]:
     from megatron.core.dist_checkpointing.strategies import torch as strategy
 
     name = "_get_filesystem_reader"
-    # From 0.19 on, megatron-core reads what is no tensor by a reference of its own.
-    saved = [(module, getattr(module, name)) for module in (strategy, serialization) if hasattr(module, name)]
-    for module, _ in saved:
-        setattr(module, name, lambda directory, *args, **kwargs: SafeReader(directory))
-    try:
+    with ExitStack() as undo:
+        for module in (strategy, serialization):
+            if hasattr(module, name):  # from 0.19 on, what is no tensor is read by a reference of its own
+                undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, lambda directory, *args, **kwargs: SafeReader(directory))
         yield
-    finally:
-        for module, original in saved:
-            setattr(module, name, original)
 
 
 def _numpy_names() -> list[Any]:

@@ -67,19 +67,12 @@ def devices(launch: LaunchInfo) -> Iterator[Finding]:
 
 def kernels(precision: str) -> tuple[list[Finding], Kernels | None]:
     """Which kernels a run would take, and why not faster ones."""
-    cuda = torch.cuda.is_available()
+    device = this_device(use_cuda=torch.cuda.is_available())
     try:
-        chosen = choose_kernels(
-            ModelConfig(), precision=precision, head_dim=HEAD_DIM, device=this_device(use_cuda=cuda)
-        )
+        chosen = choose_kernels(ModelConfig(), precision=precision, head_dim=HEAD_DIM, device=device)
     except ConfigError as error:
         return [Finding("kernels", "choice", str(error), "problem")], None
-    used = kernels_in_use(
-        detect_kernels(),
-        cuda=cuda,
-        transformer_engine=chosen.transformer_engine,
-        attention_backend=chosen.attention,
-    )
+    used = kernels_in_use(detect_kernels(), chosen)
     findings = [Finding("kernels", name, what) for name, what in used.items()]
     return [*findings, *(Finding("kernels", "why", reason, "note") for reason in chosen.reasons)], chosen
 

@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.runtime.transformer_engine import installed_version
+
+if TYPE_CHECKING:
+    from nemo_lmpo.model.kernels import Kernels
 
 # Shown if installed: the name people use, and the distributions that may carry it.
 _PACKAGES = {
@@ -98,29 +102,20 @@ def detect_kernels() -> DetectedKernels:
     )
 
 
-def kernels_in_use(
-    detected: DetectedKernels, *, cuda: bool, transformer_engine: bool, attention_backend: str
-) -> dict[str, str]:
-    """What layers, attention and optimizer run on.
-
-    Args:
-        detected: from :func:`detect_kernels`.
-        cuda: whether the run is on GPUs.
-        transformer_engine: whether the model was built from Transformer Engine layers.
-        attention_backend: `flash`, `te` or `sdpa`, as chosen (not `auto`).
-    """
+def kernels_in_use(detected: DetectedKernels, kernels: Kernels) -> dict[str, str]:
+    """What layers, attention and optimizer of the chosen ``kernels`` run on, given those that are installed."""
     te = f"Transformer Engine {detected.transformer_engine}"
-    attention = "torch flash, one call a layer" if attention_backend == "flash" else "torch SDPA"
-    if attention_backend == "te":
+    attention = "torch flash, one call a layer" if kernels.attention == "flash" else "torch SDPA"
+    if kernels.attention == "te":
         flash = f", flash-attention {detected.flash_attention}" if detected.flash_attention else ""
         attention = f"{te} (cuDNN{flash})"
     # megatron-core takes the first fused Adam that it can import, in this order.
     optimizer = "torch AdamW"
-    if cuda and detected.transformer_engine:
+    if kernels.gpu and detected.transformer_engine:
         optimizer = f"{te} FusedAdam"
-    elif cuda and detected.apex:
+    elif kernels.gpu and detected.apex:
         optimizer = f"apex {detected.apex} FusedAdam"
-    return {"layers": te if transformer_engine else "torch", "attention": attention, "optimizer": optimizer}
+    return {"layers": te if kernels.transformer_engine else "torch", "attention": attention, "optimizer": optimizer}
 
 
 def package_versions() -> dict[str, str]:

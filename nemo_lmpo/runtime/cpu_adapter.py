@@ -95,13 +95,12 @@ class CpuAdapter:
     """Redirects CUDA calls of torch and megatron-core to the CPU while installed."""
 
     def __init__(self) -> None:
-        self._saved: list[tuple[Any, str, Any]] = []
-        self._mode: _CudaToCpu | None = None
+        self._undo: contextlib.ExitStack | None = None
 
     @property
     def installed(self) -> bool:
         """Whether calls are redirected now."""
-        return self._mode is not None
+        return self._undo is not None
 
     def install(self) -> None:
         """Redirect; does nothing when installed already.
@@ -113,21 +112,18 @@ class CpuAdapter:
             return
         if torch.cuda.is_initialized():
             raise RuntimeError("the CPU adapter cannot be installed after CUDA was initialised")
-        for owner, name, replacement in _replacements():
-            self._saved.append((owner, name, getattr(owner, name)))
+        replacements = _replacements()
+        self._undo = contextlib.ExitStack()
+        for owner, name, replacement in replacements:
+            self._undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
-        self._mode = _CudaToCpu()
-        self._mode.__enter__()
+        self._undo.enter_context(_CudaToCpu())
 
     def uninstall(self) -> None:
         """Put everything back."""
-        if self._mode is None:
-            return
-        self._mode.__exit__(None, None, None)
-        self._mode = None
-        while self._saved:
-            owner, name, original = self._saved.pop()
-            setattr(owner, name, original)
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
 
 
 ADAPTER = CpuAdapter()

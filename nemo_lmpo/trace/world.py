@@ -80,14 +80,11 @@ def names_of_groups(groups: ParallelGroups) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _patched(patches: Sequence[Patch]) -> Iterator[None]:
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
-    for owner, name, replacement in patches:
-        setattr(owner, name, replacement)
-    try:
+    with contextlib.ExitStack() as undo:
+        for owner, name, replacement in patches:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
         yield
-    finally:
-        for owner, name, original in reversed(saved):
-            setattr(owner, name, original)
 
 
 def _world_patches() -> list[Patch]:

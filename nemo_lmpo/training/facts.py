@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step: int) -> BannerFacts:
     """Machine, layout, model and versions of a run that is about to start."""
-    kernels = policy.kernels
-    cuda, world_size = policy.device.type == "cuda", dist.get_world_size()
-    if cuda:
+    world_size = dist.get_world_size()
+    if policy.device.type == "cuda":
         devices = f"{world_size} x {torch.cuda.get_device_name()}"
     else:
         devices = f"CPU, {world_size} process(es) of {torch.get_num_threads()} thread(s)"
@@ -33,12 +32,7 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
         total_steps=total_steps,
         data_parallel=policy.groups.data.size(),
         start_step=start_step,
-        kernels=kernels_in_use(
-            detect_kernels(),
-            cuda=cuda,
-            transformer_engine=kernels.transformer_engine,
-            attention_backend=kernels.attention,
-        ),
-        reasons=kernels.reasons,
+        kernels=kernels_in_use(detect_kernels(), policy.kernels),
+        reasons=policy.kernels.reasons,
         versions=package_versions(),
     )

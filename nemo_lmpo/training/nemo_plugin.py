@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.loss_section import parse_loss
-from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping
+from nemo_lmpo.config.recipe import config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.tokenizer import load_tokenizer
@@ -143,7 +143,7 @@ class MegatronGPTLMPOModel(ModelPT):
         """
         config = self.policy.config
         tokenizer = load_tokenizer(self.base.tokenizer, trust_remote_code=config.model.trust_remote_code)
-        run = RunDirectory(config, config_as_dict(config))
+        run = RunDirectory(config)
         PolicyFiles(self.policy, self.base, run, tokenizer).save_to(save_path)
 
     @classmethod

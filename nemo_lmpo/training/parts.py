@@ -38,9 +38,8 @@ def start_policy(config: Config, base: BaseModel, groups: ParallelGroups, device
     Raises:
         CheckpointError: the start model cannot be read.
     """
-    policy = Policy(
-        config, base.architecture, groups, device, reference=lambda policy: reference_in_memory(policy, base)
-    )
+    policy = Policy(config, base.architecture, groups, device)
+    policy.attach_reference = reference_in_memory(policy, base)
     load_start_weights(policy.models, groups, base, config.model.seed)
     return policy
 

@@ -38,23 +38,9 @@ class StepOutcome:
     """Positions in the global batch whose loss is infinite or not a number."""
 
 
-def build_chunks(
-    config: Config, architecture: Architecture, groups: ParallelGroups, device: torch.device, kernels: Kernels
-) -> list[PackedGPTModel]:
-    """This process's bare model chunks, with weights that are yet to be loaded."""
-    return build_model_chunks(
-        architecture,
-        config.model,
-        groups=groups,
-        dtype=parameter_dtype(config.trainer),
-        device=device,
-        kernels=kernels,
-    )
-
-
 def build_frozen_chunks(policy: Policy) -> list[torch.nn.Module]:
     """A second model that lies as the policy's own and is never trained; with weights that are yet to be loaded."""
-    chunks = build_chunks(policy.config, policy.architecture, policy.groups, policy.device, policy.kernels)
+    chunks = policy.build_chunks()
     for chunk in chunks:
         chunk.requires_grad_(False)
     if policy.config.model.fsdp:
@@ -89,8 +75,6 @@ class Policy:
         architecture: Architecture,
         groups: ParallelGroups,
         device: torch.device,
-        *,
-        reference: Callable[[Policy], Callable[[StepBatch], None] | None] = lambda policy: None,
         kernels: Kernels | None = None,
     ) -> None:
         """Build model and loss.
@@ -100,8 +84,6 @@ class Policy:
             architecture: the model's.
             groups: this process's groups.
             device: where the model lives.
-            reference: makes what gives a batch its reference log-probabilities, where a reference model is in memory;
-                called with the built policy, whose weights are yet to be loaded.
             kernels: what to build from; unset: what is best on this machine.
         """
         self.config = config
@@ -112,14 +94,26 @@ class Policy:
         self.loss = build_loss(config.loss)
         statistics = self.loss.statistics
         self.statistics = RunningStatistics(statistics) if statistics is not None else None
-        chunks = build_chunks(config, architecture, groups, device, self.kernels)
+        chunks = self.build_chunks()
         if config.model.peft.name is not None:
             add_adapters(chunks, config.model.peft, architecture, seed=config.model.seed)
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config, groups, device))
         self.micro_batch_step = MicroBatchStep(
             self.loss, groups, chunk_tokens=logprob_chunk(config.model, architecture), device=device
         )
-        self.attach_reference = reference(self)
+        self.attach_reference: Callable[[StepBatch], None] | None = None
+        """Gives a batch its reference log-probabilities, where a reference model is in memory."""
+
+    def build_chunks(self) -> list[PackedGPTModel]:
+        """Bare model chunks of this process, with weights that are yet to be loaded."""
+        return build_model_chunks(
+            self.architecture,
+            self.config.model,
+            groups=self.groups,
+            dtype=parameter_dtype(self.config.trainer),
+            device=self.device,
+            kernels=self.kernels,
+        )
 
     @property
     def models(self) -> list[PackedGPTModel]:

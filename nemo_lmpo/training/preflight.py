@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.rules import ParallelLayout, check_settings, validate
 from nemo_lmpo.data.preflight import look_at_data, look_at_tokenizer
 from nemo_lmpo.formats.base_model import BaseModel, find_base_model
@@ -52,5 +51,5 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
         trust_remote_code=config.model.trust_remote_code,
     )
     if owns_directory:
-        RunDirectory(config, config_as_dict(config)).check_owner()
+        RunDirectory(config).check_owner()
     return Preflight(layout, base, (*unseen, *(() if local else (base.tokenizer,))))

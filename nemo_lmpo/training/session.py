@@ -17,7 +17,6 @@ from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_data_on_other_ranks
 from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
 from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded_weights
-from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import CheckpointError
@@ -179,7 +178,7 @@ def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None =
     base = (checked or preflight(config, launch.world_size, fetch=True)).base
     use_cuda = uses_gpu(config.trainer.accelerator, launch)
     kernels_for(config, base.architecture, use_cuda=use_cuda)  # refused before data is read
-    run = RunDirectory(config, config_as_dict(config))
+    run = RunDirectory(config)
     with run.taken() if launch.is_main else nullcontext():
         if launch.is_main and (job := read_batch_job()) is not None:
             job.record(run.path)

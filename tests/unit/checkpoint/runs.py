@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.config.recipe import config_as_dict, load_recipe
+from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.process import distributed_session
@@ -51,7 +51,7 @@ def one_process() -> Iterator[tuple[Any, torch.device]]:
 def open_session(place: tuple[Any, torch.device], run_dir: Path, *overrides: str) -> TrainingSession:
     """A session of the tiny run at step 0, as the training command makes it."""
     config = load_recipe("lmpo_tiny", [*TINY, f"run_dir={run_dir}", *overrides])
-    run = RunDirectory(config, config_as_dict(config))
+    run = RunDirectory(config)
     run.check_owner()
     run.create()
     return TrainingSession(config, find_base_model(config.model), run, LaunchInfo(), *place)

@@ -26,7 +26,7 @@ from tests.unit.formats.tiny_models import save
 
 def directory(path: Path, *overrides: str) -> RunDirectory:
     config = load_recipe("lmpo_tiny", [f"run_dir={path}", *overrides])
-    return RunDirectory(config, config_as_dict(config))
+    return RunDirectory(config)
 
 
 def begun(path: Path, *overrides: str) -> None:
@@ -104,7 +104,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 def test_default_place(tmp_path: Path) -> None:
     assert directory(tmp_path).path == tmp_path
     config = load_recipe("lmpo_tiny")
-    assert RunDirectory(config, {}).path == Path("runs/lmpo_tiny")
+    assert RunDirectory(config).path == Path("runs/lmpo_tiny")
 
 
 def test_what_a_resumed_run_may_change() -> None:

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from nemo_lmpo.config.schema import Config, ModelConfig, TrainerConfig
+from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.monitor.banner import (
     BannerFacts,
     DetectedKernels,
@@ -98,7 +99,7 @@ def test_versions_hold_installed_packages_only():
     ],
 )
 def test_kernels_in_use(detected, cuda, te, backend, layers, attention, optimizer):
-    used = kernels_in_use(detected, cuda=cuda, transformer_engine=te, attention_backend=backend)
+    used = kernels_in_use(detected, Kernels(te, backend, gpu=cuda))
     assert used == {"layers": layers, "attention": attention, "optimizer": optimizer}
 
 
