@@ -177,18 +177,18 @@ def fill(
         out[: rows.shape[0]].copy_(rows)
         out[rows.shape[0] :].zero_()
     elif rule.layout is TensorLayout.GATE_UP:
-        half = out.shape[0] // 2
-        for index, part in enumerate(parts):
-            out[index * half : (index + 1) * half].copy_(_cut(part, 0, tp_rank, tp_size))
+        for half, part in zip(out.chunk(2), parts, strict=True):
+            half.copy_(_cut(part, 0, tp_rank, tp_size))
     else:
-        a = architecture
-        groups = a.num_query_groups // tp_size
-        heads = a.num_attention_heads // a.num_query_groups
-        target = out.unflatten(0, (groups, heads + 2, a.head_dim))
-        query, key, value = (_cut(part, 0, tp_rank, tp_size) for part in parts)
-        target[:, :heads].copy_(query.unflatten(0, (groups, heads, a.head_dim)))
-        target[:, heads].copy_(key.unflatten(0, (groups, a.head_dim)))
-        target[:, heads + 1].copy_(value.unflatten(0, (groups, a.head_dim)))
+        for grouped, part in zip(_by_group(out, architecture), parts, strict=True):
+            grouped.copy_(_cut(part, 0, tp_rank, tp_size).reshape(grouped.shape))
+
+
+def _by_group(stored: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of queries ``[groups, heads, head_dim, ...]``, and of keys and values ``[groups, head_dim, ...]``."""
+    heads = architecture.num_attention_heads // architecture.num_query_groups
+    grouped = stored.unflatten(0, (-1, heads + 2, architecture.head_dim))
+    return grouped[:, :heads], grouped[:, heads], grouped[:, heads + 1]
 
 
 def _cut(part: Tensor, axis: int, tp_rank: int, tp_size: int) -> Tensor:
@@ -205,12 +205,7 @@ def separate(rule: Rule, tensor: Tensor, architecture: Architecture) -> tuple[Te
     if rule.layout is TensorLayout.VOCABULARY:
         return (tensor[: architecture.vocab_size],)
     if rule.layout is TensorLayout.GATE_UP:
-        gate, up = tensor.chunk(2, dim=0)
-        return gate, up
+        return tensor.chunk(2)
     if rule.layout is TensorLayout.QKV:
-        a = architecture
-        heads = a.num_attention_heads // a.num_query_groups
-        grouped = tensor.unflatten(0, (a.num_query_groups, heads + 2, a.head_dim))
-        query, key, value = grouped[:, :heads], grouped[:, heads], grouped[:, heads + 1]
-        return tuple(part.reshape(-1, *tensor.shape[1:]).contiguous() for part in (query, key, value))
+        return tuple(part.reshape(-1, *tensor.shape[1:]).contiguous() for part in _by_group(tensor, architecture))
     return (tensor.contiguous(),)
