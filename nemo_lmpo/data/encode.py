@@ -117,6 +117,7 @@ class PairEncoder(Encoder):
 
     def __post_init__(self, special: SpecialTokens | None) -> None:
         super().__post_init__(special)
+        self._tokenize = self.special_tokens.tokenize
         self.chat = ChatFormat(self.tokenizer, self.template, self.system_prompt)
         self._bos = self.tokenizer.bos_token_id
         self._kept = self.max_length + _SPARE_TOKENS
@@ -145,9 +146,6 @@ class PairEncoder(Encoder):
         prompts = [self._with_one_bos(prompt) for prompt in prompts]
         encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, strict=True)])
         return [texts if isinstance(texts, RowError) else next(encoded) for texts in results]
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.special_tokens.tokenize(texts)
 
     def _in_bulk(self, texts: list[str], alone: Callable[[int], list[int]]) -> list[list[int]]:
         """Ids of texts, in one call but for those much longer than may be kept: ``alone`` gives one's, by its place."""

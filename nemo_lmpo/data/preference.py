@@ -222,7 +222,7 @@ def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str
         raise DataError(f"the cached data in {entry} cannot be read; delete that directory")
     meta = store.meta
     if meta.first_bad is not None and config.on_bad_row == "error":  # cached by a run that skipped
-        raise bad_row_error(source, meta.first_bad[0], meta.first_bad[2])
+        raise bad_row_error(source.location(meta.first_bad[0]), meta.first_bad[2])
     if meta.rows_read == 0:
         raise DataError(f"{source.name} holds no rows; give a dataset with preference pairs")
     return key, store

@@ -43,7 +43,7 @@ def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:
         try:
             parse_row(row.value, which.schema)
         except RowError as error:
-            raise bad_row_error(source, row.number, error.detail) from None
+            raise bad_row_error(source.location(row.number), error.detail) from None
 
 
 def look_at_tokenizer(config: DataConfig, name: str, *, vocab_size: int, trust_remote_code: bool) -> bool:

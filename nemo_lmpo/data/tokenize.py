@@ -31,15 +31,6 @@ MOST_WORKERS = 32
 """Chosen at most when `data.num_workers` is unset: each process takes seconds and memory to start."""
 
 
-class UnusableRow(Exception):
-    """A row that stops the tokenizing; goes from worker processes to the one that started them."""
-
-    def __init__(self, number: int, detail: str) -> None:
-        super().__init__(number, detail)
-        self.number = number
-        self.detail = detail
-
-
 @dataclass(frozen=True)
 class RowsToPairs:
     """What `datasets` maps over a source: rows in, pairs out; a row that cannot be used says why in its columns."""
@@ -47,13 +38,14 @@ class RowsToPairs:
     encoder: Encoder
     schema: str
     short_name: str
-    stop_at_bad: bool
+    stop_at: str | None
+    """What an error calls the source's rows, before a number, if it is to stop at one that cannot be used."""
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The pairs of ``table`` (columns of :func:`pairs_schema`); ``indices`` are its rows' places in the source.
 
         Raises:
-            UnusableRow: the first row that cannot be used, where one has to stop.
+            DataError: the first row that cannot be used, where one has to stop.
         """
         import pyarrow as pa
 
@@ -72,8 +64,8 @@ class RowsToPairs:
                 yield place | vars(row)
                 continue
             detail = f"{row.detail} (pair {shown(place['pair_id'])})"
-            if self.stop_at_bad:
-                raise UnusableRow(raw.number, detail)
+            if self.stop_at is not None:
+                raise bad_row_error(f"{self.stop_at} {raw.number}", detail)
             yield place | {"reason": row.reason, "detail": detail}
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
@@ -97,7 +89,8 @@ def tokenize_source(
     Raises:
         DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at an unusable row.
     """
-    job = RowsToPairs(encoder, schema, source.short_name, stop_at_bad=on_bad_row == "error")
+    stop_at = f"{source.name} {source.unit}" if on_bad_row == "error" else None
+    job = RowsToPairs(encoder, schema, source.short_name, stop_at)
     rows_directory = directory / "rows"
     try:
         with _progress_bar(shows=False):
@@ -105,17 +98,13 @@ def tokenize_source(
         if len(rows):
             _map(rows, job, directory, num_workers)
         summarize_store(directory)
-    except UnusableRow as error:
-        raise bad_row_error(source, error.number, error.detail) from None
     finally:
         shutil.rmtree(rows_directory, ignore_errors=True)
 
 
-def bad_row_error(source: Source, number: int, detail: str) -> DataError:
+def bad_row_error(location: str, detail: str) -> DataError:
     """The error for an unusable row."""
-    return DataError(
-        f"{source.location(number)}: {detail}; correct the row, or set data.on_bad_row=skip to leave such rows out"
-    )
+    return DataError(f"{location}: {detail}; correct the row, or set data.on_bad_row=skip to leave such rows out")
 
 
 def pair_id(raw: RawRow, short_name: str) -> str:

@@ -22,8 +22,8 @@ from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.preference import load_preference_dataset, pair_encoder
 from nemo_lmpo.data.read import Source
 from nemo_lmpo.data.templates import CHATML
-from nemo_lmpo.data.tokenize import RowsToPairs, UnusableRow, bad_row_error
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.data.tokenize import RowsToPairs
+from nemo_lmpo.errors import DataError, UserError
 
 LONGEST_MESSAGE = 500
 ODD_TEXTS = (
@@ -117,8 +117,8 @@ def refusal(row: bytes, job: RowsToPairs, source: Source) -> str | None:
     table = pa.table({"number": pa.array([1]), "line": pa.array([row], pa.large_binary())})
     try:
         job(table, [0])
-    except UnusableRow as error:
-        return str(bad_row_error(source, error.number, error.detail))
+    except DataError as error:
+        return str(error)
     return None
 
 
@@ -133,7 +133,7 @@ def error_job(tokenizer: PreTrainedTokenizerFast) -> tuple[RowsToPairs, Source]:
     """What maps rows in error mode, and the source that messages name."""
     encoder = pair_encoder(DataConfig(max_length=400, max_prompt_length=200), tokenizer)
     source = Source("rows.jsonl", "rows.jsonl", "line", "", lambda directory: datasets.Dataset.from_list([]))
-    return RowsToPairs(encoder, "auto", "rows.jsonl", stop_at_bad=True), source
+    return RowsToPairs(encoder, "auto", "rows.jsonl", stop_at="rows.jsonl line"), source
 
 
 def load(path: str, cache: Path, tokenizer: PreTrainedTokenizerFast, mode: str) -> Any:
