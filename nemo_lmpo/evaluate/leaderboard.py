@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nemo_lmpo.generate.engine import Prompting
 
 TASKS_FOLDER, EXPORT_FOLDER = "tasks", "huggingface"
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _logger = logging.getLogger("nemo_lmpo")
 
@@ -84,14 +83,15 @@ def _harness_model(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the harness is told of the model, and what of that decides numbers."""
     from nemo_lmpo.evaluate.endpoint import choose_model
-    from nemo_lmpo.evaluate.in_process import default_dtype
+    from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
     from nemo_lmpo.evaluate.pairwise import open_endpoint
     from nemo_lmpo.generate.engine import choose_device
 
     bos = prompting.tokenizer.bos_token_id
     chat = prompting.encoder.chat
-    shared = {
-        "positions": prompting.files.architecture.max_position_embeddings,
+    arguments: dict[str, Any] = {"max_length": prompting.files.architecture.max_position_embeddings}
+    told = {
+        "arguments": arguments,
         "chat_template": chat.template,
         "system_prompt": chat.system_prompt,
         "adds_bos": bos is not None and prompting.tokenizer("a")["input_ids"][:1] == [bos],
@@ -101,14 +101,15 @@ def _harness_model(
         endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
         served = choose_model(endpoint, options.served_name, "--served-name")
         generation = {"backend": "endpoint", "endpoint": endpoint.shown, "served_name": served, "dtype": "the server's"}
-        told = {"kind": "endpoint", "name": served, "url": endpoint.base, "tokenizer": str(exported)}
-        told.update(concurrency=options.concurrency, retries=max(options.retries, 1))
-        return {**shared, **told}, generation
+        arguments |= {"model": served, "base_url": f"{endpoint.base}/completions", "tokenizer": str(exported)}
+        arguments |= {"num_concurrent": options.concurrency, "max_retries": max(options.retries, 1)}
+        return {**told, "kind": "endpoint"}, generation
     device = choose_device(options.device)
     dtype = options.dtype or default_dtype(device)
     generation = {"backend": "transformers", "device": device, "dtype": dtype, "batch_size": options.batch_size}
-    told = {"kind": "hf", "path": str(exported), "dtype": _DTYPES[dtype], "device": device}
-    return {**shared, **told, "batch_size": options.batch_size}, generation
+    arguments |= {"pretrained": str(exported), "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    arguments |= {"device": device, "batch_size": options.batch_size}
+    return {**told, "kind": "hf"}, generation
 
 
 def export(given: str, output: Path) -> Path:

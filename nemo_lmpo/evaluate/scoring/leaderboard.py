@@ -1,8 +1,8 @@
 """Tasks of the Open LLM Leaderboard by `lm_eval`. In the scoring environment: ``leaderboard.py REQUEST ANSWER``.
 
-Request: ``model`` (``kind`` hf or endpoint and what that needs), ``tasks``, ``folder`` for a file a task, ``data`` (a
-folder with rows instead of the Hub) and ``limit``. A task whose file is there is not run again. The model is loaded
-once, when the first task is missing. Answer: nothing but that it is done.
+Request: ``model`` (``kind`` hf or endpoint, ``arguments`` of the harness's class for it, and its template), ``tasks``,
+``folder`` for a file a task, ``data`` (a folder with rows instead of the Hub) and ``limit``. A task whose file is there
+is not run again. The model is loaded once, when the first task is missing. Answer: nothing but that it is done.
 """
 
 from __future__ import annotations
@@ -34,26 +34,11 @@ class Harness:
         """The harness's model; its tokens are watched for two BOS in front."""
         told = self.request["model"]
         if told["kind"] == "hf":
-            from lm_eval.models.huggingface import HFLM
-
-            model: Any = HFLM(
-                pretrained=told["path"],
-                dtype=told["dtype"],
-                device=told["device"],
-                batch_size=told["batch_size"],
-                max_length=told["positions"],
-            )
+            from lm_eval.models.huggingface import HFLM as Harnessed
         else:
-            from lm_eval.models.openai_completions import LocalCompletionsAPI
+            from lm_eval.models.openai_completions import LocalCompletionsAPI as Harnessed
 
-            model = LocalCompletionsAPI(
-                model=told["name"],
-                base_url=f"{told['url']}/completions",
-                tokenizer=told["tokenizer"],
-                num_concurrent=told["concurrency"],
-                max_length=told["positions"],
-                max_retries=told["retries"],
-            )
+        model: Any = Harnessed(**told["arguments"])
         model.tokenizer.chat_template = told["chat_template"]
         _watch(model)
         return model
