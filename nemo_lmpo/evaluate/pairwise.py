@@ -82,8 +82,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
     )
     claim_folder(plan.folder, JUDGE_SETTINGS_FILE, judge_identity(plan))
     _logger.info("%s", estimate(plan, answers))
-    found = _alpaca_eval(plan, answers) if plan.set.suite == ALPACA_EVAL else _arena_hard(plan, answers)
-    _write(plan, answers, *found, command)
+    _write(plan, answers, *_judge_and_score(plan, answers), command)
     return plan.folder
 
 
@@ -134,9 +133,9 @@ def describe_source(
     if options.anchor is not None:
         return anchor(options.anchor, data, evaluation_set)
     if options.answers is not None:
-        setting, method, variant = parse_row(options.row) if options.row else (None, None, None)
+        row = parse_row(options.row) if options.row else ()
         stored = read_stored_answers(options.answers, evaluation_set)
-        return Model(_name(options), str(options.answers), "answers", setting, method, variant), stored
+        return Model(_name(options), str(options.answers), "answers", *row), stored
     return trained_model(options, evaluation_set, chosen, folder)
 
 
@@ -240,26 +239,19 @@ def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
     return f"{line}; calls made before are not made again"
 
 
-Found = tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, Judge]
-
-
-def _alpaca_eval(plan: Plan, answers: Mapping[str, Answer]) -> Found:
-    preferences, judge = alpaca_eval.judge(
-        plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, quiet=plan.options.quiet
-    )
+def _judge_and_score(
+    plan: Plan, answers: Mapping[str, Answer]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, Judge]:
+    """Values, details, numbers by instruction, judgments without a verdict, and who judged."""
+    asked = (plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name)
+    if plan.judge_prompt is not None:
+        verdicts, judge = arena_hard.judge(*asked, plan.judge_prompt, quiet=plan.options.quiet)
+        unparsed = count_unparsed(itertools.chain(*verdicts.values()), plan.judge_name)
+        return (*arena_hard.score(plan.chosen, answers, verdicts), unparsed, judge)
+    preferences, judge = alpaca_eval.judge(*asked, quiet=plan.options.quiet)
     unparsed = count_unparsed(preferences.values(), plan.judge_name)
     _logger.info("score: fitting the length-controlled win rate with its interval (about half a minute)")
     return (*alpaca_eval.score(plan.chosen, answers, preferences, plan.data, plan.options.bootstrap), unparsed, judge)
-
-
-def _arena_hard(plan: Plan, answers: Mapping[str, Answer]) -> Found:
-    assert plan.judge_prompt is not None
-    verdicts, judge = arena_hard.judge(
-        *(plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name, plan.judge_prompt),
-        quiet=plan.options.quiet,
-    )
-    unparsed = count_unparsed(itertools.chain(*verdicts.values()), plan.judge_name)
-    return (*arena_hard.score(plan.chosen, answers, verdicts), unparsed, judge)
 
 
 def count_unparsed(verdicts: Iterable[object], judge: str) -> int:
