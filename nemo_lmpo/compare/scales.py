@@ -35,6 +35,8 @@ _QUIET = ("logging.report=false", "logging.tensorboard=false")
 # Only the end of a run is looked at.
 _LAST_CHECKPOINT = ("checkpoint.save_interval=0", "checkpoint.keep_best=0", "checkpoint.keep_last=1")
 
+_ONE_THREAD = (*_QUIET, *_LAST_CHECKPOINT, "trainer.num_threads=1")
+
 TINY = Scale(
     "tiny",
     "A Llama of 0.9 million parameters on the generated sorting task, one CPU thread a run. The start model is trained "
@@ -43,25 +45,21 @@ TINY = Scale(
     "than not.",
     "tiny",
     (
-        *_QUIET,
-        *_LAST_CHECKPOINT,
+        *_ONE_THREAD,
         "data.train.path=builtin:tiny_long",
         "data.validation.path=builtin:tiny_long",
         "model.global_batch_size=32",
         "optim.lr=1e-4",
         "trainer.max_steps=60",
         "trainer.val_check_interval=20",
-        "trainer.num_threads=1",
     ),
     start=(
-        *_QUIET,
-        *_LAST_CHECKPOINT,
+        *_ONE_THREAD,
         "data.train.path=builtin:tiny_sft",
         "data.validation.path=builtin:tiny_sft",
         "optim.lr=2e-3",
         "trainer.max_steps=300",
         "trainer.val_check_interval=100",
-        "trainer.num_threads=1",
     ),
     seeds=3,
     answers=128,

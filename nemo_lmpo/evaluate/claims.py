@@ -120,7 +120,7 @@ def _table2(setting: str) -> list[Claim]:
     return [
         Claim(
             2,
-            f"LMPO wins more in Arena-Hard than {row.label if row.method != 'LMPO' else f'LMPO, {row.label}'}",
+            f"LMPO wins more in Arena-Hard than LMPO, {row.label}",
             ARENA_HARD,
             "wr",
             (setting, "LMPO", None),
