@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from nemo_lmpo.compare.results import Values, estimate, of_variant
 from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
 from nemo_lmpo.report.charts import LOGPS, Chart, Curve, Panel
-from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, picture_bytes
+from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, Picture, picture_bytes
 from nemo_lmpo.report.read import VALIDATION, Metrics, Run, Series
 
 MARGIN_METRIC = "logps/margin"
@@ -60,7 +60,7 @@ def _with_margin(metrics: Metrics) -> dict[str, Series]:
     return series
 
 
-def measure_picture(suite: Suite, values: Values) -> bytes | None:
+def measure_picture(suite: Suite, values: Values) -> Picture | None:
     """Every measure of a suite as a row of dots with standard errors."""
     shown = [
         name
@@ -80,7 +80,8 @@ def measure_picture(suite: Suite, values: Values) -> bytes | None:
             _dots(axes, suite.variants, values, shown[place])
         else:
             axes.set_visible(False)
-    return picture_bytes(canvas)
+    caption = "Means over seeds with standard errors. The dashed line is the start model."
+    return Picture(Chart(f"{suite.name}_measures", "Measures side by side", caption, ()), picture_bytes(canvas))
 
 
 def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str) -> None:

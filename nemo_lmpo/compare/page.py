@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_lmpo.compare.results import Estimate, Judgement, Values, estimate, judge, of_variant
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import MEASURES, Suite, Variant
 from nemo_lmpo.report.document import render_markdown, templates_of
 from nemo_lmpo.report.read import Metrics
+
+if TYPE_CHECKING:
+    from nemo_lmpo.report.plots import Picture
 
 FIGURES_DIR = "figures"
 
@@ -31,21 +35,6 @@ class Comparison:
     machine: str = ""
     missing: Sequence[str] = ()
     """Runs without a result."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture of a suite."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-
-    @property
-    def path(self) -> str:
-        """Where it lies beside the page."""
-        return f"{FIGURES_DIR}/{self.name}.png"
 
 
 def format_estimate(found: Estimate | None, measure: str) -> str:
@@ -91,25 +80,19 @@ def _claim_row(judgement: Judgement) -> list[str]:
     return [claim.text, claim.source, judgement.verdict, numbers]
 
 
-def figures_of(suite: Suite, comparison: Comparison) -> list[Figure]:
+def pictures_of(suite: Suite, comparison: Comparison) -> list[Picture]:
     """The suite's pictures."""
     from nemo_lmpo.compare.figures import CURVES, average, measure_picture
-    from nemo_lmpo.report.plots import draw
+    from nemo_lmpo.report.plots import draw_all
 
     runs = []
     for variant in suite.variants:
         metrics = [found for (who, _), found in comparison.metrics.items() if who == variant]
         if metrics and max(one.last_step for one in metrics) > 1:
             runs.append(average(variant.label, metrics))
-    drawn = [
-        (f"{suite.name}_{name}", CURVES[name].title, CURVES[name].caption, draw(CURVES[name], runs))
-        for name in suite.curves
-    ]
-    caption = "Means over seeds with standard errors. The dashed line is the start model."
-    drawn.append(
-        (f"{suite.name}_measures", "Measures side by side", caption, measure_picture(suite, comparison.values))
-    )
-    return [Figure(name, title, text, png) for name, title, text, png in drawn if png is not None]
+    drawn = draw_all(runs, [replace(CURVES[name], name=f"{suite.name}_{name}") for name in suite.curves])
+    measured = measure_picture(suite, comparison.values)
+    return drawn if measured is None else [*drawn, measured]
 
 
 def _about(comparison: Comparison) -> list[str]:
@@ -138,7 +121,7 @@ def _measure_notes(suites: Sequence[Suite], comparison: Comparison) -> list[str]
     return [f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used]
 
 
-def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Figure]]) -> str:
+def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Picture]]) -> str:
     """The page for repositories and terminals, which the HTML page is made of."""
     answers = [
         (variant.label, example["prompt"], example["answer"])
@@ -150,6 +133,7 @@ def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Figure
         .get_template("comparison.md.j2")
         .render(
             comparison=comparison,
+            figures_dir=FIGURES_DIR,
             about=_about(comparison),
             suites=[
                 (suite, *table_of(suite, comparison), claim_rows(suite, comparison), figures[suite.name])
@@ -164,9 +148,9 @@ def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Figure
 
 def write_page(comparison: Comparison, directory: Path) -> Path:
     """Write `comparison.html`, `comparison.md` and `figures/`; returns the first."""
-    figures = {suite.name: figures_of(suite, comparison) for suite in comparison.suites}
+    figures = {suite.name: pictures_of(suite, comparison) for suite in comparison.suites}
     (directory / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
-    pictures = {one.path: one.png for found in figures.values() for one in found}
+    pictures = {f"{FIGURES_DIR}/{one.chart.name}.png": one.png for found in figures.values() for one in found}
     for path, png in pictures.items():
         (directory / path).write_bytes(png)
     text = build_markdown(comparison, figures)

@@ -6,9 +6,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.report.read import Metrics, Run, read_facts, read_run
@@ -19,8 +18,7 @@ _COLUMNS = ("run", "state", "step", "loss", "val loss", "training left", "job", 
 _STATES = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "SUSPENDED": "suspended"}
 
 
-@dataclass(frozen=True)
-class QueueEntry:
+class QueueEntry(NamedTuple):
     """A job that Slurm has not finished with."""
 
     state: str
