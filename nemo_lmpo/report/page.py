@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nemo_lmpo.report.document import templates_of
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
 from nemo_lmpo.runtime.atomic import replace_file
-
-if TYPE_CHECKING:
-    from nemo_lmpo.report.plots import Picture
-    from nemo_lmpo.report.samples import Samples
 
 REPORT_FILE = "report.html"
 PICTURES_DIR = "report"
@@ -33,47 +28,24 @@ def _how_to_read(run: Run) -> str:
     )
 
 
-def build_page(
-    run: Run,
-    pictures: Sequence[Picture],
-    config_text: str = "",
-    *,
-    samples: Samples | None = None,
-    samples_picture: Picture | None = None,
-) -> str:
-    """The page of one run.
-
-    Args:
-        run: for title and tables.
-        pictures: drawn charts, in the order of the page.
-        config_text: the whole configuration, to be shown on demand.
-        samples: answers of the policy, if it was asked for any.
-        samples_picture: their lengths.
-    """
+def _words_and_tables(run: Run) -> dict[str, Any]:
+    """What the template is told besides pictures and answers."""
     state, kind = state_text(run)
     header, rows = metric_rows(run)
     best = best_step(run)
     moment = run.metrics.last_time
-    return (
-        templates_of("nemo_lmpo.report")
-        .get_template("run.html.j2")
-        .render(
-            title=f"{run.label}: report",
-            label=run.label,
-            state=state,
-            state_kind=kind,
-            newest=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment)) if moment else "",
-            results_header=header,
-            results=rows,
-            best=best[1] if best else "",
-            settings=settings_rows(run),
-            config_text=config_text,
-            how_to_read=_how_to_read(run),
-            pictures=pictures,
-            samples=samples,
-            samples_picture=samples_picture,
-        )
-    )
+    return {
+        "title": f"{run.label}: report",
+        "label": run.label,
+        "state": state,
+        "state_kind": kind,
+        "newest": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment)) if moment else "",
+        "results_header": header,
+        "results": rows,
+        "best": best[1] if best else "",
+        "settings": settings_rows(run),
+        "how_to_read": _how_to_read(run),
+    }
 
 
 def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
@@ -106,6 +78,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         replace_file(pictures / f"{picture.chart.name}.png", picture.png)
     page = Path(output) if output is not None else run_dir / REPORT_FILE
     page.parent.mkdir(parents=True, exist_ok=True)
-    text = build_page(run, drawn, config_text, samples=samples, samples_picture=of_samples)
-    replace_file(page, text.encode("utf-8"))
+    shown = {"config_text": config_text, "pictures": drawn, "samples": samples, "samples_picture": of_samples}
+    template = templates_of("nemo_lmpo.report").get_template("run.html.j2")
+    replace_file(page, template.render(**_words_and_tables(run), **shown))
     return page
