@@ -116,11 +116,6 @@ def _about(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _measure_notes(suites: Sequence[Suite], comparison: Comparison) -> list[str]:
-    used = {name for suite in suites for name in suite.measures}
-    return [f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used]
-
-
 def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Picture]]) -> str:
     """The page for repositories and terminals, which the HTML page is made of."""
     answers = [
@@ -128,21 +123,19 @@ def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Pictur
         for variant, examples in comparison.examples.items()
         for example in examples[:2]
     ]
-    return (
-        templates_of("nemo_lmpo.compare")
-        .get_template("comparison.md.j2")
-        .render(
-            comparison=comparison,
-            figures_dir=FIGURES_DIR,
-            about=_about(comparison),
-            suites=[
-                (suite, *table_of(suite, comparison), claim_rows(suite, comparison), figures[suite.name])
-                for suite in comparison.suites
-            ],
-            notes=_measure_notes(comparison.suites, comparison),
-            recipes=[(variant.label, text) for variant, text in comparison.settings.items()],
-            answers=answers,
-        )
+    used = {name for suite in comparison.suites for name in suite.measures}
+    template = templates_of("nemo_lmpo.compare").get_template("comparison.md.j2")
+    return template.render(
+        comparison=comparison,
+        figures_dir=FIGURES_DIR,
+        about=_about(comparison),
+        suites=[
+            (suite, *table_of(suite, comparison), claim_rows(suite, comparison), figures[suite.name])
+            for suite in comparison.suites
+        ],
+        notes=[f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used],
+        recipes=[(variant.label, text) for variant, text in comparison.settings.items()],
+        answers=answers,
     )
 
 
