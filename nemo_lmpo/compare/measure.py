@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 from pathlib import Path
@@ -18,8 +17,6 @@ from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_facts, 
 from nemo_lmpo.runtime.atomic import replace_file
 
 _EXAMPLES = 4
-
-_logger = logging.getLogger("nemo_lmpo")
 
 
 def measure(run: Path, scale: Scale) -> None:

@@ -93,7 +93,6 @@ def score(
     """Values, details and numbers by instruction."""
     with tempfile.TemporaryDirectory() as scratch:
         model = {
-            "name": "model",
             "index": [int(one.id) for one in chosen],
             "preferences": [preferences[one.id] for one in chosen],
             "lengths": [len(answers[one.id].output) for one in chosen],

@@ -13,7 +13,6 @@ from typing import Any
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.runtime import run_files
 
-METRICS_FILE = "metrics.jsonl"
 VALIDATION = "val/"
 
 _logger = logging.getLogger(__name__)
@@ -181,7 +180,7 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a directory; give the directory of a run, such as runs/RECIPE")
-    metrics = read_metrics(run_dir / METRICS_FILE)
+    metrics = read_metrics(run_dir / run_files.METRICS)
     config = read_config(run_dir)
     name = label or str(config.get("name") or run_dir.resolve().name)
     facts = read_facts(run_dir / run_files.RUN_FACTS)

@@ -1,6 +1,6 @@
 """AlpacaEval's numbers by its own function. Runs in the scoring environment: ``alpaca_score.py REQUEST ANSWER``.
 
-Request: ``df_gamed`` (path) and ``models``, each with ``name``, ``preferences`` (1 baseline, 2 model, null neither),
+Request: ``df_gamed`` (path) and ``models``, each with ``preferences`` (1 baseline, 2 model, null neither),
 ``lengths``, ``baseline_lengths`` (characters), ``index`` (of the instruction in the set); ``rounds`` of resampling by
 ``seed``; ``all_C`` for LC at each C.
 """
@@ -59,15 +59,14 @@ def annotations_of(model: dict[str, Any]) -> pd.DataFrame:
     )
 
 
-def fitted(frame: pd.DataFrame, fixed: float | None) -> tuple[dict[str, Any], _Fit, list[float]]:
-    """Metrics, the fit, and the prediction of each instruction at no difference in length."""
+def fitted(frame: pd.DataFrame, fixed: float | None) -> tuple[dict[str, Any], _Fit]:
+    """Metrics, and the fit that they are made of."""
     fit = _Fit(fixed)
     glm_winrate.fit_LogisticRegressionCV = fit
-    frame = frame.copy()
     metrics = glm_winrate.get_length_controlled_winrate(
-        frame, save_weights_dir=None, is_add_glm_preference_inplace=True, is_warn_extreme_changes=False
+        frame.copy(), save_weights_dir=None, is_add_glm_preference_inplace=False, is_warn_extreme_changes=False
     )
-    return metrics, fit, [float(value) for value in frame["glm_preference"]]
+    return metrics, fit
 
 
 def resampled(frame: pd.DataFrame, fixed: float, rounds: int, seed: int) -> list[float]:
@@ -79,15 +78,13 @@ def resampled(frame: pd.DataFrame, fixed: float, rounds: int, seed: int) -> list
 def score(model: dict[str, Any], rounds: int, seed: int, all_c: bool) -> dict[str, Any]:
     """All numbers of one model; with ``all_c`` also LC at each C that cross-validation chooses from."""
     frame = annotations_of(model)
-    metrics, fit, predictions = fitted(frame, None)
+    metrics, fit = fitted(frame, None)
     metrics = {name: float(value) for name, value in metrics.items()}
     every = fit.candidates if all_c else []
     return {
-        "name": model["name"],
         "metrics": metrics,
         "C": fit.chosen[0],
         "weights": fit.weights,
-        "predictions": predictions,
         "lc_by_C": [[value, float(fitted(frame, value)[0]["length_controlled_winrate"])] for value in every],
         "lc_replicates": resampled(frame, fit.chosen[0], rounds, seed) if rounds else [],
     }
@@ -98,11 +95,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     request = json.loads(Path(sys.argv[1]).read_text())
     glm_winrate.hf_hub_download = lambda **_: request["df_gamed"]
-    scored = []
-    for model in request["models"]:
-        scored.append(score(model, request.get("rounds", 0), request.get("seed", 123), request.get("all_C", False)))
-        sys.stdout.write(f"done {model['name']}\n")
-        sys.stdout.flush()
+    told = (request.get("rounds", 0), request.get("seed", 123), request.get("all_C", False))
+    scored = [score(model, *told) for model in request["models"]]
     Path(sys.argv[2]).write_text(json.dumps(scored))
 
 

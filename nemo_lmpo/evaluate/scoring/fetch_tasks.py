@@ -15,8 +15,6 @@ def main() -> None:
     names = json.loads(Path(sys.argv[1]).read_text())["tasks"]
     for name in names:
         manager.load([name])
-        sys.stdout.write(f"done {name}\n")
-        sys.stdout.flush()
     Path(sys.argv[2]).write_text("{}")
 
 
