@@ -15,10 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.evaluate.endpoint import choose_model
 from nemo_lmpo.evaluate.environment import all_packages, run_program
+from nemo_lmpo.evaluate.model import default_name, describe
+from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
 from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
 from nemo_lmpo.evaluate.storage import content_hash, read_json
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
+from nemo_lmpo.formats.base_model import local_model
 
 if TYPE_CHECKING:
     from nemo_lmpo.generate.engine import Prompting
@@ -50,9 +54,6 @@ def run(options: argparse.Namespace, command: str) -> Path:
     Raises:
         UserError: names what is wrong; finished tasks are kept.
     """
-    from nemo_lmpo.evaluate.model import default_name, describe
-    from nemo_lmpo.formats.base_model import local_model
-
     tasks = find_tasks(options.tasks)
     versions = all_packages()
     if options.task_data is not None and not options.task_data.is_dir():
@@ -71,8 +72,6 @@ def run(options: argparse.Namespace, command: str) -> Path:
 
 
 def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str, Any]) -> dict[str, Any]:
-    from nemo_lmpo.evaluate.pairwise import lasting
-
     hashes = (model.weights_sha256, model.template_sha256, model.tokenizer_sha256)
     rows = str(options.task_data.resolve()) if options.task_data else "the Hub"
     return {"model": hashes, "limit": options.limit, "task rows": rows, "generation": lasting(generation)}
@@ -82,9 +81,7 @@ def _harness_model(
     options: argparse.Namespace, prompting: Prompting, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the harness is told of the model, and what of that decides numbers."""
-    from nemo_lmpo.evaluate.endpoint import choose_model
     from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
-    from nemo_lmpo.evaluate.pairwise import open_endpoint
     from nemo_lmpo.generate.engine import choose_device
 
     bos = prompting.tokenizer.bos_token_id
@@ -118,8 +115,6 @@ def export(given: str, output: Path) -> Path:
     Raises:
         CheckpointError: there is no such model, or it cannot be converted.
     """
-    from nemo_lmpo.formats.base_model import local_model
-
     path, _ = local_model(given)
     from nemo_lmpo.generate.engine import open_prompting
 

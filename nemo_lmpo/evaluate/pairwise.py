@@ -28,6 +28,7 @@ from nemo_lmpo.evaluate.data_files import (
 )
 from nemo_lmpo.evaluate.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.evaluate.environment import all_packages
+from nemo_lmpo.evaluate.model import default_name, describe, parse_row, prompts_of
 from nemo_lmpo.evaluate.result import (
     RESULT_FILE,
     SETTINGS_FILE,
@@ -40,6 +41,7 @@ from nemo_lmpo.evaluate.result import (
     write_result,
 )
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
+from nemo_lmpo.formats.base_model import local_model
 
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
@@ -115,21 +117,13 @@ def open_endpoint(option: str, url: str, options: argparse.Namespace, variable: 
 
 
 def _name(options: argparse.Namespace) -> str:
-    from nemo_lmpo.evaluate.model import default_name
-
     return str(options.name or options.anchor or default_name(str(options.model or options.answers)))
 
 
 def describe_source(
-    options: argparse.Namespace,
-    data: Path,
-    evaluation_set: EvaluationSet,
-    chosen: Sequence[Instruction],
-    folder: Path,
+    options: argparse.Namespace, data: Path, evaluation_set: EvaluationSet, chosen: Sequence[Instruction], folder: Path
 ) -> tuple[Model, AnswerSource]:
     """Who answers, and what it is."""
-    from nemo_lmpo.evaluate.model import parse_row
-
     if options.anchor is not None:
         return anchor(options.anchor, data, evaluation_set)
     if options.answers is not None:
@@ -159,16 +153,13 @@ def trained_model(
     options: argparse.Namespace, evaluation_set: EvaluationSet, chosen: Sequence[Instruction], folder: Path
 ) -> tuple[Model, AnswerSource]:
     """A model on disk, answering through a server or in this process."""
-    from nemo_lmpo.evaluate import model as models
-    from nemo_lmpo.formats.base_model import local_model
-
     path, _ = local_model(options.model)
     from nemo_lmpo.evaluate.in_process import InProcessSource, default_dtype
     from nemo_lmpo.generate.engine import choose_device, open_prompting
 
     prompting = open_prompting(path, chat_template=options.chat_template, system_prompt=options.system_prompt)
-    model = models.describe(options, prompting, folder)
-    prompts = models.prompts_of(prompting, chosen)
+    model = describe(options, prompting, folder)
+    prompts = prompts_of(prompting, chosen)
     settings = sampling(options, evaluation_set.suite, model.setting)
     if options.endpoint is None:
         device = choose_device(options.device)
