@@ -60,8 +60,6 @@ class PackedAttention(nn.Module):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: object = None,
-        attention_type: str = "self",
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: object,

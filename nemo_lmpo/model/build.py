@@ -49,6 +49,7 @@ def transformer_config(
 
     pipelined = model.pipeline_model_parallel_size > 1
     interleaved = model.virtual_pipeline_model_parallel_size is not None
+    recomputed = model.activations_checkpoint_granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -80,8 +81,8 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         recompute_granularity=model.activations_checkpoint_granularity,
-        recompute_method=model.activations_checkpoint_method if _recomputes_layers(model) else None,
-        recompute_num_layers=model.activations_checkpoint_num_layers if _recomputes_layers(model) else None,
+        recompute_method=model.activations_checkpoint_method if recomputed else None,
+        recompute_num_layers=model.activations_checkpoint_num_layers if recomputed else None,
         # The loss is divided by the step's pairs already: gradients are to be added up over ranks, not averaged.
         calculate_per_token_loss=True,
         perform_initialization=False,
@@ -97,10 +98,6 @@ def transformer_config(
         apply_rope_fusion=kernels.transformer_engine,
         deallocate_pipeline_outputs=pipelined,
     )
-
-
-def _recomputes_layers(model: ModelConfig) -> bool:
-    return model.activations_checkpoint_granularity == "full"
 
 
 def layer_spec(kernels: Kernels, *, qk_norm: bool) -> ModuleSpec:

@@ -151,15 +151,9 @@ def _layout(facts: BannerFacts) -> str:
 
 
 def _wrap(items: list[str], width: int) -> list[str]:
-    lines: list[str] = []
-    for item in items:
-        if lines and len(lines[-1]) + 2 + len(item) <= width:
-            lines[-1] += ", " + item
-        else:
-            if lines:
-                lines[-1] += ","
-            lines.append(item)
-    return lines
+    """Lines of whole items."""
+    text = ", ".join(item.replace(" ", "\xa0") for item in items)  # not a place to break
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width, break_on_hyphens=False)]
 
 
 def render_banner(facts: BannerFacts, width: int = 100) -> str:

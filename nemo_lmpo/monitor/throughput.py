@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.plan.amounts import shape_of
 
 GIB = 2**30
 
@@ -83,15 +84,9 @@ def model_flops(
         predicted_tokens: positions that met the output matrix; unset: all.
         attended: (query, key) pairs, as `batches.attended_pairs` counts them; unset: ``tokens`` as one causal sequence.
     """
-    query = architecture.num_attention_heads * architecture.head_dim
-    key_value = 2 * architecture.num_query_groups * architecture.head_dim
-    attention = architecture.hidden_size * (2 * query + key_value)
-    mlp = 3 * architecture.hidden_size * architecture.ffn_hidden_size
-    weights = architecture.num_layers * (attention + mlp)
-    head = architecture.hidden_size * architecture.vocab_size
     predicted = tokens if predicted_tokens is None else predicted_tokens
     pairs = causal_pairs(tokens, window=architecture.sliding_window) if attended is None else attended
-    return 6.0 * weights * tokens + 6.0 * head * predicted + 12.0 * architecture.num_layers * query * pairs
+    return shape_of(architecture).model_flops(tokens, predicted, pairs)
 
 
 def throughput_metrics(

@@ -54,6 +54,11 @@ class Shape:
         """Weights of all matrices, embeddings included."""
         return self.layers * self.layer_weights + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
+    def model_flops(self, tokens: int, predicted: int, attended: int) -> float:
+        """Of forward and backward by the mathematics of the model (see :mod:`nemo_lmpo.monitor.throughput`)."""
+        products = self.layers * self.layer_weights * tokens + self.vocabulary * self.hidden * predicted
+        return 6.0 * products + 12.0 * self.layers * self.query * attended
+
 
 def shape_of(architecture: Architecture) -> Shape:
     """The sizes of a model."""

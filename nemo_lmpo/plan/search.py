@@ -134,7 +134,5 @@ def _virtual_stages(architecture: Architecture, stages: int) -> list[tuple[int |
 def model_flops(candidate: Candidate) -> float:
     """Of a step of typical pairs over all GPUs, by the mathematics of the model."""
     config = candidate.layout.config
-    shape = shape_of(candidate.layout.architecture)
     row = row_of(config.model.global_batch_size, share_prompt=config.data.share_prompt)
-    products = shape.layers * shape.layer_weights * row.tokens + shape.vocabulary * shape.hidden * row.predicted
-    return 6.0 * products + 12.0 * shape.layers * shape.query * row.attended
+    return shape_of(candidate.layout.architecture).model_flops(row.tokens, row.predicted, row.attended)

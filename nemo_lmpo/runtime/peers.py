@@ -34,12 +34,12 @@ class Peer:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
+@dataclass
 class Peers:
     """The job's ranks as they were when it began."""
 
-    def __init__(self, ranks: list[Peer], own: int) -> None:
-        self.ranks = ranks
-        self.own = own
+    ranks: list[Peer]
+    own: int
 
     @classmethod
     def meet(cls) -> Peers:

@@ -75,10 +75,6 @@ class Trace:
         """Forward and backward of one of the micro-batches."""
         return self.forward_backward.times(1 / self.micro_batches)
 
-    def phase(self, name: str) -> Phase:
-        """One of :attr:`phases` by its name."""
-        return next(phase for phase in self.phases if phase.name == name)
-
 
 MODEL, OPTIMIZER, FORWARD_BACKWARD = "model and gradients", "optimizer", "forward and backward"
 REDUCE, CLIP, STEP = "gradient reduction", "gradient norm", "optimizer step"

@@ -93,10 +93,7 @@ def published_speed(run: Published) -> float:
     """Tokens/s of a GPU as published."""
     if run.tokens_per_second:
         return run.tokens_per_second
-    shape = run.shape
-    matrices = shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
-    flops = 6.0 * matrices + 12.0 * shape.layers * shape.query * run.length
-    return run.mfu * CARDS[run.card].peak / flops
+    return run.mfu * CARDS[run.card].peak / run.shape.model_flops(1, 1, run.length)
 
 
 def computed_speed(run: Published) -> float:

@@ -12,7 +12,7 @@ from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.plan.amounts import micro_batch_work, shape_of, split_of
-from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Trace, filling_pairs, trace_rank
+from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Phase, Trace, filling_pairs, trace_rank
 
 LAYERS = 4
 # Weights of a layer, its two norms, and the vocabulary as tensor parallelism of 4 pads it.
@@ -60,20 +60,24 @@ def trace(name: str, rank: int = 0, *more: str, transformer_engine: bool = True)
     return trace_rank(layout(name, *more), rank, transformer_engine=transformer_engine)
 
 
+def phase(found: Trace, name: str) -> Phase:
+    return next(phase for phase in found.phases if phase.name == name)
+
+
 def test_memory_of_weights_and_optimizer() -> None:
     """2 bytes of BF16 weight and 4 of gradient; 4 of main weight and 8 of moments."""
     parameters = (LAYERS * LAYER + 4096 + 2 * VOCABULARY) // 4 + (LAYERS * 2 + 1) * 4096 * 3 // 4
     found = trace("tp4")
-    assert found.phase(MODEL).after == pytest.approx(6 * parameters, rel=1e-3)
-    assert found.phase(OPTIMIZER).after == pytest.approx(18 * parameters, rel=1e-3)
+    assert phase(found, MODEL).after == pytest.approx(6 * parameters, rel=1e-3)
+    assert phase(found, OPTIMIZER).after == pytest.approx(18 * parameters, rel=1e-3)
 
 
 def test_torch_adamw_takes_the_second_moments_once_more() -> None:
     found = trace("tp4", transformer_engine=False)
-    parameters = found.phase(OPTIMIZER).after / 18
-    own = found.phase(STEP).peak - found.phase(OPTIMIZER).after
+    parameters = phase(found, OPTIMIZER).after / 18
+    own = phase(found, STEP).peak - phase(found, OPTIMIZER).after
     assert own == pytest.approx(4 * parameters, rel=0.02)
-    fused = trace("tp4").phase(STEP)
+    fused = phase(trace("tp4"), STEP)
     assert fused.peak - fused.after < parameters
 
 
@@ -129,14 +133,14 @@ def test_recomputation_trades_memory_for_a_second_forward() -> None:
     plain, recomputed = trace("tp4"), trace("tp4_recomputed")
     forward = 2.0 * LAYERS * (LAYER - 2 * 4096) / 4 * plain.row.tokens
     assert recomputed.micro_batch.flops - plain.micro_batch.flops == pytest.approx(forward, rel=1e-3)
-    kept = [found.phase(FORWARD_BACKWARD).peak for found in (plain, recomputed)]
+    kept = [phase(found, FORWARD_BACKWARD).peak for found in (plain, recomputed)]
     assert kept[1] < kept[0]
 
 
 def test_replicas_reduce_gradients_and_gather_weights() -> None:
     """Float32 gradients scattered and BF16 weights gathered, half of them each between two replicas."""
     found = trace("tp2_dp2")
-    parameters = found.phase(MODEL).after / 6
+    parameters = phase(found, MODEL).after / 6
     sent = found.forward_backward.plus(found.end_of_step).sent
     assert sent["reduce-scatter", "data"] == pytest.approx(4 * parameters / 2, rel=0.01)
     assert sent["all-gather", "data"] == pytest.approx(2 * parameters / 2, rel=0.01)
@@ -150,7 +154,7 @@ def test_fsdp_keeps_a_share_of_all_and_sends_layers_around() -> None:
     """
     found, embedding = trace("fsdp4"), 128256 * 4096
     parameters = LAYERS * LAYER + 4096 + 2 * embedding
-    assert found.phase(FORWARD_BACKWARD).after == pytest.approx(16 * parameters / 4, rel=1e-3)
+    assert phase(found, FORWARD_BACKWARD).after == pytest.approx(16 * parameters / 4, rel=1e-3)
     gathered = 2 * (LAYERS * LAYER + embedding) + embedding + 4096
     sent = found.micro_batch.sent
     assert sent["all-gather", "data"] == pytest.approx(2 * gathered * 3 / 4, rel=1e-3)
