@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from nemo_lmpo.evaluate.storage import Journal
 
 JUDGMENTS_FILE = "judgments.jsonl"
 GAMES = (1, 2)
-Ask = Callable[[list[dict[str, str]]], dict[str, Any]]
 OUTPUT_TOKENS = 4096
 """Most of a judgment, as released; a typical one has about 600."""
 TYPICAL_OUTPUT_TOKENS = 600
@@ -52,13 +51,9 @@ def judge(
 
             def play(item: tuple[Instruction, int]) -> None:
                 one, game = item
-                made = judgment(prompt, one, answers[one.id].output, game, ask)
+                made = judgment(endpoint, name, prompt, one, answers[one.id].output, game)
                 journal.append({"game": _key(one, game), **made})
                 bar.update(1)
-
-            def ask(messages: list[dict[str, str]]) -> dict[str, Any]:
-                body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": OUTPUT_TOKENS}
-                return endpoint.post("chat/completions", body)
 
             for_each(missing, play, endpoint.limits.concurrency)
         verdicts = {one.id: [journal.rows[_key(one, game)]["verdict"] for game in GAMES] for one in chosen}
@@ -70,17 +65,20 @@ def _key(one: Instruction, game: int) -> str:
     return f"{one.id}/{game}"
 
 
-def judgment(prompt: JudgePrompt, one: Instruction, output: str, game: int, ask: Ask) -> dict[str, Any]:
+def judgment(
+    endpoint: Endpoint, name: str, prompt: JudgePrompt, one: Instruction, output: str, game: int
+) -> dict[str, Any]:
     """One judgment, asked for again if it has no verdict. In the first game the baseline's answer is A.
 
     Raises:
         UserError: an answer in no known form.
     """
     first, second = (one.baseline_answer, output) if game == 1 else (output, one.baseline_answer)
-    messages = prompt.messages(one.text, first, second)
+    body: dict[str, Any] = {"model": name, "messages": prompt.messages(one.text, first, second)}
+    body |= {"temperature": 0, "max_tokens": OUTPUT_TOKENS}
     found: dict[str, Any] = {}
     for attempt in range(1, ATTEMPTS + 1):
-        response = ask(messages)
+        response = endpoint.post("chat/completions", body)
         try:
             text = response["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):

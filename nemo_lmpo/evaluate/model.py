@@ -91,7 +91,9 @@ def weights_hash(files: ModelFiles, path: Path, folder: Path, progress: Callable
 
     Kept in ``folder``, so that a command that goes on does not read the weights again unless they changed.
     """
-    stamp = [[str(file.relative_to(path)), *_stamp(file)] for file in _files_of(path)]
+    every = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    states = [(str(file.relative_to(path)), file.stat()) for file in every]
+    stamp = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
     kept = folder / _WEIGHTS_FILE
     if kept.exists():
         before = read_json(kept)
@@ -100,15 +102,6 @@ def weights_hash(files: ModelFiles, path: Path, folder: Path, progress: Callable
     digest = _hash_tensors(files, progress)
     write_json(kept, {"files": stamp, "sha256": digest})
     return digest
-
-
-def _files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _hash_tensors(files: ModelFiles, progress: Callable[[int], object]) -> str:

@@ -122,7 +122,8 @@ def metric_rows(run: Run) -> tuple[list[str], list[list[str]]]:
     """
     window = max(1, min(20, run.metrics.last_step // 10))
     noun = f"last {window} steps" if window > 1 else "last step"
-    validated = sorted({step for name, _, _ in _ROWS for step in _validation_steps(run, name)})
+    validations = [run.metrics.get(VALIDATION + name) for name, _, _ in _ROWS]
+    validated = sorted({step for series in validations if series is not None for step in series.steps})
     best = best_step(run)
     shown: dict[int, list[str]] = {}
     if validated:
@@ -142,11 +143,6 @@ def metric_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         if any(value is not None for value in values):
             rows.append([label, *("-" if value is None else form(value) for value in values)])
     return header, rows
-
-
-def _validation_steps(run: Run, name: str) -> list[int]:
-    series = run.metrics.get(VALIDATION + name)
-    return series.steps if series is not None else []
 
 
 def _why(stop: EarlyStop) -> str:
