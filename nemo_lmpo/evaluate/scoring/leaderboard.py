@@ -7,6 +7,7 @@ is not run again. The model is loaded once, when the first task is missing. Answ
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -122,32 +123,28 @@ def _scores(samples: dict[str, list[dict[str, Any]]], metric: str, wanted: str) 
 
 def _watch(model: Any) -> None:
     """Look at every prompt's first tokens."""
-    bos = model.tokenizer.bos_token_id
-    pad = model.tokenizer.pad_token_id
+    bos, pad = model.tokenizer.bos_token_id, model.tokenizer.pad_token_id
     encode = model.tok_encode
+    encode_batch: Any = getattr(model, "tok_batch_encode", None)
+
+    def check(rows: Sequence[Sequence[int]]) -> None:
+        if bos is not None and any(list(row[:2]) == [bos, bos] for row in rows):
+            raise DoubleBos("a prompt begins with two BOS tokens; correct the chat template or the tokenizer")
 
     def checked(*arguments: Any, **options: Any) -> Any:
         found = encode(*arguments, **options)
-        rows = found if found and isinstance(found[0], list) else [found]
-        for row in rows:
-            if bos is not None and list(row[:2]) == [bos, bos]:
-                raise DoubleBos("a prompt begins with two BOS tokens; correct the chat template or the tokenizer")
+        check(found if found and isinstance(found[0], list) else [found])
         return found
-
-    model.tok_encode = checked
-    if not hasattr(model, "tok_batch_encode"):
-        return
-    encode_batch = model.tok_batch_encode
 
     def checked_batch(*arguments: Any, **options: Any) -> Any:
         ids, mask = encode_batch(*arguments, **options)
-        for row in ids.tolist():
-            start = next((place for place, token in enumerate(row) if token != pad or token == bos), 0)
-            if bos is not None and bos != pad and row[start : start + 2] == [bos, bos]:
-                raise DoubleBos("a prompt begins with two BOS tokens; correct the chat template or the tokenizer")
+        if bos != pad:
+            check([list(itertools.dropwhile(lambda token: token == pad, row)) for row in ids.tolist()])
         return ids, mask
 
-    model.tok_batch_encode = checked_batch
+    model.tok_encode = checked
+    if encode_batch is not None:
+        model.tok_batch_encode = checked_batch
 
 
 def write(path: Path, content: Any) -> None:
