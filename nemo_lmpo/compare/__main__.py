@@ -123,12 +123,12 @@ def _write(
     output: Path,
     arguments: Sequence[str],
 ) -> Path:
-    from nemo_lmpo.compare.measure import read_measured
     from nemo_lmpo.compare.page import Comparison, write_page
-    from nemo_lmpo.report.read import read_metrics
+    from nemo_lmpo.compare.plan import MEASURED_FILE
+    from nemo_lmpo.report.read import read_facts, read_metrics
 
-    found = {key: read_measured(plan.directory) for key, plan in plans.items()}
-    measured = {key: result for key, result in found.items() if result is not None}
+    found = {key: read_facts(plan.directory / MEASURED_FILE) for key, plan in plans.items()}
+    measured = {key: result for key, result in found.items() if result}
     examples: dict[Variant, Sequence[Mapping[str, str]]] = {}
     for (variant, _), result in measured.items():
         if result["examples"]:

@@ -6,14 +6,13 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 from nemo_lmpo.compare.plan import MEASURED_FILE
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.builtin.tiny_task import is_right
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_facts, read_metrics
+from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_metrics
 from nemo_lmpo.runtime.atomic import replace_file
 
 _EXAMPLES = 4
@@ -76,8 +75,3 @@ def _answers(run: Path, scale: Scale) -> tuple[dict[str, float], list[dict[str, 
         for text, response in zip(texts[:_EXAMPLES], responses[:_EXAMPLES], strict=True)
     ]
     return values, examples
-
-
-def read_measured(run: Path) -> dict[str, Any] | None:
-    """The numbers of a finished run; None if it is not finished."""
-    return read_facts(run / MEASURED_FILE) or None

@@ -107,9 +107,7 @@ def fetch(options: argparse.Namespace) -> Path:
     Raises:
         UserError: something cannot be fetched, or is another file than it was; what was fetched is kept.
     """
-    if options.data is not None:
-        options.data.mkdir(parents=True, exist_ok=True)
-    folder = data_folder(options.data)
+    folder = options.data or data_folder(None)
     folder.mkdir(parents=True, exist_ok=True)
     fetch_files(folder, download, quiet=options.quiet)
     for suite in (ALPACA_EVAL, ARENA_HARD):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.errors import CheckpointError, ConfigError, UserError
 from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from nemo_lmpo.errors import CheckpointError, ConfigError
     from nemo_lmpo.generate.prompts import encode_prompts, read_prompts
 
     if options.limit is not None and options.limit < 1:
