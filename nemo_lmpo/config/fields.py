@@ -78,14 +78,12 @@ class Fields:
             raise self.error(name, "is not a number above 0; correct it")
         return float(value)
 
-    def flag(self, name: str, absent: bool = False) -> bool:
-        """True or false; null is ``absent``."""
+    def flag(self, name: str) -> bool:
+        """True or false; false if it is not there or null."""
         value = self.values.get(name)
-        if value is None:
-            return absent
-        if not isinstance(value, bool):
+        if value is not None and not isinstance(value, bool):
             raise self.error(name, "is neither true nor false; correct it")
-        return value
+        return bool(value)
 
     def require(self, allowed: Mapping[str, tuple[Any, ...]], what: str) -> None:
         """Refuse a field that is there with none of its ``allowed`` values; ``what`` says who has those."""

@@ -101,11 +101,6 @@ class PreferenceDataset:
         """Which of :attr:`source_names` the pairs at ``indices`` come from, as numbers."""
         return self._epoch.sources(np.asarray(indices))
 
-    @property
-    def pair_ids(self) -> list[str]:
-        """The ids of all pairs in the dataset's order; for small data."""
-        return [self.pair_id(index) for index in range(len(self))]
-
     def token_hash(self) -> str:
         """A hash of the token ids of all pairs in the dataset's order: the same wherever they come from.
 

@@ -36,15 +36,8 @@ class _Inert:
     def __new__(cls, *arguments: Any, **keywords: Any) -> _Inert:
         return super().__new__(cls)
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        pass
-
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _strided(name: str) -> torch.layout:
-    return torch.strided
 
 
 _ALLOWED: dict[tuple[str, str], type | Callable[..., Any] | torch.dtype] = {
@@ -52,7 +45,7 @@ _ALLOWED: dict[tuple[str, str], type | Callable[..., Any] | torch.dtype] = {
     **{("torch", name): getattr(torch, name) for name in _DTYPES},
     ("torch", "Size"): torch.Size,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch.serialization", "_get_layout"): _strided,
+    ("torch.serialization", "_get_layout"): lambda name: torch.strided,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): records.Metadata,
 }
 _INERT = {
