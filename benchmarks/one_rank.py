@@ -32,7 +32,7 @@ from nemo_lmpo.plan.step_time import step_time
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
-from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.policy import Policy, kernels_for
 from nemo_lmpo.training.process import distributed_session
 
 SPREAD = 0.5
@@ -105,7 +105,8 @@ def measure(layout: ParallelLayout, steps: int) -> dict[str, Any]:
     """Seconds of each step, and what it computed."""
     config = layout.config
     with distributed_session(config, LaunchInfo()) as (groups, device):
-        policy = Policy(config, layout.architecture, groups, device)
+        kernels = kernels_for(config, layout.architecture, use_cuda=device.type == "cuda")
+        policy = Policy(config, layout.architecture, groups, device, kernels)
         for chunk in policy.models:
             for parameter in chunk.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -45,8 +45,7 @@ class BatchJob:
 
         Call on one rank.
         """
-        known = {**asdict(self), "directory": None if self.directory is None else str(self.directory)}
-        replace_file(run_dir / JOB_FILE, json.dumps(known) + "\n")
+        replace_file(run_dir / JOB_FILE, json.dumps(asdict(self), default=str) + "\n")
         if self.directory is not None:
             replace_file(self.directory / "run_dir", f"{run_dir.resolve()}\n")
 

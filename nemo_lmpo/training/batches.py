@@ -171,22 +171,18 @@ def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     return [copies[place] for place in range(len(tensors))]
 
 
+@dataclass
 class BatchBuilder:
     """Packs chosen pairs into micro-batches. Every rank computes the same plan; nothing is communicated."""
 
-    def __init__(
-        self,
-        config: Config,
-        groups: ParallelGroups,
-        *,
-        device: torch.device,
-        pad_id: int,
-        sliding_window: int | None = None,
-    ) -> None:
-        self.groups = groups
-        self.device = device
-        self.pad_id = pad_id
-        self.sliding_window = sliding_window
+    config: Config
+    groups: ParallelGroups
+    device: torch.device
+    pad_id: int
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        config, groups, device = self.config, self.groups, self.device
         self.share_prompt = config.data.share_prompt
         self.row_tokens = config.data.row_budget
         self.max_pairs_per_row = config.model.micro_batch_size

@@ -24,7 +24,7 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
-from nemo_lmpo.training.policy import Policy
+from nemo_lmpo.training.policy import Policy, kernels_for
 from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
 from nemo_lmpo.training.start import LoadedData, load_start_weights
 
@@ -38,7 +38,8 @@ def start_policy(config: Config, base: BaseModel, groups: ParallelGroups, device
     Raises:
         CheckpointError: the start model cannot be read.
     """
-    policy = Policy(config, base.architecture, groups, device)
+    kernels = kernels_for(config, base.architecture, use_cuda=device.type == "cuda")
+    policy = Policy(config, base.architecture, groups, device, kernels)
     policy.attach_reference = reference_in_memory(policy, base)
     load_start_weights(policy.models, groups, base, config.model.seed)
     return policy

@@ -62,6 +62,7 @@ def kernels_for(config: Config, architecture: Architecture, *, use_cuda: bool) -
     )
 
 
+@dataclass(eq=False)
 class Policy:
     """A megatron-core model with a preference loss.
 
@@ -69,40 +70,27 @@ class Policy:
     :meth:`finish_training_step`, then clips and steps the optimizer.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        architecture: Architecture,
-        groups: ParallelGroups,
-        device: torch.device,
-        kernels: Kernels | None = None,
-    ) -> None:
-        """Build model and loss.
+    config: Config
+    architecture: Architecture
+    groups: ParallelGroups
+    device: torch.device
+    """Where the model lives."""
+    kernels: Kernels
+    """What it is built from."""
+    attach_reference: Callable[[StepBatch], None] | None = None
+    """Gives a batch its reference log-probabilities, where a reference model is in memory."""
 
-        Args:
-            config: the run's.
-            architecture: the model's.
-            groups: this process's groups.
-            device: where the model lives.
-            kernels: what to build from; unset: what is best on this machine.
-        """
-        self.config = config
-        self.architecture = architecture
-        self.groups = groups
-        self.device = device
-        self.kernels = kernels or kernels_for(config, architecture, use_cuda=device.type == "cuda")
+    def __post_init__(self) -> None:
+        config = self.config
         self.loss = build_loss(config.loss)
         statistics = self.loss.statistics
         self.statistics = RunningStatistics(statistics) if statistics is not None else None
         chunks = self.build_chunks()
         if config.model.peft.name is not None:
-            add_adapters(chunks, config.model.peft, architecture, seed=config.model.seed)
-        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config, groups, device))
-        self.micro_batch_step = MicroBatchStep(
-            self.loss, groups, chunk_tokens=logprob_chunk(config.model, architecture), device=device
-        )
-        self.attach_reference: Callable[[StepBatch], None] | None = None
-        """Gives a batch its reference log-probabilities, where a reference model is in memory."""
+            add_adapters(chunks, config.model.peft, self.architecture, seed=config.model.seed)
+        self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config, self.groups, self.device))
+        chunk_tokens = logprob_chunk(config.model, self.architecture)
+        self.micro_batch_step = MicroBatchStep(self.loss, self.groups, chunk_tokens, self.device)
 
     def build_chunks(self) -> list[PackedGPTModel]:
         """Bare model chunks of this process, with weights that are yet to be loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -75,6 +76,7 @@ def forward_micro_batch(
     return hidden, partial(of_hidden, micro_batch=micro_batch, model=cast(PackedGPTModel, unwrap_model(model)))
 
 
+@dataclass
 class MicroBatchStep:
     """What megatron-core's schedules call for every micro-batch.
 
@@ -82,23 +84,17 @@ class MicroBatchStep:
     up over micro-batches and ranks gives the mean over the global batch however pairs are packed.
     """
 
-    def __init__(
-        self,
-        loss: PreferenceLoss,
-        groups: ParallelGroups,
-        *,
-        chunk_tokens: int,
-        device: torch.device,
-        shared_logps: bool = False,
-    ) -> None:
-        """Prepare for a loss; ``shared_logps`` takes sums over the common length even if it does not ask for them."""
-        self.loss = loss
-        self.shared_logps = shared_logps or loss.needs_shared_logps
-        self.groups = groups
-        self.chunk_tokens = chunk_tokens
-        self.device = device
-        self.columns = pair_columns(loss, shared_logps=self.shared_logps)
-        self.pairs = PairMetrics(self.columns, 0, device)
+    loss: PreferenceLoss
+    groups: ParallelGroups
+    chunk_tokens: int
+    device: torch.device
+    shared_logps: bool = False
+    """Sums over the common length are taken even if the loss does not ask for them."""
+
+    def __post_init__(self) -> None:
+        self.shared_logps = self.shared_logps or self.loss.needs_shared_logps
+        self.columns = pair_columns(self.loss, shared_logps=self.shared_logps)
+        self.pairs = PairMetrics(self.columns, 0, self.device)
         self.mean_chosen_length: float | None = None
         self.statistics = Statistics()
 

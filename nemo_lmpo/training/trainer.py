@@ -45,14 +45,6 @@ SampleViewer = Callable[[int, Sequence[Sample]], None]
 """Shown the answers of every validation, with the finished steps."""
 
 
-def _nobody_listens(step: int, metrics: dict[str, float], prefix: str) -> None:
-    """For trainers that are driven step by step."""
-
-
-def _nobody_looks(step: int, samples: Sequence[Sample]) -> None:
-    """On all ranks but one."""
-
-
 @dataclass
 class FitResult:
     """How a call of :meth:`PreferenceTrainer.fit` ended."""
@@ -99,7 +91,7 @@ class PreferenceTrainer:
         return self.progress.step
 
     def fit(
-        self, stop: StopCondition, listen: Listener = _nobody_listens, show: SampleViewer = _nobody_looks
+        self, stop: StopCondition, listen: Listener = lambda *_: None, show: SampleViewer = lambda *_: None
     ) -> FitResult:
         """Train until all steps are done or there is a reason to stop, saving on the way.
 
