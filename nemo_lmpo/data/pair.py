@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -23,29 +22,23 @@ class PairTokens:
     """The same over the common length of both responses, chosen and rejected, if the loss wants it."""
 
 
-@dataclass
-class PackedSequence:
-    """One micro-batch: whole pairs laid behind each other in a row of ``T`` tokens.
-
-    ``segments`` is the attention layout and stays on the CPU (it steers Python loops); everything else moves
-    to the device. A segment attends to its prefix (another segment of the row) and causally to itself, never
-    to anything else.
-    """
+@dataclass(kw_only=True)
+class PackedRow:
+    """Whole pairs laid behind each other: a row of ``T`` tokens, or the part of it that a context-parallel rank has."""
 
     input_ids: Tensor
-    """``[1, T]`` int64."""
+    """``[1, T]`` int64; of a part ``[1, T / cp]``."""
     position_ids: Tensor
-    """``[1, T]`` int64; both responses continue the positions of their prompt."""
-    segments: Tensor
-    """``[S, 4]`` int32 on the CPU: start, length, prefix start, prefix length (0 without prefix)."""
+    """As ``input_ids``; both responses continue the positions of their prompt."""
     predict_positions: Tensor
-    """``[P]`` int64: where in the row the hidden state stands that predicts a response token."""
+    """``[P]`` int64: where in the row, or this part of it, the hidden state stands that predicts a response token; of a
+    part, only of tokens that are predicted there."""
     target_ids: Tensor
     """``[P]`` int64: that response token."""
     sequence_index: Tensor
     """``[P]`` int64: the sequence it belongs to, ``2 * pair`` for chosen and ``2 * pair + 1`` for rejected."""
     pair_index: Tensor
-    """``[B]`` int64: each pair's place in the global batch."""
+    """``[B]`` int64: the place in the global batch of each pair of the whole row."""
     response_lengths: Tensor
     """``[B, 2]`` float32: response tokens of chosen and rejected."""
     reference_logps: Tensor | None = None
@@ -56,15 +49,18 @@ class PackedSequence:
         """Pairs in the row, ``B``."""
         return self.pair_index.numel()
 
+
+@dataclass(kw_only=True)
+class PackedSequence(PackedRow):
+    """One micro-batch, whole, on the CPU.
+
+    A segment attends to its prefix (another segment of the row) and causally to itself, never to anything else.
+    """
+
+    segments: Tensor
+    """``[S, 4]`` int32: start, length, prefix start, prefix length (0 without prefix)."""
+
     @property
     def num_tokens(self) -> int:
         """Tokens in the row including padding, ``T``."""
         return self.input_ids.numel()
-
-    def to(self, device: torch.device) -> PackedSequence:
-        """The row with everything but ``segments`` on ``device``."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "segments" else value
-            for name, value in vars(self).items()
-        }
-        return PackedSequence(**moved)

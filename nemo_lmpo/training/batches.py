@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.epoch import Lengths
 from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
-from nemo_lmpo.data.pair import PackedSequence, PairTokens
+from nemo_lmpo.data.pair import PackedRow, PackedSequence, PairTokens
 from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.monitor.throughput import causal_pairs
 from nemo_lmpo.parallel.context import attention_spans, local_positions
@@ -45,37 +45,16 @@ class PairList(list[PairTokens]):
         return np.array([[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in self])
 
 
-@dataclass
-class MicroBatch:
+@dataclass(kw_only=True)
+class MicroBatch(PackedRow):
     """A rank's part of a packed row under context parallelism (the whole row without it)."""
 
-    input_ids: Tensor
-    """``[1, T / cp]``."""
-    position_ids: Tensor
-    """``[1, T / cp]``."""
     attention_plan: AttentionPlan
     """Who attends to whom."""
-    predict_positions: Tensor
-    """``[P]`` indices into this part; only of targets predicted here."""
-    target_ids: Tensor
-    """``[P]``."""
-    sequence_index: Tensor
-    """``[P]``."""
-    pair_index: Tensor
-    """``[B]``, of the whole row."""
-    response_lengths: Tensor
-    """``[B, 2]``, of the whole row."""
-    reference_logps: Tensor | None
-    """``[B, 2]``, of the whole row; ``[B, 4]`` with the sums over the common length."""
     shared: Tensor
     """``[P]`` bool: targets within the common length of the pair's responses."""
     pair_count: Tensor
     """``B`` as a scalar int32, which megatron-core wants where the loss is."""
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs in the row, ``B``."""
-        return self.pair_index.numel()
 
     def map(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The micro-batch with every tensor replaced by ``move(tensor)``."""
