@@ -14,6 +14,7 @@ from typing import Any
 from nemo_lmpo.config.architecture import Architecture, architecture_from_hf, read_architecture
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.errors import CheckpointError, ConfigError, first_line
+from nemo_lmpo.runtime import run_files
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -109,9 +110,9 @@ def is_known(model: ModelConfig) -> bool:
 
 def _open(path: Path) -> tuple[Architecture, Path]:
     """The architecture, and a directory with config and tokenizer."""
-    from nemo_lmpo.formats.model_files import TRAINING_CONFIG, open_model
+    from nemo_lmpo.formats.model_files import open_model
 
-    if (path / "config.json").is_file() and not (path / TRAINING_CONFIG).exists():
+    if (path / "config.json").is_file() and not (path / run_files.ARCHITECTURE).exists():
         return read_architecture(path), path
     # The other forms keep these files in places where transformers does not look, a `.nemo` inside the archive.
     model = open_model(path)

@@ -37,9 +37,6 @@ NEMO2_CONFIG = "context/model.yaml"
 NEMO2_WEIGHTS = "weights"
 _MOST_YAML_BYTES = 1_000_000
 _MOST_YAML_BRACKETS = 1000
-TRAINING_CONFIG = "architecture.json"
-TRAINING_WEIGHTS = "state"
-TRAINING_TOKENIZER = "tokenizer"
 _CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -93,7 +90,7 @@ def _open(path: Path, config: Path | None) -> ModelFiles:
         raise CheckpointError(f"{path} does not exist; give a model directory or a .nemo file")
     if path.is_file():
         return _open_nemo(TarFiles(path), config)
-    if (path / TRAINING_CONFIG).is_file():
+    if (path / run_files.ARCHITECTURE).is_file():
         return _open_training(path, config)
     if (path / NEMO_CONFIG).is_file():
         return _open_nemo(DirectoryFiles(path), config)
@@ -108,7 +105,7 @@ def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
     if not any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(
             f"{path} is no model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
-            f"nor {NEMO2_CONFIG}, nor {TRAINING_CONFIG}, nor .metadata; give the directory of a model"
+            f"nor {NEMO2_CONFIG}, nor {run_files.ARCHITECTURE}, nor .metadata; give the directory of a model"
         )
     sidecars = side_files(path)
     architecture = _given_architecture(config, sidecars) if config else read_architecture(path)
@@ -118,10 +115,10 @@ def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
 
 
 def _open_training(path: Path, config: Path | None) -> ModelFiles:
-    sidecars = side_files(path / TRAINING_TOKENIZER)
-    sidecars["config.json"] = (path / TRAINING_CONFIG).read_bytes
-    architecture = _given_architecture(config, sidecars) if config else read_architecture(path, TRAINING_CONFIG)
-    checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
+    sidecars = side_files(path / run_files.TOKENIZER)
+    sidecars["config.json"] = (path / run_files.ARCHITECTURE).read_bytes
+    architecture = _given_architecture(config, sidecars) if config else read_architecture(path, run_files.ARCHITECTURE)
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path), run_files.STATE)
     if (path / run_files.ADAPTER).is_file():
         source: TensorSource = _merged_source(path, checkpoint, architecture)
     else:
@@ -139,8 +136,8 @@ def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
         raise CheckpointError(
             f"{path} holds no adapters ({run_files.ADAPTER} is not there); export it without --adapter"
         )
-    architecture = read_architecture(path, TRAINING_CONFIG)
-    checkpoint = DistributedCheckpoint(DirectoryFiles(path), TRAINING_WEIGHTS)
+    architecture = read_architecture(path, run_files.ARCHITECTURE)
+    checkpoint = DistributedCheckpoint(DirectoryFiles(path), run_files.STATE)
     return _adapter_tensors(path, checkpoint, architecture), architecture
 
 

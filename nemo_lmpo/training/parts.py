@@ -19,7 +19,7 @@ from nemo_lmpo.data.tokenizer import padding_id
 from nemo_lmpo.formats.adapters import adapter_json, describe_adapters
 from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
 from nemo_lmpo.formats.conversion import plan, write_nemo
-from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, TRAINING_WEIGHTS, open_model
+from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, open_model
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -117,7 +117,7 @@ class PolicyFiles:
 
         def prepare() -> None:
             shutil.rmtree(parts, ignore_errors=True)
-            (parts / TRAINING_WEIGHTS).mkdir(parents=True)
+            (parts / run_files.STATE).mkdir(parents=True)
 
         def convert() -> None:
             self.write_sidecars(parts)
@@ -128,7 +128,7 @@ class PolicyFiles:
         on_main_rank(prepare)
         try:
             weights = sharded_weights(describe_weights(self.policy.models))
-            write_state(weights, parts / TRAINING_WEIGHTS, in_background=False)
+            write_state(weights, parts / run_files.STATE, in_background=False)
             on_main_rank(convert)
         finally:
             on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
