@@ -38,16 +38,9 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
         ),
         ("row", f"at most {config.data.row_budget} tokens"),
     ]
-    table = [
-        ("parameters", memory.parameters),
-        ("gradients", memory.gradients),
-        ("optimizer", memory.optimizer),
-        ("activations", memory.activations),
-        ("logits", memory.logits),
-        *([("gathered", memory.gathered)] if memory.gathered else []),
-        *([("reference", memory.reference)] if memory.reference else []),
-        ("together", memory.total),
-    ]
+    kept = ["parameters", "gradients", "optimizer", "activations", "logits"]
+    kept += [name for name in ("gathered", "reference") if getattr(memory, name)]
+    table = [*((name, getattr(memory, name)) for name in kept), ("together", memory.total)]
     lines = [f"{name:<13} {value}" for name, value in facts]
     lines += ["", "memory expected on the busiest rank, GiB"]
     lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]

@@ -120,20 +120,17 @@ def builtin_rows(name: str, split: str, limit: int | None = None) -> list[dict[s
     if split not in SPLIT_SIZES:
         raise DataError(f"builtin:{name} has no split '{split}'; its splits are: {', '.join(SPLIT_SIZES)}")
     rng = random.Random(f"{name}/{split}")
-    prompts = _prompts(rng, split)
-    numbers = range(SPLIT_SIZES[split])[:limit]
-    return [_row(f"{name}-{split}-{i:04d}", next(prompts), rng, _TASKS[name]) for i in numbers]
-
-
-def _row(
-    pair_id: str, letters: list[str], rng: random.Random, task: Callable[[random.Random, list[str]], tuple[str, str]]
-) -> dict[str, Any]:
-    prompt = " ".join([COMMAND, *letters])
-    user = {"role": "user", "content": prompt}
-    chosen, rejected = task(rng, letters)
-    return {
-        "prompt_id": pair_id,
-        "prompt": prompt,
-        "chosen": [user, {"role": "assistant", "content": chosen}],
-        "rejected": [user, {"role": "assistant", "content": rejected}],
-    }
+    rows = []
+    for number, letters in zip(range(SPLIT_SIZES[split])[:limit], _prompts(rng, split), strict=False):
+        prompt = " ".join([COMMAND, *letters])
+        user = {"role": "user", "content": prompt}
+        chosen, rejected = _TASKS[name](rng, letters)
+        rows.append(
+            {
+                "prompt_id": f"{name}-{split}-{number:04d}",
+                "prompt": prompt,
+                "chosen": [user, {"role": "assistant", "content": chosen}],
+                "rejected": [user, {"role": "assistant", "content": rejected}],
+            }
+        )
+    return rows
