@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_lmpo.errors import TrainingError, UserError, first_line
+from nemo_lmpo.runtime.peers import raised_by_rank
 
 
 def on_main_rank(action: Callable[[], Any]) -> Any:
@@ -51,13 +52,11 @@ def storage_errors() -> tuple[type[BaseException], ...]:
 
 def reason_of(error: BaseException) -> str:
     """One line; what a rank raised stands last in what torch made of it."""
-    failures = getattr(error, "failures", None)
-    where = ""
-    if failures:
-        rank, wrapped = next(iter(failures.items()))
-        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        where = f"rank {rank}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
-    return where + first_line(error)
+    found = raised_by_rank(error)
+    if found is None:
+        return first_line(error)
+    where = f"rank {found[0]}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
+    return where + first_line(found[1])
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -177,19 +177,17 @@ class CheckpointManager:
                 shutil.rmtree(grave, ignore_errors=True)
 
     def _best(self, steps: list[int]) -> list[int]:
-        ranked: list[tuple[float, int]] = []
-        for step in steps:
-            value = self._monitored(step)
-            if value is not None and not math.isnan(value):
-                ranked.append((value if self.config.mode == "min" else -value, step))
-        return [step for _, step in sorted(ranked)[: self.config.keep_best]]
+        sign = 1 if self.config.mode == "min" else -1
+        ranked = sorted((sign * value, step) for step in steps if not math.isnan(value := self._monitored(step)))
+        return [step for _, step in ranked[: self.config.keep_best]]
 
-    def _monitored(self, step: int) -> float | None:
+    def _monitored(self, step: int) -> float:
+        """What a checkpoint is ranked by; NaN where it does not tell."""
         try:
             metrics = json.loads((step_directory(self.root, step) / run_files.PROGRESS).read_text())["metrics"]
             return float(metrics[self.config.monitor])
         except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return math.nan
 
     def clean(self) -> None:
         """Remove what an interrupted save or deletion left behind (rank 0)."""

@@ -105,18 +105,18 @@ def lost_connection(error: BaseException | None) -> BaseException | None:
             return error
         if isinstance(error, RuntimeError) and any(part in str(error) for part in _GLOO):
             return error
-        error = _below(error)
+        found = raised_by_rank(error)
+        error = found[1] if found is not None else error.__cause__ or error.__context__
     return None
 
 
-def _below(error: BaseException) -> BaseException | None:
-    """The cause; torch's checkpoint errors hold what each rank raised instead."""
+def raised_by_rank(error: BaseException) -> tuple[int, BaseException] | None:
+    """A rank and what it raised, which torch's checkpoint errors hold instead of a cause; None for any other error."""
     failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        wrapped = next(iter(failures.values()))
-        found = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        return found if isinstance(found, BaseException) else None
-    return error.__cause__ or error.__context__
+    if not isinstance(failures, dict) or not failures:
+        return None
+    rank, wrapped = next(iter(failures.items()))
+    return rank, wrapped[0] if isinstance(wrapped, tuple) else wrapped
 
 
 def _state(pid: int) -> str:
