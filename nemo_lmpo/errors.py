@@ -36,6 +36,9 @@ def shown(value: object, most: int = 80) -> str:
         value: whatever a file or a user gave.
         most: longest result; what is longer loses its end.
     """
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
     text = text if text.isprintable() else ascii(value)
     return text if len(text) <= most else text[: most - 3] + "..."

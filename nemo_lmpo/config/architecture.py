@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.config.fields import Fields, shown
-from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.config.fields import Fields
+from nemo_lmpo.errors import CheckpointError, ConfigError, shown
 
 MOST_LAYERS = 10_000
 """More than any model has; a larger number is a damaged config, and would take hours to count through."""

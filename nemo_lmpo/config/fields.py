@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, shown
 
 LARGEST_SIZE = 2**31 - 1
 """No tensor library counts further in one dimension."""
-
-
-def shown(value: object) -> str:
-    """A value for a message: its representation, cut to 80 letters however large or nested it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    return short.repr(value)[:80]
 
 
 class Fields:

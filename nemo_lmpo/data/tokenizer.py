@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.cache import user_path
 from nemo_lmpo.data.hub import cache_only_without_network
+from nemo_lmpo.data.read import BUILTIN_PREFIX
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
 from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
 from nemo_lmpo.errors import ConfigError, first_line
@@ -16,7 +17,6 @@ from nemo_lmpo.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILTIN_PREFIX = "builtin:"
 BUILTIN_TOKENIZERS = ("tiny",)
 
 

@@ -14,8 +14,8 @@ from nemo_lmpo.config.architecture import (
     even_head_dim,
     llama3_scaling,
 )
-from nemo_lmpo.config.fields import Fields, shown
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.config.fields import Fields
+from nemo_lmpo.errors import CheckpointError, shown
 
 _logger = logging.getLogger(__name__)
 
