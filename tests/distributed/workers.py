@@ -35,6 +35,7 @@ PRELOAD = [
     "megatron.core.dist_checkpointing",
     "transformers.models.llama.modeling_llama",
     "datasets",
+    "tests.distributed.frozen",
 ]
 _PR_SET_PDEATHSIG = 1
 
