@@ -76,7 +76,7 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="nemo_lmpo_eval_") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
-        command = [str(scoring_python()), "-W", "ignore", str(_FOLDER / f"{name}.py"), str(asked), str(answered)]
+        command = [str(scoring_python()), "-W", "ignore", str(_FOLDER), name, str(asked), str(answered)]
         errors = log or Path(folder) / "log"
         errors.parent.mkdir(parents=True, exist_ok=True)
         status = _run(command, errors, environment or {}, on_line)

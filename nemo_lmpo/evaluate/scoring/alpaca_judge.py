@@ -1,4 +1,4 @@
-"""AlpacaEval's judging by its own annotator. In the scoring environment: ``alpaca_judge.py REQUEST ANSWER``.
+"""AlpacaEval's judging by its own annotator. Runs in the scoring environment.
 
 Request: ``judge`` (name), ``rows`` with ``index``, ``instruction``, ``output_1`` (baseline) and ``output_2``, and
 ``folder`` for its configuration. Where the judge is says OPENAI_CLIENT_CONFIG_PATH. Answer: a preference in [1, 2]
@@ -7,10 +7,8 @@ by index, or null where the judge gave neither label.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,9 @@ def judge_configuration(judge: str, folder: Path) -> Path:
     return path
 
 
-def annotate(request: dict[str, Any]) -> dict[str, float | None]:
+def answer(request: dict[str, Any]) -> dict[str, float | None]:
     """Preferences by index."""
+    logging.disable(logging.INFO)
     config = judge_configuration(request["judge"], Path(request["folder"]))
     annotator = PairwiseAnnotator(annotators_config=config, caching_path=None)
     annotated = annotator.annotate_pairs(pd.DataFrame(request["rows"]), chunksize=None)
@@ -49,14 +48,3 @@ def _preference(value: float | None) -> float | None:
         return None
     # The package writes 0 for a draw where both outputs are equal.
     return float(value) or 1.5
-
-
-def main() -> None:
-    """Read the request, write the answer."""
-    logging.disable(logging.INFO)
-    request = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(annotate(request)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""AlpacaEval's numbers by its own function. Runs in the scoring environment: ``alpaca_score.py REQUEST ANSWER``.
+"""AlpacaEval's numbers by its own function. Runs in the scoring environment.
 
 Request: ``df_gamed`` (path) and ``models``, each with ``preferences`` (1 baseline, 2 model, null neither),
 ``lengths``, ``baseline_lengths`` (characters), ``index`` (of the instruction in the set); ``rounds`` of resampling by
@@ -7,10 +7,7 @@ Request: ``df_gamed`` (path) and ``models``, each with ``preferences`` (1 baseli
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,15 +87,9 @@ def score(model: dict[str, Any], rounds: int, seed: int, all_c: bool) -> dict[st
     }
 
 
-def main() -> None:
-    """Read the request, write the answer."""
+def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """All numbers of each model."""
     logging.disable(logging.WARNING)
-    request = json.loads(Path(sys.argv[1]).read_text())
     glm_winrate.hf_hub_download = lambda **_: request["df_gamed"]
     told = (request.get("rounds", 0), request.get("seed", 123), request.get("all_C", False))
-    scored = [score(model, *told) for model in request["models"]]
-    Path(sys.argv[2]).write_text(json.dumps(scored))
-
-
-if __name__ == "__main__":
-    main()
+    return [score(model, *told) for model in request["models"]]

@@ -1,4 +1,4 @@
-"""Lengths in cl100k tokens, as Arena-Hard counts them. In the scoring environment: ``count_tokens.py REQUEST ANSWER``.
+"""Lengths in cl100k tokens, as Arena-Hard counts them. Runs in the scoring environment.
 
 Request: ``texts``. The tables come with litellm's wheel, so nothing is downloaded.
 """
@@ -6,10 +6,9 @@ Request: ``texts``. The tables come with litellm's wheel, so nothing is download
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 
 def use_packaged_tables() -> None:
@@ -23,16 +22,10 @@ def use_packaged_tables() -> None:
                 return
 
 
-def main() -> None:
-    """Read the request, write the answer."""
+def answer(request: dict[str, Any]) -> list[int]:
+    """How many tokens each text has."""
     use_packaged_tables()
     import tiktoken
 
     encoding = tiktoken.get_encoding("cl100k_base")
-    texts = json.loads(Path(sys.argv[1]).read_text())["texts"]
-    counts = [len(encoding.encode(text, disallowed_special=())) for text in texts]
-    Path(sys.argv[2]).write_text(json.dumps(counts))
-
-
-if __name__ == "__main__":
-    main()
+    return [len(encoding.encode(text, disallowed_special=())) for text in request["texts"]]

@@ -1,22 +1,14 @@
-"""Download the rows of `lm_eval` tasks into the Hub's cache: ``fetch_tasks.py REQUEST ANSWER``, with ``tasks``."""
+"""Download the rows of `lm_eval` tasks into the Hub's cache, in the scoring environment. Request: ``tasks``."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from typing import Any
 
 
-def main() -> None:
+def answer(request: dict[str, Any]) -> None:
     """Loading a task downloads its rows."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    names = json.loads(Path(sys.argv[1]).read_text())["tasks"]
-    for name in names:
+    for name in request["tasks"]:
         manager.load([name])
-    Path(sys.argv[2]).write_text("{}")
-
-
-if __name__ == "__main__":
-    main()

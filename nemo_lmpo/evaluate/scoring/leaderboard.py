@@ -1,8 +1,8 @@
-"""Tasks of the Open LLM Leaderboard by `lm_eval`. In the scoring environment: ``leaderboard.py REQUEST ANSWER``.
+"""Tasks of the Open LLM Leaderboard by `lm_eval`. Runs in the scoring environment.
 
 Request: ``model`` (``kind`` hf or endpoint, ``arguments`` of the harness's class for it, and its template), ``tasks``,
 ``folder`` for a file a task, ``data`` (a folder with rows instead of the Hub) and ``limit``. A task whose file is there
-is not run again. The model is loaded once, when the first task is missing. Answer: nothing but that it is done.
+is not run again. The model is loaded once, when the first task is missing. Answer: nothing.
 """
 
 from __future__ import annotations
@@ -154,10 +154,9 @@ def write(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def main() -> None:
+def answer(request: dict[str, Any]) -> None:
     """Run what is missing."""
     logging.disable(logging.INFO)
-    request = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -168,8 +167,3 @@ def main() -> None:
                 write(path, harness.run(task))
             sys.stdout.write(f"done {task['name']}\n")
             sys.stdout.flush()
-    write(Path(sys.argv[2]), {})
-
-
-if __name__ == "__main__":
-    main()
