@@ -32,14 +32,9 @@ def loss_inputs(
         statistics: of the global batch.
         mean_chosen_length: of the global batch.
     """
-
-    def columns(values: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * 4 if values is None else (*values.unbind(1), None, None)[:4]
-
-    chosen, rejected, shared_chosen, shared_rejected = columns(logps)
-    reference = columns(micro_batch.reference_logps)
-    assert chosen is not None
-    assert rejected is not None
+    chosen, rejected, *shared = logps.unbind(1)
+    known = micro_batch.reference_logps
+    reference = (None,) * 4 if known is None else (*known.unbind(1), None, None)[:4]
     return LossInputs(
         chosen_logps=chosen,
         rejected_logps=rejected,
@@ -47,8 +42,8 @@ def loss_inputs(
         rejected_lengths=micro_batch.response_lengths[:, 1],
         reference_chosen_logps=reference[0],
         reference_rejected_logps=reference[1],
-        chosen_shared_logps=shared_chosen,
-        rejected_shared_logps=shared_rejected,
+        chosen_shared_logps=shared[0] if shared else None,
+        rejected_shared_logps=shared[1] if shared else None,
         reference_chosen_shared_logps=reference[2],
         reference_rejected_shared_logps=reference[3],
         mean_chosen_length=mean_chosen_length,
