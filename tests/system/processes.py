@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 import termios
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ def _run_command(
 
     torch.set_num_threads(1)
     os.chdir(directory)
+    # As started from a terminal, also where the tests were not: a background job's children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if terminal:
         os.setsid()
         file = os.open(terminal, os.O_RDWR)
