@@ -17,11 +17,15 @@ TP2 = "model.tensor_model_parallel_size=2"
 
 
 @pytest.mark.parametrize(
-    ("world", "overrides"), [(2, (SHARDED, BF16)), (4, (SHARDED, TP2)), (2, (FSDP, BF16)), (4, (FSDP, TP2, ASYNC))]
+    ("world", "overrides", "saving"),
+    [(2, (SHARDED, BF16), ()), (4, (SHARDED, TP2), ()), (2, (FSDP, BF16), ()), (4, (FSDP, TP2), (ASYNC,))],
 )
-def test_same_layout_resumes_bit_for_bit(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_same_layout_resumes_bit_for_bit(
+    world: int, overrides: tuple[str, ...], saving: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Only the part that is resumed from saves in the background: each of its writers imports all anew."""
     run_workers(world, train, str(tmp_path / "whole"), (*LENGTH, *overrides))
-    run = resume_elsewhere(tmp_path, (world, overrides), (world, overrides))
+    run = resume_elsewhere(tmp_path, (world, (*overrides, *saving)), (world, overrides))
     assert metrics_of(run)[-2:] == metrics_of(tmp_path / "whole")[-2:]
     found, expected = weights_of(run, 4), weights_of(tmp_path / "whole", 4)
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
