@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class CheckpointManager:
     """Fingerprints of the pairs, kept with every checkpoint."""
     base: str
     """Hash of the weights that adapters belong to, kept with every checkpoint of adapters."""
-    _queue: Any = None
-    _in_background: Path | None = None
+    _queue: Any = field(default=None, init=False)
+    _in_background: Path | None = field(default=None, init=False)
     """The checkpoint that was last given to background writers."""
 
     def save(self, progress: TrainState) -> float:

@@ -35,7 +35,6 @@ PRELOAD = [
     "megatron.core.dist_checkpointing",
     "transformers.models.llama.modeling_llama",
     "datasets",
-    "tests.distributed.frozen",
 ]
 _PR_SET_PDEATHSIG = 1
 
