@@ -24,18 +24,7 @@ import pytest
 
 from nemo_lmpo.runtime.launch import LaunchInfo
 
-PRELOAD = [
-    "nemo_lmpo.training.session",
-    "nemo_lmpo.monitor.reporter",
-    "megatron.core.distributed",
-    "megatron.core.optimizer",
-    "megatron.core.optimizer.distrib_optimizer",
-    "megatron.core.optimizer_param_scheduler",
-    "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing",
-    "transformers.models.llama.modeling_llama",
-    "datasets",
-]
+PRELOAD = ["tests.distributed.preload"]
 _PR_SET_PDEATHSIG = 1
 
 

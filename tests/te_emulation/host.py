@@ -48,9 +48,6 @@ def _serve(pipe: Any, folder: Path) -> None:
     install(folder)
     for name in PRELOAD:
         importlib.import_module(name)
-    from nemo_lmpo.config.recipe import load_recipe
-
-    load_recipe("lmpo_tiny", [])  # brings Hydra, which workers would import one by one
     fork = multiprocessing.get_context("fork")
     while True:
         world_size, function, arguments = pipe.recv()
