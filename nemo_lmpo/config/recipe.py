@@ -9,18 +9,15 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.config.coerce import coerce
+from nemo_lmpo.config.composition import GROUP_CHOICE, LOSS, SETTING, NoGroupError, compose_plain
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError, first_line
 
-LOSS, SETTING, SPECIALIZATION, COMPAT = "loss", "setting", "specialization", "compat"
-ANY_RUN = "train"
-"""The recipe of any loss on any setting, `loss=... setting=...`."""
-_GROUP_CHOICE = re.compile(r"^(?P<sign>\+{0,2})(?P<group>[\w-]+)=(?P<choice>[\w/-]+)$")
-_OURS = "nemo_lmpo"
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
 
 
@@ -70,16 +67,13 @@ def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None
     with_groups = [_choose_loss_by_name(override, folders) for override in overrides]
     for override in with_groups:
         _require_choice(override, groups, folders)
+    hydras = partial(compose_plain, name, groups=groups, folders=folders, products=_products(folders))
     try:
-        return _compose(name, [_for_hydra(override, groups) for override in with_groups], folders)
-    except _NoGroupError:
+        return hydras([_for_hydra(override, groups) for override in with_groups])
+    except NoGroupError:
         # The user's own recipe names no loss file: then `loss=simpo` adds one, and `loss.name=simpo` is a value.
         added = [re.sub(r"^loss=", "+loss=", override) for override in overrides]
-        return _compose(name, [_for_hydra(override, groups) for override in added], folders)
-
-
-class _NoGroupError(Exception):
-    """A choice of a loss for a recipe that has none to replace."""
+        return hydras([_for_hydra(override, groups) for override in added])
 
 
 def _folders(config_dir: Path | None) -> list[Path]:
@@ -118,65 +112,13 @@ def _choose_loss_by_name(override: str, folders: Sequence[Path]) -> str:
 
 
 def _require_choice(override: str, groups: Set[str], folders: Sequence[Path]) -> None:
-    found = _GROUP_CHOICE.match(override)
+    found = GROUP_CHOICE.match(override)
     if found is None or found["group"] not in groups or found["choice"] == "null":
         return
     group, choice, known = found["group"], found["choice"], _choices(found["group"], folders)
     if "/" not in choice and choice not in known:
         hint = _did_you_mean(choice, known)
         raise ConfigError(f"{group}={choice} is no file of the group {group}{hint} Known: {', '.join(known)}")
-
-
-def _compose(name: str, overrides: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Hydra's composition."""
-    import yaml
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
-
-    _register_products(name, folders)
-    primary = next((folder for folder in folders if (folder / f"{name}.yaml").is_file()), folders[-1])
-    search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
-            config = hydra_compose(name, overrides=[*search, *overrides], return_hydra_config=True)
-            choices = dict(config.hydra.runtime.choices)
-            with open_dict(config):
-                del config["hydra"]
-            plain = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
-        if f"Could not override '{LOSS}'" in str(error):
-            raise _NoGroupError from None
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"recipe {name}: {reason}") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(f"recipe {name}: {primary / name}.yaml holds no settings; write them as `key: value`")
-    if name == ANY_RUN:
-        plain.setdefault("name", f"{choices[LOSS]}_{choices[SETTING]}")
-    return {str(key): value for key, value in plain.items()}
-
-
-def _register_products(wanted: str, folders: Sequence[Path]) -> None:
-    """Let Hydra find a loss on a setting by the name of both, also in the `defaults` of the user's own recipes.
-
-    Without own recipes only the name that is asked for, since Hydra copies its whole store for every composition.
-    Where there is a file, Hydra would take the entry for the file's schema.
-    """
-    from hydra.core.config_store import ConfigNode, ConfigStore
-
-    store = ConfigStore.instance()
-    for entry in [key for key, node in store.repo.items() if isinstance(node, ConfigNode) and node.provider == _OURS]:
-        del store.repo[entry]
-    has_own = len(folders) > 1
-    for name, (loss, setting) in _products(folders).items():
-        if (has_own or name == wanted) and not any((folder / f"{name}.yaml").is_file() for folder in folders):
-            special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
-            node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
-            store.store(name=name, node=node, provider=_OURS)
 
 
 def _require_readable(overrides: Sequence[str]) -> None:
@@ -196,7 +138,7 @@ def _require_readable(overrides: Sequence[str]) -> None:
 
 def _for_hydra(override: str, groups: Set[str]) -> str:
     """Let `a.b=c` set keys that a recipe does not mention; unknown ones are caught later, with a suggestion."""
-    choice = _GROUP_CHOICE.match(override)
+    choice = GROUP_CHOICE.match(override)
     if not _VALUE_OVERRIDE.match(override) or (choice is not None and choice["group"] in groups):
         return override
     return f"++{override}"
