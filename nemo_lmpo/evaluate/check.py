@@ -74,22 +74,23 @@ def check_alpaca_eval(folder: Path) -> list[Row]:
     """WR, LC and length of every stored model by `alpaca_eval`'s own function."""
     load_set(ALPACA_EVAL, folder)
     models = alpaca_models(folder)
+    published = [published_scores(ALPACA_EVAL, folder, model["name"]) for model in models]
     with tempfile.TemporaryDirectory() as scratch:
-        request = {"df_gamed": str(df_gamed_file(folder, Path(scratch))), "models": models, "all_C": True}
+        asked = [{**model, "published": there["lc"]} for model, there in zip(models, published, strict=True)]
+        request = {"df_gamed": str(df_gamed_file(folder, Path(scratch))), "models": asked, "tolerance": LC_EXACT}
         scored = run_program("alpaca_score", request)
     rows = []
-    for model, found in zip(models, scored, strict=True):
-        published = published_scores(ALPACA_EVAL, folder, model["name"])
+    for model, there, found in zip(models, published, scored, strict=True):
         metrics = found["metrics"]
-        chosen, there = metrics["length_controlled_winrate"], published["lc"]
-        nearest, lc = min([(found["C"], chosen), *found["lc_by_C"]], key=lambda pair: abs(pair[1] - there))
+        chosen = metrics["length_controlled_winrate"]
+        nearest, lc = min(found["lc_by_C"], key=lambda pair: abs(pair[1] - there["lc"]))
         values = (
-            ("WR", metrics["win_rate"], published["wr"], EXACT),
-            ("LC", lc, there, LC_EXACT),
-            ("length", float(int(statistics.fmean(model["lengths"]))), published["length"], 0.0),
+            ("WR", metrics["win_rate"], there["wr"], EXACT),
+            ("LC", lc, there["lc"], LC_EXACT),
+            ("length", float(int(statistics.fmean(model["lengths"]))), there["length"], 0.0),
         )
         note = f"C {nearest:.3g}"
-        if abs(chosen - there) > LC_EXACT:
+        if abs(chosen - there["lc"]) > LC_EXACT:
             note += f"; cross-validation chose {found['C']:.3g} here: LC {chosen:.4f}"
         rows.append(Row("AlpacaEval 2", model["name"], values, note))
     return rows

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_alpaca_eval_through_kills_of_both_servers(
     assert all("## Instruction" in prompt for prompt in prompts)  # the package's own prompt
     found = result_of("alpaca_eval")
     assert (found["n"], found["of"], found["judge"]["answered"]) == (10, 805, {ANSWERED_AS: 10})
+    assert found["generation"]["temperature"] == 0.7  # the suite's own
     # The stub's rule, applied by hand to what was answered: a win is 1 / (1 + exp(-6 difference)).
     check_wins(found)
     stub.requests.clear()
@@ -156,18 +158,20 @@ def test_arena_hard_of_an_anchor(command: Command, stub: Stub) -> None:
 
 
 def test_answers_in_process(command: Command, smollm2_dir: Path) -> None:
+    # Of the two suites the one whose scoring takes no process; sampled as in the other.
     arguments = ("--model", str(smollm2_dir), "--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu")
-    assert command("alpaca_eval", *arguments, limit=4) == 0
-    found = result_of("alpaca_eval")
+    arguments += ("--temperature", "0.7")
+    assert command("arena_hard", *arguments, limit=4) == 0
+    found = result_of("arena_hard")
     assert found["truncated"] == 4
     assert found["generation"]["backend"].startswith("transformers ")
     assert (found["generation"]["temperature"], found["generation"]["dtype"]) == (0.7, "fp32")
-    answers = Path("out/alpaca_eval/answers.jsonl").read_text()
+    answers = Path("out/arena_hard/answers.jsonl").read_text()
     # Cut in the middle, as by a kill: the same answers come again.
-    Path("out/alpaca_eval/answers.jsonl").write_text(answers[: len(answers) // 2])
-    Path("out/alpaca_eval/result.json").unlink()
-    assert command("alpaca_eval", *arguments, limit=4) == 0
-    again = Path("out/alpaca_eval/answers.jsonl").read_text()
+    Path("out/arena_hard/answers.jsonl").write_text(answers[: len(answers) // 2])
+    Path("out/arena_hard/result.json").unlink()
+    assert command("arena_hard", *arguments, limit=4) == 0
+    again = Path("out/arena_hard/answers.jsonl").read_text()
     assert sorted(again.splitlines()) == sorted(answers.splitlines())
 
 
@@ -208,62 +212,71 @@ def harness() -> Path:
     return Path(done.stdout.strip())
 
 
-def test_ten_tasks_by_their_own_definitions(
-    stub: Stub, smollm2_dir: Path, harness: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_task_rows(tmp_path / "rows", harness)
-    arguments = ["leaderboard", "--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", stub.url]
-    arguments += ["--task-data", "rows", "--output", "out", "--quiet"]
-    assert main([*arguments, "--tasks", "v1"]) == 0
-    asked = len(stub.requests)
-    assert main(arguments) == 0
-    found = result_of("leaderboard")
+@dataclass
+class Ten:
+    """What two commands made of a leaderboard's ten tasks: those of the first version, then all."""
+
+    folder: Path
+    """With the tasks' `rows` and the results in `out`."""
+    requests: list[tuple[str, dict]]
+    """To the server."""
+    first: int
+    """How many of them were of the first command."""
+
+
+@pytest.fixture(scope="module")
+def ten(smollm2_dir: Path, harness: Path, tmp_path_factory: pytest.TempPathFactory) -> Ten:
+    folder = tmp_path_factory.mktemp("ten")
+    write_task_rows(folder / "rows", harness)
+    with serving() as stub:
+        arguments = ["leaderboard", "--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", stub.url]
+        arguments += ["--task-data", str(folder / "rows"), "--output", str(folder / "out"), "--quiet"]
+        assert main([*arguments, "--tasks", "v1"]) == 0
+        first = len(stub.requests)
+        assert main(arguments) == 0
+    return Ten(folder, stub.requests, first)
+
+
+def test_ten_tasks_by_their_own_definitions(ten: Ten) -> None:
+    found = result_of("leaderboard", ten.folder / "out")
     assert set(found["values"]) == {task.name for task in TASKS}
     assert found["details"]["tasks"]["arc"]["shots"] == 25
     # Tasks of the first command were not run again.
-    again = [body for _, body in stub.requests[asked:] if "stop" in body and "Question:" in body["stop"]]
-    assert asked
+    again = [body for _, body in ten.requests[ten.first :] if "stop" in body and "Question:" in body["stop"]]
+    assert ten.first
     assert not again
     # GSM8K was stopped as the paper's harness does it, and as today's.
-    stops = [tuple(body["stop"][:3]) for _, body in stub.requests if "stop" in body and "Question:" in body["stop"]]
+    stops = [tuple(body["stop"][:3]) for _, body in ten.requests if "stop" in body and "Question:" in body["stop"]]
     assert {":" in stop for stop in stops} == {True, False}
-    assert all(isinstance(token, int) for body in stub.requests[:1] for token in body[1]["prompt"][0])
-    assert main(["tables", "out", "--output", "page"]) == 0
-    assert "LMPO here" in Path("page/tables.md").read_text()
+    assert all(isinstance(token, int) for body in ten.requests[:1] for token in body[1]["prompt"][0])
+    assert main(["tables", str(ten.folder / "out"), "--output", str(ten.folder / "page")]) == 0
+    assert "LMPO here" in (ten.folder / "page" / "tables.md").read_text()
 
 
-def test_scores_are_the_harness_own(stub: Stub, smollm2_dir: Path, harness: Path, tmp_path: Path) -> None:
+def test_scores_are_the_harness_own(stub: Stub, ten: Ten, smollm2_dir: Path, harness: Path, tmp_path: Path) -> None:
     """One task by `lm_eval` itself, without this project."""
-    write_task_rows(tmp_path / "rows", harness)
     task = tmp_path / "own.yaml"
-    rows = tmp_path / "rows"
+    rows = ten.folder / "rows"
     files = {"train": str(rows / "winogrande.fewshot.jsonl"), "validation": str(rows / "winogrande.jsonl")}
     task.write_text(
         f"include: {harness}/tasks/winogrande/default.yaml\ntask: own\ndataset_path: json\ndataset_name: null\n"
         f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
     )
-    arguments = f"model=stub,base_url={stub.url}/completions,tokenizer={smollm2_dir},max_length=2048"
-    subprocess.run(
-        [
-            *(os.environ[VARIABLE], "-W", "ignore", "-m", "lm_eval", "run", "--model", "local-completions"),
-            *(
-                "--model_args",
-                arguments,
-                "--tasks",
-                str(task),
-                "--num_fewshot",
-                "5",
-                "--output_path",
-                str(tmp_path / "own"),
-            ),
-        ],
+    # What its command line does, but for an index of all the tasks that it comes with.
+    code = (
+        "import sys, lm_eval; from lm_eval.tasks import TaskManager\n"
+        "found = lm_eval.simple_evaluate('local-completions', sys.argv[1], [sys.argv[2]], num_fewshot=5,\n"
+        "    bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))\n"
+        "print('own', found['results']['own']['acc,none'])"
+    )
+    model = f"model=stub,base_url={stub.url}/completions,tokenizer={smollm2_dir},max_length=2048"
+    done = subprocess.run(
+        [os.environ[VARIABLE], "-W", "ignore", "-c", code, model, str(task)],
         check=True,
         capture_output=True,
+        text=True,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )
-    [path] = (tmp_path / "own").rglob("results*.json")
-    expected = 100 * json.loads(path.read_text())["results"]["own"]["acc,none"]
-    ours = ["leaderboard", "--model", str(smollm2_dir), "--endpoint", stub.url, "--tasks", "winogrande", "--quiet"]
-    assert main([*ours, "--task-data", str(rows), "--output", str(tmp_path / "out")]) == 0
-    assert result_of("leaderboard", tmp_path / "out")["values"]["winogrande"]["value"] == pytest.approx(expected)
+    expected = 100 * float(done.stdout.split("own ")[-1])
+    ours = result_of("leaderboard", ten.folder / "out")["values"]["winogrande"]["value"]
+    assert ours == pytest.approx(expected)

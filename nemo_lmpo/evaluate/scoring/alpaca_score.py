@@ -1,8 +1,8 @@
 """AlpacaEval's numbers by its own function. Runs in the scoring environment.
 
 Request: ``df_gamed`` (path) and ``models``, each with ``preferences`` (1 baseline, 2 model, null neither),
-``lengths``, ``baseline_lengths`` (characters), ``index`` (of the instruction in the set); ``rounds`` of resampling by
-``seed``; ``all_C`` for LC at each C.
+``lengths``, ``baseline_lengths`` (characters), ``index`` (of the instruction in the set), and ``published``, an LC to
+find within ``tolerance`` at another C if it is not that of the C chosen; ``rounds`` of resampling by ``seed``.
 """
 
 from __future__ import annotations
@@ -72,17 +72,28 @@ def resampled(frame: pd.DataFrame, fixed: float, rounds: int, seed: int) -> list
     return [float(fitted(frame.iloc[rows], fixed)[0]["length_controlled_winrate"]) for rows in chosen]
 
 
-def score(model: dict[str, Any], rounds: int, seed: int, all_c: bool) -> dict[str, Any]:
-    """All numbers of one model; with ``all_c`` also LC at each C that cross-validation chooses from."""
+def lc_by_c(frame: pd.DataFrame, fit: _Fit, lc: float, wanted: float, tolerance: float) -> list[list[float]]:
+    """LC at the C chosen and, until it is the one wanted, at others that were to choose from, the nearest first."""
+    chosen = fit.chosen[0]
+    tried = [[chosen, lc]]
+    for value in sorted(fit.candidates, key=lambda value: abs(np.log(value / chosen)))[1:]:
+        if abs(tried[-1][1] - wanted) <= tolerance:
+            break
+        tried.append([value, float(fitted(frame, value)[0]["length_controlled_winrate"])])
+    return tried
+
+
+def score(model: dict[str, Any], rounds: int, seed: int, tolerance: float) -> dict[str, Any]:
+    """All numbers of one model."""
     frame = annotations_of(model)
     metrics, fit = fitted(frame, None)
     metrics = {name: float(value) for name, value in metrics.items()}
-    every = fit.candidates if all_c else []
+    lc, wanted = metrics["length_controlled_winrate"], model.get("published")
     return {
         "metrics": metrics,
         "C": fit.chosen[0],
         "weights": fit.weights,
-        "lc_by_C": [[value, float(fitted(frame, value)[0]["length_controlled_winrate"])] for value in every],
+        "lc_by_C": [] if wanted is None else lc_by_c(frame, fit, lc, wanted, tolerance),
         "lc_replicates": resampled(frame, fit.chosen[0], rounds, seed) if rounds else [],
     }
 
@@ -91,5 +102,5 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     """All numbers of each model."""
     logging.disable(logging.WARNING)
     glm_winrate.hf_hub_download = lambda **_: request["df_gamed"]
-    told = (request.get("rounds", 0), request.get("seed", 123), request.get("all_C", False))
+    told = (request.get("rounds", 0), request.get("seed", 123), request.get("tolerance", 0.0))
     return [score(model, *told) for model in request["models"]]
