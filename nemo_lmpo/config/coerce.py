@@ -40,10 +40,16 @@ def coerce(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey) -
     return value
 
 
-def types_of(cls: type[Any]) -> dict[str, Any]:
+_TYPES: dict[type[Any], Mapping[str, Any]] = {}
+"""Worked out once a class: Python takes long to read annotations."""
+
+
+def types_of(cls: type[Any]) -> Mapping[str, Any]:
     """The annotated types of a dataclass's fields, by name."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if cls not in _TYPES:
+        hints = typing.get_type_hints(cls)
+        _TYPES[cls] = types.MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
+    return _TYPES[cls]
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:

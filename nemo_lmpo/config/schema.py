@@ -10,10 +10,11 @@ every command can read it fast.
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from nemo_lmpo.config.coerce import types_of
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ class Config:
 
 def all_settings(cls: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Dotted keys and fields; a group stands before its settings."""
-    hints = typing.get_type_hints(cls)
+    hints = types_of(cls)
     for of in dataclasses.fields(cls):
         yield prefix + of.name, of
         if dataclasses.is_dataclass(hints[of.name]):
