@@ -11,6 +11,9 @@ from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_queue
 
+WORTH_TWO_WRITERS = 2**28
+"""Bytes of a rank's share; of less, half is written before another copy of the process has been made."""
+
 
 def serve_write_results(*, in_background: bool) -> None:
     """Give megatron-core's writers the queue in which they report.
@@ -33,14 +36,24 @@ def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) 
     Communicates over all ranks.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     serve_write_results(in_background=in_background)
     save = dist_checkpointing.save
     # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
     own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-    request = save(state, str(directory), async_sharded_save=in_background, **own_writers)
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_writers(state))
+    request = save(state, str(directory), sharded_strategy=strategy, async_sharded_save=in_background, **own_writers)
     on_main_rank(lambda: _write_common(state, directory / run_files.COMMON))
     return request
+
+
+def _writers(state: dict[str, Any]) -> int:
+    """Processes that this rank forks to write its share, each a file: megatron-core's two where it takes a while."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    tensors = (getattr(value, "data", None) for value in nested_values(state))
+    return 1 if sum(getattr(tensor, "nbytes", 0) for tensor in tensors) < WORTH_TWO_WRITERS else 2
 
 
 def _write_common(state: dict[str, Any], file: Path) -> None:

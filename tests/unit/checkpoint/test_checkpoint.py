@@ -112,6 +112,25 @@ def test_loads_what_was_saved(place: Any, trained: tuple[Path, dict[int, str]], 
     assert fingerprint(session) == trained[1][3]
 
 
+def test_a_small_share_has_one_writer_and_a_large_one_two(
+    place: Any, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(step: int) -> list[str]:
+        return sorted(path.name for path in (step_directory(run / "checkpoints", step) / "state").glob("*.distcp"))
+
+    session = going_on(place, run)
+    share = sum(p.numel() for p in session.policy.models[0].parameters()) * 12  # float32 weights, two moments
+    monkeypatch.setattr("nemo_lmpo.checkpoint.writers.WORTH_TWO_WRITERS", 1.1 * share)
+    save(session, 4)
+    assert files(4) == ["__0_0.distcp"]
+    monkeypatch.setattr("nemo_lmpo.checkpoint.writers.WORTH_TWO_WRITERS", 0.9 * share)
+    save(session, 5)
+    assert files(5) == ["__0_0.distcp", "__0_1.distcp"]
+    other = open_session(place, run)
+    assert other.checkpoints.load_newest().step == 5
+    assert fingerprint(other, counts=False) == fingerprint(session, counts=False)
+
+
 def test_nothing_to_load_is_a_new_run(place: Any, tmp_path: Path) -> None:
     assert open_session(place, tmp_path).checkpoints.load_newest() == TrainState()
 
