@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import inspect
+import io
+import os
+import pickle
 import queue
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.children import following_queue
 
 WORTH_TWO_WRITERS = 2**28
 """Bytes of a rank's share; of less, half is written before another copy of the process has been made."""
 
 
-def serve_write_results(*, in_background: bool) -> None:
-    """Give megatron-core's writers the queue in which they report.
+class WriteResults:
+    """What forked writers found, in memory that they share with this process.
 
-    Its own is a server process, which imports everything again and outlives a killed run. A synchronous save needs
-    none, as this process itself puts and gets; for an asynchronous one the server ends with this process.
+    megatron-core's own queue is a server process, which imports torch and megatron-core to hold such values (two
+    seconds and 200 MiB a rank), and outlives a killed run.
     """
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file: IO[bytes] = os.fdopen(os.memfd_create("write_results"), "w+b")
+        else:  # not Linux: a file without a name
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as this
+        self._taken = 0
+
+    def put(self, value: object) -> None:
+        """Leave a value, in this process or in a fork of it; one at a time."""
+        with os.fdopen(os.dup(self._file.fileno()), "ab") as file:
+            pickle.dump(value, file)
+
+    def get_nowait(self) -> object:
+        """The next value.
+
+        Raises:
+            queue.Empty: there is none, or its writer died in the middle of it.
+        """
+        # Writers move the file's position, which is shared, too.
+        number = self._file.fileno()
+        rest = io.BytesIO(os.pread(number, os.fstat(number).st_size - self._taken, self._taken))
+        try:
+            value: object = pickle.load(rest)  # noqa: S301 - of our own forks
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
+        self._taken += rest.tell()
+        if not rest.read(1):  # one save's results need not lie there until the last
+            os.ftruncate(number, 0)
+            self._taken = 0
+        return value
+
+
+def collect_write_results() -> None:
+    """Give megatron-core's writers of this process the place in which they report."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    present = getattr(filesystem_async, "_results_queue", None)
-    if in_background and (present is None or isinstance(present, queue.Queue)):
-        filesystem_async._results_queue = following_queue()
-    elif present is None:
-        filesystem_async._results_queue = queue.Queue()
+    if not isinstance(getattr(filesystem_async, "_results_queue", None), WriteResults):
+        filesystem_async._results_queue = WriteResults()
 
 
 def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) -> Any:
@@ -38,7 +73,7 @@ def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) 
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    serve_write_results(in_background=in_background)
+    collect_write_results()
     save = dist_checkpointing.save
     # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
     own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}

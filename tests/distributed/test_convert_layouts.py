@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_lmpo.checkpoint.writers import serve_write_results
+from nemo_lmpo.checkpoint.writers import collect_write_results
 from nemo_lmpo.config.architecture import Architecture, RopeScaling
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.formats.archive import DirectoryFiles
@@ -193,7 +193,7 @@ def _load_and_save(launch: LaunchInfo, layout: dict[str, int], architecture: Arc
         tp, rank = groups.tensor.size(), groups.tensor.rank()
         load_model_weights(chunks, _OddNorms(architecture), architecture, tp_rank=rank, tp_size=tp)
         state = {f"model{index}": chunk.sharded_state_dict(prefix="model.") for index, chunk in enumerate(chunks)}
-        serve_write_results(in_background=False)  # else megatron-core starts a process for the queue, which imports all
+        collect_write_results()  # else megatron-core starts a process for the queue, which imports all
         dist_checkpointing.save(state, directory)
 
 

@@ -89,13 +89,22 @@ def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> No
     assert not working_in(killed)
 
 
+def writer_at_work(process: Any, directory: Path) -> psutil.Process:
+    """A process that writes a checkpoint in the background, stopped while it does."""
+    while process.is_alive():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(Path(file.path).is_relative_to(directory) for file in child.open_files() if ".tmp" in file.path):
+                    child.suspend()
+                    return child
+    raise AssertionError((directory / "output").read_text())
+
+
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
-    with training((*COMMAND, "checkpoint.async_save=true"), tmp_path) as process:
-        while not (tmp_path / "run" / "checkpoints" / "step_0000002").exists():
-            assert process.is_alive(), (tmp_path / "output").read_text()
-            time.sleep(0.01)
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert children, "nothing is tested: saving started no helper"
+    options = ("checkpoint.async_save=true", "checkpoint.save_interval=1", "trainer.max_steps=2000")
+    with training((*COMMAND, *options), tmp_path) as process:
+        writer = writer_at_work(process, tmp_path)
+        family = [*psutil.Process(process.pid).children(recursive=True), writer]
         process.kill()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, [child.cmdline() for child in alive]
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, alive
