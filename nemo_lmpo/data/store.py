@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_lmpo.data.pack import pair_tokens
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,6 +99,9 @@ def pairs_schema() -> pa.Schema:
 def summarize_store(directory: Path) -> None:
     """Write what stands beside the tokenized rows in ``directory``: see :class:`Store`."""
     import xxhash
+
+    # It brings torch, whose second of imports the processes that tokenize do without.
+    from nemo_lmpo.data.pack import pair_tokens
 
     table = _read_table(directory)
     meta = _counted(table)

@@ -77,6 +77,12 @@ def test_importing_the_data_room_is_cheap():
     assert found.stdout.strip() == "[]"
 
 
+def test_processes_that_tokenize_do_without_torch() -> None:
+    code = "import sys; import nemo_lmpo.data.tokenize; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
 def test_the_command_sets_them_before_torch() -> None:
     """Also the CPU runtime reads its variable once, when torch loads it."""
     code = (
