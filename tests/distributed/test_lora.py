@@ -127,12 +127,13 @@ def test_equals_peft_on_smollm2(smollm2_dir: Path, shared_dir: Path, tmp_path: P
     settings = (
         f"model.restore_from_path={smollm2_dir}",
         f"data.train.path={shared_dir / 'data' / 'alpaca_pairs_train.jsonl.gz'}",
+        "data.train.limit=16",
         "data.validation.path=null",
         f"data.cache_dir={tmp_path / 'cache'}",
         f"run_dir={tmp_path / 'run'}",
         "model.global_batch_size=2",
-        "data.max_length=192",
-        "data.max_prompt_length=96",
+        "data.max_length=96",
+        "data.max_prompt_length=48",
         "trainer.precision='32'",
         "trainer.max_steps=2",
     )

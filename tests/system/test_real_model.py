@@ -58,11 +58,12 @@ def test_step_zero_on_real_pairs(compat: str, smollm2_dir: Path, shared_dir: Pat
     overrides = (
         f"model.restore_from_path={smollm2_dir}",
         f"data.train.path={shared_dir / 'data' / 'alpaca_pairs_train.jsonl.gz'}",
+        "data.train.limit=16",
         "data.validation.path=null",
         f"data.cache_dir={tmp_path / 'cache'}",
         f"model.global_batch_size={PAIRS}",
-        "data.max_length=256",
-        "data.max_prompt_length=128",
+        "data.max_length=128",
+        "data.max_prompt_length=64",
         f"run_dir={tmp_path / 'run'}",
         f"loss.compat={compat}",
         "data.row_tokens=4000",  # one row
@@ -127,17 +128,17 @@ def test_sampled_answers_to_real_prompts(smollm2_dir: Path, shared_dir: Path, tm
         *(f"data.{which}.limit=4" for which in ("train", "validation")),
         "data.validation.split=train",
         f"data.cache_dir={tmp_path / 'cache'}",
-        "data.max_length=256",
-        "data.max_prompt_length=128",
+        "data.max_length=128",
+        "data.max_prompt_length=64",
         f"model.global_batch_size={PAIRS}",
         f"run_dir={tmp_path / 'run'}",
         "logging.samples=2",
-        "logging.sample_tokens=8",
+        "logging.sample_tokens=5",
     )
     ((prompts, answers),) = run_workers(1, sampled, overrides, timeout=300)
     assert len({tuple(answer) for answer in answers}) == 2
     generator = load_generator(smollm2_dir, device="cpu", dtype=torch.float32)
-    expected = generator.respond(prompts, Sampling(max_new_tokens=8, batch_size=1))
+    expected = generator.respond(prompts, Sampling(max_new_tokens=5, batch_size=1))
     assert answers == [answer.token_ids for answer in expected]
 
 
