@@ -197,6 +197,8 @@ def fully_sharded(config: Config) -> Iterator[str]:
 
 def allowed_changes(config: Config) -> Iterator[str]:
     """What a resume may change on purpose are settings that exist."""
+    if not config.checkpoint.allow_changes:
+        return
     known = [key for key, _ in all_settings()]
     known += [f"loss.{of.name}" for of in dataclasses.fields(config.loss)] if config.loss is not None else []
     for key in config.checkpoint.allow_changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,8 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_export_again_writes_no_weights(run: Path, tmp_path: Path) -> None:
-    output = export_run(run, tmp_path / "hf")
+    """Again after that of the run itself at its end."""
+    output = Path(shutil.copytree(run / "huggingface", tmp_path / "hf"))
     weights = output / "model.safetensors"
     before = weights.stat()
     export_run(run, output, evaluations=[evaluated(tmp_path / "evals")])

@@ -40,13 +40,14 @@ def training_metrics(step):
     }
 
 
-def write_run(root, steps=40, validate=(10, 20, 30, 40), name="run", config=CONFIG, total=40):
-    """A run directory under ``root``: training every step, validation where said."""
+def write_run(root, steps=40, validate=(10, 20, 30, 40), name="run", config=CONFIG, total=40, only=None):
+    """A run directory under ``root``: training every step, validation where said; ``only``: of one metric."""
     run_dir = root / name
     run_dir.mkdir()
     lines = []
     for step in range(1, steps + 1):
-        lines.append({"step": step, "time": 1_750_000_000.0 + step, **training_metrics(step)})
+        metrics = {name: value for name, value in training_metrics(step).items() if only in (None, name)}
+        lines.append({"step": step, "time": 1_750_000_000.0 + step, **metrics})
         if step in validate:
             # Accuracy is best at step 20: 0.5, 0.9, 0.8, 0.7.
             values = {"loss": 3.0 / step, "rewards/accuracies": 0.5 if step == 10 else 1.1 - step / 100}

@@ -151,7 +151,7 @@ def test_report_of_a_single_step_without_config(make_run):
 
 
 def test_command_writes_where_it_is_told(make_run, tmp_path, capsys):
-    run_dir = make_run(steps=3, validate=())
+    run_dir = make_run(steps=3, validate=(), only="loss")
     target = tmp_path / "elsewhere" / "page.html"
     assert main([str(run_dir), "--output", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
@@ -183,5 +183,6 @@ def test_bad_input_is_one_message_and_exit_1(tmp_path, capsys, prepare, message)
 
 def test_page_that_cannot_be_written_is_one_message(make_run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main([str(make_run(steps=2, validate=())), "--output", str(tmp_path / "file" / "page.html")]) == 1
+    run_dir = make_run(steps=2, validate=(), only="loss")
+    assert main([str(run_dir), "--output", str(tmp_path / "file" / "page.html")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

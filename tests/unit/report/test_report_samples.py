@@ -18,7 +18,7 @@ def line(step, index, answer, tokens, finished=True):
 
 
 def sampled_run(make_run, lines):
-    run_dir = make_run()
+    run_dir = make_run(only="loss")
     (run_dir / "samples.jsonl").write_text("".join(lines))
     return run_dir
 
@@ -40,21 +40,22 @@ def test_answers_stand_side_by_side(make_run):
     assert (run_dir / "report" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_without_samples_says_nothing_of_them(make_run):
+def test_a_run_without_samples_says_nothing_of_them(make_run, example_page):
     run_dir = make_run()
     assert read_samples(run_dir) is None
-    assert "Sampled answers" not in write_report(run_dir).read_text(encoding="utf-8")
+    assert "Sampled answers" not in example_page.read_text(encoding="utf-8")
     (run_dir / "samples.jsonl").write_text("")
     assert read_samples(run_dir) is None
 
 
 def test_of_many_validations_some_are_shown(make_run):
-    samples = read_samples(sampled_run(make_run, [line(step, 0, "a", 1) for step in range(0, 101, 4)]))
+    run_dir = sampled_run(make_run, [line(step, 0, "a", 1) for step in range(0, 101, 4)])
+    samples = read_samples(run_dir)
     assert len(samples.steps) == 26
     # Seven parts of 25 validations: 0, 3.6, 7.1, 10.7, 14.3, 17.9, 21.4, 25.
     assert samples.shown_steps == [0, 16, 28, 44, 56, 72, 84, 100]
     assert len(samples.prompts[0].answers) == MOST_COLUMNS
-    text = write_report(make_run(name="other").parent / "run").read_text(encoding="utf-8")
+    text = write_report(run_dir).read_text(encoding="utf-8")
     assert "Shown are 8 of 26 times" in text
 
 
