@@ -1,6 +1,7 @@
 """`python -m MODULE ...` with a brake: training waits before a step for as long as a file exists.
 
 Lets a test act at a known step, however fast or slow the machine is: `TEST_HOLD=3=FILE,5=FILE`, steps counted from 0.
+What started a process is appended to `TEST_LAUNCHERS`, a file.
 """
 
 import os
@@ -24,9 +25,16 @@ def install_brake() -> None:
     PreferenceTrainer.train_step = train_step
 
 
+def note_launcher() -> None:
+    with Path(os.environ["TEST_LAUNCHERS"]).open("a") as file:
+        file.write("torchrun\n" if "TORCHELASTIC_RUN_ID" in os.environ else "srun\n")
+
+
 if __name__ == "__main__":
     assert sys.argv[1] == "-m", sys.argv
     module, sys.argv = sys.argv[2], sys.argv[2:]
+    if module == "nemo_lmpo.train" and "TEST_LAUNCHERS" in os.environ:
+        note_launcher()
     if module == "nemo_lmpo.train" and "TEST_HOLD" in os.environ:
         install_brake()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

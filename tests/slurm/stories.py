@@ -34,7 +34,7 @@ RECIPE = (
     "logging.report=false",
     "logging.tensorboard=false",
 )
-FOUR = ("model.tensor_model_parallel_size=2",)
+SPLIT = ("model.tensor_model_parallel_size=2",)
 # The story of a failing node has two nodes to itself.
 QUIET_NODES = "node1,node2"
 LOSING_NODES = "node3,node4"
@@ -85,7 +85,7 @@ class Stories:
         # Two lines of stories that need the processor, so that none starves; the others mostly wait.
         self._results = {"limit": self.pool.submit(self._limit), "crashes": self.pool.submit(self._crashes)}
         self._results["stop"] = self.pool.submit(self._stop)
-        self._line(["without_slurm", "one_node", "two_nodes"])
+        self._line(["without_slurm", "two_nodes", "one_node"])
         self._line(["sweep", "interrupted", "error", "use"])
 
     def __getitem__(self, name: str) -> Job:
@@ -153,34 +153,38 @@ class Stories:
     # ---- stories
 
     def _without_slurm(self) -> Job:
-        """The layout of four processes, trained by processes of this machine."""
-        overrides = [*RECIPE[1:], *FOUR, f"run_dir={self.folder}/runs/without_slurm"]
-        run_workers(4, train_without_slurm, overrides, timeout=PATIENCE)
+        """The layouts of two and of four processes, trained by processes of this machine."""
+        for count in (2, 4):
+            overrides = [*RECIPE[1:], *SPLIT, f"run_dir={self.folder}/runs/without_slurm_{count}"]
+            run_workers(count, train_without_slurm, overrides, timeout=PATIENCE)
         return Job("", "", {}, self.folder)
 
     def _one_node(self) -> Job:
-        """Four tasks through the launcher, and so through srun."""
-        said = self.module(
-            "nemo_lmpo.slurm", "submit", *RECIPE, *FOUR, "run_dir=runs/one_node", f"--sbatch=--exclude={LOSING_NODES}"
-        )
+        """Two tasks through the launcher, and so through srun."""
+        options = ("--gpus-per-node=2", f"--sbatch=--exclude={LOSING_NODES}")
+        said = self.module("nemo_lmpo.slurm", "submit", *RECIPE, *SPLIT, "run_dir=runs/one_node", *options)
         job_id = said.split("submitted job ")[1].split(";")[0]
         return self.finish(job_id, said=said)
 
     def _two_nodes(self) -> Job:
-        """Two nodes with two tasks each by torchrun; one node fails before step 4."""
+        """Two nodes with two tasks each by torchrun; one node fails before step 4, and srun starts the second turn."""
         hold = self.brake("two_nodes")
+        settings = self.folder / "cluster.env"  # each turn reads it anew
+        settings.write_text("NEMO_LMPO_LAUNCHER=torchrun\n")
         job_id = self.submit(
             "train_multinode.sbatch",
             *RECIPE,
-            *FOUR,
+            *SPLIT,
             "run_dir=runs/two_nodes",
             options=("--gpus-per-node=2", "--ntasks-per-node=2", f"--nodelist={LOSING_NODES}"),
-            NEMO_LMPO_LAUNCHER="torchrun",
+            NEMO_LMPO_CLUSTER_ENV=str(settings),
+            TEST_LAUNCHERS=str(self.folder / "launchers"),
             TEST_HOLD=f"3={hold}",
         )
         self.wait_for(lambda: self.steps("two_nodes") == 3, "three steps on two nodes")
         self.cluster.run("scontrol", "update", "nodename=node4", "state=down", "reason=test")
         self.wait_for(lambda: "TERM" in self.log(job_id), "the end of the node")
+        settings.write_text("NEMO_LMPO_LAUNCHER=srun\n")
         hold.unlink()
         self.wait_for(lambda: self.cluster.job(job_id)["JobState"] == "PENDING", "the job in the queue again")
         # The node may have come back by itself, on its next report.

@@ -50,23 +50,23 @@ def last_line(job: Job) -> str:
     return job.log.rstrip().splitlines()[-1]
 
 
-def test_four_tasks_on_a_node_learn_the_same_as_without_slurm(stories: Stories) -> None:
+def test_two_tasks_on_a_node_learn_the_same_as_without_slurm(stories: Stories) -> None:
     job = stories["one_node"]
     assert job.succeeded, job.log[-3000:]
-    assert "4 process(es) on node" in job.log
-    assert "layout         TP 2 x PP 1 x CP 1 x DP 2 = 4 processes" in job.log
+    assert "2 process(es) on node" in job.log
+    assert "layout         TP 2 x PP 1 x CP 1 x DP 1 = 2 processes" in job.log
     assert last_line(job) == "slurm: all steps are done"
     assert not list(job.folder.glob("rank-*.log"))
     stories["without_slurm"]
-    assert_same(tensors(run_of(stories, "one_node")), tensors(run_of(stories, "without_slurm")))
+    assert_same(tensors(run_of(stories, "one_node")), tensors(run_of(stories, "without_slurm_2")))
 
 
 def test_the_launcher_validates_prints_and_submits(stories: Stories) -> None:
     said = stories["one_node"].notes["said"]
-    assert "TP 2 x PP 1 x CP 1 x DP 2" in said
+    assert "TP 2 x PP 1 x CP 1 x DP 1" in said
     assert "memory expected" in said
     line = next(line for line in said.splitlines() if line.startswith("sbatch "))
-    assert "--nodes=1 --gpus-per-node=4 --ntasks-per-node=4" in line
+    assert "--nodes=1 --gpus-per-node=2 --ntasks-per-node=2" in line
     assert "/train.sbatch lmpo_tiny " in line
 
 
@@ -75,12 +75,13 @@ def test_two_nodes_of_which_one_fails(stories: Stories) -> None:
     assert job.succeeded, job.log[-3000:]
     assert job.ending["Restarts"] == "1"
     assert job.log.count("4 process(es) on node[3-4]") == 2
+    assert (stories.folder / "launchers").read_text().split() == ["torchrun"] * 4 + ["srun"] * 4
     run = run_of(stories, "two_nodes")
     assert restarts(run)[0] == 0
     assert restarts(run)[-1] == 1
     assert len(restarts(run)) == STEPS
     stories["without_slurm"]
-    assert_same(tensors(run), tensors(run_of(stories, "without_slurm")))
+    assert_same(tensors(run), tensors(run_of(stories, "without_slurm_4")))
 
 
 def test_sweep_trains_every_combination(stories: Stories) -> None:
