@@ -53,31 +53,28 @@ def pushes(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[in
     return status, next(reversed(capsys.readouterr().err.splitlines()), "")
 
 
-def test_the_command_pushes_every_byte(run: Path) -> None:
-    with serving() as hub:
-        hub.cut_commits = 1
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "nemo_lmpo.export", str(run), "--push-to-hub", NAME, "--private"]
-        cut = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert cut.returncode == 1, cut.stderr
-        last = cut.stderr.splitlines()[-1]
-        assert last.startswith(f"error: --push-to-hub {NAME}: {hub.url} cannot be reached or broke off (")
-        assert last.endswith(
-            f"repeat the command, which sends what is missing. The export is kept in {run}/huggingface"
-        )
-        assert "Traceback" not in cut.stderr
-        assert not hub.files
+def test_the_command_pushes_every_byte(run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.cut_commits = 1
+    arguments = [str(run), "--push-to-hub", NAME, "--private"]
+    capsys.readouterr()
+    assert export(arguments) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: --push-to-hub {NAME}: {hub.url} cannot be reached or broke off (")
+    assert last.endswith(f"repeat the command, which sends what is missing. The export is kept in {run}/huggingface")
+    assert not hub.files
 
-        uploads = len(hub.uploads)
-        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert again.returncode == 0, again.stderr
-        assert again.stderr.splitlines()[-1] == f"pushed: {hub.url}/{NAME}"
-        assert hub.files == exported(run)
-        assert hub.repositories[NAME]["visibility"] == "private"
-        # The weights had arrived the first time, and do not travel again; drawn again, pictures have the same bytes.
-        assert len(hub.uploads) == uploads > 1
-        weights = (run / "huggingface" / "model.safetensors").read_bytes()
-        assert hub.uploads.count(hashlib.sha256(weights).hexdigest()) == 1
+    uploads = len(hub.uploads)
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "nemo_lmpo.export", *arguments]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.splitlines()[-1] == f"pushed: {hub.url}/{NAME}"
+    assert hub.files == exported(run)
+    assert hub.repositories[NAME]["visibility"] == "private"
+    # The weights had arrived the first time, and do not travel again; drawn again, pictures have the same bytes.
+    assert len(hub.uploads) == uploads > 1
+    weights = (run / "huggingface" / "model.safetensors").read_bytes()
+    assert hub.uploads.count(hashlib.sha256(weights).hexdigest()) == 1
 
 
 def test_an_upload_that_is_cut_is_sent_again(run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
