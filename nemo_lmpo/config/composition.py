@@ -21,6 +21,8 @@ ANY_RUN = "train"
 GROUP_CHOICE = re.compile(r"^(?P<sign>\+{0,2})(?P<group>[\w-]+)=(?P<choice>[\w/-]+)$")
 _KEY = re.compile(r"(?!hydra\b)[\w-]+(\.[\w-]+)*")
 _OURS = "nemo_lmpo"
+_UNUSED = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
+"""Hydra's own groups, for programs that Hydra starts: a quarter of the time of a composition."""
 
 Products = Mapping[str, tuple[str, str]]
 """Loss and setting by the name of both together."""
@@ -111,9 +113,12 @@ def _compose_files(name: str, overrides: Sequence[str], folders: Sequence[Path],
     _register(name, folders, products)
     primary = _folder_of(name, folders)
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
+    # Own recipes may choose in these groups, to no effect; what is left out cannot be chosen in.
+    names_hydra = len(folders) > 1 or any("hydra" in override for override in overrides)
+    without = [] if names_hydra else [f"~hydra/{group}" for group in _UNUSED]
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
-        config = compose(name, overrides=[*search, *overrides], return_hydra_config=True)
+        config = compose(name, overrides=[*search, *without, *overrides], return_hydra_config=True)
     chosen = dict(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
