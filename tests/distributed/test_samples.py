@@ -18,7 +18,7 @@ from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.training_runs import metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
 
-SAMPLES, MOST_TOKENS = 5, 20
+SAMPLES, MOST_TOKENS = 5, 12
 # Random weights: with an output matrix of its own, a model does not just repeat its last token. Of these, the answers
 # are five different ones, of which two reach the limit.
 SETTINGS = (
@@ -139,8 +139,9 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
         "optim.use_distributed_optimizer=true",
         "optim.overlap_grad_reduce=true",
         "model.activations_checkpoint_granularity=full",
-        "trainer.max_steps=3",
+        "trainer.max_steps=2",
         "trainer.val_check_interval=1",
+        "logging.sample_tokens=3",
     )
     for name, samples in (("sampled", SAMPLES), ("plain", 0)):
         run_workers(4, train, str(tmp_path / name), (*SETTINGS, *layout, f"logging.samples={samples}"))
@@ -148,6 +149,6 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
         {name: line[name] for name in line if "samples" not in name} for line in metrics_of(tmp_path / "sampled")
     ]
     assert sampled == metrics_of(tmp_path / "plain")
-    assert len(lines_of(tmp_path / "sampled")) == 4 * SAMPLES
-    found, expected = weights_of(tmp_path / "sampled", 3), weights_of(tmp_path / "plain", 3)
+    assert len(lines_of(tmp_path / "sampled")) == 3 * SAMPLES
+    found, expected = weights_of(tmp_path / "sampled", 2), weights_of(tmp_path / "plain", 2)
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
