@@ -132,7 +132,7 @@ start_ranks() { # TASKS MODULE ARGUMENT...
     step_pid=$!
     (
         trap '' TERM USR1 INT # it shows the run's last words after a signal, too
-        exec tail --follow=name --retry --pid="$step_pid" --bytes="+$((size + 1))" "$log" 2>/dev/null
+        exec tail --follow=name --retry --sleep-interval=0.25 --pid="$step_pid" --bytes="+$((size + 1))" "$log" 2>/dev/null
     ) &
     tail_pid=$!
 }

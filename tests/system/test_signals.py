@@ -116,7 +116,7 @@ def test_time_limit_and_going_on_equals_one_run(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for directory in (whole, parts):
         directory.mkdir()
-    steps = 150
+    steps = 80
     length = f"trainer.max_steps={steps}"
     with training((*COMMAND, length), whole) as process:
         process.join(timeout=120)
