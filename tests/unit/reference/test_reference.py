@@ -96,9 +96,8 @@ def test_ld_dpo_of_one_is_dpo_and_shares_its_cache(trainer, monkeypatch):
 @pytest.mark.parametrize("kind", ["false", "true"])
 def test_resume_goes_on_with_the_start_as_reference(trainer, kind, monkeypatch):
     override = f"model.reference_in_memory={kind}"
-    whole = trainer.train(override, run="whole")
     saving = ("checkpoint.save_interval=1", "checkpoint.keep_last=3")
-    trainer.train(override, *saving, run="cut")
+    whole = trainer.train(override, *saving, run="cut")
     shutil.rmtree(trainer.tmp_path / "cut" / "checkpoints" / "step_0000003")
     monkeypatch.setattr("nemo_lmpo.training.reference.ReferenceLogps._compute", _must_not_run)
     resumed = trainer.train(override, *saving, run="cut")
