@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             file = nodeid.split("::")[0]
             return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
 
-    # In the order of the folders, so that what takes long does not come last, where the other worker would wait for it.
+    # In the order of `testpaths`: by default what has few tests comes last, though it takes long.
     config.option.loadscopereorder = False
     return ByFile(config, log)
 
