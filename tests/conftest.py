@@ -21,6 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     given = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     if not given or not all(path == gpu_tests or gpu_tests in path.parents for path in given):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers have a core each; threads that wait for one another on the same core spin.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
