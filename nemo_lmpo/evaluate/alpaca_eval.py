@@ -67,7 +67,8 @@ def judge(
         tempfile.TemporaryDirectory(prefix="nemo_lmpo_judge_") as scratch,
     ):
         config = Path(scratch) / "client.yaml"
-        config.write_text(f"default:\n- api_key: none\n  base_url: {gateway.url}\n")
+        # The folder is this user's alone, so nobody else reads the token.
+        config.write_text(f"default:\n- api_key: {gateway.token}\n  base_url: {gateway.url}\n")
         variables = {
             "OPENAI_CLIENT_CONFIG_PATH": str(config),
             "OPENAI_MAX_CONCURRENCY": str(endpoint.limits.concurrency),

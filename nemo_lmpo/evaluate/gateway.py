@@ -2,15 +2,22 @@
 
 The package asks as if it spoke with the judge. So what it asked before a kill is answered from the journal, retries and
 rate limits are those of :class:`Endpoint`, the judge's key stays in this process, and which model answered is known.
+
+Requests spend the judge's key, so only those of the package are served: each must carry a token that is drawn for this
+run. A web page that the user has open cannot send it, nor can another user of the machine, who sees the port only.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
+import secrets
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,16 +26,26 @@ from nemo_lmpo.evaluate.endpoint import Endpoint
 from nemo_lmpo.evaluate.storage import Journal, content_hash
 
 Check = Callable[[dict[str, Any]], None]
+COMPLETIONS_PATH = "/v1/chat/completions"
+MAX_BODY_BYTES = 16 * 2**20
+"""Of a request; a judge's prompt has some ten thousand bytes."""
 
 
 class JsonHandler(BaseHTTPRequestHandler):
     """Reads and answers requests; subclasses have `do_GET`, `do_POST` and so on."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 60
+    """Seconds that a client may be silent within a request."""
 
     def body(self) -> bytes:
         """What the request carries."""
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer with an error and close the connection, as the request's body was not read."""
+        self.close_connection = True
+        self.send_json(status, {"error": {"message": message}})
 
     def send_json(self, status: int, content: Any) -> None:
         """Answer the request."""
@@ -36,6 +53,8 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
@@ -43,11 +62,19 @@ class JsonHandler(BaseHTTPRequestHandler):
         """Silent."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away are nobody's fault; anything else is one of this program."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve(handler: type[JsonHandler], port: int = 0) -> Iterator[str]:
     """Serve in threads of this process while the context is open; the server's address, by default on a free port."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", port), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -56,8 +83,33 @@ def serve(handler: type[JsonHandler], port: int = 0) -> Iterator[str]:
         server.server_close()
 
 
+def refusal(path: str, headers: Message, host: str, token: str) -> tuple[int, str] | None:
+    """Why a request to the gateway is not served, as status and sentence; None: it is served.
+
+    Args:
+        path: of the request.
+        headers: of the request.
+        host: the gateway's own address and port.
+        token: that the request must carry.
+    """
+    # A page of another site can reach this port under a name of its own (DNS rebinding), or send a request blindly.
+    if headers.get("Origin") is not None or headers.get("Host") != host:
+        return 403, "this server takes no requests of web pages"
+    given = headers.get("Authorization", "")
+    if not hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode()):
+        return 401, "this server takes requests of the evaluation that started it only"
+    if path != COMPLETIONS_PATH:
+        return 404, f"this server has {COMPLETIONS_PATH} only"
+    length = headers.get("Content-Length", "")
+    if not (length.isascii() and length.isdigit()):
+        return 411, "a request needs a Content-Length"
+    if int(length) > MAX_BODY_BYTES:
+        return 413, f"a request has at most {MAX_BODY_BYTES} bytes"
+    return None
+
+
 class Gateway:
-    """Answers `/v1/chat/completions` on this machine, once it is opened.
+    """Answers `/v1/chat/completions` on this machine, once it is opened, to those who know :attr:`token`.
 
     Args:
         endpoint: the judge.
@@ -72,6 +124,8 @@ class Gateway:
         self.failure: UserError | None = None
         """The first error; afterwards nothing is asked any more."""
         self.url = ""
+        self.token = secrets.token_urlsafe(32)
+        """The bearer token that each request must carry."""
         self._endpoint, self._journal, self._check, self._on_answer = endpoint, journal, check, on_answer
 
     @contextmanager
@@ -81,12 +135,23 @@ class Gateway:
 
         class Handler(JsonHandler):
             def do_POST(self) -> None:
+                host = gateway.url.removeprefix("http://").removesuffix("/v1")
+                refused = refusal(self.path, self.headers, host, gateway.token)
+                if refused is not None:
+                    return self.refuse(*refused)
                 try:
-                    self.send_json(200, gateway.respond(json.loads(self.body())))
-                    gateway._on_answer()
+                    content = json.loads(self.body())
+                except (ValueError, RecursionError):
+                    content = None
+                if not isinstance(content, dict):
+                    return self.refuse(400, "a request is a JSON object")
+                try:
+                    response = gateway.respond(content)
                 except UserError as error:
                     # 400: the client must not try again by itself.
-                    self.send_json(400, {"error": {"message": str(error)}})
+                    return self.send_json(400, {"error": {"message": str(error)}})
+                self.send_json(200, response)
+                return gateway._on_answer()
 
         with serve(Handler) as url:
             self.url = f"{url}/v1"

@@ -150,10 +150,11 @@ def test_keys_are_never_shown() -> None:
     assert endpoint.shown == "https://host:8/v1"
 
 
-def ask(url: str, body: dict):
+def ask(gateway: Gateway, body: dict):
     import requests
 
-    return requests.post(f"{url}/chat/completions", json=body, timeout=10)
+    headers = {"Authorization": f"Bearer {gateway.token}"}
+    return requests.post(f"{gateway.url}/chat/completions", json=body, headers=headers, timeout=10)
 
 
 BODY = {
@@ -170,7 +171,7 @@ def test_the_gateway_remembers(stub: Stub, tmp_path: Path) -> None:
             Journal(tmp_path / "calls", "key") as journal,
             Gateway(endpoint, journal, check_logprobs).open() as gateway,
         ):
-            answers = [ask(gateway.url, BODY).json() for _ in range(2)]
+            answers = [ask(gateway, BODY).json() for _ in range(2)]
             assert answers[0]["choices"] == answers[1]["choices"]
             assert answering_models(journal) == {ANSWERED_AS: 1}
     assert len(stub.requests) == 1
@@ -180,8 +181,8 @@ def test_the_gateway_stops_at_the_first_failure(stub: Stub, tmp_path: Path) -> N
     stub.faults.no_logprobs = True
     endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
     with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs).open() as gateway:
-        assert ask(gateway.url, BODY).status_code == 400
-        assert ask(gateway.url, {**BODY, "other": 1}).status_code == 400
+        assert ask(gateway, BODY).status_code == 400
+        assert ask(gateway, {**BODY, "other": 1}).status_code == 400
         assert "no top_logprobs" in str(gateway.failure)
         assert not journal.rows
     assert len(stub.requests) == 1
