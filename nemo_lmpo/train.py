@@ -24,6 +24,7 @@ from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_out
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
 
 if TYPE_CHECKING:
+    from nemo_lmpo.config.mode import Mode
     from nemo_lmpo.config.schema import Config
     from nemo_lmpo.runtime.launch import LaunchInfo
 
@@ -59,12 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     started = time.time()
     options = build_parser().parse_args(arguments)
-    show_traceback = any(override.replace(" ", "").lower() == "traceback=true" for override in options.overrides)
+    from nemo_lmpo.config.mode import Mode, split_mode
+
+    mode = Mode()
     try:
-        return _run(options, started)
+        mode, options.overrides = split_mode(options.overrides)
+        return _run(options, mode, started)
     except (UserError, TrainingError) as error:
         leave_outcome(OUTCOME_REFUSED)
-        if show_traceback:
+        if mode.traceback:
             traceback.print_exc()
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)  # noqa: T201
@@ -83,7 +87,7 @@ def _leave_at_once(status: int) -> int:
     return status
 
 
-def _run(options: argparse.Namespace, started: float) -> int:
+def _run(options: argparse.Namespace, mode: Mode, started: float) -> int:
     from nemo_lmpo.runtime.launch import read_launch_info
 
     prepare_environment()
@@ -107,7 +111,7 @@ def _run(options: argparse.Namespace, started: float) -> int:
 
         print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201
         return 0
-    return _dry_run(config) if config.dry_run else _train(config, launch, started)
+    return _dry_run(config, mode) if mode.dry_run else _train(config, launch, started)
 
 
 def _train(config: Config, launch: LaunchInfo, started: float) -> int:
@@ -133,13 +137,13 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
     return 0
 
 
-def _dry_run(config: Config) -> int:
-    if config.dry_run == "plan":
-        return _plan(config)
+def _dry_run(config: Config, mode: Mode) -> int:
+    if mode.dry_run == "plan":
+        return _plan(config, mode.GPUS)
     from nemo_lmpo.training.preflight import preflight
 
     checked = preflight(config, config.trainer.devices * config.trainer.num_nodes, fetch=False)
-    if config.dry_run == "trace":
+    if mode.dry_run == "trace":
         from nemo_lmpo.trace.describe import describe_trace
 
         print(describe_trace(checked.layout))  # noqa: T201
@@ -150,7 +154,7 @@ def _dry_run(config: Config) -> int:
     return 0
 
 
-def _plan(config: Config) -> int:
+def _plan(config: Config, gpus: str | None) -> int:
     """Layouts for a number of GPUs; which of them are valid is the answer, so only settings are checked before."""
     from nemo_lmpo.config.rules import check_settings
     from nemo_lmpo.formats.base_model import find_base_model
@@ -159,7 +163,7 @@ def _plan(config: Config) -> int:
 
     check_settings(config)
     base = find_base_model(config.model, fetch=False)
-    machine = read_gpus(config.GPUS or f"{config.trainer.num_nodes}x{config.trainer.devices}xA100")
+    machine = read_gpus(gpus or f"{config.trainer.num_nodes}x{config.trainer.devices}xA100")
     print(describe_plan(config, base.architecture, machine))  # noqa: T201
     return 0
 

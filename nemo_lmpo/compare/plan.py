@@ -12,16 +12,18 @@ from typing import Any
 
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import START, Suite, Variant
+from nemo_lmpo.config.mode import split_mode
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.rules import check_settings
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.base_model import is_known
 from nemo_lmpo.training.preflight import preflight
 
 FIRST_SEED = 42
 MEASURED_FILE = "measured.json"
 # What a run is called and shown like does not change what comes out of it.
-_NO_IDENTITY = ("name", "run_dir", "logging", "dry_run", "traceback")
+_NO_IDENTITY = ("name", "run_dir", "logging")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,12 @@ def plan_runs(
 
 def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], beginning: Path) -> RunPlan:
     """The run of the first seed, in a directory whose name begins so."""
-    config = load_recipe(recipe, overrides)
+    mode, settings = split_mode(overrides)
+    if mode.dry_run:
+        raise ConfigError(
+            f"dry_run={mode.dry_run} trains nothing to compare; leave it out, or see the runs with --list"
+        )
+    config = load_recipe(recipe, settings)
     devices = config.trainer.devices * config.trainer.num_nodes
     if is_known(config.model):
         # Whose run it is, a directory's name tells: it holds a hash of what decides a run.

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_lmpo.config.coerce import coerce
 from nemo_lmpo.config.composition import GROUP_CHOICE, LOSS, SETTING, NoGroupError, compose_plain
+from nemo_lmpo.config.mode import without_mode
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError, first_line
 
@@ -150,7 +151,7 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     Raises:
         ConfigError: unknown keys (with the nearest known one), wrong types, unknown choices; all of them, one a line.
     """
-    values = {"name": name, **raw}
+    values = {"name": name, **without_mode(raw)}
     section = values.pop("loss", None)
     config: Config = coerce(Config, values, unknown=_unknown_key)
     from nemo_lmpo.config.loss_section import parse_loss  # imports torch: what is wrong before needs none

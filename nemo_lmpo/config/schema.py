@@ -329,14 +329,6 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = setting(CheckpointConfig, may_change=True)
     logging: LoggingConfig = setting(LoggingConfig, may_change=True)
-    dry_run: bool | Literal["trace", "plan"] = setting(False, may_change=True)
-    """Validate, print the layout and the memory expected, and exit; `trace` executes a step of the busiest ranks on
-    fake tensors, `plan` ranks the layouts that fit `GPUS`."""
-    GPUS: str | None = setting(None, may_change=True)
-    """For `dry_run=plan`: `4`, `64xH100`, `16x4xA100` (nodes x GPUs x card); unset: `trainer.devices` and `num_nodes`
-    of A100s."""
-    traceback: bool = setting(False, may_change=True)
-    """Show the full traceback of errors that are otherwise one message."""
 
 
 def all_settings(cls: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

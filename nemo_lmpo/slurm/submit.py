@@ -76,6 +76,7 @@ def check(request: Submission) -> str:
         UserError: what training would refuse: settings, layout, model, data, or another run's directory.
     """
     from nemo_lmpo.config.dry_run import describe
+    from nemo_lmpo.config.mode import split_mode
     from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.training.preflight import preflight
 
@@ -84,7 +85,8 @@ def check(request: Submission) -> str:
             raise ConfigError(f"{name}={number} must be at least 1")
     first = None
     for overrides in request.combinations():
-        config = load_recipe(request.recipe, overrides, config_dir=request.config_dir)
+        _, settings = split_mode(overrides)  # the job's own command line keeps its mode
+        config = load_recipe(request.recipe, settings, config_dir=request.config_dir)
         config.trainer.devices, config.trainer.num_nodes = request.gpus_per_node, request.nodes
         checked = preflight(
             config, request.nodes * request.gpus_per_node, fetch=False, owns_directory=not request.is_sweep

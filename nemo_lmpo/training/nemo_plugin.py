@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.loss_section import parse_loss
+from nemo_lmpo.config.mode import MODE_WORDS
 from nemo_lmpo.config.recipe import config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
@@ -51,7 +52,8 @@ def config_from_nemo(cfg: DictConfig) -> Config:
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    other = {name for name in asdict(Config()) if name != "model"}
+    # The words of a mode stand in configurations of earlier versions.
+    other = {*(name for name in asdict(Config()) if name != "model"), *MODE_WORDS}
     groups = {name: value for name, value in plain.items() if name in other}
     # NeMo writes where a model was restored from and which class it is into its configuration.
     model = {name: value for name, value in plain.items() if name not in other | {"target", "nemo_version"}}

@@ -31,7 +31,6 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.adapters,
     settings.parallelism,
     settings.fully_sharded,
-    settings.machine,
     settings.allowed_changes,
 )
 """Rules that look at the settings alone."""

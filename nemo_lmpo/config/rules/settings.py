@@ -206,9 +206,3 @@ def allowed_changes(config: Config) -> Iterator[str]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; give settings such as optim.lr"
             yield f"checkpoint.allow_changes names {shown(key)}, which is no setting{hint}"
-
-
-def machine(config: Config) -> Iterator[str]:
-    """A machine is described only where layouts are sought for it."""
-    if config.GPUS is not None and config.dry_run != "plan":
-        yield f"GPUS={config.GPUS} is for dry_run=plan; set trainer.devices and trainer.num_nodes instead"

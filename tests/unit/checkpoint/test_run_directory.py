@@ -47,7 +47,6 @@ def test_the_same_run_may_go_on(tmp_path: Path) -> None:
         "logging.tensorboard=false",
         "model.tensor_model_parallel_size=2",
         "data.row_tokens=512",
-        "traceback=true",
     ],
 )
 def test_length_cost_and_display_may_change(override: str, tmp_path: Path) -> None:

@@ -130,6 +130,15 @@ def test_runs_of_other_settings_lie_elsewhere(tmp_path):
     assert shown.directory == before.directory
 
 
+def test_a_mode_is_not_part_of_a_run(tmp_path):
+    before = plans_of([FIGURE2], tmp_path)[LMPO, 42]
+    traced = plans_of([FIGURE2], tmp_path, extra=["traceback=true"])[LMPO, 42]
+    assert traced.directory == before.directory
+    assert "traceback=true" in traced.arguments()
+    with pytest.raises(ConfigError, match=r"dry_run=plan trains nothing.*--list"):
+        plans_of([FIGURE2], tmp_path, extra=["dry_run=plan"])
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_every_variant_of_every_suite_is_a_valid_recipe(name, tmp_path):
     plans = plans_of(list(SUITES.values()), tmp_path, find_scale(name), seeds=1)

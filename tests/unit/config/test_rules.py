@@ -191,7 +191,6 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "another_losss_metric": (("checkpoint.monitor=val/kto/z",), 1, ("checkpoint.monitor='val/kto/z'", "choose")),
     "name_that_climbs": (("name=a/../../b",), 1, ("name='a/../../b'", "folder's name")),
     "endless_name": ((f"run_dir=runs/{'x' * 300}",), 1, ("run_dir='runs/xxx", "255 bytes")),
-    "machine_without_a_plan": (("GPUS=8xH100",), 1, ("GPUS=8xH100", "dry_run=plan")),
     "adapters_on_nothing": (("model.peft.target_modules=[q_prj]",), 1, ("target_modules names 'q_prj'", "choose of")),
     "no_log_lines": (("logging.log_interval=0",), 1, ("logging.log_interval=0", "at least 1")),
     "nul_in_a_path": (("run_dir='a\x00b'",), 1, ("run_dir='a\\x00b'", "control characters")),

@@ -80,3 +80,8 @@ def test_submitting_and_comparing_refuse_it_too(capsys: pytest.CaptureFixture[st
             check(Submission("lmpo_tiny", (override,), gpus_per_node=1))
         assert compare(["--suite", "figure2", "--list", override]) == 1
         assert override.partition("=")[2] in capsys.readouterr().err
+
+
+def test_a_job_may_be_given_a_mode() -> None:
+    plain = check(Submission("lmpo_tiny", gpus_per_node=1))
+    assert check(Submission("lmpo_tiny", ("traceback=true", "dry_run=trace"), gpus_per_node=1)) == plain
