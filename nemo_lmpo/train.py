@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.monitor.observer import any_failed
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = Mode()
     try:
         mode, options.overrides = split_mode(options.overrides)
-        return _run(options, mode, started)
+        status = _run(options, mode, started)
+        return _leave_at_once(status) if any_failed() else status
     except (UserError, TrainingError) as error:
         leave_outcome(OUTCOME_REFUSED)
         if mode.traceback:
@@ -79,8 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_at_once(status: int) -> int:
-    """The exit status; one of several ranks does not return, as leaving in order would wait for the others."""
-    if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+    """The exit status.
+
+    One of several ranks does not return, as leaving in order would wait for the others; nor does a process whose
+    tracker hangs, as it would wait for that.
+    """
+    if any_failed() or os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_lmpo.config.schema import LoggingConfig
 from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.monitor.observer import Harmless
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.trackers import Trackers
 from nemo_lmpo.runtime import run_files
@@ -135,6 +136,9 @@ class MetricsLog:
         self._path = self._run_dir / run_files.METRICS
         self._present = truncate_metrics(self._path, resume_step)
         self._samples_path = self._run_dir / run_files.SAMPLES
+        self._showing_samples = Harmless(
+            f"writing {self._samples_path}", instead="free the disk, or set logging.samples=0"
+        )
         # The answers of the start model stand at step 0, which a run that begins anew takes again.
         self._has_samples = bool(cut_lines(self._samples_path, resume_step if resume_step > 0 else -1))
         self._file = self._path.open("ab")
@@ -168,16 +172,12 @@ class MetricsLog:
             self._trackers.log(step, named)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Write the answers of a validation, a line each; ``step`` 0 has the start model's.
-
-        Raises:
-            TrainingError: they cannot be written.
-        """
+        """Show the answers of a validation, a line each; ``step`` 0 has the start model's."""
         if step == self._resume_step and self._has_samples:
             return
         entries = [{"step": step, "prompt_index": index, **asdict(sample)} for index, sample in enumerate(samples)]
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        with _writing(self._samples_path), self._samples_path.open("ab", buffering=0) as file:
+        with self._showing_samples, self._samples_path.open("ab", buffering=0) as file:
             # One write: a kill can then only cut the last lines, which a resume takes again.
             file.write(text.encode(errors="replace"))
         self._trackers.log_samples(step, samples)
@@ -190,17 +190,26 @@ class MetricsLog:
     def _write_facts(self) -> None:
         """What the report cannot see in the metrics."""
         if self._facts:
-            replace_file(self._run_dir / run_files.RUN_FACTS, json.dumps(self._facts).encode() + b"\n")
+            path = self._run_dir / run_files.RUN_FACTS
+            with Harmless(f"writing {path}", instead="the report lacks the number of steps; free the disk"):
+                replace_file(path, json.dumps(self._facts).encode() + b"\n")
 
     def sync(self) -> None:
-        """Bring all lines to the disk; to be called before a checkpoint becomes visible."""
+        """Bring all lines to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Close all sinks; can be called twice."""
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
-        self._trackers.close()
+        """Close all sinks; can be called twice.
+
+        Raises:
+            TrainingError: the last lines cannot be written.
+        """
+        try:
+            if not self._file.closed:
+                with _writing(self._path):
+                    self.sync()
+                    self._file.close()
+        finally:
+            self._trackers.close()

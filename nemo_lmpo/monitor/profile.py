@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from nemo_lmpo.monitor.observer import Harmless
+
 _logger = logging.getLogger(__name__)
 
 MOST_MEMORY_EVENTS = 200_000
@@ -30,15 +32,24 @@ class StepProfiler:
         self.directory = directory
         self.rank = rank
         self._profile: profile | None = None
+        self._recording = Harmless("the profile", instead="free the disk, or leave trainer.profile unset")
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step ``number``."""
-        if not self.first <= number <= self.last:
+        """Around step ``number``; what goes wrong with recording is a warning."""
+        if not self.first <= number <= self.last or self._recording.failed:
             yield
             return
-        if self._profile is None:
-            self._start()
+        with self._recording:
+            if self._profile is None:
+                self._start()
+        with self._range(number):
+            yield
+        if number == self.last:
+            self.close()
+
+    @contextmanager
+    def _range(self, number: int) -> Iterator[None]:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.nvtx.range_push(f"step {number}")
@@ -48,22 +59,23 @@ class StepProfiler:
         finally:
             if on_gpu:
                 torch.cuda.nvtx.range_pop()
-        if number == self.last:
-            self.close()
 
     def close(self) -> None:
         """Write what was recorded, if anything was."""
-        if self._profile is None:
-            return
-        self._profile.__exit__(None, None, None)
+        recorded, self._profile = self._profile, None
+        if recorded is not None:
+            with self._recording:
+                self._write(recorded)
+
+    def _write(self, recorded: profile) -> None:
+        recorded.__exit__(None, None, None)
         self.directory.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self.first}-{self.last}_rank_{self.rank}"
         trace = self.directory / f"{name}.json.gz"
-        self._profile.export_chrome_trace(str(trace))
+        recorded.export_chrome_trace(str(trace))
         if torch.cuda.is_available():
             torch.cuda.memory._dump_snapshot(str(self.directory / f"{name}_memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self._profile = None
         _logger.info("profile of steps %d to %d: %s", self.first, self.last, trace)
 
     def _start(self) -> None:

@@ -12,6 +12,7 @@ from nemo_lmpo.errors import UserError
 from nemo_lmpo.monitor.banner import BannerFacts, render_banner
 from nemo_lmpo.monitor.console import Console
 from nemo_lmpo.monitor.metrics_log import MetricsLog
+from nemo_lmpo.monitor.observer import Harmless
 from nemo_lmpo.runtime.batch_job import read_batch_job
 
 _logger = logging.getLogger("nemo_lmpo")
@@ -43,23 +44,41 @@ class Reporter:
         for text in (render_banner(facts), *summaries):
             _logger.info("%s", text)
         self.console = Console(config.logging, total_steps=facts.total_steps, start_step=facts.start_step)
+        self._showing = Harmless("the display of progress", instead="metrics.jsonl has every step")
 
     def listen(self, step: int, metrics: dict[str, float], prefix: str) -> None:
-        """One line of metrics."""
+        """One line of metrics.
+
+        Raises:
+            TrainingError: `metrics.jsonl` cannot be written.
+        """
         self.log.log(step, metrics if prefix else {**metrics, **self._job_metrics}, prefix=prefix)
-        if prefix:
-            self.console.validation(step, metrics)
-        else:
-            self.console.update(step, metrics)
+        with self._showing:
+            if prefix:
+                self.console.validation(step, metrics)
+            else:
+                self.console.update(step, metrics)
 
     def close(self) -> None:
-        """Close the files and draw the report of what there is."""
-        self.console.close()
-        self.log.close()
-        if self.draw_report:
+        """Close the files and draw the report of what there is.
+
+        Raises:
+            TrainingError: the last lines of `metrics.jsonl` cannot be written.
+        """
+        with self._showing:
+            self.console.close()
+        try:
+            self.log.close()
+        finally:
+            if self.draw_report:
+                self._draw_report()
+
+    def _draw_report(self) -> None:
+        remedy = f"`python -m nemo_lmpo.report {self.run_dir}` draws it again"
+        with Harmless("the report", instead=remedy):
             from nemo_lmpo.report.page import write_report
 
             try:
                 _logger.info("report: %s", write_report(self.run_dir))
-            except (UserError, OSError) as error:
+            except UserError as error:  # no step is finished
                 _logger.info("no report: %s", error)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.config.schema import LoggingConfig, MlflowConfig, WandbConfig
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.monitor import observer
+from nemo_lmpo.monitor.observer import Observer
 from nemo_lmpo.monitor.samples import Sample, as_markdown
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.atomic import replace_file
@@ -20,11 +26,13 @@ if TYPE_CHECKING:
 
 MLFLOW_ID_FILE = "mlflow_id"
 _COLUMNS = tuple(field.name for field in fields(Sample))
+_MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+"""What MLflow's client takes unless the user set it: by itself it waits 120 seconds, and tries eight times."""
 
 
 @dataclass(frozen=True)
-class _Tracker:
-    """One that is open."""
+class _Open:
+    """A tracker that is open."""
 
     logger: Logger
     log_samples: Callable[[int, Sequence[Sample]], object]
@@ -32,8 +40,24 @@ class _Tracker:
     finish: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A tracker that the configuration asks for."""
+
+    name: str
+    setting: str
+    remedy: str
+    """Where it cannot start."""
+    begun: bool
+    """Whether this run has used it before: it is resumed, and goes on without a tracker that is gone meanwhile."""
+    open: Callable[[], _Open]
+
+
 class Trackers:
-    """The trackers that a run asks for; to be made on global rank 0 only."""
+    """The trackers that a run asks for, each behind an :class:`~nemo_lmpo.monitor.observer.Observer`.
+
+    To be made on global rank 0 only.
+    """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, *, settings: Mapping[str, Any], resume_step: int) -> None:
         """Start them, or go on with the runs whose ids are kept in the run directory.
@@ -45,34 +69,77 @@ class Trackers:
             resume_step: finished steps of the checkpoint that is resumed; 0 for a new run.
 
         Raises:
-            ConfigError: one is configured, but missing or unable to start.
+            ConfigError: one is configured, but its package is missing, or it cannot start for a new run.
         """
-        openers: list[Callable[[], _Tracker]] = []
-        if config.wandb.project:
-            _require("wandb", f"logging.wandb.project={config.wandb.project!r}")
-            openers.append(lambda: _wandb(run_dir, config.wandb, settings))
-        if config.mlflow.experiment:
-            _require("mlflow", f"logging.mlflow.experiment={config.mlflow.experiment!r}")
-            openers.append(lambda: _mlflow(run_dir, config.mlflow, settings))
-        if config.tensorboard:
-            openers.append(lambda: _tensorboard(run_dir, resume_step))
+        wanted = _wanted(run_dir, config, settings, resume_step)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._open = [opener() for opener in openers]
+        self._open: list[tuple[Observer, _Open]] = []
+        for tracker in wanted:
+            watching = Observer(tracker.name)
+            try:
+                self._open.append((watching, watching.ask(tracker.open, seconds=observer.START_SECONDS)))
+            except observer.WHATEVER as error:
+                if not tracker.begun:
+                    self.close()
+                    raise _cannot_start(tracker, error) from error
+                watching.fail(observer.reason(error))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; steps that a tracker saw before an interruption are repeated exactly."""
-        for tracker in self._open:
-            tracker.logger.log_metrics(dict(metrics), step=step)
+        values = dict(metrics)
+        for watching, tracker in self._open:
+            watching.tell(partial(tracker.logger.log_metrics, values, step=step))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """The answers of a validation; as :meth:`log`, repeated ones take the place of those before."""
-        for tracker in self._open:
-            tracker.log_samples(step, samples)
+        for watching, tracker in self._open:
+            watching.tell(partial(tracker.log_samples, step, samples))
 
     def close(self) -> None:
-        """Finish all of them; can be called twice."""
-        while self._open:
-            self._open.pop().finish()
+        """Finish all of them, within a limited time; can be called twice."""
+        closing, self._open = self._open, []
+        for watching, tracker in closing:
+            watching.finish(tracker.finish)
+        until = time.monotonic() + observer.CLOSE_SECONDS
+        for watching, _ in closing:
+            watching.wait(until)
+
+
+def _cannot_start(tracker: _Wanted, error: BaseException) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(f"{tracker.setting}: {tracker.name} cannot start ({observer.reason(error)}); {tracker.remedy}")
+
+
+def _wanted(run_dir: Path, config: LoggingConfig, settings: Mapping[str, Any], resume_step: int) -> list[_Wanted]:
+    """What the configuration asks for.
+
+    Raises:
+        ConfigError: a package or a necessary setting is missing.
+    """
+    found: list[_Wanted] = []
+    if config.wandb.project:
+        setting = f"logging.wandb.project={config.wandb.project!r}"
+        _require("wandb", setting)
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or unset logging.wandb.project"
+        begun = resume_step > 0 or bool(_kept_id(run_dir / run_files.WANDB_ID))
+        found.append(_Wanted("W&B", setting, remedy, begun, lambda: _wandb(run_dir, config.wandb, settings)))
+    if config.mlflow.experiment:
+        setting = f"logging.mlflow.experiment={config.mlflow.experiment!r}"
+        _require("mlflow", setting)
+        uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            raise ConfigError(f"{setting} needs a server; set logging.mlflow.tracking_uri or MLFLOW_TRACKING_URI")
+        remedy = "correct logging.mlflow.tracking_uri, or unset logging.mlflow.experiment"
+        begun = resume_step > 0 or bool(_kept_id(run_dir / MLFLOW_ID_FILE))
+        found.append(_Wanted("MLflow", setting, remedy, begun, lambda: _mlflow(run_dir, config.mlflow, settings, uri)))
+    if config.tensorboard:
+        remedy = f"free the disk of {run_dir}, or set logging.tensorboard=false"
+        setting = "logging.tensorboard=true"
+        found.append(
+            _Wanted("TensorBoard", setting, remedy, resume_step > 0, lambda: _tensorboard(run_dir, resume_step))
+        )
+    return found
 
 
 def _require(package: str, setting: str) -> None:
@@ -84,28 +151,39 @@ def _require(package: str, setting: str) -> None:
         ) from None
 
 
-def _tensorboard(run_dir: Path, resume_step: int) -> _Tracker:
+def _tensorboard(run_dir: Path, resume_step: int) -> _Open:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     # TensorBoard hides what earlier files have of this step and later ones.
     logger = TensorBoardLogger(
         run_dir, name=run_files.TENSORBOARD, version="", default_hp_metric=False, purge_step=resume_step + 1
     )
+    _keep_writers_quiet()
     logger.experiment  # noqa: B018  # opens the file, which hides the steps even if none follows
 
     def log_samples(step: int, samples: Sequence[Sample]) -> None:
         for index, sample in enumerate(samples):
             logger.experiment.add_text(f"val/samples/{index}", as_markdown(sample), step)
 
-    return _Tracker(logger, log_samples, lambda: logger.finalize(""))
+    return _Open(logger, log_samples, lambda: logger.finalize(""))
 
 
-def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> _Tracker:
-    import wandb
+@cache
+def _keep_writers_quiet() -> None:
+    """TensorBoard's writing thread hands its error to the next call, and also prints it as a traceback: not that."""
+    show = threading.excepthook
+
+    def show_others(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            show(arguments)
+
+    threading.excepthook = show_others
+
+
+def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> _Open:
     from lightning.pytorch.loggers import WandbLogger
 
     run_id = _kept_id(run_dir / run_files.WANDB_ID) or secrets.token_hex(4)
-    replace_file(run_dir / run_files.WANDB_ID, f"{run_id}\n")
     logger: WandbLogger = WandbLogger(
         project=config.project,
         name=config.name or run_dir.name,
@@ -114,52 +192,40 @@ def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> _
         id=run_id,
         config=dict(settings),
     )
-    try:
-        logger.experiment  # noqa: B018  # starts the run
-    except (wandb.errors.Error, OSError) as error:
-        raise ConfigError(
-            f"logging.wandb.project={config.project!r}: W&B cannot start ({error}); run `wandb login`, "
-            "set WANDB_MODE=offline, or unset logging.wandb.project"
-        ) from error
+    logger.experiment  # noqa: B018  # starts the run
+    replace_file(run_dir / run_files.WANDB_ID, f"{run_id}\n")
 
     def log_samples(step: int, samples: Sequence[Sample]) -> None:
         rows = [[step, *asdict(sample).values()] for sample in samples]
         logger.log_text("val/samples", columns=["step", *_COLUMNS], data=rows, step=step)
 
-    return _Tracker(logger, log_samples, logger.experiment.finish)
+    return _Open(logger, log_samples, logger.experiment.finish)
 
 
-def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any]) -> _Tracker:
+def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any], uri: str) -> _Open:
     from lightning.pytorch.loggers import MLFlowLogger
-    from mlflow.exceptions import MlflowException
 
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    setting = f"logging.mlflow.experiment={config.experiment!r}"
-    if not uri:
-        raise ConfigError(f"{setting} needs a server; set logging.mlflow.tracking_uri or MLFLOW_TRACKING_URI")
+    for name, value in _MLFLOW_LIMITS.items():
+        os.environ.setdefault(name, value)
+    # Each of its tries that fails would be a line on the terminal.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     kept = _kept_id(run_dir / MLFLOW_ID_FILE)
-    try:
-        logger: MLFlowLogger = MLFlowLogger(
-            experiment_name=str(config.experiment),
-            run_name=config.name or run_dir.name,
-            tracking_uri=uri,
-            run_id=kept or None,
-        )
-        if not kept:
-            logger.log_hyperparams(dict(settings))
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"{setting}: MLflow cannot start at {uri} ({error}); correct logging.mlflow.tracking_uri, or unset "
-            "logging.mlflow.experiment"
-        ) from error
+    logger: MLFlowLogger = MLFlowLogger(
+        experiment_name=str(config.experiment),
+        run_name=config.name or run_dir.name,
+        tracking_uri=uri,
+        run_id=kept or None,
+    )
+    if not kept:
+        logger.log_hyperparams(dict(settings))
     replace_file(run_dir / MLFLOW_ID_FILE, f"{logger.run_id}\n")
 
     def log_samples(step: int, samples: Sequence[Sample]) -> None:
-        # A file a step: MLflow's tables only grow, and a resumed run would repeat its lines in one.
+        # A file per step: MLflow's tables only grow, and a resumed run would repeat its lines in one.
         table = [asdict(sample) for sample in samples]
         logger.experiment.log_dict(logger.run_id, {"step": step, "samples": table}, f"samples/step_{step:07d}.json")
 
-    return _Tracker(logger, log_samples, lambda: logger.finalize("success"))
+    return _Open(logger, log_samples, lambda: logger.finalize("success"))
 
 
 def _kept_id(path: Path) -> str:

@@ -157,6 +157,7 @@ class TrainingSession:
                     reporter.log.note_early_stop(trainer.early_stop_facts())
                 return result
         finally:
+            trainer.profiler.close()
             if reporter is not None:
                 reporter.close()
 
