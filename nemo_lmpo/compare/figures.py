@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from nemo_lmpo.compare.results import Values, estimate, of_variant
 from nemo_lmpo.compare.suites import MEASURES, START, Suite, Variant
 from nemo_lmpo.report.charts import LOGPS, Chart, Curve, Panel
+from nemo_lmpo.report.escape import plot_text
 from nemo_lmpo.report.plots import BACKGROUND, GRID, MUTED, ROLES, RUN_COLORS, TEXT, Picture, picture_bytes
 from nemo_lmpo.report.read import VALIDATION, Metrics, Run, Series
 
@@ -98,7 +99,7 @@ def _dots(axes: Any, variants: Sequence[Variant], values: Values, name: str) -> 
     axes.set_facecolor(BACKGROUND)
     axes.set_title(f"{MEASURES[name].label} ({MEASURES[name].unit.split(',')[0].split(' of ')[0]})", fontsize=9)
     axes.title.set_color(TEXT)
-    axes.set_yticks(range(len(variants)), [variant.label for variant in variants])
+    axes.set_yticks(range(len(variants)), [plot_text(variant.label) for variant in variants])
     axes.set_ylim(len(variants) - 0.5, -0.5)
     axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
     axes.grid(color=GRID, linewidth=0.8)

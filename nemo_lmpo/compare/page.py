@@ -1,4 +1,4 @@
-"""The page of a comparison: Markdown with pictures beside it, and HTML of it with the pictures inside."""
+"""The page of a comparison: Markdown with pictures beside it, and HTML with the pictures inside."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from nemo_lmpo.compare.results import Estimate, Judgement, Values, estimate, judge, of_variant
 from nemo_lmpo.compare.scales import Scale
 from nemo_lmpo.compare.suites import MEASURES, Suite, Variant
-from nemo_lmpo.report.document import render_markdown, templates_of
+from nemo_lmpo.report.blocks import Block, Code, Figure, Heading, Points, Table, Text, to_html, to_markdown
 from nemo_lmpo.report.read import Metrics
+from nemo_lmpo.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.report.plots import Picture
@@ -116,39 +117,50 @@ def _about(comparison: Comparison) -> list[str]:
     return lines
 
 
-def build_markdown(comparison: Comparison, figures: Mapping[str, Sequence[Picture]]) -> str:
-    """The page for repositories and terminals, which the HTML page is made of."""
+def page_blocks(comparison: Comparison, figures: Mapping[str, Sequence[Picture]]) -> list[Block]:
+    """The whole page; pictures by the name of their suite."""
+    blocks: list[Block] = [Heading(1, title_of(comparison)), *map(Text, _about(comparison)), Code(comparison.command)]
+    for suite in comparison.suites:
+        header, rows = table_of(suite, comparison)
+        blocks += [Heading(2, suite.title), Text(suite.about), Table(header, rows)]
+        if claims := claim_rows(suite, comparison):
+            blocks.append(Table(("the paper says", "where", "this run", "numbers"), claims, style="claims"))
+        blocks += [
+            Figure(one.chart.title, one.chart.caption, one.png, path_of(one)) for one in figures.get(suite.name, ())
+        ]
+    used = {name for suite in comparison.suites for name in suite.measures}
+    measures = [f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used]
+    recipes = [(variant.label, text) for variant, text in comparison.settings.items()]
+    blocks += [Heading(2, "Measures"), Points(measures)]
+    blocks += [Heading(2, "Runs"), Table(("", "recipe"), recipes, style="texts")]
     answers = [
         (variant.label, example["prompt"], example["answer"])
         for variant, examples in comparison.examples.items()
         for example in examples[:2]
     ]
-    used = {name for suite in comparison.suites for name in suite.measures}
-    template = templates_of("nemo_lmpo.compare").get_template("comparison.md.j2")
-    return template.render(
-        comparison=comparison,
-        figures_dir=FIGURES_DIR,
-        about=_about(comparison),
-        suites=[
-            (suite, *table_of(suite, comparison), claim_rows(suite, comparison), figures[suite.name])
-            for suite in comparison.suites
-        ],
-        notes=[f"{measure.label}: {measure.unit}" for name, measure in MEASURES.items() if name in used],
-        recipes=[(variant.label, text) for variant, text in comparison.settings.items()],
-        answers=answers,
-    )
+    if answers:
+        blocks += [Heading(2, "Answers"), Table(("", "prompt", "greedy answer"), answers, style="texts")]
+    return blocks
+
+
+def title_of(comparison: Comparison) -> str:
+    """The page's title."""
+    return f"Comparison at scale {comparison.scale.name}"
+
+
+def path_of(picture: Picture) -> str:
+    """Of a picture's file, from the page's folder."""
+    return f"{FIGURES_DIR}/{picture.chart.name}.png"
 
 
 def write_page(comparison: Comparison, directory: Path) -> Path:
     """Write `comparison.html`, `comparison.md` and `figures/`; returns the first."""
     figures = {suite.name: pictures_of(suite, comparison) for suite in comparison.suites}
     (directory / FIGURES_DIR).mkdir(parents=True, exist_ok=True)
-    pictures = {f"{FIGURES_DIR}/{one.chart.name}.png": one.png for found in figures.values() for one in found}
-    for path, png in pictures.items():
-        (directory / path).write_bytes(png)
-    text = build_markdown(comparison, figures)
-    (directory / "comparison.md").write_text(text, encoding="utf-8")
+    for picture in (one for found in figures.values() for one in found):
+        replace_file(directory / path_of(picture), picture.png)
+    blocks = page_blocks(comparison, figures)
+    replace_file(directory / "comparison.md", to_markdown(blocks))
     page = directory / "comparison.html"
-    title = f"Comparison at scale {comparison.scale.name}"
-    page.write_text(render_markdown(title, text, pictures), encoding="utf-8")
+    replace_file(page, to_html(title_of(comparison), blocks))
     return page

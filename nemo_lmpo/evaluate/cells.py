@@ -6,11 +6,11 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_lmpo.evaluate.blocks import Block, Details, Table, Text
 from nemo_lmpo.evaluate.claims import PLACES, Row
 from nemo_lmpo.evaluate.published import ERRATA
 from nemo_lmpo.evaluate.result import Judge, Result, Value
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
+from nemo_lmpo.report.blocks import Block, Details, Table, Text
 
 _MARKS = "ᵃᵇᶜᵈᵉᶠᵍʰ"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from nemo_lmpo.evaluate.blocks import Block, Details, Heading, Table, Text
 from nemo_lmpo.evaluate.cells import (
     Footnotes,
     Judges,
@@ -31,6 +30,7 @@ from nemo_lmpo.evaluate.published import (
 )
 from nemo_lmpo.evaluate.result import Result
 from nemo_lmpo.evaluate.suites import COLUMNS, LEADERBOARD, METHODS, SETTINGS, TASKS, TITLES, lambda_variant
+from nemo_lmpo.report.blocks import Block, Details, Heading, Table, Text
 
 
 def anchors(results: Results, judges: Judges) -> list[Block]:

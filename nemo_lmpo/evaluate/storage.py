@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,9 @@ from nemo_lmpo.runtime.atomic import replace_file
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that nobody sees half of it; directories are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    # Servers send halves of surrogate pairs, which UTF-8 does not have; JSON can spell them.
+    replace_file(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
 
 
 def read_json(path: Path) -> Any:

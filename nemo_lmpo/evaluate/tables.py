@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_lmpo.errors import DataError
-from nemo_lmpo.evaluate.blocks import Block, Details, Heading, Table, Text, to_html, to_markdown
 from nemo_lmpo.evaluate.cells import Judges, measured_cell
 from nemo_lmpo.evaluate.claims import Results
 from nemo_lmpo.evaluate.published import PUBLISHED_JUDGE, TABLE3_COLUMNS
@@ -14,6 +13,7 @@ from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.evaluate.sections import anchors, table1, table2, table3, table4
 from nemo_lmpo.evaluate.storage import content_hash
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
+from nemo_lmpo.report.blocks import Block, Details, Heading, Table, Text, to_html, to_markdown
 from nemo_lmpo.runtime.atomic import replace_file
 
 TITLE = "The paper's tables, published and measured"

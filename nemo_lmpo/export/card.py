@@ -10,7 +10,8 @@ from typing import Any
 
 from nemo_lmpo.evaluate.result import Result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
-from nemo_lmpo.report.document import templates_of
+from nemo_lmpo.report.document import markdown_templates
+from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import Run
 from nemo_lmpo.report.summary import metric_rows, setting, settings_rows
 
@@ -29,7 +30,7 @@ def _metadata(name: str, config: Mapping[str, Any], evaluations: Sequence[Result
     """The card's YAML head, by `huggingface_hub`."""
     from huggingface_hub import ModelCardData
 
-    loss = str(setting(config, "loss.name") or "")
+    loss = visible(str(setting(config, "loss.name") or ""))
     base = hub_names(setting(config, "model.restore_from_path"))
     found = ModelCardData(
         base_model=base[0] if base else None,
@@ -37,7 +38,7 @@ def _metadata(name: str, config: Mapping[str, Any], evaluations: Sequence[Result
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=sorted({"preference-optimization", "nemo-lmpo", loss} - {""}),
-        model_name=name,
+        model_name=visible(name),
         eval_results=_eval_results(evaluations) or None,
     )
     return f"---\n{found.to_yaml()}\n---\n"
@@ -52,7 +53,9 @@ def _eval_results(results: Sequence[Result]) -> list[Any]:
             dataset_type=result.suite if result.suite != LEADERBOARD else name,
             dataset_name=TITLES[result.suite],
             metric_type=name,
-            metric_name=f"{_METRICS.get(name, name)}{f', judged by {result.judge.asked}' if result.judge else ''}",
+            metric_name=visible(
+                f"{_METRICS.get(name, name)}{f', judged by {result.judge.asked}' if result.judge else ''}"
+            ),
             metric_value=round(value.value, 3),
         )
         for result in results
@@ -95,7 +98,7 @@ def build_card(
     start = setting(run.config, "model.restore_from_path") or "random weights"
     data = setting(run.config, "data.train.path") or "?"
     text = (
-        templates_of("nemo_lmpo.export")
+        markdown_templates("nemo_lmpo.export")
         .get_template("card.md.j2")
         .render(
             name=name,

@@ -1,13 +1,19 @@
-"""Self-contained HTML pages from templates or Markdown: no scripts, nothing loaded from anywhere."""
+"""Pages from templates: HTML without scripts that loads nothing from anywhere, and Markdown.
+
+What a template shows is escaped for the page's form unless the template marks it as markup (`| safe`): rows, answers,
+names and texts of servers stay text.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Mapping
+import json
+from collections.abc import Callable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from nemo_lmpo.report.escape import markdown_cell, markdown_code, markdown_text, visible
 
 
 def data_uri(png: bytes) -> str:
@@ -15,39 +21,31 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def markdown_cell(value: object) -> str:
-    """Text that stays itself in a cell of a Markdown table, and in HTML."""
-    return html.escape(str(value), quote=False).replace("|", "\\|").replace("\n", "<br>")
+def python_text(value: str) -> Markup:
+    """A text as Python and JSON write it, quotes included, for code that a page shows."""
+    return Markup(json.dumps(value))
 
 
-def templates_of(package: str) -> Environment:
-    """The templates beside a package's modules; what is missing in a page is an error, HTML is escaped."""
+def html_templates(package: str) -> Environment:
+    """The HTML templates beside a package's modules; what is missing in a page is an error."""
+    return _templates(package, visible)
+
+
+def markdown_templates(package: str) -> Environment:
+    """The Markdown templates beside a package's modules; what is missing in a page is an error."""
+    return _templates(package, markdown_text)
+
+
+def _templates(package: str, escape: Callable[[str], str]) -> Environment:
     environment = Environment(
         loader=PackageLoader(package),
-        autoescape=lambda name: name is not None and ".html" in name,
+        # Escapes what `finalize` leaves as a plain text; Markdown's escape leaves none.
+        autoescape=True,
+        finalize=lambda value: escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(data_uri=data_uri, cell=markdown_cell)
+    environment.filters.update(data_uri=data_uri, cell=markdown_cell, code=markdown_code, python_text=python_text)
     return environment
-
-
-def render_markdown(title: str, text: str, pictures: Mapping[str, bytes]) -> str:
-    """A page from Markdown.
-
-    Args:
-        title: the window's.
-        text: with tables; pictures by relative paths.
-        pictures: PNG by the path that ``text`` names, put inside the page.
-    """
-    from markdown import markdown
-
-    body = markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
-    for path, png in pictures.items():
-        body = body.replace(f'src="{path}"', f'src="{data_uri(png)}"')
-    body = body.replace("<table>", '<section class="card scroll"><table class="numbers">').replace(
-        "</table>", "</table></section>"
-    )
-    return templates_of("nemo_lmpo.report").get_template("base.html.j2").render(title=title, body=Markup(body))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.report.document import templates_of
+from nemo_lmpo.report.document import html_templates
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
 from nemo_lmpo.runtime.atomic import replace_file
@@ -28,18 +28,25 @@ def _how_to_read(run: Run) -> str:
     )
 
 
+def _date(moment: float | None) -> str:
+    """A time as people write it; empty where the metrics name none, or none that a calendar has."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment)) if moment else ""
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
 def _words_and_tables(run: Run) -> dict[str, Any]:
     """What the template is told besides pictures and answers."""
     state, kind = state_text(run)
     header, rows = metric_rows(run)
     best = best_step(run)
-    moment = run.metrics.last_time
     return {
         "title": f"{run.label}: report",
         "label": run.label,
         "state": state,
         "state_kind": kind,
-        "newest": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment)) if moment else "",
+        "newest": _date(run.metrics.last_time),
         "results_header": header,
         "results": rows,
         "best": best[1] if best else "",
@@ -79,6 +86,6 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
     page = Path(output) if output is not None else run_dir / REPORT_FILE
     page.parent.mkdir(parents=True, exist_ok=True)
     shown = {"config_text": config_text, "pictures": drawn, "samples": samples, "samples_picture": of_samples}
-    template = templates_of("nemo_lmpo.report").get_template("run.html.j2")
+    template = html_templates("nemo_lmpo.report").get_template("run.html.j2")
     replace_file(page, template.render(**_words_and_tables(run), **shown))
     return page

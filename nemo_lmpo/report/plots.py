@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from nemo_lmpo.report.charts import CHARTS, Chart, Curve, Panel
+from nemo_lmpo.report.escape import plot_text
 from nemo_lmpo.report.read import VALIDATION, Run, Series
 
 _WIDTH_INCHES = 5.6
@@ -251,6 +252,7 @@ def _figure_legend(figure: Figure, panels: Sequence[Panel], runs: Sequence[Run])
     for index, run in enumerate(runs):
         color, style = _run_look(index)
         label = run.label if len(run.label) <= _LABEL_LETTERS else run.label[: _LABEL_LETTERS - 1] + "…"
+        label = plot_text(label)
         entries.append(Line2D([], [], color=color, linestyle=style, linewidth=2.2, label=label))
     if any(line.validation is not None for panel in panels for line in _lines(panel, runs)):
         entries.append(_validation_entry())

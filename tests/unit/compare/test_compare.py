@@ -7,7 +7,7 @@ import pytest
 
 from nemo_lmpo.compare.__main__ import find_suites, main, unique
 from nemo_lmpo.compare.measure import from_metrics
-from nemo_lmpo.compare.page import Comparison, build_markdown, claim_rows, table_of
+from nemo_lmpo.compare.page import Comparison, claim_rows, page_blocks, table_of
 from nemo_lmpo.compare.plan import plan_runs
 from nemo_lmpo.compare.results import estimate, judge, of_variant
 from nemo_lmpo.compare.scales import SCALES, TINY, find_scale
@@ -26,7 +26,7 @@ from nemo_lmpo.compare.suites import (
     Claim,
 )
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.report.document import render_markdown
+from nemo_lmpo.report.blocks import to_html, to_markdown
 from nemo_lmpo.report.read import Metrics, Series
 
 CLAIM = Claim("LMPO is longer", "nowhere", "length", LMPO, SIMPO)
@@ -191,17 +191,17 @@ def test_page_says_what_there_is_and_what_is_missing():
     assert rows[2] == ["SimPO", "-3.000", "-1.000", "1.500", "20.0"]
     claims = claim_rows(FIGURE2, page)
     assert [row[2] for row in claims] == ["undecided", "not measured", "undecided", "undecided"]
-    text = build_markdown(page, {"figure2": []})
-    for shown in (text, render_markdown("title", text, {})):
+    blocks = page_blocks(page, {})
+    for shown in (to_markdown(blocks), to_html("title", blocks)):
         assert "SimPO (seed 43)" in shown
-        assert "-1.100 ± 0.100" in shown
+        assert "1.100 ± 0.100" in shown
 
 
 def test_text_of_answers_stays_text_in_both_pages():
     page = dataclasses.replace(comparison({}), examples={LMPO: [{"prompt": "a|b\n<user>", "answer": "<b>x</b>"}]})
-    text = build_markdown(page, {"figure2": []})
-    assert "| LMPO | a\\|b<br>&lt;user&gt; | &lt;b&gt;x&lt;/b&gt; |" in text
-    shown = render_markdown("a < b", text, {})
+    blocks = page_blocks(page, {})
+    assert "| LMPO | a\\|b<br>&lt;user&gt; | &lt;b&gt;x&lt;/b&gt; |" in to_markdown(blocks)
+    shown = to_html("a < b", blocks)
     assert "<title>a &lt; b</title>" in shown
-    assert "<td>a|b<br>&lt;user&gt;</td>" in shown
+    assert "<td>a|b\n&lt;user&gt;</td>" in shown
     assert "<b>x</b>" not in shown
