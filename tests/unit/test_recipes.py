@@ -36,6 +36,8 @@ SMOLLM2 = {
 BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
 # It follows from the vocabulary now, unless a recipe sets it.
 BEFORE["defaults"]["model.logprob_chunk_tokens"] = None
+# Words of the command line now.
+del BEFORE["defaults"]["dry_run"], BEFORE["defaults"]["traceback"]
 CHANGED_ON_PURPOSE: dict[tuple[str, str], Any] = {
     # The start model's own template, as the released code trains it.
     ("mistral_7b_base", "data.chat_template"): "zephyr",
