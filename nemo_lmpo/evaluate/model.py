@@ -13,7 +13,7 @@ from tqdm import tqdm
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
-from nemo_lmpo.evaluate.storage import content_hash, read_json, write_json
+from nemo_lmpo.evaluate.storage import content_hash, file_stamp, read_json, write_json
 from nemo_lmpo.evaluate.suites import METHOD_OF_LOSS, METHODS, PAPER_LAMBDA_ELSE, SETTING_OF_RECIPE, lambda_variant
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ def weights_hash(files: ModelFiles, path: Path, folder: Path, progress: Callable
 
     Kept in ``folder``, so that a command that goes on does not read the weights again unless they changed.
     """
-    every = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    states = [(str(file.relative_to(path)), file.stat()) for file in every]
-    stamp = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    stamp = file_stamp(path)
     kept = folder / _WEIGHTS_FILE
     if kept.exists():
         before = read_json(kept)

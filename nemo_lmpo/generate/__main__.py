@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.errors import CheckpointError, ConfigError, UserError
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.errors import CheckpointError, ConfigError, UserError, shown
+from nemo_lmpo.evaluate.storage import content_hash, file_stamp
+from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
 
 if TYPE_CHECKING:
-    from nemo_lmpo.generate.engine import Response
+    from nemo_lmpo.generate.engine import Generator, Prompting, Response, Sampling
+    from nemo_lmpo.generate.kept import Keeper
     from nemo_lmpo.generate.prompts import Prompt
 
 
@@ -22,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m nemo_lmpo.generate",
         description="Answer prompts with a model: a training checkpoint, a run directory (its newest checkpoint), a "
-        "Hugging Face directory, or a .nemo file. Greedy unless --temperature is given.",
+        "Hugging Face directory, or a .nemo file. Greedy unless --temperature is given. With --output, answers are "
+        "kept as they come; an interrupted command, repeated, resumes.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="the model")
     parser.add_argument(
@@ -30,13 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON Lines to write (default: standard output)")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens (default: 512, or what the model has room for)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum (default: 512, or what the model has room for)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="sample with it (default: greedy)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of P")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: greedy)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
     parser.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: 8)")
     parser.add_argument("--limit", type=int, metavar="N", help="answer the first N prompts only")
     parser.add_argument("--chat-template", metavar="NAME", help="a file or built-in name (default: as trained)")
     parser.add_argument("--system-prompt", metavar="TEXT", help="for prompts without one (default: as trained)")
@@ -49,14 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = build_parser().parse_args(arguments)
     try:
-        _run(options)
+        with raising_when_interrupted():
+            _run(options)
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except Interrupted as error:
+        sys.stderr.write(f"interrupted{''.join(f': {note}' for note in getattr(error, '__notes__', []))}\n")
+        return error.status
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
+    from nemo_lmpo.generate.kept import FileKeeper, Printer, checked_output
     from nemo_lmpo.generate.prompts import encode_prompts, read_prompts
 
     if options.limit is not None and options.limit < 1:
@@ -64,47 +72,92 @@ def _run(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts, options.limit)
     if not options.checkpoint.exists():
         raise CheckpointError(f"--checkpoint {options.checkpoint} does not exist; give a model directory or file")
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {options.output}: its directory does not exist; make it first")
+    output = None if options.output is None else checked_output(options.output, options.prompts)
+    _check_text("--system-prompt", options.system_prompt or "")
     # Imported here, so that what was wrong above is answered at once.
-    from tqdm import tqdm
-
-    from nemo_lmpo.generate.engine import Sampling, load_generator
+    from nemo_lmpo.generate.engine import Sampling, choose_device, default_dtype, open_prompting
 
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.batch_size
     )
     sampling.validate()
-    generator = load_generator(
-        options.checkpoint,
-        device=options.device,
-        chat_template=options.chat_template,
-        system_prompt=options.system_prompt,
+    device = choose_device(options.device)
+    prompting = open_prompting(
+        options.checkpoint, chat_template=options.chat_template, system_prompt=options.system_prompt
     )
-    ids = encode_prompts(prompts, generator.encoder)
-    with tqdm(total=len(ids), desc="generate", unit="prompt", disable=True if options.quiet else None) as bar:
-        responses = generator.respond(ids, sampling, bar.update)
-    _write(options.output, prompts, responses)
-
-
-def _write(output: Path | None, prompts: Sequence[Prompt], responses: Sequence[Response]) -> None:
-    lines = [
-        json.dumps(
-            {
-                "prompt": prompt.given,
-                "response": response.text,
-                "tokens": len(response.token_ids),
-                "finished": response.finished,
-            },
-            ensure_ascii=False,
-        )
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    text = "\n".join(lines) + "\n"
+    ids = encode_prompts(prompts, prompting.encoder)
+    keeper: Keeper
     if output is None:
-        sys.stdout.write(text)
+        keeper = Printer(len(ids))
     else:
-        replace_file(output, text)
+        keeper = FileKeeper(output, answer_settings(prompting, ids, sampling, device), len(ids))
+    with keeper:
+        try:
+            _answer(
+                keeper, prompts, ids, lambda: prompting.load(device, default_dtype(device)), sampling, options.quiet
+            )
+        except Interrupted as error:
+            error.add_note(keeper.interrupted())
+            raise
+        keeper.finish()
+
+
+def _answer(
+    keeper: Keeper,
+    prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
+    load: Callable[[], Generator],
+    sampling: Sampling,
+    quiet: bool,
+) -> None:
+    from tqdm import tqdm
+
+    done = len(keeper.done)
+    with tqdm(total=len(ids), initial=done, desc="generate", unit="prompt", disable=True if quiet else None) as bar:
+        if done == len(ids):
+            return
+        for batch in load().batches(ids, sampling, keeper.done):
+            keeper.keep({index: output_row(prompts[index], response) for index, response in batch.items()})
+            bar.update(len(keeper.done) - bar.n)
+
+
+def output_row(prompt: Prompt, response: Response) -> dict[str, Any]:
+    """A line of the output."""
+    return {
+        "prompt": prompt.given,
+        "response": response.text,
+        "tokens": len(response.token_ids),
+        "finished": response.finished,
+    }
+
+
+def _check_text(option: str, text: str) -> None:
+    """Refuse bytes of the command line that are not UTF-8, which Python shows as half surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{option} {shown(text)} is not UTF-8 text; set the terminal's encoding to UTF-8") from None
+
+
+def answer_settings(
+    prompting: Prompting, ids: Sequence[Sequence[int]], sampling: Sampling, device: str
+) -> dict[str, Any]:
+    """What decides the answers; only a command with the same may continue another one's."""
+    import torch
+    import transformers
+
+    from nemo_lmpo.generate.engine import default_dtype
+
+    return {
+        "checkpoint": str(prompting.directory.resolve()),
+        "its files": content_hash(file_stamp(prompting.directory)),
+        "prompts": content_hash(list(map(list, ids))),
+        **asdict(sampling),
+        "stop_token_ids": list(prompting.stop_ids),
+        "device": device,
+        "dtype": str(default_dtype(device)),
+        "backend": f"transformers {transformers.__version__}, torch {torch.__version__}",
+    }
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], object]
 DEFAULT_NEW_TOKENS = 512
+MAX_SEED = 2**63 - 1
+MIN_TEMPERATURE = 1e-5
+"""Of sampling: logits over less leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Sampling:
         for name, value in (("max-new-tokens", self.max_new_tokens), ("batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} {value} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature} must be 0 (greedy) or more")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ConfigError(f"--temperature {self.temperature} must be 0 (greedy), or at least {MIN_TEMPERATURE}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"--seed {self.seed} must be from 0 to {MAX_SEED}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p} must be above 0 and at most 1")
         if self.top_k < 0:
@@ -111,17 +116,38 @@ class Generator(Prompting):
         Raises:
             DataError: a prompt leaves no room within the model's positions.
         """
+        responses: dict[int, Response] = {}
+        for batch in self.batches(prompts, sampling):
+            responses.update(batch)
+            progress(len(batch))
+        return [responses[index] for index in range(len(prompts))]
+
+    def batches(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, done: Container[int] = ()
+    ) -> Iterator[dict[int, Response]]:
+        """Answer prompts batch by batch; each batch as responses by the index of their prompts.
+
+        Which prompts share a batch follows from all prompts, and each batch has a seed of its own. So batches that are
+        left out change nothing in the others: what resumes gives the same bits as what was never interrupted.
+
+        Args:
+            prompts: as for :meth:`respond`.
+            sampling: how tokens are chosen.
+            done: indices of prompts that need no answer; a batch of which all are done is left out.
+
+        Raises:
+            DataError: a prompt leaves no room within the model's positions.
+        """
         limit = self._new_tokens(max((len(prompt) for prompt in prompts), default=0), sampling.max_new_tokens)
-        torch.manual_seed(sampling.seed)
         # Prompts of similar length together, so that little is padded.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        responses: dict[int, Response] = {}
         for start in range(0, len(order), sampling.batch_size):
-            chosen = order[start : start + sampling.batch_size]
-            for index, ids in zip(chosen, self._batch([prompts[i] for i in chosen], sampling, limit), strict=True):
-                responses[index] = self._response(ids)
-            progress(len(chosen))
-        return [responses[index] for index in range(len(prompts))]
+            selected = order[start : start + sampling.batch_size]
+            if all(index in done for index in selected):
+                continue
+            torch.manual_seed((sampling.seed + start) % (MAX_SEED + 1))
+            ids = self._batch([prompts[index] for index in selected], sampling, limit)
+            yield {index: self._response(row) for index, row in zip(selected, ids, strict=True)}
 
     def _new_tokens(self, longest: int, wanted: int | None) -> int:
         """The limit of new tokens for prompts of which the longest has ``longest`` tokens."""
@@ -192,8 +218,13 @@ def load_generator(
         ConfigError: there is no tokenizer or chat template, or no such device.
     """
     device = choose_device(device)
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    return open_prompting(checkpoint, chat_template=chat_template, system_prompt=system_prompt).load(device, dtype)
+    prompting = open_prompting(checkpoint, chat_template=chat_template, system_prompt=system_prompt)
+    return prompting.load(device, dtype or default_dtype(device))
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """BF16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def open_prompting(

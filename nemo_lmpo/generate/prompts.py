@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.schema import ROLES, Message
-from nemo_lmpo.errors import DataError
+from nemo_lmpo.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from nemo_lmpo.data.encode import PairEncoder
@@ -30,10 +30,11 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Read a JSON Lines file whose lines have a `prompt`: a text, or messages of which the last is the user's.
 
     Raises:
-        DataError: the file is missing, empty or no JSON Lines; names the line.
+        DataError: the file is missing, empty or not JSON Lines; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not str.splitlines: U+2028, U+2029 and U+0085 end its lines, and may stand in JSON texts as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"--prompts {path} cannot be read ({reason}); give a JSON Lines file") from None
@@ -46,10 +47,14 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
 def _prompt(line: str, place: str) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON ({error}); write one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON ({first_line(error)}); write one object per line") from None
     if not isinstance(row, dict) or "prompt" not in row:
         raise DataError(f'{place} has no field `prompt`; write lines such as {{"prompt": "Hello"}}')
+    try:
+        json.dumps(row["prompt"], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: `prompt` holds half a surrogate pair, which is not a character; remove it") from None
     return Prompt(place, row["prompt"], _messages(row["prompt"], place))
 
 

@@ -21,7 +21,8 @@ from nemo_lmpo.runtime.atomic import replace_file
 # A run that was killed holds its lock until its helpers are gone, too.
 _PATIENCE_SECONDS = 5.0
 
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of storage that has no locks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def directory_lock(directory: Path, *, patience: float | None = None) -> Iterato
             f"run_dir={directory} is in use by {_owner(directory)}; wait for it, end it, or choose another run_dir"
         ) from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         _logger.warning("%s is on storage without file locks: do not start a second run there", directory)
     me = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}

@@ -7,6 +7,7 @@ what `python -m nemo_lmpo.train` is: they get the arguments, own their signals, 
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import signal
 import sys
@@ -32,7 +33,13 @@ SMALL = (
 
 
 def _run_command(
-    arguments: Sequence[str], directory: str, output: str, own_group: bool, environment: dict[str, str], terminal: str
+    arguments: Sequence[str],
+    directory: str,
+    output: str,
+    own_group: bool,
+    environment: dict[str, str],
+    terminal: str,
+    command: str,
 ) -> None:
     import torch
 
@@ -53,8 +60,7 @@ def _run_command(
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from nemo_lmpo.train import main
-
+    main = importlib.import_module(command).main
     sys.exit(main(arguments))
 
 
@@ -67,6 +73,7 @@ def training(
     environment: dict[str, str] | None = None,
     terminal: str = "",
     output: str = "output",
+    command: str = "nemo_lmpo.train",
 ) -> Iterator[Any]:
     """A process that runs the command with ``directory`` as its working directory; ended at the latest on exit.
 
@@ -75,7 +82,15 @@ def training(
     """
     process = _context().Process(
         target=_run_command,
-        args=(list(arguments), str(directory), str(directory / output), own_group, environment or {}, terminal),
+        args=(
+            list(arguments),
+            str(directory),
+            str(directory / output),
+            own_group,
+            environment or {},
+            terminal,
+            command,
+        ),
     )
     process.start()
     try:

@@ -27,7 +27,7 @@ ROOMS = (
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 # Commands start runs through the training command, which stands on their floor.
 NEIGHBORS_THAT_MAY = {
-    *(("compare", "train"), ("compare", "generate"), ("evaluate", "generate")),
+    *(("compare", "train"), ("compare", "generate"), ("evaluate", "generate"), ("generate", "evaluate")),
     *(("export", "generate"), ("export", "evaluate"), ("train", "export")),
 }
 NOT_FROM_OUTSIDE = {"loss": ("megatron", "torch.distributed", "nemo", "lightning", "transformers")}

@@ -152,6 +152,9 @@ def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
         ('{"prompt": [{"role": "usr", "content": "a"}]}', "`role` of system, user, assistant"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}', "does not end with a text of the user"),
         ('{"prompt": " "}', "does not end with a text of the user"),
+        ('{"prompt": "a\\ud800"}', "line 1: `prompt` holds half a surrogate pair"),
+        ('{"prompt": [{"role": "user", "content": "a", "\\udc00": 1}]}', "half a surrogate pair"),
+        ('{"prompt": ' + "[" * 100_000, "line 1 is not JSON"),
     ],
 )
 def test_bad_prompts_name_the_line(tmp_path, content, message):
@@ -159,6 +162,16 @@ def test_bad_prompts_name_the_line(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_prompts(path)
+
+
+def test_line_separators_of_unicode_are_text(tmp_path):
+    """JSON allows them within texts; only newlines end a line."""
+    texts = [f"a{separator}b" for separator in "\u2028\u2029\u0085\x1c\x0b\x0c\r"]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8", newline="")
+    assert [prompt.given for prompt in read_prompts(path)] == texts
+    assert [prompt.place for prompt in read_prompts(path)][-1] == f"{path}, line {len(texts)}"
 
 
 def test_bad_prompts_file(tmp_path):
@@ -178,6 +191,11 @@ def test_bad_prompts_file(tmp_path):
         ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0"),
         ({"temperature": 1.0, "top_k": -1}, "--top-k -1"),
         ({"top_p": 0.5}, "no effect without --temperature"),
+        ({"temperature": 1e-40}, "--temperature 1e-40"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": float("inf")}, "--temperature inf"),
+        ({"seed": 2**70}, f"--seed {2**70} must be from 0"),
+        ({"seed": -1}, "--seed -1 must be from 0"),
     ],
 )
 def test_bad_sampling_names_the_option(values, option):
