@@ -19,8 +19,8 @@ from nemo_lmpo.model.attention_plan import plan_attention
 from nemo_lmpo.model.build import attention_module
 from nemo_lmpo.model.kernels import choose_kernels, this_device
 from nemo_lmpo.parallel.context import attention_spans
-from nemo_lmpo.plan.pairs import TYPICAL
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
+from nemo_lmpo.sizing.typical_pairs import TYPICAL
 
 HEAD_DIM = 128
 

@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from nemo_lmpo.checkpoint.agreement import from_all_ranks
-    from nemo_lmpo.checkpoint.train_state import TrainState
+    from nemo_lmpo.checkpoint.progress import Progress
     from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.runtime.launch import read_launch_info
     from nemo_lmpo.training.session import open_session
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> None:
         else:
             session.trainer().train_step(0)
             statistics = session.policy.statistics
-            state = TrainState(step=1, statistics=statistics.state_dict() if statistics is not None else None)
+            state = Progress(step=1, statistics=statistics.state_dict() if statistics is not None else None)
             most = most_above(lambda: session.checkpoints.save(state))
         parameters = sum(torch.numel(weight) for chunk in session.policy.models for weight in chunk.parameters())
         ranks = from_all_ranks(most)

@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_lmpo.config.architecture import Architecture, architecture_to_hf
+from nemo_lmpo.formats.architecture import Architecture, architecture_to_hf
 
 _SHAPE = Architecture(
     model_type="llama",

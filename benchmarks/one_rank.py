@@ -18,22 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.pair import PairTokens
-from nemo_lmpo.formats.base_model import find_base_model
-from nemo_lmpo.monitor.throughput import model_flops, peak_flops, peak_memory_gib
-from nemo_lmpo.plan.amounts import shape_of, split_of
-from nemo_lmpo.plan.cards import CARDS, GIB, Machine
-from nemo_lmpo.plan.pairs import TYPICAL, step_rows
-from nemo_lmpo.plan.step_time import step_time
+from nemo_lmpo.monitor.throughput import peak_memory_gib
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.sizing.cards import CARDS, GIB, Machine, peak_flops
+from nemo_lmpo.sizing.flops import model_flops, shape_of
+from nemo_lmpo.sizing.memory import estimate_memory
+from nemo_lmpo.sizing.rank_work import split_of
+from nemo_lmpo.sizing.step_time import step_time
+from nemo_lmpo.sizing.typical_pairs import TYPICAL, step_rows
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
 from nemo_lmpo.training.policy import Policy, kernels_for
 from nemo_lmpo.training.process import distributed_session
+from nemo_lmpo.training.start_model import find_start_model
 
 SPREAD = 0.5
 """Standard deviation of the lengths' logarithms."""
@@ -98,7 +99,7 @@ def layout_of(options: argparse.Namespace) -> ParallelLayout:
             *options.overrides,
         ],
     )
-    return validate(config, find_base_model(config.model).architecture, 1)
+    return validate(config, find_start_model(config.model).architecture, 1)
 
 
 def measure(layout: ParallelLayout, steps: int) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _dry_run(config: Config, mode: Mode) -> int:
 
         print(describe_trace(checked.layout))  # noqa: T201
         return 0
-    from nemo_lmpo.config.dry_run import describe
+    from nemo_lmpo.sizing.describe_run import describe
 
     print(describe(checked.layout, unseen=checked.unseen))  # noqa: T201
     return 0
@@ -163,12 +163,12 @@ def _dry_run(config: Config, mode: Mode) -> int:
 def _plan(config: Config, gpus: str | None) -> int:
     """Layouts for a number of GPUs; which of them are valid is the answer, so only settings are checked before."""
     from nemo_lmpo.config.rules import check_settings
-    from nemo_lmpo.formats.base_model import find_base_model
-    from nemo_lmpo.plan.cards import read_gpus
-    from nemo_lmpo.plan.describe import describe_plan
+    from nemo_lmpo.sizing.cards import read_gpus
+    from nemo_lmpo.sizing.describe_plan import describe_plan
+    from nemo_lmpo.training.start_model import find_start_model
 
     check_settings(config)
-    base = find_base_model(config.model, fetch=False)
+    base = find_start_model(config.model, fetch=False)
     machine = read_gpus(gpus or f"{config.trainer.num_nodes}x{config.trainer.devices}xA100")
     print(describe_plan(config, base.architecture, machine))  # noqa: T201
     return 0

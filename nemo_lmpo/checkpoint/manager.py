@@ -22,15 +22,15 @@ import torch.distributed as dist
 
 from nemo_lmpo.checkpoint.agreement import disk_is_full, from_all_ranks, on_main_rank, reason_of, storage_errors
 from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, file_checksum, find_damage, inspect, write_manifest
+from nemo_lmpo.checkpoint.progress import DamageError, Progress
 from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
 from nemo_lmpo.checkpoint.state_reader import reading_safely
-from nemo_lmpo.checkpoint.train_state import DamageError, TrainState
 from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import CheckpointConfig
 from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file, set_aside
 from nemo_lmpo.runtime.children import following_forks
+from nemo_lmpo.runtime.files import replace_file, set_aside
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 _logger = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ class CheckpointManager:
     """The run's `checkpoints/`."""
     config: CheckpointConfig
     """How often and how many."""
-    make_state: Callable[[TrainState | None], dict[str, Any]]
+    make_state: Callable[[Progress | None], dict[str, Any]]
     """Sharded state dict of model and optimizer; told the progress of the checkpoint that is to be loaded into it, or
     None for saving."""
-    load_state: Callable[[dict[str, Any], TrainState], None]
+    load_state: Callable[[dict[str, Any], Progress], None]
     """Puts a loaded state dict back; ``random_state`` is in it if the layout is the same."""
     write_sidecars: Callable[[Path], None]
     """Writes config, architecture and tokenizer into a directory (called on rank 0)."""
@@ -55,7 +55,7 @@ class CheckpointManager:
     """Size of a checkpoint, to check the disk before writing."""
     layout: dict[str, int]
     """Sizes of the parallel groups."""
-    find_missing: Callable[[TrainState], str | None]
+    find_missing: Callable[[Progress], str | None]
     """What of a progress is not there that this run needs; raises a UserError where the run does not fit the
     checkpoint. Called before anything is loaded."""
     data: dict[str, str]
@@ -66,7 +66,7 @@ class CheckpointManager:
     _in_background: Path | None = field(default=None, init=False)
     """The checkpoint that was last given to background writers."""
 
-    def save(self, progress: TrainState) -> float:
+    def save(self, progress: Progress) -> float:
         """Write a checkpoint; returns the seconds that training was held up.
 
         With `checkpoint.async_save` it becomes visible at a later :meth:`poll` or :meth:`wait`.
@@ -110,13 +110,13 @@ class CheckpointManager:
                 f"checkpoint.keep_last={self.config.keep_last}, and repeat the command to resume"
             )
 
-    def _finish(self, temporary: Path, final: Path, progress: TrainState) -> None:
+    def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         """Every rank reads back what it wrote itself; rank 0 the rest, and publishes."""
         own = {name: file_checksum(temporary / name) for name in data_files(temporary, dist.get_rank())}
         checksums = {name: checksum for part in from_all_ranks(own) for name, checksum in part.items()}
         on_main_rank(lambda: self._publish(temporary, final, progress, checksums))
 
-    def _publish(self, temporary: Path, final: Path, progress: TrainState, checksums: dict[str, str]) -> None:
+    def _publish(self, temporary: Path, final: Path, progress: Progress, checksums: dict[str, str]) -> None:
         self.write_sidecars(temporary)
         replace_file(temporary / run_files.PROGRESS, json.dumps(vars(progress), indent=1))
         write_manifest(temporary, checksums)
@@ -197,7 +197,7 @@ class CheckpointManager:
                 if left_over and run_files.step_of(entry.stem) is not None:
                     shutil.rmtree(entry, ignore_errors=True)
 
-    def load_newest(self) -> TrainState:
+    def load_newest(self) -> Progress:
         """Resume from the newest whole checkpoint; damaged ones are named, skipped, and renamed `step_N.damaged`.
 
         Returns:
@@ -227,11 +227,11 @@ class CheckpointManager:
                 f"no checkpoint in {self.root} can be read ({found}); nothing was changed: restore one of them, or set "
                 f"checkpoint.resume=false, which moves this run aside and starts anew"
             )
-        return TrainState()
+        return Progress()
 
-    def _inspect(self, directory: Path, step: int, damaged: dict[Path, str]) -> TrainState | None:
+    def _inspect(self, directory: Path, step: int, damaged: dict[Path, str]) -> Progress | None:
         """The progress of a whole checkpoint; else None and an entry in ``damaged``. All ranks come to the same."""
-        progress: TrainState | None = None
+        progress: Progress | None = None
         found: str | Exception | None = None
         try:
             content = self.config.verify == "full"
@@ -268,7 +268,7 @@ class CheckpointManager:
                     kept.name,
                 )
 
-    def _load(self, directory: Path, progress: TrainState) -> None:
+    def _load(self, directory: Path, progress: Progress) -> None:
         from megatron.core import dist_checkpointing
 
         try:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import xxhash
 
-from nemo_lmpo.checkpoint.train_state import FORMAT_VERSION, DamageError, TrainState, check_version, read_train_state
+from nemo_lmpo.checkpoint.progress import FORMAT_VERSION, DamageError, Progress, check_version, read_train_state
 from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.formats.safe_metadata import read_metadata
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
@@ -80,7 +80,7 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def inspect(directory: Path, step: int, *, content: bool = True, share: tuple[int, int] = (0, 1)) -> TrainState:
+def inspect(directory: Path, step: int, *, content: bool = True, share: tuple[int, int] = (0, 1)) -> Progress:
     """Look at a checkpoint's files, loading no tensor; its progress.
 
     Args:
@@ -121,7 +121,7 @@ def _relative(name: Any, directory: Path) -> str:
     return str(path.relative_to(directory)) if path.is_relative_to(directory) and path != directory else path.name
 
 
-def _inspect(directory: Path, step: int, content: bool, share: tuple[int, int]) -> TrainState:
+def _inspect(directory: Path, step: int, content: bool, share: tuple[int, int]) -> Progress:
     manifest = _read_manifest(directory)
     _check_sizes(directory, manifest["files"])
     if content and "checksums" in manifest:

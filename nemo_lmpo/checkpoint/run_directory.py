@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten, is_admitted
-from nemo_lmpo.config.architecture import architecture_to_hf
+from nemo_lmpo.checkpoint.same_run import changed_settings, default_settings, flatten, is_admitted
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file, set_aside
-from nemo_lmpo.runtime.lock import directory_lock
+from nemo_lmpo.runtime.files import directory_lock, replace_file, set_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nemo_lmpo.formats.base_model import BaseModel
+    from nemo_lmpo.formats.start_model import StartModel
 
 _logger = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ class RunDirectory:
     def _write_config(self, directory: Path) -> None:
         replace_file(directory / run_files.CONFIG, yaml.safe_dump(self.plain, sort_keys=False))
 
-    def write_sidecars(self, directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def write_sidecars(self, directory: Path, start: StartModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
         self._write_config(directory)
         replace_file(directory / run_files.ARCHITECTURE, json.dumps(model_config(start), indent=1))
@@ -152,7 +151,7 @@ def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{key}: {old!r} before, {new!r} now" for key, (old, new) in changes.items())
 
 
-def _save_tokenizer(directory: Path, start: BaseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save_tokenizer(directory: Path, start: StartModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The start model's own files, byte for byte; another tokenizer's as it writes itself."""
     directory.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
@@ -168,7 +167,7 @@ def _save_tokenizer(directory: Path, start: BaseModel, tokenizer: PreTrainedToke
         shutil.copyfile(start.sidecars / name, target)
 
 
-def model_config(start: BaseModel) -> dict[str, Any]:
+def model_config(start: StartModel) -> dict[str, Any]:
     """The Hugging Face config of the start as it was, or one made from the architecture."""
     if start.sidecars is not None and (start.sidecars / "config.json").is_file():
         original: dict[str, Any] = json.loads((start.sidecars / "config.json").read_text())

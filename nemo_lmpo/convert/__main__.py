@@ -98,8 +98,8 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.base_model import local_model
     from nemo_lmpo.formats.conversion import plan, write_nemo
+    from nemo_lmpo.formats.find_model import local_model
     from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
 
@@ -160,7 +160,7 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
 
 
 def _verify_given(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.base_model import local_model
+    from nemo_lmpo.formats.find_model import local_model
 
     hf_path, _ = local_model(options.hf)
     return _verify(hf_path, options.nemo, options, config=options.config, tensors_only=options.tensors_only)

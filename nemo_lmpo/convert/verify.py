@@ -217,7 +217,7 @@ def megatron_model(files: ModelFiles) -> Iterator[PackedGPTModel]:
     import torch.distributed as dist
 
     from nemo_lmpo.config.schema import ModelConfig
-    from nemo_lmpo.formats.load import load_model_weights
+    from nemo_lmpo.model.load_weights import load_model_weights
     from nemo_lmpo.parallel.groups import create_groups, destroy_groups, start_process_group
     from nemo_lmpo.runtime.cpu_adapter import on_cpu
     from nemo_lmpo.runtime.launch import LaunchInfo

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.config.architecture import parse_json
-from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
 from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.formats.architecture import parse_json
+from nemo_lmpo.formats.fields import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

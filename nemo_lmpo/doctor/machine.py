@@ -17,9 +17,9 @@ from nemo_lmpo.doctor.findings import Finding
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.monitor.banner import detect_kernels, kernels_in_use, package_versions
-from nemo_lmpo.monitor.throughput import peak_flops
 from nemo_lmpo.runtime.batch_job import read_batch_job
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.sizing.cards import peak_flops
 
 GIB = 2.0**30
 HEAD_DIM = 128

@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         sys.stdout.write(f"{export(options.model, options.output)}\n")
         return 0
     if options.command == "tables":
-        from nemo_lmpo.evaluate.tables import write_tables
+        from nemo_lmpo.paper.tables.page import write_tables
 
         _logger.info("page: %s", write_tables(options.folders, options.output))
         return 0
@@ -66,9 +66,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from nemo_lmpo.evaluate.check import check
     from nemo_lmpo.evaluate.data_files import data_folder
     from nemo_lmpo.evaluate.environment import packages
+    from nemo_lmpo.paper.tables.check_scoring import check
 
     versions = packages()
     rows = check(data_folder(options.data), lambda line: sys.stdout.write(f"{line}\n"))

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.endpoint import Endpoint
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
-from nemo_lmpo.evaluate.endpoint import Endpoint
 from nemo_lmpo.evaluate.environment import run_program
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value
-from nemo_lmpo.evaluate.storage import Journal
 
 CALLS_FILE = "judge_calls.jsonl"
 PROMPT_NAME = "alpaca_eval_clf (alpaca_eval 0.6)"

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from nemo_lmpo.answers.endpoint import Endpoint, for_each
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import EvaluationSet, Instruction, answers_of_file, arena_answers
-from nemo_lmpo.evaluate.endpoint import Endpoint, for_each
-from nemo_lmpo.evaluate.storage import Journal, file_hash
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, GenerationSettings
+from nemo_lmpo.runtime.files import file_hash
 
 ANSWERS_FILE = "answers.jsonl"
 _MOST_EMPTY = 0.01

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.endpoint import Endpoint, for_each
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
-from nemo_lmpo.evaluate.endpoint import Endpoint, for_each
 from nemo_lmpo.evaluate.environment import run_program
 from nemo_lmpo.evaluate.result import BY_BATTLE, BY_INSTRUCTION, Judge, Value
-from nemo_lmpo.evaluate.storage import Journal
 
 JUDGMENTS_FILE = "judgments.jsonl"
 GAMES = (1, 2)

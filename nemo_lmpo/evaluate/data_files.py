@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.storage import content_hash, file_hash, read_lines, read_text
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ALPACA_EVAL_INSTRUCTIONS, ARENA_HARD, ARENA_HARD_QUESTIONS
+from nemo_lmpo.runtime.files import content_hash, file_hash, read_lines, read_text
 
 ENVIRONMENT_VARIABLE = "NEMO_LMPO_EVAL_DATA"
 BASELINES = {ALPACA_EVAL: "gpt4_1106_preview", ARENA_HARD: "gpt-4-0314"}

@@ -17,13 +17,12 @@ import requests
 import yaml
 from tqdm import tqdm
 
+from nemo_lmpo.answers.endpoint import open_session
 from nemo_lmpo.errors import DataError, UserError
 from nemo_lmpo.evaluate.data_files import DF_GAMED_HASH, JudgePrompt, data_folder, load_set
-from nemo_lmpo.evaluate.endpoint import open_session
 from nemo_lmpo.evaluate.environment import run_program
-from nemo_lmpo.evaluate.storage import file_hash
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, TASKS
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import file_hash, replace_file
 
 _HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/main"
 _ALPACA = "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/cd543a149df89434d8a54582c0151c0b945c3d20"

@@ -21,9 +21,10 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from nemo_lmpo.answers.endpoint import Endpoint
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.evaluate.endpoint import Endpoint
-from nemo_lmpo.evaluate.storage import Journal, content_hash
+from nemo_lmpo.runtime.files import content_hash
 
 Check = Callable[[dict[str, Any]], None]
 COMPLETIONS_PATH = "/v1/chat/completions"

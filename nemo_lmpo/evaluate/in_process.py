@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from nemo_lmpo.answers.engine import Generator, Prompting, Sampling
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.evaluate.answers import Answer, Progress, room
 from nemo_lmpo.evaluate.data_files import Instruction
-from nemo_lmpo.evaluate.storage import Journal
 from nemo_lmpo.evaluate.suites import GenerationSettings
-from nemo_lmpo.generate.engine import Generator, Prompting, Sampling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

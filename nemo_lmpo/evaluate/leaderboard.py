@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.endpoint import choose_model
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.endpoint import choose_model
 from nemo_lmpo.evaluate.environment import all_packages, run_program
 from nemo_lmpo.evaluate.model import default_name, describe
 from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
 from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
-from nemo_lmpo.evaluate.storage import content_hash, read_json
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
-from nemo_lmpo.formats.base_model import local_model
+from nemo_lmpo.formats.find_model import local_model
+from nemo_lmpo.runtime.files import content_hash, read_json
 
 if TYPE_CHECKING:
-    from nemo_lmpo.generate.engine import Prompting
+    from nemo_lmpo.answers.engine import Prompting
 
 TASKS_FOLDER, EXPORT_FOLDER = "tasks", "huggingface"
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
     if options.task_data is not None and not options.task_data.is_dir():
         raise ConfigError(f"--task-data {options.task_data} is no directory; give one with a TASK.jsonl for each task")
     path, _ = local_model(options.model)
-    from nemo_lmpo.generate.engine import open_prompting
+    from nemo_lmpo.answers.engine import open_prompting
 
     prompting = open_prompting(path)
     folder = (options.output or Path("evals") / (options.name or default_name(options.model))) / LEADERBOARD
@@ -81,8 +81,8 @@ def _harness_model(
     options: argparse.Namespace, prompting: Prompting, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the harness is told of the model, and what of that decides numbers."""
+    from nemo_lmpo.answers.engine import choose_device
     from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
-    from nemo_lmpo.generate.engine import choose_device
 
     bos = prompting.tokenizer.bos_token_id
     chat = prompting.encoder.chat
@@ -116,7 +116,7 @@ def export(given: str, output: Path) -> Path:
         CheckpointError: there is no such model, or it cannot be converted.
     """
     path, _ = local_model(given)
-    from nemo_lmpo.generate.engine import open_prompting
+    from nemo_lmpo.answers.engine import open_prompting
 
     return huggingface_form(open_prompting(path), output, weights=True)
 

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
-from nemo_lmpo.evaluate.storage import content_hash, file_stamp, read_json, write_json
 from nemo_lmpo.evaluate.suites import METHOD_OF_LOSS, METHODS, PAPER_LAMBDA_ELSE, SETTING_OF_RECIPE, lambda_variant
+from nemo_lmpo.runtime.files import content_hash, file_stamp, read_json, write_json
 
 if TYPE_CHECKING:
+    from nemo_lmpo.answers.engine import Prompting
     from nemo_lmpo.formats.model_files import ModelFiles
-    from nemo_lmpo.generate.engine import Prompting
 
 VARIANTS = ("no_z_score", "no_average_length", "log", "cube", "sigmoid")
 """Rows of Table 2 by the settings that make them."""
@@ -122,7 +122,7 @@ def prompts_of(prompting: Prompting, instructions: Sequence[Instruction]) -> dic
     Raises:
         DataError: the template refuses an instruction, or puts two BOS in front.
     """
-    from nemo_lmpo.generate.prompts import Prompt, encode_prompts
+    from nemo_lmpo.answers.prompts import Prompt, encode_prompts
 
     prompts = [
         Prompt(f"instruction {one.id}", one.text, [{"role": "user", "content": one.text}]) for one in instructions

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate import alpaca_eval, arena_hard
 from nemo_lmpo.evaluate.answers import Answer, AnswerSource, EndpointSource, StoredSource, choose, collect_answers
@@ -26,7 +27,6 @@ from nemo_lmpo.evaluate.data_files import (
     load_set,
     published_scores,
 )
-from nemo_lmpo.evaluate.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.evaluate.environment import all_packages
 from nemo_lmpo.evaluate.model import default_name, describe, parse_row, prompts_of
 from nemo_lmpo.evaluate.result import (
@@ -41,7 +41,7 @@ from nemo_lmpo.evaluate.result import (
     write_result,
 )
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
-from nemo_lmpo.formats.base_model import local_model
+from nemo_lmpo.formats.find_model import local_model
 
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
@@ -154,8 +154,8 @@ def trained_model(
 ) -> tuple[Model, AnswerSource]:
     """A model on disk, answering through a server or in this process."""
     path, _ = local_model(options.model)
+    from nemo_lmpo.answers.engine import choose_device, open_prompting
     from nemo_lmpo.evaluate.in_process import InProcessSource, default_dtype
-    from nemo_lmpo.generate.engine import choose_device, open_prompting
 
     prompting = open_prompting(path, chat_template=options.chat_template, system_prompt=options.system_prompt)
     model = describe(options, prompting, folder)

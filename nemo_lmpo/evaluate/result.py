@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
-from nemo_lmpo.evaluate.storage import read_json, write_json
+from nemo_lmpo.runtime.files import read_json, write_json
 
 RESULT_FILE, UNITS_FILE, SETTINGS_FILE = "result.json", "units.json", "settings.json"
 FORMAT = 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import CheckpointError, UserError, first_line
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.formats.conversion import Plan
@@ -38,8 +38,8 @@ def export_run(
     Raises:
         UserError: no run with a checkpoint, no room, or an output that holds something else.
     """
+    from nemo_lmpo.answers.engine import newest_checkpoint, open_prompting
     from nemo_lmpo.formats.conversion import plan, write_huggingface
-    from nemo_lmpo.generate.engine import newest_checkpoint, open_prompting
 
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run} is no run with checkpoints; give a run directory")

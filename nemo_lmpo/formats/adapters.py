@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import Architecture
-from nemo_lmpo.config.lora_targets import PROJECTIONS, hf_module, projections_of
-from nemo_lmpo.config.schema import PeftConfig
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.lora_targets import PROJECTIONS, hf_module
 from nemo_lmpo.formats.source import TensorSource
 from nemo_lmpo.runtime import run_files
 
@@ -38,25 +37,12 @@ class AdapterDescription:
     """Path or hub name of the base; None: random weights of ``seed``."""
     seed: int
     fingerprint: str
-    """Hash of the base's weights (:func:`nemo_lmpo.formats.base_model.weights_fingerprint`)."""
+    """Hash of the base's weights (:func:`nemo_lmpo.formats.fingerprint.weights_fingerprint`)."""
 
     @property
     def scale(self) -> float:
         """What the product of B and A is multiplied by."""
         return self.alpha / self.rank
-
-
-def describe_adapters(peft: PeftConfig, *, base: str | None, seed: int, fingerprint: str) -> AdapterDescription:
-    """Of a run's settings."""
-    return AdapterDescription(
-        rank=peft.rank,
-        alpha=peft.alpha,
-        dropout=peft.dropout,
-        projections=projections_of(peft.target_modules),
-        base=base,
-        seed=seed,
-        fingerprint=fingerprint,
-    )
 
 
 def adapter_json(description: AdapterDescription) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_lmpo.config.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
 from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules

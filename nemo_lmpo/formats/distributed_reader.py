@@ -13,8 +13,8 @@ import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.archive import CheckpointFiles
 from nemo_lmpo.formats.safe_metadata import read_metadata
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import CHECKSUM, CHECKSUMS_FILE
 from nemo_lmpo.formats.mapping import Rule, TensorLayout, fill, megatron_shape, part_shapes, rules_by_layer
 from nemo_lmpo.formats.sinks import Sink

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import parse_json
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.source import TensorSource, get_fitting
 
 SINGLE_FILE = "model.safetensors"

@@ -15,8 +15,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.architecture import Architecture
 
 LAYERS = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"

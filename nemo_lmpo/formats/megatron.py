@@ -7,10 +7,10 @@ import re
 import torch
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import Architecture
-from nemo_lmpo.config.fields import LARGEST_SIZE
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.fields import LARGEST_SIZE
 from nemo_lmpo.formats.mapping import (
     EMBEDDING,
     LAYERS,

@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.config.architecture import (
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
+from nemo_lmpo.formats.architecture import (
     Architecture,
     architecture_from_hf,
     check_architecture,
     parse_json,
     read_architecture,
 )
-from nemo_lmpo.config.fields import Fields
-from nemo_lmpo.errors import CheckpointError
-from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
-from nemo_lmpo.formats.base_model import weights_fingerprint
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields

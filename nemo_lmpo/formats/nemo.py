@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_lmpo.config.architecture import (
+from nemo_lmpo.errors import CheckpointError, shown
+from nemo_lmpo.formats.architecture import (
     FAMILIES,
     MOST_LAYERS,
     Architecture,
@@ -14,8 +15,7 @@ from nemo_lmpo.config.architecture import (
     even_head_dim,
     llama3_scaling,
 )
-from nemo_lmpo.config.fields import Fields
-from nemo_lmpo.errors import CheckpointError, shown
+from nemo_lmpo.formats.fields import Fields
 
 _logger = logging.getLogger(__name__)
 

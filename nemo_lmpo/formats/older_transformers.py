@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_lmpo.config.architecture import Architecture, architecture_to_hf, parse_json
+from nemo_lmpo.formats.architecture import Architecture, architecture_to_hf, parse_json
 
 _NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.config.architecture import parse_json
-from nemo_lmpo.config.fields import Fields
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import parse_json
+from nemo_lmpo.formats.fields import Fields
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

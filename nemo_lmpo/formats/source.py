@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT, hf_shapes
 
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

@@ -1,1 +1,1 @@
-"""Responses of a model: greedy or sampled, through `transformers`, from any form that a model is stored in."""
+"""The command that answers prompts with a model."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.errors import CheckpointError, ConfigError, UserError, shown
-from nemo_lmpo.evaluate.storage import content_hash, file_stamp
+from nemo_lmpo.runtime.files import content_hash, file_stamp
 from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
 
 if TYPE_CHECKING:
-    from nemo_lmpo.generate.engine import Generator, Prompting, Response, Sampling
+    from nemo_lmpo.answers.engine import Generator, Prompting, Response, Sampling
+    from nemo_lmpo.answers.prompts import Prompt
     from nemo_lmpo.generate.kept import Keeper
-    from nemo_lmpo.generate.prompts import Prompt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from nemo_lmpo.answers.prompts import encode_prompts, read_prompts
     from nemo_lmpo.generate.kept import FileKeeper, Printer, checked_output
-    from nemo_lmpo.generate.prompts import encode_prompts, read_prompts
 
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit} must be at least 1; leave it out for all prompts")
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
     output = None if options.output is None else checked_output(options.output, options.prompts)
     _check_text("--system-prompt", options.system_prompt or "")
     # Imported here, so that what was wrong above is answered at once.
-    from nemo_lmpo.generate.engine import Sampling, choose_device, default_dtype, open_prompting
+    from nemo_lmpo.answers.engine import Sampling, choose_device, default_dtype, open_prompting
 
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.batch_size
@@ -146,7 +146,7 @@ def answer_settings(
     import torch
     import transformers
 
-    from nemo_lmpo.generate.engine import default_dtype
+    from nemo_lmpo.answers.engine import default_dtype
 
     return {
         "checkpoint": str(prompting.directory.resolve()),

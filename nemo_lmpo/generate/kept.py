@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, DataError, shown
-from nemo_lmpo.evaluate.storage import Journal
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 SUFFIX = ".partial"
 """The journal's name is the output's with this ending."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.schema import ModelConfig, TrainerConfig
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.model.attention import PackedAttention, PackedSDPA
 from nemo_lmpo.model.flash_attention import PackedFlashAttention
 from nemo_lmpo.model.kernels import Kernels

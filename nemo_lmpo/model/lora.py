@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_lmpo.config.architecture import Architecture
-from nemo_lmpo.config.lora_targets import ADAPTERS, LINEARS, projections_of
 from nemo_lmpo.config.schema import PeftConfig
+from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.formats.lora_targets import ADAPTERS, LINEARS, projections_of
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
-from nemo_lmpo.config.architecture import Architecture
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.model.attention_plan import AttentionPlan
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
 from nemo_lmpo.parallel.argmax import vocab_parallel_argmax

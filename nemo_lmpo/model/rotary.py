@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_lmpo.config.architecture import Architecture, architecture_to_hf
+from nemo_lmpo.formats.architecture import Architecture, architecture_to_hf
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:

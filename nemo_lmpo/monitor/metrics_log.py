@@ -25,7 +25,7 @@ from nemo_lmpo.monitor.observer import Harmless
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.trackers import Trackers
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 # A killed process loses nothing that was flushed; only a machine that dies needs fsync. Once in a few seconds
 # keeps that loss small without making fast steps wait for the disk.

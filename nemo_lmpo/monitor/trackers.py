@@ -19,7 +19,7 @@ from nemo_lmpo.monitor import observer
 from nemo_lmpo.monitor.observer import Observer
 from nemo_lmpo.monitor.samples import Sample, as_markdown
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger

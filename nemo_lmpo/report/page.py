@@ -9,7 +9,7 @@ from typing import Any
 from nemo_lmpo.report.document import html_templates
 from nemo_lmpo.report.read import Run, read_run
 from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 
 REPORT_FILE = "report.html"
 PICTURES_DIR = "report"

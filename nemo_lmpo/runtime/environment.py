@@ -1,10 +1,11 @@
-"""Variables that must be set before torch or CUDA starts, and the choice between GPUs and CPUs.
+"""What a process sets before torch or CUDA starts, GPUs or CPUs, and how the C library keeps memory.
 
 What the user set stays. This module imports no torch until it is asked which device there is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import MutableMapping
 
@@ -21,6 +22,11 @@ BEFORE_TORCH = {
 }
 _OLDER_NAMES = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+# Parameters of mallopt(3).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_KEPT_BYTES = 1_000_000_000
+_GROWTH_BYTES = 16 * 2**20
 
 
 def prepare_environment(environ: MutableMapping[str, str] | None = None) -> None:
@@ -92,3 +98,20 @@ def _why_none() -> str:
     if _VISIBLE in os.environ:
         return f"{_VISIBLE}={os.environ[_VISIBLE]!r}"
     return "there is no driver, or no device"
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library reuse memory from step to step instead of returning every large tensor to the system.
+
+    By default glibc maps each large allocation anew and unmaps it when it is freed; a step then spends an eighth of
+    its time in page faults (SmolLM2-135M on two cores). At most 1 GB at the end of the heap stays unused.
+
+    Returns:
+        Whether the C library knows how (glibc does).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT_BYTES), (_TOP_PAD, _GROWTH_BYTES))
+    return all(mallopt(parameter, value) for parameter, value in settings)

@@ -75,9 +75,9 @@ def check(request: Submission) -> str:
     Raises:
         UserError: what training would refuse: settings, layout, model, data, or another run's directory.
     """
-    from nemo_lmpo.config.dry_run import describe
     from nemo_lmpo.config.mode import split_mode
     from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.sizing.describe_run import describe
     from nemo_lmpo.training.preflight import preflight
 
     for name, number in (("--nodes", request.nodes), ("--gpus-per-node", request.gpus_per_node)):

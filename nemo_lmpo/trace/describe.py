@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.rules import ParallelLayout
-from nemo_lmpo.plan.amounts import Split, attention_flops, shape_of, split_of
-from nemo_lmpo.plan.cards import CARDS, GIB, Card
-from nemo_lmpo.plan.pairs import LENGTHS, step_rows
-from nemo_lmpo.plan.step_time import MicroBatchTime, StepTime, micro_batch_time, step_of
+from nemo_lmpo.sizing.cards import CARDS, GIB, Card
+from nemo_lmpo.sizing.flops import shape_of
+from nemo_lmpo.sizing.memory import estimate_memory
+from nemo_lmpo.sizing.rank_work import Split, attention_flops, split_of
+from nemo_lmpo.sizing.step_time import MicroBatchTime, StepTime, micro_batch_time, step_of
+from nemo_lmpo.sizing.typical_pairs import LENGTHS, step_rows
 from nemo_lmpo.trace.run import Trace, trace_rank
 
 

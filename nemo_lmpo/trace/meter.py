@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_lmpo.plan.work import Product, Work
+from nemo_lmpo.sizing.work import Product, Work
 
 _NO_KERNEL = frozenset(
     {

@@ -15,9 +15,9 @@ from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
-from nemo_lmpo.plan.amounts import Row
-from nemo_lmpo.plan.pairs import filling_lengths, pairs_of_a_row
-from nemo_lmpo.plan.work import Work
+from nemo_lmpo.sizing.rank_work import Row
+from nemo_lmpo.sizing.typical_pairs import filling_lengths, pairs_of_a_row
+from nemo_lmpo.sizing.work import Work
 from nemo_lmpo.trace.meter import Meter
 from nemo_lmpo.trace.world import (
     fake_world,

@@ -16,9 +16,9 @@ from nemo_lmpo.data.epoch import Lengths
 from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
 from nemo_lmpo.data.pair import PackedRow, PackedSequence, PairTokens
 from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
-from nemo_lmpo.monitor.throughput import causal_pairs
 from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.sizing.flops import causal_pairs
 
 GPU_TILE = 128
 """Lengths that matrix kernels like to work on."""

@@ -22,7 +22,6 @@ from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.loss.registry import DEFAULT_LOSS
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.runtime.launch import read_launch_info
@@ -31,6 +30,7 @@ from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
 from nemo_lmpo.training.process import distributed_session, prepare_device
 from nemo_lmpo.training.start import load_data
+from nemo_lmpo.training.start_model import find_start_model
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -84,7 +84,7 @@ class MegatronGPTLMPOModel(ModelPT):
         super().__init__(cfg=cfg, trainer=trainer)
         config = config_from_nemo(cfg)
         groups, device = _present_layout(config)
-        self.base = find_base_model(config.model)
+        self.base = find_start_model(config.model)
         validate(config, self.base.architecture, dist.get_world_size())
         self.policy = start_policy(config, self.base, groups, device)
         self.chunks = self.policy.chunks  # registered, so that NeMo sees the parameters
@@ -190,7 +190,7 @@ def _defaults_for(restore_path: str) -> Config:
     """The defaults, with lengths within the model's positions."""
     config = Config(loss=parse_loss({"name": DEFAULT_LOSS}))
     config.model.restore_from_path = restore_path
-    positions = find_base_model(config.model).architecture.max_position_embeddings
+    positions = find_start_model(config.model).architecture.max_position_embeddings
     config.data.max_length = min(config.data.max_length, positions)
     config.data.max_prompt_length = min(config.data.max_prompt_length, positions - 1)
     return config

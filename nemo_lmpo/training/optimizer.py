@@ -14,7 +14,7 @@ from nemo_lmpo.model.build import parameter_dtype
 from nemo_lmpo.model.fully_sharded import ShardedDataParallel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.runtime.multi_tensor import replace_fallbacks
+from nemo_lmpo.training.multi_tensor import replace_fallbacks
 
 if TYPE_CHECKING:
     from megatron.core.distributed.data_parallel_base import _BaseDataParallel

@@ -16,13 +16,15 @@ from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.data.tokenizer import padding_id
-from nemo_lmpo.formats.adapters import adapter_json, describe_adapters
-from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.formats.adapters import AdapterDescription, adapter_json
 from nemo_lmpo.formats.conversion import plan, write_nemo
+from nemo_lmpo.formats.fingerprint import weights_fingerprint
+from nemo_lmpo.formats.lora_targets import projections_of
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, open_model
+from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.atomic import replace_file
+from nemo_lmpo.runtime.files import replace_file
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.policy import Policy, kernels_for
 from nemo_lmpo.training.reference import attach_reference_logps, reference_in_memory
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def start_policy(config: Config, base: BaseModel, groups: ParallelGroups, device: torch.device) -> Policy:
+def start_policy(config: Config, base: StartModel, groups: ParallelGroups, device: torch.device) -> Policy:
     """A policy with its start weights, and with a reference model beside it where the run wants one.
 
     Raises:
@@ -48,7 +50,7 @@ def start_policy(config: Config, base: BaseModel, groups: ParallelGroups, device
 class StepBatches:
     """The training steps in order, built as they are asked for; what NeMo calls a dataloader."""
 
-    def __init__(self, policy: Policy, base: BaseModel, data: LoadedData) -> None:
+    def __init__(self, policy: Policy, base: StartModel, data: LoadedData) -> None:
         """Give the pairs reference values where the loss needs them.
 
         Args:
@@ -81,7 +83,7 @@ class StepBatches:
 class PolicyFiles:
     """What is written of a policy besides its state in checkpoints."""
 
-    def __init__(self, policy: Policy, base: BaseModel, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, policy: Policy, base: StartModel, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> None:
         """Describe the adapters and their base, where the policy trains some; all ranks call it together."""
         self.policy, self.base, self.run, self.tokenizer = policy, base, run, tokenizer
         self.adapters = None
@@ -89,7 +91,15 @@ class PolicyFiles:
         if model.peft.name is not None:
             fingerprint: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, model.seed))
             path = None if base.path is None else str(base.path.resolve())
-            self.adapters = describe_adapters(model.peft, base=path, seed=model.seed, fingerprint=fingerprint)
+            self.adapters = AdapterDescription(
+                rank=model.peft.rank,
+                alpha=model.peft.alpha,
+                dropout=model.peft.dropout,
+                projections=projections_of(model.peft.target_modules),
+                base=path,
+                seed=model.seed,
+                fingerprint=fingerprint,
+            )
 
     def write_sidecars(self, directory: Path) -> None:
         """Configuration, architecture and tokenizer, which belong to the policy's weights (rank 0)."""

@@ -8,9 +8,8 @@ from typing import cast
 
 import torch
 
-from nemo_lmpo.config.architecture import Architecture
-from nemo_lmpo.config.memory import logprob_chunk
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.loss.interface import Statistics
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
@@ -20,6 +19,7 @@ from nemo_lmpo.model.lora import add_adapters
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.parallel.shards import own_part
+from nemo_lmpo.sizing.memory import logprob_chunk
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.rules import ParallelLayout, check_settings, validate
 from nemo_lmpo.data.preflight import look_at_data, look_at_tokenizer
-from nemo_lmpo.formats.base_model import BaseModel, find_base_model
+from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.training.start_model import find_start_model
 
 if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
@@ -23,7 +24,7 @@ class Preflight:
     """A run that may start."""
 
     layout: ParallelLayout
-    base: BaseModel
+    base: StartModel
     unseen: tuple[str, ...]
     """Hub names that only a start can look at."""
 
@@ -41,7 +42,7 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
         UserError: settings, model, tokenizer, template, data or run directory cannot be used.
     """
     check_settings(config)
-    base = find_base_model(config.model, fetch=fetch)
+    base = find_start_model(config.model, fetch=fetch)
     layout = validate(config, base.architecture, world_size)
     unseen = look_at_data(config.data)
     local = look_at_tokenizer(

@@ -11,8 +11,7 @@ import torch
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
-from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
-from nemo_lmpo.runtime.environment import uses_gpu
+from nemo_lmpo.runtime.environment import keep_freed_memory, uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo, refuse_few_open_files
 from nemo_lmpo.runtime.peers import Peers
 

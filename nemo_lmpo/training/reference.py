@@ -26,7 +26,8 @@ from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
-from nemo_lmpo.formats.base_model import BaseModel, weights_fingerprint
+from nemo_lmpo.formats.fingerprint import weights_fingerprint
+from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.model.lora import adapters_off
@@ -106,7 +107,7 @@ class ReferenceLogps:
     """
 
     def __init__(
-        self, policy: Policy, base: BaseModel, tokenizer: PreTrainedTokenizerBase, batches: BatchBuilder
+        self, policy: Policy, base: StartModel, tokenizer: PreTrainedTokenizerBase, batches: BatchBuilder
     ) -> None:
         """Take what computing needs; the policy must still hold the start weights."""
         self.config = config = policy.config
@@ -180,7 +181,7 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
     return values if usable else None
 
 
-def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch], None] | None:
+def reference_in_memory(policy: Policy, base: StartModel) -> Callable[[StepBatch], None] | None:
     """What gives batches their reference values, where the run wants a reference model beside the policy.
 
     That is a frozen second model, or the policy itself with its adapters off.
@@ -201,7 +202,7 @@ def reference_in_memory(policy: Policy, base: BaseModel) -> Callable[[StepBatch]
     return ResponseSums(policy, chunks).attach
 
 
-def attach_reference_logps(data: LoadedData, policy: Policy, base: BaseModel, batches: BatchBuilder) -> None:
+def attach_reference_logps(data: LoadedData, policy: Policy, base: StartModel, batches: BatchBuilder) -> None:
     """Give all pairs their reference values, by the policy itself while it still has the start weights.
 
     Communicates: the layout's own, and a broadcast over all ranks.

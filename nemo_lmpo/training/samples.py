@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_lmpo.data.chat import ChatFormat, stop_ids
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.data.tokenizer import chat_template_text
-from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, PairList, Pairs
@@ -159,7 +159,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def answer_samples(policy: Policy, base: BaseModel, steps: StepBatches) -> AnswerSamples | None:
+def answer_samples(policy: Policy, base: StartModel, steps: StepBatches) -> AnswerSamples | None:
     """What `logging.samples` asks for; None: nothing.
 
     Raises:

@@ -12,15 +12,15 @@ import torch
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
+from nemo_lmpo.checkpoint.progress import Progress, find_missing_statistics
 from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everything
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.checkpoint.same_data import refuse_changed_data, refuse_other_data_on_other_ranks
-from nemo_lmpo.checkpoint.train_state import TrainState, find_missing_statistics
+from nemo_lmpo.checkpoint.same_run import refuse_changed_data, refuse_other_data_on_other_ranks
 from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded_weights
 from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import CheckpointError
-from nemo_lmpo.formats.base_model import BaseModel
+from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.parallel.groups import ParallelGroups
@@ -44,7 +44,7 @@ class TrainingSession:
     """Data, policy, optimizer and checkpoints of this process."""
 
     config: Config
-    base: BaseModel
+    base: StartModel
     run: RunDirectory
     launch: LaunchInfo
     groups: ParallelGroups
@@ -86,14 +86,14 @@ class TrainingSession:
             "virtual_pipeline": self.config.model.virtual_pipeline_model_parallel_size or 1,
         }
 
-    def sharded_state(self, progress: TrainState | None) -> dict[str, Any]:
+    def sharded_state(self, progress: Progress | None) -> dict[str, Any]:
         """Weights and optimizer as megatron-core's sharded state dict; ``progress`` is None for saving."""
         description = describe_weights(self.policy.models)
         state = sharded_weights(description)
         state["optimizer"] = optimizer_sharded_state(self.optimizer, description, is_loading=progress is not None)
         return state
 
-    def find_missing(self, progress: TrainState) -> str | None:
+    def find_missing(self, progress: Progress) -> str | None:
         """What a checkpoint lacks for this run to go on from it; before anything of it is loaded.
 
         Raises:
@@ -109,7 +109,7 @@ class TrainingSession:
         self.run.changes.update(refuse_changed_data(self.config, progress.data, self.fingerprints))
         return find_missing_statistics(self.policy.statistics, progress)
 
-    def load_sharded_state(self, state: dict[str, Any], progress: TrainState) -> None:
+    def load_sharded_state(self, state: dict[str, Any], progress: Progress) -> None:
         """Put a loaded state back into model, optimizer, generators and margin statistics."""
         load_weights(self.policy.models, state)
         load_optimizer_state(self.optimizer, state["optimizer"], step=progress.step)

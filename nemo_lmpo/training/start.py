@@ -11,10 +11,10 @@ import torch
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
-from nemo_lmpo.formats.base_model import BaseModel
-from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
+from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.model.load_weights import load_model_weights
 from nemo_lmpo.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LoadedData:
         return {name: pairs.token_hash() for name, pairs in parts.items() if pairs is not None}
 
 
-def load_data(config: Config, base: BaseModel) -> LoadedData:
+def load_data(config: Config, base: StartModel) -> LoadedData:
     """Tokenize (or read from the cache) what the run trains and validates on."""
     tokenizer = load_tokenizer(base.tokenizer, trust_remote_code=config.model.trust_remote_code)
     check_vocabulary(tokenizer, base.architecture.vocab_size)
@@ -46,7 +46,7 @@ def load_data(config: Config, base: BaseModel) -> LoadedData:
     return LoadedData(tokenizer, train, validation)
 
 
-def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: BaseModel, seed: int) -> None:
+def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: StartModel, seed: int) -> None:
     """Fill a model with the start's weights; each rank reads its own part."""
     if base.path is not None:
         source: TensorSource = open_model(base.path).source

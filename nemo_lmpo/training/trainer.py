@@ -15,13 +15,15 @@ import torch
 from torch.profiler import record_function
 
 from nemo_lmpo.checkpoint.manager import CheckpointManager
-from nemo_lmpo.checkpoint.train_state import TrainState
+from nemo_lmpo.checkpoint.progress import Progress
 from nemo_lmpo.data.order import validation_steps
 from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.samples import Sample
-from nemo_lmpo.monitor.throughput import model_flops, peak_flops, peak_memory_gib, throughput_metrics
+from nemo_lmpo.monitor.throughput import peak_memory_gib, throughput_metrics
 from nemo_lmpo.monitor.watchdog import watched
+from nemo_lmpo.sizing.cards import peak_flops
+from nemo_lmpo.sizing.flops import model_flops
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
@@ -74,7 +76,7 @@ class PreferenceTrainer:
         self.total_steps = len(self.steps)
         self.validation_pairs = self.steps.data.validation
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        self.progress = TrainState()
+        self.progress = Progress()
         train_pairs, indices_of = self.steps.data.train, self.steps.sampler.pairs_of_step
         self._ahead = BatchesAhead(self.steps.builder, train_pairs, indices_of, self.total_steps)
         self._saved_step = 0
@@ -192,7 +194,7 @@ class PreferenceTrainer:
         self._ahead.wait()  # writers are forked off
         statistics = self.policy.statistics
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
-        snapshot = TrainState(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
+        snapshot = Progress(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
         seconds = self.checkpoints.save(snapshot)
         self.progress.save_seconds = max(self.progress.save_seconds, seconds)
         stop.longest_save = max(stop.longest_save, seconds)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.checkpoint.writers import collect_write_results
-from nemo_lmpo.config.architecture import Architecture, RopeScaling
 from nemo_lmpo.config.schema import ModelConfig
+from nemo_lmpo.formats.architecture import Architecture, RopeScaling
 from nemo_lmpo.formats.archive import DirectoryFiles
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
-from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.megatron import MegatronSource
 from nemo_lmpo.formats.sinks import DirectorySink
 from nemo_lmpo.formats.source import RandomSource
+from nemo_lmpo.model.load_weights import load_model_weights
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
 from nemo_lmpo.runtime.launch import LaunchInfo

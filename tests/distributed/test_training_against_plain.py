@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from nemo_lmpo.config.architecture import architecture_to_hf
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
 from nemo_lmpo.data.order import PairSampler
-from nemo_lmpo.formats.base_model import find_base_model
+from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.source import RandomSource
+from nemo_lmpo.training.start_model import find_start_model
 from tests.distributed.plain_trainer import Pair, PlainTrainer, Settings, tokenize
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
@@ -66,7 +66,7 @@ def test_trains_like_plain_transformers(case: str, tmp_path: Path) -> None:
     validations = [line["val/loss"] for line in metrics_of(tmp_path / "run") if "val/loss" in line]
 
     config = load_recipe("lmpo_tiny", [*COMMON, *overrides])
-    architecture = find_base_model(config.model).architecture
+    architecture = find_start_model(config.model).architecture
     source = RandomSource(architecture, config.model.seed)
     start = {name: source.get(name) for name in source.names()}
     plain = PlainTrainer(LlamaConfig(**architecture_to_hf(architecture)), start, settings)

@@ -53,7 +53,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """The checkpoint's weights as Hugging Face tensors, whole, whatever layout wrote them."""
-    from nemo_lmpo.config.architecture import architecture_from_hf
+    from nemo_lmpo.formats.architecture import architecture_from_hf
     from nemo_lmpo.formats.archive import DirectoryFiles
     from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
     from nemo_lmpo.formats.megatron import MegatronSource

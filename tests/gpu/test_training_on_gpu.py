@@ -122,8 +122,8 @@ def test_forward_and_backward_never_wait(overrides: tuple[str, ...], tmp_path: P
 
 def test_memory_is_what_the_dry_run_says(tmp_path: Path) -> None:
     """The tensors that were allocated at most, against the estimate; both without what CUDA itself takes."""
-    from nemo_lmpo.config.memory import estimate_memory
     from nemo_lmpo.config.rules import validate
+    from nemo_lmpo.sizing.memory import estimate_memory
 
     sizes = ("model.architecture.hidden_size=1024", "model.architecture.intermediate_size=4096",
              "model.architecture.num_hidden_layers=8", "model.architecture.max_position_embeddings=4096",

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nemo_lmpo.compare.__main__ import main
-from nemo_lmpo.compare.scales import SCALES, TINY
+from nemo_lmpo.paper.comparison.command import main
+from nemo_lmpo.paper.comparison.scales import SCALES, TINY
 
 SMALL = [
     "model.global_batch_size=16",

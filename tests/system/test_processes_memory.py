@@ -16,7 +16,7 @@ from nemo_lmpo.monitor.metrics_log import truncate_metrics
 
 PROGRAM = """
 import resource, torch
-from nemo_lmpo.runtime.cpu_memory import keep_freed_memory
+from nemo_lmpo.runtime.environment import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 for _ in range(40):  # the heap settles within some tens of aligned allocations

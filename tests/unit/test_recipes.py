@@ -12,8 +12,8 @@ import pytest
 from nemo_lmpo.config.recipe import compose, config_as_dict, load_recipe, recipe_names, recipes_dir
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.loss.registry import LOSSES
+from nemo_lmpo.training.start_model import find_start_model
 from tests.unit.composed import recipe
 
 SETTINGS = ("mistral_7b_base", "mistral_7b_instruct", "llama3_8b_base", "llama3_8b")
@@ -92,7 +92,7 @@ def test_is_valid_for_its_own_world_size(name):
     config = copy.deepcopy(recipe(name))
     if config.model.architecture is None:
         config.model.architecture = SMOLLM2
-    start = find_base_model(config.model, fetch=False)
+    start = find_start_model(config.model, fetch=False)
     layout = validate(config, start.architecture, config.trainer.devices * config.trainer.num_nodes)
     assert layout.data_parallel_size >= 1
     assert config.name == ("lmpo_tiny" if name == "train" else name)
@@ -167,7 +167,7 @@ def test_untuned_settings_are_llama3_instructs(setting):
         return {key: value for key, value in values.items() if not key.startswith(its_own)}
 
     assert rest(f"lmpo_{setting}") == rest("lmpo_llama3_8b")
-    architecture = find_base_model(recipe(f"lmpo_{setting}").model, fetch=False).architecture
+    architecture = find_start_model(recipe(f"lmpo_{setting}").model, fetch=False).architecture
     assert architecture.num_parameters() == QWEN_PARAMETERS[setting]
 
 
@@ -274,5 +274,5 @@ def test_expected_architecture_is_compared(tmp_path):
     )
     expected = {**SMOLLM2, "vocab_size": 64}
     with pytest.raises(ConfigError, match=r"hidden_size 32 instead of 576.*model\.architecture=null"):
-        find_base_model(ModelConfig(restore_from_path=str(tmp_path), architecture=expected))
-    assert find_base_model(ModelConfig(restore_from_path=str(tmp_path))).architecture.hidden_size == 32
+        find_start_model(ModelConfig(restore_from_path=str(tmp_path), architecture=expected))
+    assert find_start_model(ModelConfig(restore_from_path=str(tmp_path))).architecture.hidden_size == 32

@@ -18,14 +18,14 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from nemo_lmpo.compare.figures import measure_picture
-from nemo_lmpo.compare.page import Comparison, write_page
-from nemo_lmpo.compare.scales import TINY
-from nemo_lmpo.compare.suites import FIGURE2, LMPO, SIMPO, Variant
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, read_result, write_result
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL
-from nemo_lmpo.evaluate.tables import write_tables
 from nemo_lmpo.export.card import build_card
+from nemo_lmpo.paper.comparison.figures import measure_picture
+from nemo_lmpo.paper.comparison.page import Comparison, write_page
+from nemo_lmpo.paper.comparison.scales import TINY
+from nemo_lmpo.paper.comparison.suites import FIGURE2, LMPO, SIMPO, Variant
+from nemo_lmpo.paper.tables.page import write_tables
 from nemo_lmpo.report import write_report
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.plots import Picture
@@ -178,7 +178,9 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are no part of these pages' markup, and take most of the time."""
     monkeypatch.setattr("nemo_lmpo.report.plots.draw_all", lambda runs, *charts: [Picture(CHART, b"png")])
     monkeypatch.setattr("nemo_lmpo.report.samples.draw_samples", lambda samples, run: Picture(CHART, b"png"))
-    monkeypatch.setattr("nemo_lmpo.compare.figures.measure_picture", lambda suite, values: Picture(CHART, b"png"))
+    monkeypatch.setattr(
+        "nemo_lmpo.paper.comparison.figures.measure_picture", lambda suite, values: Picture(CHART, b"png")
+    )
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from nemo_lmpo.config.architecture import Architecture, check_architecture
 from nemo_lmpo.config.rules import layout as layouts
 from nemo_lmpo.config.rules import settings
 from nemo_lmpo.config.rules.bounds import out_of_bounds
 from nemo_lmpo.config.rules.layout import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.architecture import Architecture, check_architecture
 
 SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.names,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_lmpo.config.architecture import Architecture
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.formats.architecture import Architecture
 
 
 @dataclass(frozen=True)

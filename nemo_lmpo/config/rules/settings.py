@@ -7,10 +7,10 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from nemo_lmpo.config.lora_targets import LINEARS, PROJECTIONS
 from nemo_lmpo.config.rules.bounds import LONGEST_NAME
 from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
 from nemo_lmpo.loss.registry import LOSSES
 
 VALIDATION_METRICS = (

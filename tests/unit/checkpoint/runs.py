@@ -14,10 +14,10 @@ import torch
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.recipe import load_recipe
-from nemo_lmpo.formats.base_model import find_base_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.process import distributed_session
 from nemo_lmpo.training.session import TrainingSession
+from nemo_lmpo.training.start_model import find_start_model
 
 TINY = (
     "model.architecture.hidden_size=16",
@@ -54,7 +54,7 @@ def open_session(place: tuple[Any, torch.device], run_dir: Path, *overrides: str
     run = RunDirectory(config)
     run.check_owner()
     run.create()
-    return TrainingSession(config, find_base_model(config.model), run, LaunchInfo(), *place)
+    return TrainingSession(config, find_start_model(config.model), run, LaunchInfo(), *place)
 
 
 def train(place: tuple[Any, torch.device], run_dir: Path, *overrides: str) -> TrainingSession:

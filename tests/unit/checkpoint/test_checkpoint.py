@@ -21,9 +21,9 @@ import torch
 
 from nemo_lmpo.checkpoint import manager as manager_module
 from nemo_lmpo.checkpoint.manifest import find_damage, write_manifest
+from nemo_lmpo.checkpoint.progress import Progress
 from nemo_lmpo.checkpoint.random_state import random_state, restore_random_state, seed_everything
 from nemo_lmpo.checkpoint.state_reader import state_metadata
-from nemo_lmpo.checkpoint.train_state import TrainState
 from nemo_lmpo.errors import CheckpointError, DataError, TrainingError
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 from nemo_lmpo.training.session import TrainingSession
@@ -66,7 +66,7 @@ def going_on(place: Any, run: Path, *overrides: str, root: Path | None = None) -
 def save(session: TrainingSession, step: int, **metrics: float) -> None:
     statistics = session.policy.statistics
     assert statistics is not None
-    session.checkpoints.save(TrainState(step=step, metrics=metrics, statistics=statistics.state_dict()))
+    session.checkpoints.save(Progress(step=step, metrics=metrics, statistics=statistics.state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_small_share_has_one_writer_and_a_large_one_two(
 
 
 def test_nothing_to_load_is_a_new_run(place: Any, tmp_path: Path) -> None:
-    assert open_session(place, tmp_path).checkpoints.load_newest() == TrainState()
+    assert open_session(place, tmp_path).checkpoints.load_newest() == Progress()
 
 
 def cut(path: Path) -> None:
@@ -434,7 +434,7 @@ def test_background_saving_becomes_visible_when_it_is_whole(place: Any, run: Pat
 def test_progress_survives_as_it_is(place: Any, run: Path) -> None:
     statistics = {"kind": "ema", "mean": 0.1 + 0.2, "mean_count": 3, "spread": 1e-17, "spread_count": 3}
     metrics = {"loss": 1 / 3, "lmpo/std": float("nan")}
-    saved = TrainState(step=4, statistics=statistics, metrics=metrics, save_seconds=1.5)
+    saved = Progress(step=4, statistics=statistics, metrics=metrics, save_seconds=1.5)
     going_on(place, run).checkpoints.save(saved)
     progress = open_session(place, run).checkpoints.load_newest()
     assert repr(progress) == repr(saved), "bit for bit, not-a-number included"

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
-from nemo_lmpo.checkpoint.same_settings import changed_settings, default_settings, flatten
+from nemo_lmpo.checkpoint.same_run import changed_settings, default_settings, flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.rules import check_settings
 from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import find_base_model
-from nemo_lmpo.runtime.lock import directory_lock
+from nemo_lmpo.runtime.files import directory_lock
+from nemo_lmpo.training.start_model import find_start_model
 from tests.unit.checkpoint.runs import content
 from tests.unit.formats.tiny_models import save
 
@@ -125,7 +125,7 @@ def test_checkpoints_keep_the_start_models_files(own_tokenizer: bool, tmp_path: 
     overrides = [f"model.restore_from_path={model}", "model.architecture=null"]
     overrides.append(f"model.tokenizer={'null' if own_tokenizer else 'builtin:tiny'}")
     run = directory(tmp_path / "run", *overrides)
-    start = find_base_model(load_recipe("lmpo_tiny", overrides).model)
+    start = find_start_model(load_recipe("lmpo_tiny", overrides).model)
     (tmp_path / "step").mkdir()
     run.write_sidecars(tmp_path / "step", start, load_tokenizer(start.tokenizer))
     kept = tmp_path / "step" / "tokenizer"
@@ -210,7 +210,7 @@ def test_starting_anew_moves_the_run_before_aside(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused_while_the_first_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_lmpo.runtime.lock._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("nemo_lmpo.runtime.files._PATIENCE_SECONDS", 0.0)
     with directory(tmp_path).taken():
         before = content(tmp_path)
         for override in ("checkpoint.resume=true", "checkpoint.resume=false"):

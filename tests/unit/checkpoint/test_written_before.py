@@ -12,7 +12,7 @@ import yaml
 
 from nemo_lmpo import training
 from nemo_lmpo.checkpoint.manifest import find_damage
-from nemo_lmpo.checkpoint.same_settings import flatten
+from nemo_lmpo.checkpoint.same_run import flatten
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -58,7 +58,8 @@ def test_its_run_resumes_as_it_went_on_then(run: Path) -> None:
     for line, wanted in zip(found, expected, strict=True):
         for name in line.keys() & wanted.keys():
             # The same code on the same processor gives the same bits; other processors sum in another order.
-            assert line[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-7), (line["step"], name)
+            # Margins near 0 are differences of float32 rewards near 8, whose last digit is worth 1e-6.
+            assert line[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), (line["step"], name)
         assert wanted.keys() <= line.keys()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.config.architecture import architecture_from_hf
 from nemo_lmpo.config.coerce import types_of
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import LAYOUT_RULES, SETTING_RULES, ParallelLayout, check_settings, validate
@@ -18,6 +17,7 @@ from nemo_lmpo.config.rules.settings import VALIDATION_METRICS
 from nemo_lmpo.config.schema import DatasetConfig
 from nemo_lmpo.data.schema import RowError, parse_row
 from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.formats.architecture import architecture_from_hf
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
 from tests.unit.composed import recipe

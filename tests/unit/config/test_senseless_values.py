@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_lmpo.config.architecture import architecture_from_hf
 from nemo_lmpo.config.recipe import compose, config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.formats.architecture import architecture_from_hf
 from tests.unit.config.senseless import VALUES, all_fields, makes_no_sense, with_value
 
 LONGEST_LINE = 600

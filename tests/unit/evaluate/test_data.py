@@ -22,8 +22,8 @@ from nemo_lmpo.evaluate.data_files import (
     load_set,
     published_scores,
 )
-from nemo_lmpo.evaluate.storage import read_lines, read_text
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD
+from nemo_lmpo.runtime.files import read_lines, read_text
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from nemo_lmpo.answers.endpoint import Endpoint, Limits
+from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.endpoint import Endpoint, Limits
 from nemo_lmpo.evaluate.gateway import COMPLETIONS_PATH, MAX_BODY_BYTES, Gateway
-from nemo_lmpo.evaluate.storage import Journal
 from tests.system.stub_server import MODEL, Stub, serving
 
 KEY = "the judge's key"

@@ -49,7 +49,7 @@ def evaluated(folder: Path) -> Path:
 def test_the_export_answers_as_the_checkpoint(run: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_lmpo.generate.engine import load_generator
+    from nemo_lmpo.answers.engine import load_generator
 
     output = export_run(run, tmp_path / "hf", evaluations=[evaluated(tmp_path / "evals")])
     generator = load_generator(run, device="cpu")

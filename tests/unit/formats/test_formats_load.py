@@ -11,11 +11,11 @@ from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file
 from torch import nn
 
-from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
-from nemo_lmpo.formats.load import load_model_weights
 from nemo_lmpo.formats.source import RandomSource, check_source
+from nemo_lmpo.model.load_weights import load_model_weights
 from tests.unit.formats import tiny_models as tiny
 
 _ARCHITECTURE = architecture_from_hf(tiny.config("llama3").to_dict())

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nemo_lmpo.answers.engine import Sampling, load_generator, newest_checkpoint
+from nemo_lmpo.answers.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.conversion import plan, write_huggingface
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.generate.__main__ import main
-from nemo_lmpo.generate.engine import Sampling, load_generator, newest_checkpoint
-from nemo_lmpo.generate.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.session import open_session
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nemo_lmpo.answers import engine
 from nemo_lmpo.config.recipe import load_recipe
-from nemo_lmpo.generate import engine
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.generate.kept import SUFFIX
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -176,7 +176,7 @@ def test_a_model_written_again_does_not_continue_it(
 
 
 def test_two_commands_do_not_write_one_output(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_lmpo.evaluate.storage import Journal
+    from nemo_lmpo.answers.journal import Journal
 
     with Journal(command.journal, "index"):
         assert command() == 1

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.config.architecture import Architecture, architecture_from_hf
-from nemo_lmpo.config.memory import activation_bytes
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.data.pack import pack_pairs
 from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.model.build import build_model_chunks
 from nemo_lmpo.model.kernels import Kernels
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.sizing.memory import activation_bytes
 from nemo_lmpo.training.batches import localize
 
 SHAPE: dict[str, Any] = {

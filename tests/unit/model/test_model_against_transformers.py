@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_lmpo.config.architecture import read_architecture
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.data.pack import pack_pairs
 from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
-from nemo_lmpo.formats.load import _targets, load_model_weights
 from nemo_lmpo.formats.mapping import separate
 from nemo_lmpo.loss.lmpo import LMPOConfig
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.build import build_model_chunks
 from nemo_lmpo.model.kernels import Kernels
+from nemo_lmpo.model.load_weights import _targets, load_model_weights
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, localize

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from nemo_lmpo.config.architecture import architecture_from_hf
+from nemo_lmpo.formats.architecture import architecture_from_hf
 from nemo_lmpo.model.norm import RecomputedRMSNorm, RMSNorm
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding, inverse_frequencies
 

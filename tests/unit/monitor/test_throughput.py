@@ -1,13 +1,9 @@
 import pytest
 
-from nemo_lmpo.config.architecture import Architecture
-from nemo_lmpo.monitor.throughput import (
-    causal_pairs,
-    model_flops,
-    peak_flops,
-    peak_memory_gib,
-    throughput_metrics,
-)
+from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.monitor.throughput import peak_memory_gib, throughput_metrics
+from nemo_lmpo.sizing.cards import peak_flops
+from nemo_lmpo.sizing.flops import causal_pairs, model_flops
 
 
 def architecture(**changes):

@@ -13,10 +13,11 @@ from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.data.order import PairSampler
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.formats.base_model import find_base_model, weights_fingerprint
+from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.reference import ReferenceKey, read_entry, write_entry
 from nemo_lmpo.training.session import open_session
+from nemo_lmpo.training.start_model import find_start_model
 
 OVERRIDES = [
     "model.global_batch_size=8",
@@ -141,7 +142,7 @@ def test_entry_round_trip_and_damage(tmp_path):
 
 def test_fingerprint_follows_content_not_place(tmp_path):
     config = load_recipe("lmpo_tiny").model
-    start = find_base_model(config)
+    start = find_start_model(config)
     assert len({weights_fingerprint(start.path, start.architecture, seed) for seed in (1, 2)}) == 2
     places = []
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
@@ -154,4 +155,4 @@ def test_fingerprint_follows_content_not_place(tmp_path):
 def test_reference_in_memory_without_reference_is_refused():
     config = load_recipe("lmpo_tiny", ["model.reference_in_memory=true"])
     with pytest.raises(ConfigError, match=r"loss\.name=lmpo compares with no reference model"):
-        validate(config, find_base_model(config.model).architecture, 1)
+        validate(config, find_start_model(config.model).architecture, 1)

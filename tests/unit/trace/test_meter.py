@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.plan.work import Product
+from nemo_lmpo.sizing.work import Product
 from nemo_lmpo.trace.meter import Meter
 from nemo_lmpo.trace.world import fake_world, measured
 

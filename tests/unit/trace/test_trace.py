@@ -7,11 +7,12 @@ from functools import cache
 
 import pytest
 
-from nemo_lmpo.config.architecture import architecture_from_hf
-from nemo_lmpo.config.memory import estimate_memory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
-from nemo_lmpo.plan.amounts import micro_batch_work, shape_of, split_of
+from nemo_lmpo.formats.architecture import architecture_from_hf
+from nemo_lmpo.sizing.flops import shape_of
+from nemo_lmpo.sizing.memory import estimate_memory
+from nemo_lmpo.sizing.rank_work import micro_batch_work, split_of
 from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Phase, Trace, filling_pairs, trace_rank
 
 LAYERS = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_lmpo.runtime import multi_tensor
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.training import multi_tensor
 from tests.stalls import no_stalls
 
 FLAG = torch.zeros(1, dtype=torch.int)

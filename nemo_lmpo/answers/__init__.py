@@ -1,0 +1,1 @@
+"""Answers of a model: prompts, the engine in this process, servers, and the journal that keeps answers."""

@@ -1,0 +1,338 @@
+"""What a decoder looks like, read from a Hugging Face `config.json`; the one description all parts share."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_lmpo.errors import CheckpointError, ConfigError, shown
+from nemo_lmpo.formats.fields import Fields
+
+MOST_LAYERS = 10_000
+"""More than any model has; a larger number is a damaged config, and would take hours to count through."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of decoders differs from a Llama; the rest of the code asks for these properties only.
+
+    A new family is an entry of :data:`FAMILIES`, its tiny model in the tests, and, where it has a tensor that no
+    other has, a rule in :mod:`nemo_lmpo.formats.mapping`.
+    """
+
+    hf_class: str
+    nemo2_class: str
+    """The end of `_target_` in a NeMo 2 `model.yaml`."""
+    qkv_bias: bool = False
+    """The query, key and value projections have biases; no other projection has."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before the rotary embedding."""
+    window: str | None = None
+    """The switch of the sliding window; empty: `sliding_window` alone decides; None: the family has none."""
+    absent: Mapping[str, int] = field(default_factory=dict)
+    """What transformers puts in place of absent fields, where it is not Llama's."""
+    constant: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields that an exported config states."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", "LlamaModel", constant={"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "MistralModel",
+        window="",
+        absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "Qwen2Model",
+        qkv_bias=True,
+        window="use_sliding_window",
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        constant={"use_sliding_window": False},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+        qk_norm=True,
+        window="use_sliding_window",
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+        constant={"attention_bias": False, "use_sliding_window": False},
+    ),
+}
+"""By `model_type` of a Hugging Face config."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1 frequency scaling of the rotary embedding, or linear position interpolation.
+
+    For ``kind == "linear"`` only ``factor`` has a meaning.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A pre-norm decoder with RMSNorm, SwiGLU, grouped-query attention and rotary embedding."""
+
+    model_type: str
+    """A key of :data:`FAMILIES`."""
+    vocab_size: int
+    """Rows of the embedding as stored, without padding for tensor parallelism."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """Each token attends to this many newest positions, itself included; None: to all."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @property
+    def family(self) -> Family:
+        """What the model's family has beside the sizes."""
+        return FAMILIES[self.model_type]
+
+    def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
+        """Vocabulary rounded up to a multiple of ``divisible_by * tensor_parallel_size``."""
+        multiple = divisible_by * tensor_parallel_size
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    def num_parameters(self) -> int:
+        """Parameters of the unpadded model, tied embeddings counted once."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = 2 * self.num_query_groups * self.head_dim
+        attention = self.hidden_size * (query + key_value) + query * self.hidden_size
+        attention += (query + key_value) * self.family.qkv_bias + 2 * self.head_dim * self.family.qk_norm
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
+
+
+def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Architecture:
+    """Read a Hugging Face config; ``origin`` names it in errors. Absent fields mean what they mean in transformers.
+
+    Raises:
+        CheckpointError: another family, an unsupported variant, a missing field, or a value that is none.
+    """
+    fields = Fields(config, origin)
+    model_type = _model_type(fields)
+    family = FAMILIES[model_type]
+    biases = {} if family.qkv_bias else {"attention_bias": (False, None)}
+    fields.require({"hidden_act": ("silu", None), "mlp_bias": (False, None), **biases}, f"{model_type} models here")
+    heads = fields.size("num_attention_heads")
+    hidden = fields.size("hidden_size")
+    absent = {"num_key_value_heads": heads, "max_position_embeddings": 2048, "head_dim": hidden // heads}
+    absent.update(family.absent)
+    layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
+    theta, scaling = _rope(fields)
+    return Architecture(
+        model_type=model_type,
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=hidden,
+        ffn_hidden_size=fields.size("intermediate_size"),
+        num_layers=layers,
+        num_attention_heads=heads,
+        num_query_groups=fields.size("num_key_value_heads", absent=absent["num_key_value_heads"], null=heads),
+        head_dim=even_head_dim(fields.size("head_dim", absent=absent["head_dim"], null=hidden // heads), origin),
+        max_position_embeddings=fields.size("max_position_embeddings", absent=absent["max_position_embeddings"]),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=_window(fields, family, layers),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        initializer_range=fields.number("initializer_range", 0.02),
+    )
+
+
+def _model_type(fields: Fields) -> str:
+    name = shown(fields.values.get("model_type")).strip("'")
+    if name.endswith("_moe") or name == "mixtral" or fields.has("num_experts") or fields.has("num_local_experts"):
+        raise CheckpointError(
+            f"{fields.origin}: model_type '{name}' is a mixture of experts, which is not supported; "
+            f"supported are the dense {', '.join(FAMILIES)}"
+        )
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CheckpointError(
+            f"{fields.origin}: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}{hint}"
+        )
+    return name
+
+
+def even_head_dim(head_dim: int, origin: str) -> int:
+    """``head_dim``, which the rotary embedding halves.
+
+    Raises:
+        CheckpointError: it is odd, or less than 2.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise CheckpointError(
+            f"{origin}: a head has {head_dim} channels, which a rotary embedding cannot halve; correct head_dim, "
+            "hidden_size or num_attention_heads"
+        )
+    return head_dim
+
+
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
+    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    given = fields.values.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise fields.error(name, "does not describe a rotary embedding; correct it")
+    older = {name: fields.values[name] for name in ("rope_theta", "partial_rotary_factor") if name in fields.values}
+    rope = Fields({**older, **given}, f"{fields.origin}: {name}")
+    rope.require({"partial_rotary_factor": (1.0, None)}, "the whole head is rotated")
+    theta = rope.number("rope_theta", 10000.0)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
+    if kind == "llama3":
+        return theta, llama3_scaling(rope, "factor", "original_max_position_embeddings")
+    raise CheckpointError(
+        f"{fields.origin}: rope_type {shown(kind)} is not supported; supported: default, linear, llama3"
+    )
+
+
+def llama3_scaling(fields: Fields, factor: str, original: str, defaults: RopeScaling | None = None) -> RopeScaling:
+    """Llama 3.1's scaling; ``factor`` and ``original`` name the fields that files call differently.
+
+    Raises:
+        CheckpointError: a value is none, or missing where there are no ``defaults``.
+    """
+    absent: dict[str, Any] = {} if defaults is None else vars(defaults)
+    scaling = RopeScaling(
+        kind="llama3",
+        factor=fields.number(factor, absent.get("factor")),
+        low_freq_factor=fields.number("low_freq_factor", absent.get("low_freq_factor")),
+        high_freq_factor=fields.number("high_freq_factor", absent.get("high_freq_factor")),
+        original_max_position_embeddings=fields.size(original, absent=absent.get("original_max_position_embeddings")),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise fields.error("high_freq_factor", f"is not above low_freq_factor={scaling.low_freq_factor}; correct it")
+    return scaling
+
+
+def _window(fields: Fields, family: Family, layers: int) -> int | None:
+    """The window of all layers; transformers gives no other family's attention one, whatever the config says."""
+    if family.window is None:
+        return None
+    if not family.window:
+        return fields.size("sliding_window", absent=family.absent["sliding_window"], null=0) or None
+    windowed = fields.flag(family.window) and fields.size("max_window_layers", absent=28, null=28) < layers
+    kinds = fields.values.get("layer_types")
+    if windowed or (isinstance(kinds, list) and "sliding_attention" in kinds):
+        raise fields.error(family.window, "with a window in some layers only is not supported; supported: none")
+    return None
+
+
+def read_architecture(directory: Path, name: str = "config.json") -> Architecture:
+    """The architecture of a Hugging Face directory, or of another file of this form.
+
+    Raises:
+        CheckpointError: no readable file, or one that is not supported.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist as a file; give a Hugging Face model directory")
+    return architecture_from_hf(parse_json(path.read_bytes(), str(path)), origin=str(path))
+
+
+def parse_json(content: bytes, origin: str) -> Any:
+    """What JSON text holds; ``origin`` names it in errors.
+
+    Raises:
+        CheckpointError: it is none, or nested beyond reason.
+    """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no number there")
+
+    try:
+        return json.loads(content, parse_constant=refuse)
+    # Besides JSONDecodeError: text that is no UTF-8, numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise CheckpointError(f"{origin} is not valid JSON ({reason}); restore the file") from None
+
+
+MOST_PARAMETERS = 10**13
+"""Some ten times more than the largest models have."""
+
+
+def check_architecture(architecture: Architecture) -> None:
+    """Refuse sizes that no layout could run.
+
+    Raises:
+        ConfigError: heads that do not divide into query groups, or more parameters than any machine could hold.
+    """
+    if (parameters := architecture.num_parameters()) > MOST_PARAMETERS:
+        raise ConfigError(
+            f"the model's config describes {parameters:.1e} parameters (hidden_size={architecture.hidden_size}, "
+            f"intermediate_size={architecture.ffn_hidden_size}, vocab_size={architecture.vocab_size}, "
+            f"num_hidden_layers={architecture.num_layers}); correct it"
+        )
+    if architecture.num_attention_heads % architecture.num_query_groups:
+        raise ConfigError(
+            f"num_attention_heads={architecture.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={architecture.num_query_groups}; fix the model's config"
+        )
+
+
+def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
+    """A Hugging Face config of the architecture, the inverse of :func:`architecture_from_hf`.
+
+    Token ids and dtype are not part of an architecture; an export adds them.
+    """
+    a = architecture
+    return {
+        "architectures": [a.family.hf_class],
+        "model_type": a.model_type,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_query_groups,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_position_embeddings,
+        "rms_norm_eps": a.rms_norm_eps,
+        "rope_theta": a.rope_theta,
+        "rope_scaling": _rope_scaling_to_hf(a.rope_scaling),
+        "initializer_range": a.initializer_range,
+        "tie_word_embeddings": a.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **a.family.constant,
+        **({"sliding_window": a.sliding_window} if a.family.window is not None else {}),
+    }
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    numbers = asdict(scaling)
+    return {"rope_type": numbers.pop("kind"), **numbers}

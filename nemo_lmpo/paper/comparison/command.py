@@ -1,0 +1,152 @@
+"""`python -m nemo_lmpo.compare --suite SUITE --scale SCALE`: rerun a comparison of the paper."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_lmpo.errors import ConfigError, TrainingError, UserError
+from nemo_lmpo.paper.comparison.scales import SCALES, Scale, find_scale
+from nemo_lmpo.paper.comparison.suites import SUITES, Suite, Variant
+from nemo_lmpo.runtime.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from nemo_lmpo.paper.comparison.runs import RunPlan
+
+_logger = logging.getLogger("nemo_lmpo")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_lmpo.compare",
+        description="Train what a figure or table of the paper compares, under the same data order and budget, and "
+        "write one page with what came out. Repeat the command to go on; finished runs are not repeated.",
+        epilog="Overrides hold for every run, for example model.restore_from_path=DIR data.train.path=pairs.jsonl.",
+    )
+    known = ", ".join(SUITES)
+    parser.add_argument("--suite", required=True, action="append", metavar="SUITE", help=f"{known}, or all; repeatable")
+    parser.add_argument("--scale", default="tiny", metavar="SCALE", help=f"{', '.join(SCALES)} (default: tiny)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="orders of the data (default: the scale's)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="page and runs (default: comparisons/SCALE)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--list", action="store_true", help="print the runs as commands and exit")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    _logger.setLevel(logging.INFO)
+    prepare_environment()  # before anything imports torch; runs inherit it
+    try:
+        return _run(options, list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; repeat the command to go on\n")
+        return 130
+    except (UserError, TrainingError) as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        return 1
+
+
+def find_suites(names: Sequence[str]) -> list[Suite]:
+    """Suites by name, `all` for every one, each once.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    unknown = [name for name in names if name not in SUITES and name != "all"]
+    if unknown:
+        raise ConfigError(f"--suite {unknown[0]} is unknown; choose {', '.join(SUITES)} or all")
+    return list(SUITES.values()) if "all" in names else [SUITES[name] for name in dict.fromkeys(names)]
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    suites, scale = find_suites(options.suite), find_scale(options.scale)
+    seeds = scale.seeds if options.seeds is None else options.seeds
+    for name, value in (("--seeds", seeds), ("--jobs", options.jobs)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
+    output = options.output or Path("comparisons") / scale.name
+    from nemo_lmpo.paper.comparison.runs import plan_runs, start_run
+
+    start = start_run(scale, output / "runs")
+    start_model = start.directory / "hf" if start is not None else None
+    plans = plan_runs(suites, scale, output / "runs", seeds=seeds, start_model=start_model, extra=options.overrides)
+    every = ([start] if start is not None else []) + list(plans.values())
+    if options.list:
+        for plan in dict.fromkeys(every):
+            sys.stdout.write(f"python -m nemo_lmpo.train {shlex.join(plan.arguments())}\n")
+        return 0
+    failed = _train_all(start, plans, scale, options)
+    page = _write(suites, scale, seeds, plans, output, arguments)
+    _logger.info("page: %s", page)
+    if failed:
+        raise TrainingError(f"{len(failed)} runs failed, the first with {failed[0].directory / 'train.log'}; see there")
+    return 0
+
+
+def _train_all(
+    start: RunPlan | None, plans: Mapping[tuple[Variant, int], RunPlan], scale: Scale, options: argparse.Namespace
+) -> list[RunPlan]:
+    from nemo_lmpo.paper.comparison.execute import execute, make_start_model
+
+    if start is not None and not all(plan.finished for plan in plans.values()):
+        make_start_model(start, scale, quiet=options.quiet)
+    return execute(unique(plans), scale, jobs=options.jobs, quiet=options.quiet)
+
+
+def unique(plans: Mapping[tuple[Variant, int], RunPlan]) -> list[RunPlan]:
+    """One plan a directory: variants that come to the same settings share their runs."""
+    found: dict[Path, RunPlan] = {}
+    for plan in plans.values():
+        found.setdefault(plan.directory, plan)
+    return list(found.values())
+
+
+def _write(
+    suites: Sequence[Suite],
+    scale: Scale,
+    seeds: int,
+    plans: Mapping[tuple[Variant, int], RunPlan],
+    output: Path,
+    arguments: Sequence[str],
+) -> Path:
+    from nemo_lmpo.paper.comparison.page import Comparison, write_page
+    from nemo_lmpo.paper.comparison.runs import MEASURED_FILE
+    from nemo_lmpo.report.read import read_facts, read_metrics
+
+    found = {key: read_facts(plan.directory / MEASURED_FILE) for key, plan in plans.items()}
+    measured = {key: result for key, result in found.items() if result}
+    examples: dict[Variant, Sequence[Mapping[str, str]]] = {}
+    for (variant, _), result in measured.items():
+        if result["examples"]:
+            examples.setdefault(variant, result["examples"])
+    comparison = Comparison(
+        scale,
+        suites,
+        seeds,
+        f"python -m nemo_lmpo.compare {shlex.join(arguments)}",
+        {key: result["values"] for key, result in measured.items()},
+        {key: read_metrics(plans[key].directory / "metrics.jsonl") for key in measured},
+        {variant: f"{plan.recipe} {' '.join(plan.overrides)}" for (variant, _), plan in plans.items()},
+        examples,
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+        [f"{variant.label} (seed {seed})" for variant, seed in plans if (variant, seed) not in measured],
+    )
+    return write_page(comparison, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

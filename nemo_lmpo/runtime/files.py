@@ -1,0 +1,182 @@
+"""Small duties of files: written whole or not at all, read with errors that name them, hashed, locked."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.runtime import run_files
+
+# A run that was killed holds its lock until its helpers are gone, too.
+_PATIENCE_SECONDS = 5.0
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of storage that has no locks."""
+
+_logger = logging.getLogger(__name__)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``; readers and crashes see either the old or the new file.
+
+    Several processes may write the same path at once: the last one wins.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename ``path`` to itself with a suffix and, where that is taken, a number; the new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number = 1
+    target = path.with_name(path.name + suffix)
+    while target.exists() or target.is_symlink():
+        number += 1
+        target = path.with_name(f"{path.name}{suffix}.{number}")
+    path.rename(target)
+    return target
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that nobody sees half of it; directories are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    # Servers send halves of surrogate pairs, which UTF-8 does not have; JSON can spell them.
+    replace_file(path, re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); remove it and repeat the command") from None
+
+
+def read_text(path: Path) -> str:
+    """Text of a file, unpacked if its name ends in `.gz`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON Lines file that is whole.
+
+    Raises:
+        DataError: names the line that is none.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}); fetch or write the file again") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is no JSON object; fetch or write the file again")
+        rows.append(row)
+    return rows
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of a value's canonical JSON: the same whatever file form it was read from."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a file, or of all files of a directory: equal as long as nobody writes them again."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    states = [(str(file.relative_to(path)), file.stat()) for file in files]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+
+
+@contextmanager
+def directory_lock(directory: Path, *, patience: float | None = None) -> Iterator[None]:
+    """Have a run directory to this process alone within the block.
+
+    The system releases the lock when the process ends, however it ends. On file systems without locks (some cluster
+    storage) there is a warning instead.
+
+    Args:
+        directory: exists.
+        patience: seconds to wait for another process that holds it; unset: as long as a killed run takes to go.
+
+    Raises:
+        ConfigError: another process works there; the message has its host and number.
+        OSError: the directory cannot be written.
+    """
+    lock = FileLock(directory / run_files.LOCK, timeout=_PATIENCE_SECONDS if patience is None else patience)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"run_dir={directory} is in use by {_owner(directory)}; wait for it, end it, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _logger.warning("%s is on storage without file locks: do not start a second run there", directory)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
+    replace_file(directory / run_files.OWNER, json.dumps(me) + "\n")
+    try:
+        yield
+    finally:
+        (directory / run_files.OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(directory: Path) -> str:
+    try:
+        found = json.loads((directory / run_files.OWNER).read_text())
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+        return f"process {int(found['pid'])} on host {found['host']} since {since}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,62 @@
+"""What a run would look like and need, told without running it: layout, batches, memory a rank in GiB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.sizing.memory import checkpoint_host_bytes, estimate_memory
+
+GIB = 2.0**30
+
+
+def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
+    """The dry run's text; ``unseen`` are hub names that only a start can look at."""
+    config, model = layout.config, layout.config.model
+    memory = estimate_memory(layout)
+    nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
+    chunks = model.virtual_pipeline_model_parallel_size
+    facts = [
+        ("recipe", config.name),
+        ("loss", config.loss.name),
+        ("processes", f"{layout.world_size} ({nodes})"),
+        (
+            "layout",
+            f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}"
+            + (f" (VPP {chunks})" if chunks else "")
+            + f" x CP {model.context_parallel_size} x DP {layout.data_parallel_size}"
+            + (", sequence parallel" if model.sequence_parallel else "")
+            + _shared(config),
+        ),
+        ("precision", config.trainer.precision),
+        ("recompute", model.activations_checkpoint_granularity or "none"),
+        ("parameters", f"{layout.architecture.num_parameters():,}"),
+        (
+            "global batch",
+            f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} a replica",
+        ),
+        ("row", f"at most {config.data.row_budget} tokens"),
+    ]
+    kept = ["parameters", "gradients", "optimizer", "activations", "logits"]
+    kept += [name for name in ("gathered", "reference") if getattr(memory, name)]
+    table = [*((name, getattr(memory, name)) for name in kept), ("together", memory.total)]
+    lines = [f"{name:<13} {value}" for name, value in facts]
+    lines += ["", "memory expected on the busiest rank, GiB"]
+    lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
+    host = checkpoint_host_bytes(layout) / GIB
+    lines += [
+        "",
+        f"host memory of a node while a checkpoint is written: {host:.1f} GiB, up to twice that with async_save",
+    ]
+    lines += ["", "The configuration is valid. Nothing was started."]
+    if unseen:
+        lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")
+    return "\n".join(lines)
+
+
+def _shared(config: Config) -> str:
+    """What replicas share."""
+    if config.model.fsdp:
+        return ", FSDP"
+    return ", distributed optimizer" if config.optim.use_distributed_optimizer else ""

@@ -1,0 +1,239 @@
+"""Memory that a layout is expected to need, from sizes alone: for the busiest rank, before anything is started.
+
+Activations are what megatron-core's layers keep for backward in the run's dtype, for as many rows as the pipeline
+schedule has in flight on the first stage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.config.schema import Config, ModelConfig
+from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.formats.lora_targets import projections_of
+
+LOGIT_BYTES = 2**29
+"""Float32 logits that exist at a time, unless `model.logprob_chunk_tokens` says otherwise."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the busiest rank."""
+
+    parameters: float
+    gradients: float
+    """Float32 buffer."""
+    optimizer: float
+    """Two float32 moments, and float32 main parameters if the model is in BF16."""
+    activations: float
+    logits: float
+    """One chunk of float32 logits and its gradient, and room that autograd asks for beside the output matrix."""
+    reference: float
+    """Parameters of a reference model in memory."""
+    step: float = 0.0
+    """What the end of backward or the optimizer's step takes for itself, when activations and logits are free again."""
+    gathered: float = 0.0
+    """Whole weights, and gradients on their way to be shared out, where ranks share weights."""
+
+    @property
+    def total(self) -> float:
+        """The most at a time; allocator overhead, kernels' workspaces and communication buffers come on top."""
+        kept = self.parameters + self.gradients + self.optimizer + self.reference
+        return kept + max(self.activations + self.logits + self.gathered, self.step)
+
+
+def stage_parameters(architecture: Architecture, config: Config) -> float:
+    """Parameters of the busiest rank: a first or last pipeline stage's share of layers and embeddings."""
+    model = config.model
+    tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    matrices = 1 if architecture.tie_word_embeddings else 2
+    layers = architecture.num_parameters() - matrices * architecture.vocab_size * architecture.hidden_size
+    embeddings = (1 if stages > 1 else matrices) * vocabulary_rows(model, architecture) * architecture.hidden_size
+    return embeddings + layers / (tensor * stages)
+
+
+def adapter_parameters(architecture: Architecture, config: Config) -> float:
+    """Parameters of the adapters on the busiest rank."""
+    model = config.model
+    tensor = model.tensor_model_parallel_size
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    query = architecture.num_attention_heads * architecture.head_dim
+    key = architecture.num_query_groups * architecture.head_dim
+    # A rank has a part of the width inside of the block: A is whole and B split where that is the output, and reversed.
+    attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
+    inside = [attention.get(name, ffn) for name in projections_of(model.peft.target_modules)]
+    layers = architecture.num_layers / model.pipeline_model_parallel_size
+    return layers * model.peft.rank * sum(hidden + width / tensor for width in inside)
+
+
+def activation_bytes(architecture: Architecture, config: Config, row_tokens: int) -> float:
+    """Bytes kept for backward on the busiest rank."""
+    model = config.model
+    size, tensor = number_bytes(config), model.tensor_model_parallel_size
+    tokens = row_tokens / model.context_parallel_size
+    split = tensor if model.sequence_parallel else 1
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    query = architecture.num_attention_heads * architecture.head_dim
+    key_value = 2 * architecture.num_query_groups * architecture.head_dim
+    # Inputs and outputs of two norms lie outside tensor parallelism. Inside it: QKV, the rotated queries and
+    # attention's output, and around the fused SwiGLU its two inputs and its output.
+    outside = 4 * hidden * tokens * size / split
+    inside = (query + key_value + 2 * query + 3 * ffn) * tokens * size / tensor
+    chunks, layers = chunks_in_flight(model), layers_per_chunk(architecture, model)
+    if model.activations_checkpoint_granularity != "full":
+        return chunks * layers * (outside + inside)
+    layer_input, unit = hidden * tokens * size / split, model.activations_checkpoint_num_layers
+    if model.activations_checkpoint_method == "block":
+        recomputed = min(unit, layers)
+        kept = recomputed * layer_input + (layers - recomputed) * (outside + inside)
+        return chunks * kept + (outside + inside)
+    return chunks * math.ceil(layers / unit) * layer_input + unit * (outside + inside)
+
+
+def layers_per_chunk(architecture: Architecture, model: ModelConfig) -> int:
+    """Layers of a pipeline stage, or of one of its virtual stages: of the fullest."""
+    virtual = model.virtual_pipeline_model_parallel_size or 1
+    return model.pipeline_slots(architecture.num_layers) // (model.pipeline_model_parallel_size * virtual)
+
+
+def chunks_in_flight(model: ModelConfig) -> int:
+    """Forward passes through a chunk of layers that the first stage holds before the first backward frees one.
+
+    1F1B warms up one a stage. Its interleaved form warms up 2 (stages - 1) + (virtual - 1) stages and adds one.
+    """
+    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        return stages
+    return 2 * (stages - 1) + (virtual - 1) * stages + 1
+
+
+def last_stage_share(model: ModelConfig) -> float:
+    """Passes in flight on the last stage over those on the first."""
+    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    return ((virtual - 1) * stages + 1) / chunks_in_flight(model)
+
+
+def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
+    """Predicting positions whose logits exist at a time.
+
+    Unless it is set, the largest power of two (at least 256, at most 8,192) whose float32 logits, of this rank's part
+    of the vocabulary, take half a GiB: 4,096 positions of Llama 3's vocabulary on four ranks, 1,024 on one.
+    """
+    if model.logprob_chunk_tokens is not None:
+        return model.logprob_chunk_tokens
+    fitting = max(LOGIT_BYTES / (4 * vocabulary_rows(model, architecture)), 1)
+    return min(max(2 ** math.floor(math.log2(fitting)), 256), 8192)
+
+
+def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
+    """Memory of the busiest rank."""
+    config, architecture = layout.config, layout.architecture
+    parameters = stage_parameters(architecture, config)
+    frozen = parameters if config.model.peft.name is not None else 0.0
+    trained = adapter_parameters(architecture, config) if frozen else parameters
+    if config.model.fsdp:
+        return _fully_sharded(layout, parameters, frozen, trained)
+    size = number_bytes(config)
+    weights = (frozen + trained) * size
+    optimizer = (12.0 if size == 2 else 8.0) * trained
+    if config.optim.use_distributed_optimizer:
+        optimizer /= max(layout.replicas, 1)
+    # Beside the logits there is room that autograd asks for beside the output matrix.
+    matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
+    logits = chunk_of_logits(layout) + (0.0 if frozen else size * matrix)
+    activations = activation_bytes(architecture, config, config.data.row_budget)
+    if config.model.pipeline_model_parallel_size > 1:
+        # The first stage holds the most micro-batches, the last one fewer and the logits.
+        last = activations * last_stage_share(config.model)
+        activations, logits = max((activations, 0.0), (last, logits), key=sum)
+    return MemoryEstimate(
+        parameters=weights,
+        gradients=trained * 4,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        # Without its adapters the policy is its own reference.
+        reference=weights if config.model.reference_in_memory and not frozen else 0.0,
+        # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.
+        step=optimizer / 3 if config.model.transformer_engine is False else 0.0,
+    )
+
+
+def _fully_sharded(layout: ParallelLayout, parameters: float, frozen: float, trained: float) -> MemoryEstimate:
+    """Memory where data- and context-parallel ranks share weights, gradients and optimizer state."""
+    config, architecture, ranks = layout.config, layout.architecture, max(layout.replicas, 1)
+    size, logits = number_bytes(config), chunk_of_logits(layout)
+    matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
+    ends = 1 if architecture.tie_word_embeddings else 2
+    layer = (parameters - ends * matrix) / architecture.num_layers
+    if frozen:
+        # The output matrix all the time; in backward a layer and the one before it.
+        gathered, end = size * matrix + max(0.0, 2 * size * layer - logits), 0.0
+    else:
+        # The output matrix and its gradient: the head's sum in float32, then once more in the weights' dtype, when one
+        # of the two copies of the logits is free. Or both, a layer with its gradient, and the layer before it.
+        cast = 0.0 if size == 4 else max(0.0, size * matrix - (logits - size * logit_numbers(layout)))
+        head = (size + 4) * matrix + cast
+        gathered = max(head, 2 * size * matrix + 3 * size * layer - logits)
+        # The ends of the model are shared out last: gradients, their float32 form, what this rank gets of it; and the
+        # embedding itself, which torch gathers for its backward.
+        end = (size * (2 * ends - 1) + 4 + 4 / ranks) * matrix
+    second_moments = 4 * trained / ranks
+    return MemoryEstimate(
+        parameters=(frozen * size + trained * 4) / ranks,
+        gradients=trained * 4 / ranks,
+        optimizer=8 * trained / ranks,
+        activations=activation_bytes(architecture, config, config.data.row_budget),
+        logits=logits,
+        reference=parameters * size / ranks if config.model.reference_in_memory and not frozen else 0.0,
+        step=max(end, second_moments if config.model.transformer_engine is False else 0.0),
+        gathered=gathered,
+    )
+
+
+def number_bytes(config: Config) -> int:
+    """Of a weight or activation."""
+    return 2 if config.trainer.precision == "bf16" else 4
+
+
+def vocabulary_rows(model: ModelConfig, architecture: Architecture) -> float:
+    """Rows of the output matrix on a rank."""
+    tensor = model.tensor_model_parallel_size
+    return architecture.padded_vocab_size(model.make_vocab_size_divisible_by, tensor) / tensor
+
+
+def logit_numbers(layout: ParallelLayout) -> float:
+    """Logits that exist at a time."""
+    config = layout.config
+    positions = config.data.row_budget / config.model.context_parallel_size
+    chunk = min(logprob_chunk(config.model, layout.architecture), positions)
+    return chunk * vocabulary_rows(config.model, layout.architecture)
+
+
+def chunk_of_logits(layout: ParallelLayout) -> float:
+    """Bytes of float32 logits and of their gradient in the run's dtype, which is in place for float32."""
+    return (4 + number_bytes(layout.config) % 4) * logit_numbers(layout)
+
+
+def checkpoint_host_bytes(layout: ParallelLayout) -> float:
+    """Host memory of the busiest node while a checkpoint is written from GPUs: copies of what its ranks write.
+
+    One rank of each replica group writes weights, and the optimizer's state if that is not sharded; each rank writes
+    its own shard otherwise, and with `model.fsdp` of weights, too. Background saving (`checkpoint.async_save`) takes
+    pinned blocks, which torch rounds up to powers of two and keeps: up to twice as much.
+    """
+    model, trainer = layout.config.model, layout.config.trainer
+    memory = estimate_memory(layout)
+    # What is trained has float32 gradients; with adapters these alone are written.
+    weights = memory.gradients / 4 * number_bytes(layout.config)
+    if model.fsdp:
+        main = memory.gradients if trainer.precision == "bf16" else 0.0
+        return trainer.devices * (weights + main + memory.optimizer)
+    # Ranks count through tensor parallelism first, then the replicas of one stage.
+    writes = [rank // model.tensor_model_parallel_size % layout.replicas == 0 for rank in range(layout.world_size)]
+    first = max(sum(writes[start : start + trainer.devices]) for start in range(0, len(writes), trainer.devices))
+    if layout.config.optim.use_distributed_optimizer:
+        return first * weights + trainer.devices * memory.optimizer
+    return first * (weights + memory.optimizer)

@@ -1,0 +1,179 @@
+"""How long a step takes: a roofline over its work, collectives where nothing hides them, and the pipeline's bubble."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_lmpo.sizing.cards import Card, Machine
+from nemo_lmpo.sizing.flops import Shape
+from nemo_lmpo.sizing.rank_work import Row, Split, attention_flops, micro_batch_work, rank_weights, stage_layers
+from nemo_lmpo.sizing.work import Product, Work
+
+TILE_ROWS, TILE_COLUMNS, PROLOGUE = 128, 256, 128
+"""A matrix product is dealt to processors by tiles; each begins with about this much depth at less than full speed."""
+HIDDEN = 0.9
+"""Share of backward behind which gradient reduction and weight gathering can hide."""
+EXPOSED_OF_SEQUENCE_PARALLEL = 0.6
+"""Of a layer's ten collectives backward hides four behind products: the input's second gathering and the scattering of
+its gradient, of both blocks."""
+INTERLEAVED_EXPOSED = 0.2
+"""Of what the interleaved schedule sends, the part that computation does not hide."""
+OPTIMIZER_BYTES = {True: 60, False: 104}
+"""Moved a weight in clipping, AdamW and the copy back to BF16, with a fused optimizer and without."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they are spent on; together they are the step."""
+
+    compute: float
+    """Kernels of the busiest stage, or the host where it launches them more slowly than they run."""
+    communicate: float
+    """Collectives inside of the layers that nothing hides."""
+    bubble: float
+    """Stages waiting for the pipeline to fill and to drain."""
+    reduce: float
+    """Gradients and weights between replicas that nothing hides."""
+    optimizer: float
+    host_bound: bool = False
+    """The host is slower than the device."""
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.compute + self.communicate + self.bubble + self.reduce + self.optimizer
+
+
+def product_seconds(product: Product, card: Card) -> float:
+    """Time of a matrix product."""
+    tiles = -(-product.m // TILE_ROWS) * -(-product.n // TILE_COLUMNS) * product.batch
+    waves = tiles / card.processors
+    # Libraries choose smaller tiles or split the depth where the last wave would leave processors idle: half of it.
+    full = 0.5 + 0.5 * waves / -(-tiles // card.processors)
+    rate = card.peak * card.products * full * product.k / (product.k + PROLOGUE)
+    return max(product.flops / rate, product.elements * 2 / (card.bandwidth * card.moved))
+
+
+def device_seconds(work: Work, attention: float, card: Card) -> float:
+    """Time of a rank's kernels one after the other; ``attention`` in FLOPs."""
+    products = sum(product_seconds(product, card) * times for product, times in work.products.items())
+    moved = sum(work.moved.values()) / (card.bandwidth * card.moved)
+    return products + attention / (card.peak * card.attention) + moved
+
+
+def rate_of(ranks: int, stride: int, card: Card) -> float:
+    """Bytes/s that each rank of a group sends.
+
+    Args:
+        ranks: size of the group.
+        stride: distance of two neighbors of it, in ranks of the job.
+        card: the GPU and its node.
+    """
+    if ranks * stride <= card.node:
+        return card.link * card.collectives
+    together = max(1, card.node // stride)  # members on a node, whose network cards the group's rings share
+    return min(card.link, card.network * together) * card.collectives
+
+
+def communication_seconds(work: Work, group: str, rate: float, card: Card) -> float:
+    """Time of a group's collectives."""
+    sent = sum(number for (_, name), number in work.sent.items() if name == group)
+    calls = sum(number for (_, name), number in work.calls.items() if name == group)
+    return sent / rate + calls * card.latency
+
+
+@dataclass(frozen=True)
+class MicroBatchTime:
+    """Seconds of a micro-batch on a stage, forward and backward."""
+
+    compute: float
+    communicate: float
+    host_bound: bool
+
+    @property
+    def total(self) -> float:
+        """Both, one after the other."""
+        return self.compute + self.communicate
+
+
+def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> MicroBatchTime:
+    """Time of a micro-batch's work, counted or executed.
+
+    Args:
+        work: of one micro-batch on one stage.
+        attention: its FLOPs in attention kernels.
+        split: the layout.
+        card: the GPU in its node.
+    """
+    device = device_seconds(work, attention, card)
+    host = work.num_kernels * card.launch
+    inside = communication_seconds(work, "tensor", rate_of(split.tensor, 1, card), card)
+    if split.sequence_parallel:
+        inside *= EXPOSED_OF_SEQUENCE_PARALLEL
+    inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
+    # Hidden states go forward in each pass and their gradients back; the interleaved schedule sends more often, behind
+    # computation.
+    sent = work.sent["send", "pipeline"] / rate_of(2, split.tensor * split.replicas, card)
+    inside += (2 + split.passes) * sent * (1 if split.virtual == 1 else INTERLEAVED_EXPOSED * split.virtual)
+    return MicroBatchTime(max(device, host), inside, host > device)
+
+
+def counted(shape: Shape, split: Split, row: Row, card: Card, *, last: bool) -> MicroBatchTime:
+    """Time of a micro-batch by the formulas of :mod:`nemo_lmpo.sizing.rank_work`."""
+    work = micro_batch_work(shape, split, row, last=last)
+    return micro_batch_time(work, attention_flops(shape, split, row), split, card)
+
+
+def step_time(shape: Shape, split: Split, row: Row, micro_batches: int, machine: Machine) -> StepTime:
+    """Seconds of an optimizer step.
+
+    Args:
+        shape: the model.
+        split: its layout, whose ranks are numbered tensor, context, data, pipeline from the inside out.
+        row: a micro-batch.
+        micro_batches: of a replica.
+        machine: what it runs on.
+    """
+    last = counted(shape, split, row, machine.card, last=True)
+    other = last if split.pipeline == 1 else counted(shape, split, row, machine.card, last=False)
+    return step_of(shape, split, last, other, micro_batches, machine.card)
+
+
+def step_of(
+    shape: Shape, split: Split, last: MicroBatchTime, other: MicroBatchTime, micro_batches: int, card: Card
+) -> StepTime:
+    """Seconds of a step from those of a micro-batch on the last stage, which is the busiest, and on the others."""
+    reduce, gather = _between_replicas(shape, split, micro_batches, last, card)
+    shards = 1 if split.shard == "nothing" else split.replicas
+    moved = rank_weights(shape, split) / shards * OPTIMIZER_BYTES[split.fused]
+    return StepTime(
+        compute=micro_batches * last.compute,
+        communicate=micro_batches * last.communicate + gather,
+        bubble=(split.pipeline - 1) * other.total / split.virtual,
+        reduce=reduce,
+        optimizer=moved / (card.bandwidth * card.moved),
+        host_bound=last.host_bound,
+    )
+
+
+def _between_replicas(
+    shape: Shape, split: Split, micro_batches: int, micro: MicroBatchTime, card: Card
+) -> tuple[float, float]:
+    """Seconds at the end of a step, and seconds in all micro-batches together."""
+    backward = 2 / (3 + split.passes) * micro.total
+    ranks = split.replicas
+    if ranks == 1:
+        return 0.0, 0.0
+    rate = rate_of(ranks, split.tensor, card)
+    weights = rank_weights(shape, split) * (ranks - 1) / ranks
+    if split.shard == "all":
+        # Weights are gathered for each forward and for backward, gradients scattered, layer by layer ahead of use.
+        needed = weights * (2 * (2 + split.passes) + 4) / rate
+        layer = weights / max(stage_layers(shape, split), 1) * 4 / rate
+        return 0.0, micro_batches * (max(0.0, needed - HIDDEN * micro.total) + layer)
+    gradients = weights * 4 / rate  # float32, a reduce-scatter
+    exposed = max(0.0, gradients - HIDDEN * backward) if split.overlap else gradients
+    gathered = weights * (2 if split.shard == "optimizer" else 4) / rate
+    if split.shard == "nothing" and split.overlap:
+        gathered = max(0.0, gathered + gradients - HIDDEN * backward) - exposed
+    return exposed + gathered, 0.0

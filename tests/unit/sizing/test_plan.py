@@ -1,0 +1,190 @@
+"""The planner against arithmetic done by hand, against published runs, and against the rules of a run."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import nemo_lmpo
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.rules import validate
+from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.formats.architecture import architecture_from_hf
+from nemo_lmpo.sizing.cards import CARDS, Machine, read_gpus
+from nemo_lmpo.sizing.describe_plan import describe_plan
+from nemo_lmpo.sizing.flops import Shape
+from nemo_lmpo.sizing.memory import estimate_memory
+from nemo_lmpo.sizing.rank_work import Row, Split, attention_flops, further_passes, head_work, layer_work
+from nemo_lmpo.sizing.search import CONTEXT, FRAGMENTATION, rank_layouts
+from nemo_lmpo.sizing.step_time import MicroBatchTime, rate_of, step_of, step_time
+from nemo_lmpo.sizing.typical_pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
+from tests.unit.sizing.published import PUBLISHED, error, table
+
+SHAPE = Shape(layers=4, hidden=512, ffn=1024, query=512, key_value=256, vocabulary=4096)
+ROW = Row(tokens=256, predicted=128, attended=1000)
+A100 = CARDS["a100"]
+DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
+
+
+def test_products_of_a_layer() -> None:
+    """Two operations a weight and token forward, and twice as many backward."""
+    weights = 512 * (512 + 256) + 512 * 512 + 512 * 2048 + 1024 * 512
+    assert SHAPE.layer_weights == weights
+    whole = layer_work(SHAPE, Split(), ROW)
+    assert whole.flops == 6 * weights * 256
+    parted = layer_work(SHAPE, Split(tensor=4, context=2, sequence_parallel=True), ROW)
+    assert parted.flops == whole.flops / 8
+    assert layer_work(SHAPE, Split(recompute=True), ROW).flops == 8 * weights * 256
+
+
+def test_products_of_the_head() -> None:
+    """Logits are computed twice, so four products instead of three."""
+    assert head_work(SHAPE, Split(), ROW).flops == 8 * 4096 * 512 * 128
+
+
+def test_attention_forward_and_backward() -> None:
+    """Two products of 512 channels a pair forward, five backward; two operations a multiply-add; four layers."""
+    assert attention_flops(SHAPE, Split(), ROW) == 4 * 7 * 2 * 512 * 1000
+
+
+def test_a_further_forward_pass() -> None:
+    """A third of a step's products and two of seven in attention; logits are computed once more, not twice."""
+    once = Split(passes=1)
+    assert layer_work(SHAPE, once, ROW).flops * 6 == layer_work(SHAPE, Split(), ROW).flops * 8
+    assert head_work(SHAPE, once, ROW).flops == 10 * 4096 * 512 * 128
+    assert attention_flops(SHAPE, once, ROW) * 7 == attention_flops(SHAPE, Split(), ROW) * 9
+    parted = layer_work(SHAPE, Split(tensor=4, sequence_parallel=True, passes=1), ROW)
+    assert sum(parted.calls.values()) == 10 + 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ((), []),
+        (("loss.compat=released_code",), ["statistics before the losses"]),
+        (("loss.compat=released_code", "loss.z_score=false"), []),
+        (("loss=dpo",), []),  # computed once before training
+        (("loss=dpo", "model.reference_in_memory=true"), ["the reference model"]),
+        (("loss=kto",), ["statistics before the losses"]),
+        (("loss=kto", "model.reference_in_memory=true"), ["statistics before the losses", "the reference model"]),
+    ],
+)
+def test_which_losses_go_forward_more_often(settings: tuple[str, ...], passes: list[str]) -> None:
+    config = load_recipe("lmpo_llama3_8b", settings)
+    assert further_passes(config) == passes
+    assert config.model.architecture is not None
+    text = describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus("4"))
+    assert [line for line in text.splitlines() if line.startswith("with a forward pass")] == [
+        f"with a forward pass more a step, for {what}" for what in passes
+    ]
+
+
+def test_what_sequence_parallelism_sends() -> None:
+    """Ten collectives of the BF16 hidden states, of which each of four ranks sends three quarters."""
+    work = layer_work(SHAPE, Split(tensor=4, sequence_parallel=True), ROW)
+    assert sum(work.sent.values()) == 10 * 2 * 256 * 512 * 3 // 4
+    assert sum(work.calls.values()) == 10
+
+
+def test_the_bubble_of_a_pipeline() -> None:
+    """(stages - 1) micro-batches of waiting, divided by the virtual stages."""
+    stages = Split(pipeline=4, fused=True)
+    micro = MicroBatchTime(2.0, 1.0, host_bound=False)
+    time = step_of(SHAPE, stages, micro, micro, 8, A100)
+    assert (time.compute, time.communicate, time.bubble) == (16.0, 8.0, 9.0)
+    assert step_of(SHAPE, replace(stages, virtual=3), micro, micro, 8, A100).bubble == 3.0
+
+
+def test_groups_use_the_network_they_cross() -> None:
+    inside, outside = A100.link * A100.collectives, A100.network * A100.collectives
+    assert rate_of(4, 1, A100) == inside
+    assert rate_of(2, 8, A100) == outside, "neighbors on different nodes"
+    assert rate_of(8, 4, A100) == 2 * outside, "two members a node share its network cards"
+
+
+def test_twice_the_gpus_never_take_longer() -> None:
+    """More replicas: half of the micro-batches each."""
+    seconds = [
+        step_time(SHAPE, Split(data=ranks, shard="optimizer", overlap=True), ROW, 16 // ranks, Machine(A100, 1)).total
+        for ranks in (1, 2, 4, 8)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_published_runs() -> None:
+    """One number a card was fitted, on one run each; all the others are predictions."""
+    predicted = [abs(error(run)) for run in PUBLISHED if not run.fitted]
+    assert len(predicted) >= 10
+    assert statistics.median(predicted) < 0.08
+    assert max(predicted) < 0.17
+    assert all(abs(error(run)) < 0.02 for run in PUBLISHED if run.fitted)
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
+def test_the_documentation_shows_these_runs() -> None:
+    assert table() in (DOCS / "performance.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "card", "node", "nodes"),
+    [
+        ("4", "A100 80 GB SXM", 4, 1),
+        ("64xH100", "H100 80 GB SXM", 8, 8),
+        ("16x4xA100", "A100 80 GB SXM", 4, 16),
+        ("8xa100-pcie", "A100 80 GB SXM, PCIe", 8, 1),
+        ("2x8xh200-ethernet", "H200 141 GB SXM, Ethernet", 8, 2),
+    ],
+)
+def test_gpus(text: str, card: str, node: int, nodes: int) -> None:
+    machine = read_gpus(text)
+    assert (machine.card.name, machine.card.node, machine.nodes) == (card, node, nodes)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0x8xA100", "4xV100", "12", "four", "-4", "8xa100-token", "1x2x3x4"])
+def test_gpus_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^GPUS={text} "):
+        read_gpus(text)
+
+
+def test_pairs_fill_a_row() -> None:
+    for overrides in ([], ["data.share_prompt=false"], ["data.row_tokens=8192"], ["model.micro_batch_size=1"]):
+        config = load_recipe("lmpo_llama3_8b", overrides)
+        share = config.data.share_prompt
+        pairs = max(1, config.data.row_budget // pair_tokens(TYPICAL, share_prompt=share))
+        pairs = min(pairs, config.model.micro_batch_size or pairs)
+        filled = pairs * pair_tokens(filling_lengths(config), share_prompt=share)
+        assert config.data.row_budget - pairs <= filled <= config.data.row_budget
+
+
+def test_the_step_holds_all_pairs() -> None:
+    config = load_recipe("lmpo_llama3_8b", ["data.row_tokens=4096"])
+    rows, row = step_rows(config, data_parallel=2)
+    assert rows == -(-64 // 6)
+    assert rows * row.tokens == pytest.approx(64 * (150 + 280 + 243 - 2), rel=1e-3)
+
+
+def test_every_layout_is_one_that_runs_and_fits() -> None:
+    """Its overrides, given to the recipe, are a valid run of the memory that the table says."""
+    config = load_recipe("lmpo_llama3_8b")
+    assert config.model.architecture is not None
+    architecture, machine = architecture_from_hf(config.model.architecture), read_gpus("4")
+    candidates = rank_layouts(config, architecture, machine)
+    times = [candidate.time.total for candidate in candidates]
+    assert times == sorted(times)
+    for candidate in candidates[:5]:
+        again = load_recipe("lmpo_llama3_8b", candidate.overrides())
+        layout = validate(again, architecture, machine.gpus)
+        assert estimate_memory(layout).total == candidate.memory
+        assert candidate.memory * FRAGMENTATION + CONTEXT <= 80e9
+    text = describe_plan(config, architecture, machine)
+    assert " ".join(candidates[0].overrides()) in text
+
+
+def test_a_model_that_fits_nowhere_is_refused() -> None:
+    config = load_recipe("lmpo_llama3_8b")
+    assert config.model.architecture is not None
+    with pytest.raises(ConfigError, match="no layout of lmpo_llama3_8b fits 1 x A100"):
+        rank_layouts(config, architecture_from_hf(config.model.architecture), read_gpus("1"))
