@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_lmpo.checkpoint.agreement import disk_is_full, from_all_ranks, on_main_rank, reason_of, storage_errors
+from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, file_checksum, find_damage, inspect, write_manifest
 from nemo_lmpo.checkpoint.progress import DamageError, Progress
 from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
@@ -72,16 +73,19 @@ class CheckpointManager:
         With `checkpoint.async_save` it becomes visible at a later :meth:`poll` or :meth:`wait`.
 
         Raises:
-            TrainingError: it could not be written; older checkpoints are untouched.
+            TrainingError: it could not be written, or weights or moments are not finite; older checkpoints are
+                untouched.
         """
         self.wait()
         started = time.monotonic()
         progress.layout, progress.data, progress.base = self.layout, self.data, self.base
         final = step_directory(self.root, progress.step)
         temporary = final.with_suffix(run_files.TEMPORARY)
+        state = {**self.make_state(None), "random_state": sharded_random_state(), STEP_KEY: progress.step}
+        if (broken := find_not_finite(state, progress.statistics)) is not None:
+            raise TrainingError(self._not_finite(broken, progress.step))
         on_main_rank(lambda: self._prepare(temporary, final))
         try:
-            state = {**self.make_state(None), "random_state": sharded_random_state(), STEP_KEY: progress.step}
             with following_forks():
                 request = write_state(state, temporary / run_files.STATE, in_background=self.config.async_save)
                 if request is not None:
@@ -94,6 +98,16 @@ class CheckpointManager:
             self._discard(temporary)
             raise _save_error(final, error) from error
         return time.monotonic() - started
+
+    def _not_finite(self, broken: str, step: int) -> str:
+        steps: list[int] = on_main_rank(lambda: saved_steps(self.root))
+        what = f"after step {step} the run holds NaN or infinity in {broken}; it was not saved"
+        if not steps:
+            return f"{what}, and there is no earlier checkpoint: start again with a lower optim.lr"
+        return (
+            f"{what}, and {step_directory(self.root, steps[-1])} is kept: repeat the command to go on from there; if "
+            f"it happens again, lower optim.lr with checkpoint.allow_changes=[optim.lr], or look at these steps' pairs"
+        )
 
     def _prepare(self, temporary: Path, final: Path) -> None:
         try:
@@ -274,6 +288,11 @@ class CheckpointManager:
         try:
             with reading_safely():
                 state = dist_checkpointing.load(self.make_state(progress), str(directory / run_files.STATE))
+            if (broken := find_not_finite(state, None)) is not None:
+                raise CheckpointError(
+                    f"checkpoint {directory} holds NaN or infinity in {broken}; nothing was changed: remove it, and "
+                    f"repeat the command with a lower optim.lr and checkpoint.allow_changes=[optim.lr]"
+                )
             if progress.layout == self.layout:
                 state["random_state"] = read_random_state(directory / run_files.STATE)
             self.load_state(state, progress)

@@ -101,6 +101,11 @@ class AdapterTensors:
                 f"{self.checkpoint.origin}: {first} has rank {down.shape[0]}, and {run_files.ADAPTER} says "
                 f"{self.description.rank}; restore the file"
             )
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise CheckpointError(
+                f"{self.checkpoint.origin}: {first} holds NaN or infinity, so nothing is written; give a checkpoint "
+                f"whose adapters are finite"
+            )
         return down, up
 
 

@@ -60,7 +60,7 @@ def write_distributed_checkpoint(
     file that only this project reads.
 
     Raises:
-        CheckpointError: a number of the source that ``dtype`` does not hold.
+        CheckpointError: a number of the source is not finite, or ``dtype`` does not hold it.
     """
     catalog = _Catalog(TensorProperties(dtype=dtype))
 
@@ -144,7 +144,8 @@ def _pieces(
         rows, columns = part_shapes(rule, architecture)[0]
         block = max(1, _VOCABULARY_BLOCK_BYTES // (columns * dtype.itemsize))
         for row in range(0, rows, block):
-            content = _copied(get_fitting(source, names[0], dtype)[row : row + block], dtype)
+            whole = get_fitting(source, names[0], dtype) if row == 0 else source.get(names[0])  # looked at once
+            content = _copied(whole[row : row + block], dtype)
             yield row, content, names if row + block >= rows else ()
     else:
         out = torch.empty(megatron_shape(rule, architecture), dtype=dtype)

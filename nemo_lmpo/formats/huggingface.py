@@ -130,8 +130,8 @@ def write_safetensors(
     """Write all tensors of ``source`` in ``dtype``; the tensors of one file are in memory at a time.
 
     Raises:
-        CheckpointError: a file cannot be written, for example because the disk is full; or a number of the source that
-            ``dtype`` does not hold.
+        CheckpointError: a file cannot be written, for example because the disk is full; or a number of the source is
+            not finite, or ``dtype`` does not hold it.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 

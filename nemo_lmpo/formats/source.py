@@ -136,17 +136,20 @@ class RandomSource(TensorSource):
 
 
 def get_fitting(source: TensorSource, name: str, target: torch.dtype) -> Tensor:
-    """The tensor in its own dtype, all of whose finite numbers fit ``target``.
+    """The tensor in its own dtype, all of whose numbers are finite and fit ``target``.
 
     Raises:
-        CheckpointError: one does not.
+        CheckpointError: one is not or does not.
     """
     tensor, limit = source.get(name), torch.finfo(target).max
-    if torch.finfo(tensor.dtype).max > limit:
-        largest = max(abs(bound) for bound in (tensor.amin().item(), tensor.amax().item()))
-        if limit < largest < math.inf:
-            raise CheckpointError(
-                f"{source.origin}: {name} holds {largest:g}, more than {limit:g}, the largest number of "
-                f"{str(target).removeprefix('torch.')}; convert with --dtype bf16 or fp32"
-            )
+    largest = max(abs(bound.item()) for bound in tensor.aminmax()) if tensor.numel() else 0.0
+    if not math.isfinite(largest):
+        raise CheckpointError(
+            f"{source.origin}: {name} holds NaN or infinity, so nothing is written; give a model with finite weights"
+        )
+    if largest > limit:
+        raise CheckpointError(
+            f"{source.origin}: {name} holds {largest:g}, more than {limit:g}, the largest number of "
+            f"{str(target).removeprefix('torch.')}; convert with --dtype bf16 or fp32"
+        )
     return tensor
