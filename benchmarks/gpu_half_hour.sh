@@ -57,10 +57,10 @@ checkpoints() {
         checkpoint.keep_last=1 checkpoint.keep_best=0 logging.tensorboard=false logging.report=false)
     train "Saved, 2 B parameters" "${large[@]}" run_dir="$WORK/large" trainer.max_steps=3
     train "Resumed, 2 B parameters" "${large[@]}" run_dir="$WORK/large" trainer.max_steps=5
-    rm -rf "$WORK/large"
+    rm -rf "${WORK:?}/large"
     train "Saved asynchronously, 2 B parameters" "${large[@]}" run_dir="$WORK/large" trainer.max_steps=6 \
         checkpoint.async_save=true checkpoint.save_interval=3
-    rm -rf "$WORK/large"
+    rm -rf "${WORK:?}/large"
 }
 
 engine() {

@@ -3,7 +3,7 @@
 # Sourced by the *.sbatch files; it runs on the job's first node. Every word of the log that begins with "slurm:"
 # is explained in docs/slurm.md.
 
-MOST_ATTEMPTS=3 # in a row without a new checkpoint
+MAX_ATTEMPTS=3 # in a row without a new checkpoint
 
 say() { echo "slurm: $*"; }
 die() {
@@ -15,6 +15,7 @@ die() {
 
 # Reads cluster.env, finds the interpreter, and makes the job's folder.
 setup_job() {
+    find_job
     slurm_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 1
     local settings=${NEMO_LMPO_CLUSTER_ENV:-$slurm_dir/cluster.env}
     if [ -f "$settings" ]; then
@@ -28,9 +29,9 @@ setup_job() {
     fi
     check_settings
     jobs_dir=${NEMO_LMPO_JOBS_DIR:-$SLURM_SUBMIT_DIR/runs/slurm}
-    job_dir=$jobs_dir/$SLURM_JOB_ID
+    job_dir=$jobs_dir/$job_name
     # A cluster that was set up anew gives out old numbers again.
-    [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -rf "$job_dir"
+    [ "$SLURM_RESTART_COUNT" != 0 ] || remove_job_dir
     mkdir -p "$job_dir" || die "$job_dir cannot be made; set NEMO_LMPO_JOBS_DIR to a folder that all nodes can write"
     export NEMO_LMPO_JOB_DIR=$job_dir PYTHONUNBUFFERED=1
     # Since Slurm 22.05 srun no longer takes this over from sbatch, and every process would get one core.
@@ -60,17 +61,61 @@ check_settings() {
     fi
 }
 
+# The job's own folder is all that the templates ever remove.
+remove_job_dir() {
+    if ! is_job_name "${job_name:?}" || [ "${job_dir:?}" != "${jobs_dir:?}/$job_name" ]; then
+        die "$job_dir is not the folder of job $job_name, so it is not removed"
+    fi
+    rm -rf -- "${job_dir:?}"
+}
+
 # ---- the job as Slurm sees it
 
+is_job_name() { [[ $1 =~ ^[0-9]+(_[0-9]+)?$ ]]; }
+
+# Sets job_name, by which every command of Slurm gets this job: NUMBER, or ARRAY_TASK for a task of a job array. (The
+# last task's number is that of its array, so that commands would act on all tasks.) The variables alone do not tell:
+# a shell may keep those of a job that has ended, and a job that is submitted from inside another inherits its
+# variables. Therefore Slurm is asked.
+find_job() {
+    local remedy="submit it with sbatch" found
+    is_job_name "${SLURM_JOB_ID:-}" || die "this runs inside of a Slurm job only; $remedy"
+    job_name=$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        job_name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+        found=$(job_field JobId) || die "Slurm does not answer for job $job_name; $remedy again"
+        if [ "$found" != "$SLURM_JOB_ID" ]; then # the variables of another job
+            unset "${!SLURM_ARRAY_@}"
+            job_name=$SLURM_JOB_ID
+        fi
+    fi
+    found=$(job_field JobState) || die "Slurm does not answer for job $job_name; $remedy again"
+    case $found in
+        RUNNING | CONFIGURING | SUSPENDED | COMPLETING) ;;
+        *) die "job $job_name, which SLURM_JOB_ID of this shell names, is not running; $remedy" ;;
+    esac
+    SLURM_RESTART_COUNT=$(job_field Restarts)
+    export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
+}
+
+# What Slurm says of this job, or nothing for a job that it does not know. A busy controller is asked again;
+# status 1: it has not answered.
 job_field() { # NAME
-    scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
+    local record='' tries=1
+    until record=$(SLURM_TIME_FORMAT=standard scontrol --oneliner show job "${job_name:?}" 2>&1); do
+        case $record in *'Invalid job id'*) return 0 ;; esac
+        [ "$tries" -lt 4 ] && [[ $record != *'command not found'* ]] || return 1
+        tries=$((tries + 1))
+        sleep 2
+    done
+    # The job's name may be any text; only the numbers stand before it.
+    [ "$1" = JobId ] || record="UserId=${record#* UserId=}"
+    tr ' ' '\n' <<<"$record" | sed -n "s/^$1=//p" | head -n 1
 }
 
 # Unix seconds, or nothing for a job without a limit.
 job_end() {
-    local end=${SLURM_JOB_END_TIME:-} # newer Slurms tell it
-    [ -n "$end" ] || end=$(date -d "$(job_field EndTime)" +%s 2>/dev/null) || true
-    echo "$end"
+    date -d "$(job_field EndTime)" +%s 2>/dev/null || true
 }
 
 port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -79,7 +124,7 @@ port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 # lies below the one that the kernel gives out by itself.
 setup_rendezvous() {
     local port=$((10000 + SLURM_JOB_ID % 20000)) tries
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
     for tries in 1 2 3 4 5 6 7 8; do
         port_is_free "$port" && break
         [ "$tries" != 8 ] || die "eight ports up to $port are in use on $MASTER_ADDR; requeue the job"
@@ -144,9 +189,9 @@ wait_for_ranks() {
         wait "$step_pid"
         status=$?
         # A trap interrupts the wait; the step is over when nothing is left to wait for.
-        kill -0 "$step_pid" 2>/dev/null || break
+        kill -0 "${step_pid:?}" 2>/dev/null || break
     done
-    while kill -0 "$tail_pid" 2>/dev/null; do wait "$tail_pid"; done
+    while kill -0 "${tail_pid:?}" 2>/dev/null; do wait "$tail_pid"; done
     return "$status"
 }
 
@@ -158,7 +203,7 @@ run_command() { # MODULE ARGUMENT...
     local status=0
     wait_for_ranks || status=$?
     if [ "$status" = 0 ]; then
-        rm -rf "$job_dir"
+        remove_job_dir
     else
         say "failed with status $status"
         last_error
@@ -170,7 +215,7 @@ announce() { # TASKS
     local end
     end=$(job_end)
     export NEMO_LMPO_JOB_END=$end
-    echo "=== job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, $1 process(es) on $SLURM_JOB_NODELIST," \
+    echo "=== job $job_name, restart $SLURM_RESTART_COUNT, $1 process(es) on $SLURM_JOB_NODELIST," \
         "$(if [ -n "$end" ]; then date -d "@$end" '+ends %F %T'; else echo 'no time limit'; fi)"
 }
 
@@ -184,7 +229,7 @@ run_training() { # RECIPE [OVERRIDE...]
     setup_job
     setup_rendezvous
     announce "$SLURM_NTASKS"
-    rm -f "$job_dir/outcome"
+    rm -f -- "${job_dir:?}/outcome"
     touch "$job_dir/started"
     trap on_usr1 USR1
     trap on_term TERM
@@ -196,6 +241,7 @@ run_training() { # RECIPE [OVERRIDE...]
 # One task of a job array: trains with the combination of values that has the task's number.
 run_sweep() { # RECIPE [KEY=VALUE,VALUE,...] [OVERRIDE...]
     [ $# -ge 1 ] || die "give a recipe: sbatch slurm/sweep.sbatch lmpo_llama3_8b loss.lam=0.05,0.2,1.0"
+    find_job
     local recipe=$1 index=${SLURM_ARRAY_TASK_ID:-} fixed=() swept=() chosen=() name='' count=1 argument key values
     local several='^[A-Za-z_][A-Za-z0-9_.]*=[^]["'"'"'{}]*,[^]["'"'"'{}]*$'
     [ -n "$index" ] || die "this is a template for job arrays; submit it with --array"
@@ -223,14 +269,14 @@ run_sweep() { # RECIPE [KEY=VALUE,VALUE,...] [OVERRIDE...]
 # Slurm sends USR1 some minutes before the time limit (--signal in the templates).
 on_usr1() {
     say "USR1: the time limit is near, or somebody asked; saving, then the job is requeued"
-    scancel --signal=USR1 "$SLURM_JOB_ID" # the processes, not this script
+    scancel --signal=USR1 "${job_name:?}" # the processes, not this script
 }
 
 # Ending a job, Slurm sends TERM to the processes as well; `scancel --batch --signal=TERM` reaches this script only.
 on_term() {
     if [ "$(job_field JobState)" = RUNNING ] && ! is_preempted; then
         say "TERM: saving, then the job ends"
-        scancel --signal=TERM "$SLURM_JOB_ID"
+        scancel --signal=TERM "${job_name:?}"
     else
         say "TERM: Slurm ends this turn of the job; saving, if there is time"
     fi
@@ -241,7 +287,11 @@ is_preempted() {
     case $(job_field PreemptTime) in '' | None | N/A) return 1 ;; esac
 }
 
-time_is_over() { [ -n "$NEMO_LMPO_JOB_END" ] && [ "$(date +%s)" -ge "$NEMO_LMPO_JOB_END" ]; }
+# Slurm's reason counts, too: the limit may have been changed since the turn began.
+time_is_over() {
+    if [ -n "$NEMO_LMPO_JOB_END" ] && [ "$(date +%s)" -ge "$NEMO_LMPO_JOB_END" ]; then return 0; fi
+    [ "$(job_field Reason)" = TimeLimit ]
+}
 
 # The trainer leaves in `outcome` how it ended: "done", "stopped REASON", "refused" (an error that a repetition would
 # meet again) or nothing (it crashed, or was killed).
@@ -252,43 +302,53 @@ conclude() { # STATUS
     case $outcome in
         done)
             say "all steps are done"
-            rm -f "$job_dir"/rank-*.log
+            rm -f -- "${job_dir:?}"/rank-*.log
             exit 0 ;;
         refused)
             say "failed with status $status; a repetition would fail again, so the job is not requeued"
             last_error
             exit 1 ;;
     esac
-    if [ "$(job_field Restarts)" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+    if is_requeued; then
         say "${outcome:-killed}; Slurm starts the job again (preempted, a node failed, or scontrol requeue)"
         exit 0
     fi
-    if [ "$state" != RUNNING ] && ! time_is_over; then
+    # Where Slurm does not answer, the job counts as running; a cancelled one cannot be requeued anyway.
+    if [ "${state:=RUNNING}" != RUNNING ] && ! time_is_over; then
         say "cancelled (${outcome:-killed before it could save}); not requeued"
         exit 1
     fi
     if [ "$outcome" = "stopped SIGTERM" ] && [ "$state" = RUNNING ] && ! is_preempted; then
-        say "stopped and saved as asked; not requeued: submit it again to go on"
+        say "saved and stopped as requested; not requeued; submit it again to resume"
         exit 0
     fi
     [ -n "$outcome" ] || show_failed_rank "$status"
-    requeue "${outcome:-crashed with status $status}"
+    requeue "${outcome:-crashed with status $status}" "$state"
 }
 
-requeue() { # REASON
-    local attempts=0
+# By Slurm or a user, since this turn began.
+is_requeued() {
+    local restarts
+    restarts=$(job_field Restarts)
+    [ "${restarts:-0}" -gt "$SLURM_RESTART_COUNT" ]
+}
+
+requeue() { # REASON STATE
+    local attempts=0 refusal
     if ! has_new_checkpoint; then
         attempts=$(($(cat "$job_dir/attempts" 2>/dev/null || echo 0) + 1))
     fi
     echo "$attempts" >"$job_dir/attempts"
-    if [ "$attempts" -ge "$MOST_ATTEMPTS" ]; then
+    if [ "$attempts" -ge "$MAX_ATTEMPTS" ]; then
         say "$1; $attempts attempts in a row without a new checkpoint, so the job is not requeued"
         last_error
         exit 1
     fi
-    say "$1; requeueing${attempts:+ (attempts without a new checkpoint: $attempts of $MOST_ATTEMPTS)}"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        die "this cluster does not let jobs requeue themselves; submit the same line again to go on"
+    say "$1; requeueing${attempts:+ (attempts without a new checkpoint: $attempts of $MAX_ATTEMPTS)}"
+    if ! refusal=$(scontrol requeue "${job_name:?}" 2>&1) && ! is_requeued; then
+        die "Slurm does not requeue the job ($refusal); submit the same line again to resume"
+    fi
+    [ "$2" = RUNNING ] || exit 0 # the time limit is over, and Slurm ends the job already
     # Slurm ends this script when it has noted that.
     trap 'exit 0' TERM
     sleep 60 &

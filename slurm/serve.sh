@@ -31,9 +31,9 @@ run_evaluation() { # SUITE,SUITE,... OPTION...
         in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.evaluate "$suite" "${options[@]}" || failed+=("$suite")
     done
     stop_server
-    [ ${#failed[@]} = 0 ] || die "failed: ${failed[*]}; submit the same line again to go on"
+    [ ${#failed[@]} = 0 ] || die "failed: ${failed[*]}; submit the same line again to resume"
     say "all suites are done"
-    rm -rf "$job_dir"
+    remove_job_dir
 }
 
 # A command on the job's node, in the container if there is one; beside the server, so with --overlap.
@@ -57,7 +57,7 @@ start_server() { # MODEL
     server_pid=$!
     local waited=0
     until (exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && grep -q ' 200 ' <&3) 2>/dev/null; do
-        if ! kill -0 "$server_pid" 2>/dev/null; then
+        if ! kill -0 "${server_pid:?}" 2>/dev/null; then
             tail -n 20 "$log"
             die "the server ended before it was ready; its last words stand above"
         fi
@@ -70,7 +70,7 @@ start_server() { # MODEL
 
 stop_server() {
     [ -n "${server_pid:-}" ] || return 0
-    kill "$server_pid" 2>/dev/null
+    kill "${server_pid:?}" 2>/dev/null
     wait "$server_pid" 2>/dev/null
     server_pid=
 }

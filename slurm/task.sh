@@ -2,6 +2,10 @@
 # What srun starts: `task.sh rank COMMAND...` one process of a run, `task.sh node COMMAND...` torchrun on a node,
 # which starts as many ranks as NEMO_LMPO_RANKS_PER_NODE. Runs inside the container, if there is one.
 set -u
+if [ -z "${SLURM_JOB_ID:-}" ] || [ $# -lt 2 ]; then
+    echo "slurm: error: the templates start this inside of a Slurm job; submit one of them with sbatch" >&2
+    exit 1
+fi
 
 # A request to save must not kill a process that is still importing; the trainer listens as soon as it can, and
 # torchrun never does.

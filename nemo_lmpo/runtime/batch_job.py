@@ -26,6 +26,7 @@ class BatchJob:
     """A Slurm job."""
 
     job_id: str
+    """Its name for Slurm's commands: NUMBER, or ARRAY_TASK for a task of a job array, whose number may be the array's."""
     restarts: int = 0
     """How often Slurm has started the job again."""
     ends_at: float | None = None
@@ -56,6 +57,9 @@ def read_batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
     job_id = environ.get("SLURM_JOB_ID")
     if not job_id:
         return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        job_id = f"{array}_{task}"
     directory = environ.get("NEMO_LMPO_JOB_DIR")
     margin = _number(environ.get("NEMO_LMPO_MARGIN_SECONDS"))
     return BatchJob(

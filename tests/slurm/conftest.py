@@ -15,7 +15,7 @@ def slurm() -> Iterator[LocalSlurm]:
     reason = why_unavailable()
     if reason is not None:
         pytest.skip(reason)
-    with LocalSlurm(nodes=4) as cluster:
+    with LocalSlurm(nodes=5) as cluster:
         yield cluster
 
 

@@ -32,4 +32,4 @@ if ! { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DP
     echo "install.sh: apt-get failed; see $log" >&2
     exit 1
 fi
-rm -f "$log"
+rm -f "${log:?}"

@@ -47,7 +47,9 @@ EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 KillWait=90
-SchedulerParameters=sched_interval=2
+SchedulerParameters=sched_interval=2,preempt_youngest_first
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 StateSaveLocation={state}/ctld
 SlurmdSpoolDir={state}/spool/%n
 SlurmctldPidFile={state}/slurmctld.pid
@@ -190,6 +192,7 @@ class LocalSlurm:
             )
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n")
         lines.append("PartitionName=other Nodes=ALL MaxTime=INFINITE State=UP\n")
+        lines.append("PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10\n")
         (self.state / "slurm.conf").write_text("".join(lines))
 
     def _start(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
 from tests.slurm.local_slurm import LocalSlurm
+from tests.slurm.sweep_story import ROOM, tell_sweep_story
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SLURM = ROOT / "slurm"
@@ -38,6 +39,7 @@ SPLIT = ("model.tensor_model_parallel_size=2",)
 # The story of a failing node has two nodes to itself.
 QUIET_NODES = "node1,node2"
 LOSING_NODES = "node3,node4"
+OTHERS = f"{LOSING_NODES},{ROOM}"
 
 
 def train_without_slurm(launch: LaunchInfo, overrides: list[str]) -> None:
@@ -69,7 +71,7 @@ class Stories:
     def __init__(self, cluster: LocalSlurm, folder: Path) -> None:
         self.cluster = cluster
         self.folder = folder
-        self.pool = ThreadPoolExecutor(max_workers=8)
+        self.pool = ThreadPoolExecutor(max_workers=10)
         self.limit_is_held = threading.Event()
         self.ending = threading.Event()
         python = folder / "python"
@@ -85,6 +87,7 @@ class Stories:
         # Two lines of stories that need the processor, so that none starves; the others mostly wait.
         self._results = {"limit": self.pool.submit(self._limit), "crashes": self.pool.submit(self._crashes)}
         self._results["stop"] = self.pool.submit(self._stop)
+        self._results["sweep_tasks"] = self.pool.submit(tell_sweep_story, self)
         self._line(["without_slurm", "two_nodes", "one_node"])
         self._line(["sweep", "interrupted", "error", "use"])
 
@@ -161,7 +164,7 @@ class Stories:
 
     def _one_node(self) -> Job:
         """Two tasks through the launcher, and so through srun."""
-        options = ("--gpus-per-node=2", f"--sbatch=--exclude={LOSING_NODES}")
+        options = ("--gpus-per-node=2", f"--sbatch=--exclude={OTHERS}")
         said = self.module("nemo_lmpo.slurm", "submit", *RECIPE, *SPLIT, "run_dir=runs/one_node", *options)
         job_id = said.split("submitted job ")[1].split(";")[0]
         return self.finish(job_id, said=said)
@@ -262,7 +265,7 @@ class Stories:
         """Convert and generate with a checkpoint that a job trained."""
         checkpoint = f"runs/lmpo_tiny_sweep/loss.lam-0.2/checkpoints/step_{STEPS:07d}"
         (self.folder / "prompts.jsonl").write_text('{"prompt": "sort b a"}\n')
-        cpus = f"--exclude={LOSING_NODES}"
+        cpus = f"--exclude={OTHERS}"
         convert = self.submit(
             "convert.sbatch", "nemo-to-hf", "--input", checkpoint, "--output", "exported", options=(cpus,)
         )
@@ -290,7 +293,7 @@ class Stories:
         job_id = self.submit(
             "train.sbatch",
             *RECIPE,
-            options=("--gpus-per-node=2", "--ntasks-per-node=2", f"--exclude={LOSING_NODES}"),
+            options=("--gpus-per-node=2", "--ntasks-per-node=2", f"--exclude={OTHERS}"),
             NEMO_LMPO_PYTHON=self.stand_in("crashing", script),
         )
         return self.finish(job_id)

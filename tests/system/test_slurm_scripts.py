@@ -13,9 +13,20 @@ LIMIT = "2030-01-02T03:04:05"
 STAND_INS = {
     "srun": 'printf "%s\\n" "$@" >"$TEST_FOLDER/srun"; env >"$TEST_FOLDER/env"\n'
     'echo "${TEST_OUTCOME:-done}" >"$NEMO_LMPO_JOB_DIR/outcome"; exit "${TEST_STATUS:-0}"',
-    "scontrol": 'case "$*" in *hostnames*) printf "node1\\nnode2\\n" ;; *requeue*) echo "$*" >>"$TEST_FOLDER/requeue"\n'
-    f'exit "${{TEST_NO_REQUEUE:-0}}" ;; *) echo "JobId=7 JobState=RUNNING Restarts=0 EndTime={LIMIT}" ;; esac',
+    "scontrol": f"""case "$*" in
+    *hostnames*) printf "node1\\nnode2\\n" ;;
+    *requeue*)
+        echo "$*" >>"$TEST_FOLDER/requeue"
+        [ -z "${{TEST_NO_REQUEUE:-}}" ] || {{ echo "Requested operation is presently disabled" >&2; exit 1; }} ;;
+    *)
+        if [ -e "$TEST_FOLDER/srun" ] && [ -n "${{TEST_SILENT:-}}" ]; then exit 1; fi
+        name=${{*: -1}}
+        if [ "$name" != "${{TEST_JOB:-$name}}" ]; then echo "Invalid job id specified" >&2; exit 1; fi
+        echo "JobId=$SLURM_JOB_ID JobName=a JobState=FAILED Restarts=9 UserId=me JobState=RUNNING Restarts=0" \\
+            "EndTime={LIMIT}" ;;
+    esac""",
     "scancel": "exit 0",
+    "sleep": "exit 0",
 }
 
 
@@ -189,10 +200,32 @@ def test_wrong_settings_are_one_message(job: Job, variables: dict[str, str], mes
     assert not (job.folder / "srun").exists()
 
 
-def test_a_cluster_without_requeueing_says_so(job: Job) -> None:
+def test_a_refused_requeue_is_told_in_slurms_words(job: Job) -> None:
     said = job.run("run_training", "r", status=1, TEST_OUTCOME="stopped SIGUSR1", TEST_NO_REQUEUE="1")
     assert "slurm: stopped SIGUSR1; requeueing" in said
-    assert "this cluster does not let jobs requeue themselves; submit the same line again to go on" in said
+    assert "Slurm does not requeue the job (Requested operation is presently disabled)" in said
+    assert said.splitlines()[-1].endswith("; submit the same line again to resume")
+
+
+def test_a_controller_that_does_not_answer_at_the_end_is_no_cancellation(job: Job) -> None:
+    """And no bash error either: there is no number of restarts to compare then."""
+    said = job.run("run_training", "r", TEST_OUTCOME="stopped SIGUSR1", TEST_SILENT="1")
+    assert "slurm: stopped SIGUSR1; requeueing" in said
+    assert "integer expression" not in said
+    assert (job.folder / "requeue").read_text() == "requeue 7\n"
+
+
+def test_variables_of_another_job_are_not_believed(job: Job) -> None:
+    """A job submitted from inside a task of an array inherits that task's variables, restarts and end."""
+    stale = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+    said = job.run(
+        "run_training", "r", TEST_OUTCOME="stopped SIGUSR1", TEST_JOB="7", SLURM_RESTART_COUNT="3",
+        SLURM_JOB_END_TIME="1", **stale,
+    )  # fmt: skip
+    assert f"=== job 7, restart 0, 8 process(es) on node[1-2], ends {LIMIT.replace('T', ' ')}" in said
+    assert (job.folder / "requeue").read_text() == "requeue 7\n"
+    assert not any(name.startswith("SLURM_ARRAY_") for name in job.environment)
+    assert job.environment["SLURM_RESTART_COUNT"] == "0"
 
 
 def test_a_refused_run_is_not_requeued(job: Job) -> None:

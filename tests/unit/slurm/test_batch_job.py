@@ -35,6 +35,13 @@ def test_a_job_is_read_from_the_templates_variables(tmp_path: Path) -> None:
     assert job.stop_at == 1750000000.0 - 90.0
 
 
+def test_a_task_of_an_array_is_named_as_one() -> None:
+    """The last task's number is the array's: a command that gets it acts on every task."""
+    job = read_batch_job({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"})
+    assert job is not None
+    assert job.job_id == "17_3"
+
+
 @pytest.mark.parametrize("end", ["", "never", "inf", "nan"])
 def test_a_job_without_limit_has_no_end(end: str) -> None:
     job = read_batch_job({"SLURM_JOB_ID": "17", "NEMO_LMPO_JOB_END": end})
