@@ -139,7 +139,11 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
             _logger.info("exported: %s", exported)
     else:
         leave_outcome(stopped(result.stopped_by))
-        _logger.info("stopped by %s after step %d, saved; repeat the command to go on", result.stopped_by, result.step)
+        if result.step == 0:
+            _logger.info("stopped by %s before the first step; nothing to save yet", result.stopped_by)
+        else:
+            what = "stopped by %s after step %d, saved; run the same command to resume"
+            _logger.info(what, result.stopped_by, result.step)
     return 0
 
 

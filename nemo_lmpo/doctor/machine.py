@@ -17,7 +17,7 @@ from nemo_lmpo.doctor.findings import Finding
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.monitor.banner import detect_kernels, kernels_in_use, package_versions
-from nemo_lmpo.runtime.batch_job import read_batch_job
+from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.sizing.cards import peak_flops
 
@@ -99,6 +99,8 @@ def job(environ: Mapping[str, str]) -> Iterator[Finding]:
     else:
         left = f", {(batch.ends_at - time.time()) / 3600:.1f} h left" if batch.ends_at else ", no time limit known"
         yield Finding("job", "Slurm", f"job {batch.job_id}, restart {batch.restarts}{left}")
+        if (expired := expired_end(environ)) is not None:
+            yield Finding("job", "time limit", f"{expired} is in the past: this shell keeps it of another job", "note")
         if batch.directory is None:
             yield Finding("job", "requeueing", "not started by the templates in slurm/; it is not requeued", "note")
     for name, value in sorted(environ.items()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class BatchJob:
     """A Slurm job."""
 
     job_id: str
-    """Its name for Slurm's commands: NUMBER, or ARRAY_TASK for a task of a job array, whose number may be the array's."""
+    """Its name for Slurm's commands: NUMBER, or ARRAY_TASK in an array, since its last task has its number."""
     restarts: int = 0
     """How often Slurm has started the job again."""
     ends_at: float | None = None
@@ -61,15 +62,33 @@ def read_batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
     if array and task:
         job_id = f"{array}_{task}"
     directory = environ.get("NEMO_LMPO_JOB_DIR")
+    end = _end(environ)
     margin = _number(environ.get("NEMO_LMPO_MARGIN_SECONDS"))
     return BatchJob(
         job_id,
         restarts=int(_number(environ.get("SLURM_RESTART_COUNT")) or 0),
-        # The templates ask Slurm; newer versions tell every job by themselves.
-        ends_at=_number(environ.get("NEMO_LMPO_JOB_END")) or _number(environ.get("SLURM_JOB_END_TIME")),
+        ends_at=end[1] if end is not None and end[1] > time.time() else None,
         margin_seconds=_DEFAULT_MARGIN if margin is None else max(margin, 0.0),
         directory=Path(directory) if directory else None,
     )
+
+
+def expired_end(environ: Mapping[str, str] | None = None) -> str | None:
+    """The variable, as NAME=VALUE, that puts this job's end into the past; None: there is none.
+
+    A shell that keeps the variables of a job that has ended has one. :func:`read_batch_job` takes no end from it.
+    """
+    environ = os.environ if environ is None else environ
+    end = _end(environ) if environ.get("SLURM_JOB_ID") else None
+    return f"{end[0]}={environ[end[0]]}" if end is not None and end[1] <= time.time() else None
+
+
+def _end(environ: Mapping[str, str]) -> tuple[str, float] | None:
+    """The name and value of the variable that holds the job's end."""
+    # The templates ask Slurm, and leave it empty for a job without a limit; newer versions of Slurm set their own.
+    name = "NEMO_LMPO_JOB_END" if "NEMO_LMPO_JOB_END" in environ else "SLURM_JOB_END_TIME"
+    value = _number(environ.get(name))
+    return None if value is None else (name, value)
 
 
 def leave_outcome(outcome: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.runtime.batch_job import read_batch_job
+from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.facts import banner_facts
@@ -37,6 +38,8 @@ from nemo_lmpo.training.samples import answer_samples
 from nemo_lmpo.training.start import load_data
 from nemo_lmpo.training.stop import StopCondition
 from nemo_lmpo.training.trainer import FitResult, PreferenceTrainer
+
+_logger = logging.getLogger("nemo_lmpo")
 
 
 @dataclass
@@ -148,6 +151,8 @@ class TrainingSession:
         reporter = self._reporter(start_step) if self.launch.is_main else None
         limit = parse_duration(self.config.trainer.max_time_per_run)
         job = read_batch_job()
+        if self.launch.is_main and (expired := expired_end()) is not None:
+            _logger.warning("%s is in the past and is ignored: this run knows no time limit of its job", expired)
         try:
             with StopCondition(limit, started=started, stop_at=job.stop_at if job else None) as stop:
                 if reporter is None:

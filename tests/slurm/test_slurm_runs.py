@@ -153,7 +153,7 @@ def test_a_user_stops_a_run_for_good(stories: Stories) -> None:
     job = stories["stop"]
     assert job.succeeded
     assert job.ending["Restarts"] == "0"
-    assert last_line(job).startswith("slurm: stopped and saved as asked; not requeued")
+    assert last_line(job).startswith("slurm: saved and stopped as requested; not requeued")
 
 
 def test_convert_and_generate(stories: Stories) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.runtime.batch_job import BatchJob, leave_outcome, read_batch_job, stopped
+from nemo_lmpo.runtime.batch_job import BatchJob, expired_end, leave_outcome, read_batch_job, stopped
 from nemo_lmpo.runtime.launch import LaunchInfo, read_launch_info
 from nemo_lmpo.training.stop import StopCondition
 
@@ -25,14 +25,14 @@ def test_a_job_is_read_from_the_templates_variables(tmp_path: Path) -> None:
         {
             "SLURM_JOB_ID": "17",
             "SLURM_RESTART_COUNT": "2",
-            "NEMO_LMPO_JOB_END": "1750000000",
+            "NEMO_LMPO_JOB_END": "4000000000",
             "SLURM_JOB_END_TIME": "1",
             "NEMO_LMPO_MARGIN_SECONDS": "90",
             "NEMO_LMPO_JOB_DIR": str(tmp_path),
         }
     )
-    assert job == BatchJob("17", 2, 1750000000.0, 90.0, tmp_path)
-    assert job.stop_at == 1750000000.0 - 90.0
+    assert job == BatchJob("17", 2, 4000000000.0, 90.0, tmp_path)
+    assert job.stop_at == 4000000000.0 - 90.0
 
 
 def test_a_task_of_an_array_is_named_as_one() -> None:
@@ -51,9 +51,28 @@ def test_a_job_without_limit_has_no_end(end: str) -> None:
 
 
 def test_newer_slurms_tell_the_end_themselves() -> None:
-    job = read_batch_job({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "1750000000", "NEMO_LMPO_MARGIN_SECONDS": "-5"})
+    job = read_batch_job({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "4000000000", "NEMO_LMPO_MARGIN_SECONDS": "-5"})
     assert job is not None
-    assert job.stop_at == 1750000000.0
+    assert job.stop_at == 4000000000.0
+
+
+@pytest.mark.parametrize("name", ["NEMO_LMPO_JOB_END", "SLURM_JOB_END_TIME"])
+def test_an_end_in_the_past_is_that_of_another_job(name: str) -> None:
+    """A run would stop before its first step, having saved nothing."""
+    environ = {"SLURM_JOB_ID": "17", name: "1700000000"}
+    job = read_batch_job(environ)
+    assert job is not None
+    assert job.stop_at is None
+    assert expired_end(environ) == f"{name}=1700000000"
+    assert expired_end({**environ, name: "4000000000"}) is None
+    assert expired_end({name: "1700000000"}) is None
+
+
+def test_a_job_without_limit_does_not_take_over_another_ones() -> None:
+    environ = {"SLURM_JOB_ID": "17", "NEMO_LMPO_JOB_END": "", "SLURM_JOB_END_TIME": "4000000000"}
+    job = read_batch_job(environ)
+    assert job is not None
+    assert job.ends_at is None
 
 
 def test_a_job_is_recorded_in_the_run_and_for_the_script(tmp_path: Path) -> None:
