@@ -66,7 +66,12 @@ test-unit: $(STAMP)  ## tests in one process (a fixture refuses others)
 test-distributed: $(STAMP)  ## layouts over several processes
 	$(PYTEST) tests/distributed
 
-fuzz: $(STAMP)  ## thousands of damaged inputs (minutes; not part of test)
+LLAMA_CPP := .llama-cpp
+$(LLAMA_CPP): | $(STAMP)
+	@# Its source archive holds the chat templates of 70 models; the tests read them there.
+	-$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $@ llama-cpp-python
+
+fuzz: $(STAMP) | $(LLAMA_CPP)  ## thousands of damaged inputs, 70 chat templates (minutes; not part of test)
 	$(BIN)/python -m pytest tests/fuzz
 
 test-slurm: $(STAMP)  ## templates on a local Slurm (Debian, root)
@@ -95,4 +100,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval $(OLDER) $(TE_PYTHON) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval $(OLDER) $(TE_PYTHON) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache

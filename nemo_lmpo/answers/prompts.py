@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.schema import ROLES, Message
+from nemo_lmpo.data.schema import PLAIN_INPUTS, ROLES, Inputs, Message
 from nemo_lmpo.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class Prompt:
     given: Any
     """The `prompt` field as it was."""
     messages: list[Message]
+    inputs: Inputs = PLAIN_INPUTS
+    """The line's `tools` and `chat_template_kwargs`."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
@@ -76,20 +78,19 @@ def _messages(prompt: Any, place: str) -> list[Message]:
 
 
 def encode_prompts(prompts: Sequence[Prompt], encoder: PairEncoder) -> list[list[int]]:
-    """Token ids of each prompt, up to where its response begins.
-
-    The prompts are encoded as those of preference pairs, by the same code, so a model sees what it was trained on.
+    """Token ids of each prompt, up to where its response begins: the template's generation prompt.
 
     Raises:
         DataError: the chat template refuses a prompt.
     """
-    from nemo_lmpo.data.schema import PreferenceRow, RowError
+    from nemo_lmpo.data.schema import RowError
 
-    # The responses stand for any: a prompt's ids do not depend on them. They differ also where the letters are unknown.
-    encoded = encoder.encode([PreferenceRow(prompt.messages, "a", "b b") for prompt in prompts])
     ids = []
+    encoded = encoder.encode_prompts([(prompt.messages, prompt.inputs) for prompt in prompts])
     for prompt, row in zip(prompts, encoded, strict=True):
         if isinstance(row, RowError):
             raise DataError(f"{prompt.place}: {row.detail}")
-        ids.append(row.prompt_ids)
+        if not row:
+            raise DataError(f"{prompt.place}: the prompt has no tokens, so nothing could predict an answer")
+        ids.append(row)
     return ids

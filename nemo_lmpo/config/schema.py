@@ -162,6 +162,9 @@ class DataConfig:
     """Unset: the tokenizer's; else a file, or a built-in name (`chatml`, `llama3`, `mistral`, `zephyr`, `plain`)."""
     system_prompt: str | None = setting(None, may_be_empty=True)
     """A system message put in front of conversations that have none."""
+    prompt_from: Literal["conversation", "generation_prompt"] = "conversation"
+    """Where the template's generation prompt is not how its finished conversations go on (DeepSeek-R1 opens a thought):
+    `conversation` lays pairs as finished conversations, `generation_prompt` on what a model is prompted with."""
     compat: Literal["released_code"] | None = None
     """`released_code` lays pairs as the paper authors' released trainer does; see docs/data.md."""
     special_tokens_in_text: Literal["keep", "error", "split"] = "keep"

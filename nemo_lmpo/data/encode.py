@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.data.chat import ChatFormat
-from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.chat import CONVERSATION, ChatFormat
+from nemo_lmpo.data.render import TemplateRefusal
+from nemo_lmpo.data.schema import Inputs, Message, PreferenceRow, RowError
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
 
@@ -37,6 +38,8 @@ class EncodedRow:
     response_cut: bool
     special_tokens: bool = False
     """Whether the texts hold special tokens of the tokenizer."""
+    notes: tuple[str, ...] = ()
+    """How the chat template's text differs from the row, or from what a model is prompted with."""
 
 
 @dataclass(eq=False)
@@ -57,6 +60,8 @@ class Encoder(ABC):
     """Tokens of the prompt where the pair does not fit otherwise."""
     system_prompt: str | None = None
     """A system message for conversations that have none."""
+    prompt_from: str = CONVERSATION
+    """As `data.prompt_from`."""
     special: InitVar[SpecialTokens | None] = None
     """What becomes of special tokens in the texts."""
 
@@ -71,7 +76,7 @@ class Encoder(ABC):
     @property
     def settings(self) -> list[object]:
         """What decides the ids, beside the tokenizer."""
-        return [self.template, self.system_prompt, self.max_length, self.max_prompt_length]
+        return [self.template, self.system_prompt, self.max_length, self.max_prompt_length, self.prompt_from]
 
     @abstractmethod
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
@@ -86,7 +91,7 @@ class Encoder(ABC):
         return self.max_length - len(prompt)
 
     def _bounded(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool
+        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool, notes: tuple[str, ...] = ()
     ) -> EncodedRow | RowError:
         if not prompt:
             detail = "the prompt has no tokens, so nothing could predict the first response token"
@@ -105,7 +110,7 @@ class Encoder(ABC):
             return RowError("chosen equals rejected", "chosen and rejected have the same token ids")
         if not chosen or not rejected:
             return RowError("empty response", "a response has no tokens")
-        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special)
+        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special, notes)
 
 
 class PairEncoder(Encoder):
@@ -118,7 +123,7 @@ class PairEncoder(Encoder):
     def __post_init__(self, special: SpecialTokens | None) -> None:
         super().__post_init__(special)
         self._tokenize = self.special_tokens.tokenize
-        self.chat = ChatFormat(self.tokenizer, self.template, self.system_prompt)
+        self.chat = ChatFormat(self.tokenizer, self.template, self.system_prompt, self.prompt_from)
         self._bos = self.tokenizer.bos_token_id
         self._kept = self.max_length + _SPARE_TOKENS
         """Tokens of a long text that are made at least."""
@@ -134,18 +139,32 @@ class PairEncoder(Encoder):
         rendered = iter(self.chat.render([row for row in checked if isinstance(row, PreferenceRow)]))
         results = [row if isinstance(row, RowError) else next(rendered) for row in checked]
         good = [texts for texts in results if not isinstance(texts, RowError)]
-        prompts = self._prompts([prompt for prompt, _, _ in good])
-        tails = self._tails([prompt for prompt, _, _ in good], prompts)
-        chosen = self._responses(tails, [text for _, text, _ in good])
-        rejected = self._responses(tails, [text for _, _, text in good])
+        prompts = self._prompts([texts.prompt for texts in good])
+        tails = self._tails([texts.prompt for texts in good], prompts)
+        chosen = self._responses(tails, [texts.chosen for texts in good])
+        rejected = self._responses(tails, [texts.rejected for texts in good])
         special = [
             self.special_tokens.found_in(row) is not None
             for row, texts in zip(rows, results, strict=True)
             if not isinstance(texts, RowError)
         ]
         prompts = [self._with_one_bos(prompt) for prompt in prompts]
-        encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, strict=True)])
+        notes = [texts.notes for texts in good]
+        encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, notes, strict=True)])
         return [texts if isinstance(texts, RowError) else next(encoded) for texts in results]
+
+    def encode_prompts(self, prompts: Sequence[tuple[list[Message], Inputs]]) -> list[list[int] | RowError]:
+        """Token ids of each prompt up to where an answer begins: the template's generation prompt."""
+        results: list[str | RowError] = []
+        for messages, inputs in prompts:
+            checked = self.special_tokens.checked(PreferenceRow(messages, "", "", inputs=inputs))
+            try:
+                text = checked if isinstance(checked, RowError) else self.chat.prompt(checked.prompt, checked.inputs)
+            except TemplateRefusal as error:
+                text = RowError("refused by the chat template", f"the chat template refuses the prompt: {error}")
+            results.append(text)
+        ids = iter(self._prompts([text for text in results if isinstance(text, str)]))
+        return [text if isinstance(text, RowError) else self._with_one_bos(next(ids)) for text in results]
 
     def _in_bulk(self, texts: list[str], alone: Callable[[int], list[int]]) -> list[list[int]]:
         """Ids of texts, in one call but for those much longer than may be kept: ``alone`` gives one's, by its place."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from nemo_lmpo.errors import ConfigError, DataError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever the same input would give other tokens than before: old cache entries are then not used."""
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         system_prompt=config.system_prompt,
+        prompt_from=config.prompt_from,
         special=SpecialTokens(tokenizer, config.special_tokens_in_text),
     )
 
@@ -286,5 +288,6 @@ def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int]) -> Da
         prompts_cut=sum(meta.prompts_cut for meta in metas),
         responses_cut=sum(meta.responses_cut for meta in metas),
         special_tokens=sum(meta.special_tokens for meta in metas),
+        notes=sum((Counter(meta.notes) for meta in metas), Counter()),
         length_percentiles=length_percentiles([part.share.histograms() for part in parts]),
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_lmpo.errors import shown
 
 ROLES = ("system", "user", "assistant")
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role`, `content`, and whatever else the row has of it."""
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -30,13 +31,46 @@ class RowError(Exception):
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a chat template gets beside the messages."""
+
+    tools: list[Any] | None = None
+    """Descriptions of the tools that the model may call."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template by name (a row's `chat_template_kwargs`)."""
+
+
+PLAIN_INPUTS = Inputs()
+
+
+@dataclass(frozen=True)
 class PreferenceRow:
     """A row in the one form that everything behind the reader knows."""
 
     prompt: list[Message]
-    """Messages with `role` and `content`; the last is the user's."""
+    """Whole messages; the last is the user's, or a tool's."""
     chosen: str
     rejected: str
+    chosen_fields: Message = field(default_factory=dict)
+    """What the chosen message has beside its text (`tool_calls`, `reasoning_content`, ...)."""
+    rejected_fields: Message = field(default_factory=dict)
+    inputs: Inputs = PLAIN_INPUTS
+    """What the chat template gets beside the messages."""
+
+    @property
+    def chosen_message(self) -> Message:
+        """The chosen answer as a message."""
+        return {"role": "assistant", "content": self.chosen, **self.chosen_fields}
+
+    @property
+    def rejected_message(self) -> Message:
+        """The rejected answer as a message."""
+        return {"role": "assistant", "content": self.rejected, **self.rejected_fields}
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether an answer has more than a text."""
+        return bool(self.chosen_fields or self.rejected_fields)
 
 
 def detect_schema(row: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ class StoreMeta:
     """Pairs of which at least one response was cut."""
     special_tokens: int = 0
     """Pairs whose texts hold special tokens of the tokenizer."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Pairs by what there is to say of how the chat template lays them."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
     first_bad: list[Any] | None = None
@@ -89,6 +91,7 @@ def pairs_schema() -> pa.Schema:
             ("prompt_cut", flag),
             ("response_cut", flag),
             ("special_tokens", flag),
+            ("notes", pa.list_(text)),
             ("reason", text),
             ("detail", text),
         ]
@@ -138,11 +141,16 @@ def _counted(table: pa.Table) -> StoreMeta:
         pc.sum(table.column(name)).as_py() or 0 for name in ("prompt_cut", "response_cut", "special_tokens")
     )
     reasons = table.column("reason")
-    meta.dropped = {one["values"]: one["counts"] for one in reasons.drop_null().value_counts().to_pylist()}
+    meta.dropped = _counts(reasons.drop_null())
+    meta.notes = _counts(pc.list_flatten(table.column("notes")))
     if meta.dropped:
         first = pc.index(reasons.is_valid(), pa.scalar(True)).as_py()
         meta.first_bad = [table.column(name)[first].as_py() for name in ("number", "reason", "detail")]
     return meta
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {one["values"]: one["counts"] for one in column.value_counts().to_pylist()}
 
 
 def _lengths(batch: pa.RecordBatch) -> np.ndarray:

@@ -37,6 +37,8 @@ class DataSummary:
     """Pairs of which at least one response lost its end."""
     special_tokens: int = 0
     """Pairs whose texts hold special tokens of the tokenizer."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Pairs by what there is to say of how the chat template lays them."""
     length_percentiles: dict[str, dict[int, int]] = field(default_factory=dict)
     """Tokens of `prompt`, `chosen`, `rejected` at the percentiles 50, 90, 99 and 100."""
 
@@ -53,6 +55,7 @@ class DataSummary:
             lines.append(
                 f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
             )
+        lines += [f"  {count} pairs: {note}" for note, count in sorted(self.notes.items())]
         lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
