@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.errors import UserError, first_line
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.files import read_small
 
 VALIDATION = "val/"
+_MOST_STEPS = 2**53
+"""Steps beyond are none: they do not fit a float."""
+_LATEST = 2.0**36
+"""Unix seconds of the year 4147; later times are none."""
+_MOST_SETTINGS = 10_000
 
 _logger = logging.getLogger(__name__)
 
@@ -78,10 +85,13 @@ class Run:
 def _entry(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    valid = isinstance(entry, dict) and isinstance(entry.get("step"), int)
-    return entry if valid else None
+    return entry if isinstance(entry, dict) and _is_count(entry.get("step")) else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
 
 
 def _number(value: Any) -> float | None:
@@ -90,7 +100,7 @@ def _number(value: Any) -> float | None:
         return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -114,7 +124,8 @@ def read_metrics(path: Path) -> Metrics:
                 broken += 1
                 continue
             step = entry.pop("step")
-            last_time = _number(entry.pop("time", None)) or last_time
+            now = _number(entry.pop("time", None))
+            last_time = now if now is not None and 0 < now <= _LATEST else last_time
             last_step = max(last_step, step)
             for name, value in entry.items():
                 number = _number(value)
@@ -133,24 +144,43 @@ def read_metrics(path: Path) -> Metrics:
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The run's `config.yaml`; empty if it is missing or cannot be read."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
+    path = run_dir / run_files.CONFIG
+    if not os.path.lexists(path):
         return {}
-    from omegaconf import OmegaConf  # here, so that a wrong run directory is answered at once
+    import yaml  # here, so that a wrong run directory is answered at once
 
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # YAML errors have no common class with decoding errors
-        _logger.warning("%s cannot be read (%s); the report goes without it", path, error)
+        loaded = yaml.load(read_small(path, most=2**18), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        _refuse_many(loaded)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        _logger.warning("%s cannot be read (%s); continuing without the run's settings", path, first_line(error))
         return {}
     return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+
+
+def _refuse_many(value: object) -> None:
+    """A kilobyte of YAML can name one list so often that its text fills the memory.
+
+    Raises:
+        ValueError: more values than any configuration has.
+    """
+    waiting, count = [value], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MOST_SETTINGS:
+            raise ValueError(f"more than {_MOST_SETTINGS:,} values")
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            waiting.extend(value)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """The object in a JSON file such as `run.json`; empty if it is missing or cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_small(path, most=2**24))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -160,7 +190,7 @@ def _total_steps(facts: Mapping[str, Any], config: Mapping[str, Any]) -> int | N
     if total is None:
         trainer = config.get("trainer")
         total = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
-    return total if isinstance(total, int) else None
+    return total if _is_count(total) else None
 
 
 def _early_stop(facts: Mapping[str, Any], last_step: int) -> EarlyStop | None:
@@ -169,7 +199,9 @@ def _early_stop(facts: Mapping[str, Any], last_step: int) -> EarlyStop | None:
         found = EarlyStop(**facts["stopped_early"])
     except (KeyError, TypeError):
         return None
-    return found if found.step == last_step else None
+    counts = _is_count(found.step) and _is_count(found.without_better)
+    best = found.best is None or (isinstance(found.best, int | float) and _number(found.best) is not None)
+    return found if counts and best and isinstance(found.monitor, str) and found.step == last_step else None
 
 
 def read_run(run_dir: Path, label: str | None = None) -> Run:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemo_lmpo.runtime.files import replace_file
+from nemo_lmpo.runtime.files import read_small, replace_file
 
 JOB_FILE = "job.json"
 OUTCOME_DONE = "done"
 OUTCOME_REFUSED = "refused"
 _DEFAULT_MARGIN = 60.0
+_JOB_NAME = re.compile(r"[0-9]{1,12}(_[0-9]{1,12})?")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,41 @@ def read_batch_job(environ: Mapping[str, str] | None = None) -> BatchJob | None:
         margin_seconds=_DEFAULT_MARGIN if margin is None else max(margin, 0.0),
         directory=Path(directory) if directory else None,
     )
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The job that worked on a run last, from what :meth:`BatchJob.record` left; odd values count as missing."""
+
+    job_id: str | None = None
+    restarts: int | None = None
+    outcome: str | None = None
+    """`done`, `refused` or `stopped REASON`; None: it runs, or was killed."""
+
+
+def read_record(run_dir: Path) -> JobRecord | None:
+    """The job that worked on a run last; None if there was none, or its record cannot be read."""
+    try:
+        found = json.loads(read_small(run_dir / JOB_FILE))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    job_id, restarts, directory = (found.get(name) for name in ("job_id", "restarts", "directory"))
+    return JobRecord(
+        job_id if isinstance(job_id, str) and _JOB_NAME.fullmatch(job_id) else None,
+        restarts if type(restarts) is int and 0 <= restarts < 2**31 else None,
+        _read_outcome(Path(directory)) if isinstance(directory, str) and directory else None,
+    )
+
+
+def _read_outcome(directory: Path) -> str | None:
+    try:
+        outcome = read_small(directory / "outcome", most=200).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    known = outcome in (OUTCOME_DONE, OUTCOME_REFUSED) or re.fullmatch(r"stopped [A-Za-z0-9 ]+", outcome)
+    return outcome if known else None
 
 
 def expired_end(environ: Mapping[str, str] | None = None) -> str | None:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,25 @@ def set_aside(path: Path, suffix: str) -> Path:
         target = path.with_name(f"{path.name}{suffix}.{number}")
     path.rename(target)
     return target
+
+
+def read_small(path: Path, most: int = 2**20) -> bytes:
+    """Content of a file that is small where it is what its name says: of at most ``most`` bytes.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is not a regular file: a pipe or a device could be read for ever.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a null character
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path)) from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

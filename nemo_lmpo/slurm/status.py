@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.report.read import Metrics, Run, read_facts, read_run
-from nemo_lmpo.runtime.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED
+from nemo_lmpo.report.escape import visible
+from nemo_lmpo.report.read import Metrics, Run, read_run
+from nemo_lmpo.runtime.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED, JobRecord, read_record
 
 _RECENT_STEPS = 50
+_PATIENCE = 30.0
+_LONGEST = 1e9
+"""Seconds (30 years) above which a duration says nothing."""
 _COLUMNS = ("run", "state", "step", "loss", "val loss", "training left", "job", "restarts", "job left")
 _STATES = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "SUSPENDED": "suspended"}
 
@@ -55,23 +60,22 @@ def describe_run(path: Path) -> list[str]:
     """The cells of a run's line."""
     if not _is_run(path):
         raise ConfigError(f"{path} holds no run that has started; give the directory of a run, such as runs/RECIPE")
-    job = read_facts(path / JOB_FILE)
+    job = read_record(path)
     try:
         run: Run | None = read_run(path)
     except UserError:  # no step finished yet
         run = None
-    job_id = str(job.get("job_id", ""))
-    entry = queue_entry(job_id) if job_id else None
+    entry = queue_entry(job.job_id) if job is not None and job.job_id else None
     metrics = run.metrics if run is not None else None
     return [
-        str(path),
+        visible(str(path)).replace("\n", "\\n"),
         _state(run, job, entry),
         f"{run.metrics.last_step}/{run.total_steps or '?'}" if run is not None else "-",
         _last(metrics, "loss"),
         _last(metrics, "val/loss"),
         _training_left(run),
-        job_id or "-",
-        str(job.get("restarts", "-")),
+        "-" if job is None or job.job_id is None else job.job_id,
+        "-" if job is None or job.restarts is None else str(job.restarts),
         entry.time_left if entry is not None and entry.state == "RUNNING" else "-",
     ]
 
@@ -80,24 +84,23 @@ def queue_entry(job_id: str) -> QueueEntry | None:
     """What `squeue` says of a job; None if it is not in the queue, or there is no Slurm here."""
     if shutil.which("squeue") is None:
         return None
-    done = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r|%L"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r|%L"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:  # its controller is away
+        return None
     fields = done.stdout.strip().split("\n")[0].split("|")
     if done.returncode or len(fields) != 3 or fields[0] not in _STATES:
         return None
     return QueueEntry(*fields)
 
 
-def _state(run: Run | None, job: dict[str, Any], entry: QueueEntry | None) -> str:
+def _state(run: Run | None, job: JobRecord | None, entry: QueueEntry | None) -> str:
     if entry is not None:
         # Requeued jobs are held back for a while (BeginTime).
         reason = f" ({entry.reason})" if entry.state == "PENDING" and entry.reason != "None" else ""
         return _STATES[entry.state] + reason
-    outcome = _outcome(job)
+    outcome = job.outcome if job is not None else None
     if outcome == OUTCOME_REFUSED:
         return "failed"
     if outcome == OUTCOME_DONE or (run is not None and run.finished):
@@ -113,17 +116,12 @@ def _state(run: Run | None, job: dict[str, Any], entry: QueueEntry | None) -> st
     return f"ended{age}" if job and shutil.which("squeue") else f"unknown{age}"
 
 
-def _outcome(job: dict[str, Any]) -> str | None:
-    directory = job.get("directory")
-    try:
-        return (Path(directory) / "outcome").read_text().strip() or None if directory else None
-    except OSError:
-        return None
-
-
 def _last(metrics: Metrics | None, name: str) -> str:
     series = metrics.get(name) if metrics is not None else None
-    return "-" if series is None else f"{series.values[-1]:.4f}"
+    if series is None:
+        return "-"
+    value = series.values[-1]
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _training_left(run: Run | None) -> str:
@@ -133,11 +131,13 @@ def _training_left(run: Run | None) -> str:
         return "-"
     if run.finished:
         return _duration(0)
-    left = (run.total_steps - run.metrics.last_step) * statistics.median(seconds.values[-_RECENT_STEPS:])
+    left = (run.total_steps - run.metrics.last_step) * statistics.median(seconds.finite().values[-_RECENT_STEPS:])
     return _duration(left)
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds) or seconds > _LONGEST:
+        return "?"
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
