@@ -3,7 +3,7 @@
 
 import sys
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo
+from nemo_lmpo.convert.command import hf_to_nemo
 
 if __name__ == "__main__":
     sys.exit(hf_to_nemo())

@@ -3,7 +3,7 @@
 
 import sys
 
-from nemo_lmpo.convert.__main__ import nemo_to_hf
+from nemo_lmpo.convert.command import nemo_to_hf
 
 if __name__ == "__main__":
     sys.exit(nemo_to_hf())

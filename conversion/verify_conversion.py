@@ -3,7 +3,7 @@
 
 import sys
 
-from nemo_lmpo.convert.__main__ import verify
+from nemo_lmpo.convert.command import verify
 
 if __name__ == "__main__":
     sys.exit(verify())

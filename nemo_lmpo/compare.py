@@ -1,10 +1,12 @@
-"""`python -m nemo_lmpo.compare`: the comparisons of the paper."""
+"""`python -m nemo_lmpo.compare`: the same as `nemo-lmpo compare`."""
 
 from __future__ import annotations
 
 import sys
 
-from nemo_lmpo.paper.comparison.command import main
+from nemo_lmpo.cli import ModuleMain
+
+main = ModuleMain("compare")
 
 if __name__ == "__main__":
     sys.exit(main())

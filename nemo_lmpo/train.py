@@ -1,4 +1,4 @@
-"""Train a policy on preference pairs: ``python -m nemo_lmpo.train --config-name lmpo_tiny [key=value ...]``.
+"""The commands `train`, `check`, `plan` and `trace`: ``nemo-lmpo train --config-name lmpo_tiny [key=value ...]``.
 
 Kept light: help, unknown recipes, and keys, types and choices that are wrong answer before torch is imported (but for
 the loss's own options), and everything else that is refused without asking a GPU before megatron-core is.
@@ -9,29 +9,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nemo_lmpo.config.mode import Mode, split_mode
 from nemo_lmpo.errors import TrainingError, UserError
 from nemo_lmpo.monitor.observer import any_failed
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
+from nemo_lmpo.runtime.command import RESUME, run_parser
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
 
 if TYPE_CHECKING:
-    from nemo_lmpo.config.mode import Mode
     from nemo_lmpo.config.schema import Config
     from nemo_lmpo.runtime.launch import LaunchInfo
 
 _logger = logging.getLogger("nemo_lmpo")
-
-_INTERRUPTED = 128 + signal.SIGINT
 
 _SAID_BY_THE_BANNER = (
     "Transformer Engine and Apex are not installed",
@@ -41,43 +38,98 @@ _SAID_BY_THE_BANNER = (
 """Starts of megatron-core's warnings on import: kernels that are not there, and a default of its own."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nemo_lmpo.train",
-        description="Train a policy on preference pairs.",
-        epilog="Overrides are Hydra's: model.tensor_model_parallel_size=2 loss.lam=1.0 data.train.path=pairs.jsonl. "
-        "Repeat the command to resume. With torchrun or srun it runs over several processes.",
+def train_parser(prog: str) -> argparse.ArgumentParser:
+    """`nemo-lmpo train`."""
+    parser = _parser(
+        prog,
+        "Train a policy on preference pairs.",
+        "Overrides are Hydra's: model.tensor_model_parallel_size=2 loss.lam=1.0 data.train.path=pairs.jsonl. "
+        "The same command resumes. With torchrun or srun it runs over several processes.",
+        Mode(),
     )
-    parser.add_argument("--config-name", metavar="RECIPE", help="a recipe of the package or of --config-dir")
-    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")
     parser.add_argument("--list", action="store_true", help="list the recipes and exit")
     parser.add_argument("--show-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    started = time.time()
-    options = build_parser().parse_args(arguments)
-    from nemo_lmpo.config.mode import Mode, split_mode
+def check_parser(prog: str) -> argparse.ArgumentParser:
+    """`nemo-lmpo check`: the same as `train` with `dry_run=true`."""
+    about = "Validate a run without starting it: settings, data and model on this machine, layout, and expected memory."
+    return _parser(prog, about, "Takes what `train` takes.", Mode(dry_run=True))
 
-    mode = Mode()
+
+def plan_parser(prog: str) -> argparse.ArgumentParser:
+    """`nemo-lmpo plan`: the same as `train` with `dry_run=plan`."""
+    parser = _parser(
+        prog,
+        "Rank the layouts of a run that fit a number of GPUs, fastest first.",
+        "Takes what `train` takes.",
+        Mode(dry_run="plan"),
+    )
+    parser.add_argument(
+        "--gpus", metavar="GPUS", help="4, 64xH100, or 16x4xA100 as nodes x GPUs x card (default: the recipe's)"
+    )
+    return parser
+
+
+def trace_parser(prog: str) -> argparse.ArgumentParser:
+    """`nemo-lmpo trace`: the same as `train` with `dry_run=trace`."""
+    about = "Run one step of the busiest ranks on fake tensors: memory, kernels, and communication of the real program."
+    return _parser(prog, about, "Takes what `train` takes.", Mode(dry_run="trace"))
+
+
+def _parser(prog: str, about: str, epilog: str, mode: Mode) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=about, epilog=epilog)
+    recipe = parser.add_argument("--config-name", metavar="RECIPE", help="a recipe of the package or of --config-dir")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")
+    overrides = parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that differ from the recipe; a first word without = is the recipe",
+    )
+    recipe.completer = _complete_recipe  # type: ignore[attr-defined]  # argcomplete's way
+    overrides.completer = _complete_setting  # type: ignore[attr-defined]
+    parser.set_defaults(
+        run=_run_command,
+        leave=_leave_at_once,
+        own_signals=True,
+        when_interrupted=RESUME,
+        mode=mode,
+        **dict.fromkeys(("gpus",)),
+        **dict.fromkeys(("list", "show_config"), False),
+    )
+    return parser
+
+
+def _complete_recipe(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    from nemo_lmpo.config.recipe import recipe_names
+
+    return list(recipe_names(parsed_args.config_dir))
+
+
+def _complete_setting(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    from nemo_lmpo.config.schema import all_keys
+
+    recipes = [] if parsed_args.config_name else _complete_recipe(prefix, parsed_args)
+    return [*recipes, *(f"{key}=" for key in all_keys())]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m nemo_lmpo.train`; returns the exit status."""
+    return run_parser(train_parser("python -m nemo_lmpo.train"), arguments)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    started = time.time()
     try:
-        mode, options.overrides = split_mode(options.overrides)
-        status = _run(options, mode, started)
-        return _leave_at_once(status) if any_failed() else status
-    except (UserError, TrainingError) as error:
+        given = [] if options.gpus is None else [f"GPUS={options.gpus}"]
+        mode, options.overrides = split_mode([*options.overrides, *given], options.mode)
+        options.traceback = options.traceback or mode.traceback
+        return _run(options, mode, started)
+    except (UserError, TrainingError):
         leave_outcome(OUTCOME_REFUSED)
-        if mode.traceback:
-            traceback.print_exc()
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)  # noqa: T201
-        return _leave_at_once(1)
-    except KeyboardInterrupt:
-        print("stopped; repeat the command to go on", file=sys.stderr)  # noqa: T201
-        return _leave_at_once(_INTERRUPTED)
+        raise
 
 
 def _leave_at_once(status: int) -> int:
@@ -99,16 +151,18 @@ def _run(options: argparse.Namespace, mode: Mode, started: float) -> int:
     prepare_environment()
     launch = read_launch_info()
     _start_logging(launch)
-    if not options.list and not options.show_config:
-        _logger.info("reading recipe %s", options.config_name)
     from nemo_lmpo.config.recipe import config_as_dict, load_recipe, recipe_names
     from nemo_lmpo.errors import ConfigError
 
     if options.list:
         print("\n".join(recipe_names(options.config_dir)))  # noqa: T201
         return 0
+    if options.config_name is None and options.overrides and "=" not in options.overrides[0]:
+        options.config_name, *options.overrides = options.overrides
     if options.config_name is None:
-        raise ConfigError("--config-name is missing; name a recipe (see --list)")
+        raise ConfigError("no recipe is given; name one (`nemo-lmpo train --list` shows them)")
+    if not options.show_config:
+        _logger.info("reading recipe %s", options.config_name)
     config = load_recipe(options.config_name, options.overrides, config_dir=options.config_dir)
     if not config.model.fsdp:
         start_kernels_in_order()

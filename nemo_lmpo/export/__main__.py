@@ -1,61 +1,12 @@
-"""`python -m nemo_lmpo.export RUN`: a trained run as a Hugging Face directory with a model card."""
+"""`python -m nemo_lmpo.export`: the same as `nemo-lmpo export`."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.cli import ModuleMain
 
-_logger = logging.getLogger("nemo_lmpo")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command-line arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nemo_lmpo.export",
-        description="Write a run's newest checkpoint as a Hugging Face directory with tokenizer, chat template, "
-        "generation config and a model card, and push it to the hub if asked.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/huggingface")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as they are)")
-    parser.add_argument(
-        "--evaluations", type=Path, nargs="+", default=[], metavar="DIR", help="results of nemo_lmpo.evaluate to show"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push it there")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is made")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    _logger.setLevel(logging.INFO)
-    try:
-        from nemo_lmpo.export.write import export_run, push
-
-        output = export_run(
-            options.run,
-            options.output or options.run / "huggingface",
-            dtype=options.dtype,
-            name=options.push_to_hub,
-            evaluations=options.evaluations,
-            overwrite=options.overwrite,
-        )
-        _logger.info("exported: %s", output)
-        if options.push_to_hub:
-            _logger.info("pushed: %s", push(output, options.push_to_hub, private=options.private))
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
+main = ModuleMain("export")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -216,7 +216,7 @@ def test_trained_model_generates_with_transformers(tmp_path: Path) -> None:
     """Train two ways parallel, export in one process: the result loads with both Auto classes and generates."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_lmpo.convert.__main__ import nemo_to_hf
+    from nemo_lmpo.convert.command import nemo_to_hf
     from tests.distributed.training_runs import train
 
     overrides = ("model.tensor_model_parallel_size=2", "trainer.max_steps=1")

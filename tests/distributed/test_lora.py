@@ -202,7 +202,7 @@ def test_merged_and_peft_exports_answer_alike(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from nemo_lmpo.convert.__main__ import nemo_to_hf
+    from nemo_lmpo.convert.command import nemo_to_hf
 
     base, run = tmp_path / "base", tmp_path / "run"
     write_base(base)

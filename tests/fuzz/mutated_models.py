@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
 from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.huggingface import HuggingFaceSource

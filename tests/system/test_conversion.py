@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo
+from nemo_lmpo.convert.command import hf_to_nemo
 from tests.unit.formats import tiny_models as tiny
 
 _KILLS_ITSELF = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo
+from nemo_lmpo.convert.command import hf_to_nemo
 from nemo_lmpo.convert.verify import megatron_model, model_logits
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.runtime.launch import LaunchInfo

@@ -72,7 +72,7 @@ def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
     output = (tmp_path / "output").read_text()
     assert "Traceback" not in output
     assert process.exitcode in (0, 130), output
-    assert ("stopped; repeat the command" if process.exitcode else "stopped by SIGINT") in output
+    assert ("interrupted: run the same command" if process.exitcode else "stopped by SIGINT") in output
 
 
 def test_a_terminal_that_goes_away_saves(tmp_path: Path) -> None:

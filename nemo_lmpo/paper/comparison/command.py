@@ -1,4 +1,4 @@
-"""`python -m nemo_lmpo.compare --suite SUITE --scale SCALE`: rerun a comparison of the paper."""
+"""The command `nemo-lmpo compare`: rerun a comparison of the paper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import ConfigError, TrainingError, UserError
+from nemo_lmpo.errors import ConfigError, TrainingError
 from nemo_lmpo.paper.comparison.scales import SCALES, Scale, find_scale
 from nemo_lmpo.paper.comparison.suites import SUITES, Suite, Variant
+from nemo_lmpo.runtime.command import RESUME
 from nemo_lmpo.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("nemo_lmpo")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m nemo_lmpo.compare",
+        prog=prog,
         description="Train what a figure or table of the paper compares, under the same data order and budget, and "
-        "write one page with what came out. Repeat the command to go on; finished runs are not repeated.",
+        "write one page with what came out. The same command resumes; finished runs are not repeated.",
         epilog="Overrides hold for every run, for example model.restore_from_path=DIR data.train.path=pairs.jsonl.",
     )
     known = ", ".join(SUITES)
@@ -40,24 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the runs as commands and exit")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    parser.set_defaults(run=_run, when_interrupted=RESUME)
     return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    _logger.setLevel(logging.INFO)
-    prepare_environment()  # before anything imports torch; runs inherit it
-    try:
-        return _run(options, list(sys.argv[1:] if arguments is None else arguments))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; repeat the command to go on\n")
-        return 130
-    except (UserError, TrainingError) as error:
-        for line in str(error).splitlines():
-            sys.stderr.write(f"error: {line}\n")
-        return 1
 
 
 def find_suites(names: Sequence[str]) -> list[Suite]:
@@ -72,7 +57,8 @@ def find_suites(names: Sequence[str]) -> list[Suite]:
     return list(SUITES.values()) if "all" in names else [SUITES[name] for name in dict.fromkeys(names)]
 
 
-def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _run(options: argparse.Namespace) -> int:
+    prepare_environment()  # before anything imports torch; runs inherit it
     suites, scale = find_suites(options.suite), find_scale(options.scale)
     seeds = scale.seeds if options.seeds is None else options.seeds
     for name, value in (("--seeds", seeds), ("--jobs", options.jobs)):
@@ -90,7 +76,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             sys.stdout.write(f"python -m nemo_lmpo.train {shlex.join(plan.arguments())}\n")
         return 0
     failed = _train_all(start, plans, scale, options)
-    page = _write(suites, scale, seeds, plans, output, arguments)
+    page = _write(suites, scale, seeds, plans, output, options.command_line)
     _logger.info("page: %s", page)
     if failed:
         raise TrainingError(f"{len(failed)} runs failed, the first with {failed[0].directory / 'train.log'}; see there")
@@ -121,7 +107,7 @@ def _write(
     seeds: int,
     plans: Mapping[tuple[Variant, int], RunPlan],
     output: Path,
-    arguments: Sequence[str],
+    command_line: str,
 ) -> Path:
     from nemo_lmpo.paper.comparison.page import Comparison, write_page
     from nemo_lmpo.paper.comparison.runs import MEASURED_FILE
@@ -137,7 +123,7 @@ def _write(
         scale,
         suites,
         seeds,
-        f"python -m nemo_lmpo.compare {shlex.join(arguments)}",
+        command_line,
         {key: result["values"] for key, result in measured.items()},
         {key: read_metrics(plans[key].directory / "metrics.jsonl") for key in measured},
         {variant: f"{plan.recipe} {' '.join(plan.overrides)}" for (variant, _), plan in plans.items()},
@@ -146,7 +132,3 @@ def _write(
         [f"{variant.label} (seed {seed})" for variant, seed in plans if (variant, seed) not in measured],
     )
     return write_page(comparison, output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

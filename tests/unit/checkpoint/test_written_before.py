@@ -79,7 +79,7 @@ def test_its_run_and_its_archive_answer_alike(run: Path, tmp_path: Path) -> None
 def test_its_run_and_its_archive_convert_alike(run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from nemo_lmpo.convert.__main__ import nemo_to_hf
+    from nemo_lmpo.convert.command import nemo_to_hf
 
     for name, model in (("run", run / "checkpoints" / "step_0000004"), ("archive", ASSET / "policy.nemo")):
         assert nemo_to_hf(["--input", str(model), "--output", str(tmp_path / f"{name}_hf")]) == 0

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats import conversion
 from nemo_lmpo.formats.model_files import open_model
@@ -364,7 +364,7 @@ def test_termination_leaves_nothing(
 
     monkeypatch.setattr(conversion, "write_distributed_checkpoint", terminated)
     before = signal.getsignal(number)
-    told = (128 + number, "error: terminated; nothing was left behind\n")
+    told = (128 + number, "interrupted: nothing was left behind\n")
     assert _run(hf_to_nemo, models["hf"], tmp_path / "x.nemo") == told
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) is before

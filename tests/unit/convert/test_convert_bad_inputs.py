@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, main, nemo_to_hf
+from nemo_lmpo.convert.__main__ import main
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats import conversion
 from nemo_lmpo.formats.model_files import open_model
@@ -404,8 +405,9 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert"]) == 2
-    assert "hf-to-nemo" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert"])
+    assert "hf-to-nemo" in capsys.readouterr().err
 
 
 def test_bad_hub_name_and_bad_options(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf, verify
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf, verify
 from tests.unit.formats import tiny_models as tiny
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
 from tests.unit.formats import tiny_models as tiny
 
 

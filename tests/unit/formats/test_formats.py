@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from nemo_lmpo.convert.__main__ import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import RopeScaling, architecture_from_hf, architecture_to_hf, read_architecture
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint

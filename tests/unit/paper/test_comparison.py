@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from nemo_lmpo.compare import main
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.paper.comparison.command import find_suites, main, unique
+from nemo_lmpo.paper.comparison.command import find_suites, unique
 from nemo_lmpo.paper.comparison.measure import from_metrics
 from nemo_lmpo.paper.comparison.page import Comparison, claim_rows, page_blocks, table_of
 from nemo_lmpo.paper.comparison.results import estimate, judge, of_variant

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.compare import main as compare
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.paper.comparison.command import main as compare
 from nemo_lmpo.slurm.submit import Submission, check
 from nemo_lmpo.train import main
 from nemo_lmpo.training.preflight import preflight

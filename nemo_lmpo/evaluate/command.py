@@ -1,11 +1,19 @@
-"""The command line of `python -m nemo_lmpo.evaluate`. Imports nothing heavy."""
+"""The command `nemo-lmpo evaluate`: from a trained run to the paper's tables. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, TASKS, TITLES
+from nemo_lmpo.runtime.command import RESUME
+
+_logger = logging.getLogger("nemo_lmpo")
 
 _ABOUT = (
     "Evaluate models as the paper does, and lay the numbers beside its tables. Every command goes on where an earlier "
@@ -13,9 +21,9 @@ _ABOUT = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_lmpo.evaluate", description=_ABOUT)
+def build_parser(prog: str, extensions: Sequence[Callable[[Any], None]] = ()) -> argparse.ArgumentParser:
+    """All subcommands; ``extensions`` add those of other rooms to the subparsers."""
+    parser = argparse.ArgumentParser(prog=prog, description=_ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for suite in (ALPACA_EVAL, ARENA_HARD):
         _add_pairwise(commands.add_parser(suite, help=f"answer, judge and score {TITLES[suite]}"), suite)
@@ -23,19 +31,21 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a Hugging Face directory that a server can load; prints where it is")
     export.add_argument("--model", required=True, metavar="MODEL", help="run, checkpoint, .nemo, directory or hub name")
     export.add_argument("--output", required=True, type=Path, metavar="DIR", help="unused if the model is one already")
-    tables = commands.add_parser("tables", help="one page: the paper's tables beside what was measured")
-    tables.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="evaluations (default: evals/*)")
-    tables.add_argument("--output", type=Path, default=Path("evals"), metavar="DIR", help="(default: evals)")
-    check = commands.add_parser("check", help="recompute published rows: proves the scoring on this machine")
-    _add_data(check)
+    export.set_defaults(run=_export)
     fetch = commands.add_parser("fetch", help="bring everything from the network here, checked by hash")
-    _add_data(fetch)
+    add_data(fetch)
     fetch.add_argument("--tasks", action="store_true", help="also the datasets of the leaderboard's tasks (Hub cache)")
     fetch.add_argument("--quiet", action="store_true", help="no progress bar")
+    fetch.set_defaults(run=_fetch)
+    for extend in extensions:
+        extend(commands)
+    for each in commands.choices.values():
+        each.set_defaults(when_interrupted=RESUME)
     return parser
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option for where the suites' data lies."""
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="the suites' data (default: NEMO_LMPO_EVAL_DATA, or the user's cache)"
     )
@@ -67,6 +77,7 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
+    parser.set_defaults(run=_pairwise)
     _add_model(parser, required=False)
     given = parser.add_argument_group("answers that exist")
     given.add_argument("--answers", type=Path, metavar="FILE", help="in the suite's own form, instead of --model")
@@ -101,7 +112,7 @@ def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
     more.add_argument("--chat-template", metavar="NAME", help="a file or built-in name (default: as trained)")
     more.add_argument("--system-prompt", metavar="TEXT", help="default: as trained")
     more.add_argument("--allow-empty", action="store_true", help="score although more than 1 %% of answers are empty")
-    _add_data(parser)
+    add_data(parser)
 
 
 def _prices(text: str) -> tuple[float, float]:
@@ -112,6 +123,7 @@ def _prices(text: str) -> tuple[float, float]:
 
 
 def _add_leaderboard(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_leaderboard)
     _add_model(parser, required=True)
     names = ", ".join(task.name for task in TASKS)
     parser.add_argument("--tasks", default="v1,v2", metavar="NAMES", help=f"v1, v2, or of {names} (default: v1,v2)")
@@ -121,3 +133,42 @@ def _add_leaderboard(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="take the tasks' rows from DIR/TASK.jsonl instead of the Hub (harness task names)",
     )
+
+
+def _pairwise(options: argparse.Namespace) -> int:
+    given = [name for name in ("model", "answers", "anchor") if getattr(options, name) is not None]
+    if len(given) != 1:
+        told = " and ".join(f"--{name}" for name in given) or "none"
+        raise ConfigError(f"give one of --model, --answers and --anchor, not {told}")
+    from nemo_lmpo.evaluate.pairwise import run
+
+    _quiet_retries()
+    _logger.info("result: %s", run(options, options.command_line))
+    return 0
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    from nemo_lmpo.evaluate.leaderboard import run
+
+    _quiet_retries()
+    _logger.info("result: %s", run(options, options.command_line))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from nemo_lmpo.evaluate.leaderboard import export
+
+    sys.stdout.write(f"{export(options.model, options.output)}\n")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from nemo_lmpo.evaluate.fetch import fetch
+
+    _quiet_retries()
+    _logger.info("data: %s", fetch(options))
+    return 0
+
+
+def _quiet_retries() -> None:
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it reports every retry

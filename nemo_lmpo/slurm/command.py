@@ -1,0 +1,58 @@
+"""The command `nemo-lmpo slurm`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(prog=prog, description="Submit training runs to Slurm, and see how they do.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    submit = commands.add_parser(
+        "submit",
+        help="validate a recipe for the GPUs asked for, then submit it",
+        description="Validates the recipe for that many GPUs, shows the layout and the memory expected, prints the "
+        "sbatch line and submits it. A setting with several values (loss.lam=0.05,0.2) makes it a sweep.",
+        epilog="Options for sbatch itself, such as the partition, come from slurm/cluster.env or --sbatch.",
+    )
+    submit.add_argument("recipe", metavar="RECIPE", help="a recipe of the package or of --config-dir")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
+    submit.add_argument("--gpus-per-node", type=int, default=4, metavar="N", help="GPUs of a node (default: 4)")
+    submit.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")
+    submit.add_argument("--time", metavar="LIMIT", help="the job's time limit, as HH:MM:SS (default: the template's)")
+    submit.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more option, as --sbatch=--dependency=..."
+    )
+    submit.add_argument("--print", action="store_true", dest="print_only", help="validate and print, do not submit")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    submit.set_defaults(run=_submit)
+    status = commands.add_parser("status", help="state, step, loss and time left of runs, from their metrics files")
+    status.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="default: all runs in ./runs")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _status(options: argparse.Namespace) -> int:
+    from nemo_lmpo.slurm.status import show_status
+
+    print(show_status(options.runs))  # noqa: T201  (the answer)
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from nemo_lmpo.slurm.submit import Submission, submit
+
+    return submit(
+        Submission(
+            recipe=options.recipe,
+            overrides=tuple(options.overrides),
+            nodes=options.nodes,
+            gpus_per_node=options.gpus_per_node,
+            config_dir=options.config_dir,
+            time_limit=options.time,
+            sbatch_options=tuple(options.sbatch),
+        ),
+        print_only=options.print_only,
+    )
