@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
-from nemo_lmpo.config.schema import DataConfig
+from nemo_lmpo.answers.trained_model import open_trained, read_training_config, tokenizer_of
 from nemo_lmpo.data.chat import stop_ids
 from nemo_lmpo.data.encode import PairEncoder
-from nemo_lmpo.data.tokenizer import chat_template_text, load_tokenizer, padding_id
+from nemo_lmpo.data.tokenizer import chat_template_text, padding_id
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.architecture import architecture_to_hf
+from nemo_lmpo.formats.chat_files import renders_with_default
 from nemo_lmpo.formats.conversion import tensor_names
-from nemo_lmpo.formats.model_files import ModelFiles, open_model
-from nemo_lmpo.runtime.run_files import CONFIG, saved_steps, step_directory
+from nemo_lmpo.formats.model_files import ModelFiles
+from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -232,19 +231,21 @@ def open_prompting(
 ) -> Prompting:
     """As :func:`load_generator`, without reading the weights."""
     directory = newest_checkpoint(checkpoint)
-    files = open_model(directory)
-    tokenizer = _tokenizer(files)
-    trained, data = _trained(directory)
+    files = open_trained(directory, chat_template=chat_template)
+    tokenizer = tokenizer_of(files)
+    if system_prompt is None and files.chat is not None and (chat_template or not renders_with_default(files.chat)):
+        system_prompt = files.chat.system_prompt
     encoder = PairEncoder(
         tokenizer,
-        chat_template_text(chat_template or data.chat_template, tokenizer),
+        # A trained model's own template is that of its training.
+        chat_template_text(chat_template, tokenizer),
         # The pairs' own bound is on what is learned from; here a prompt may fill the model's positions.
         max_length=files.architecture.max_position_embeddings + 1,
         max_prompt_length=files.architecture.max_position_embeddings,
-        system_prompt=system_prompt or data.system_prompt,
+        system_prompt=system_prompt,
     )
     ends = stop_ids(encoder.chat, files.side_file("generation_config.json"), files.origin)
-    return Prompting(directory, trained, files, tokenizer, encoder, ends)
+    return Prompting(directory, read_training_config(directory), files, tokenizer, encoder, ends)
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -293,28 +294,3 @@ def choose_device(device: str | None) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: there is no GPU that torch can use; set cpu")
     return device
-
-
-def _tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    names = [name for name in files.sidecars if not name.endswith("config.json") or name.startswith("tokenizer")]
-    if not any(name.startswith("tokenizer") for name in names):
-        raise ConfigError(f"{files.origin} holds no tokenizer; convert it with a tokenizer first")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files.side_file(name) or b"")
-        return load_tokenizer(folder)
-
-
-def _trained(directory: Path) -> tuple[dict[str, Any], DataConfig]:
-    """The configuration of a training checkpoint, and of its data the template and the system prompt."""
-    trained, data = {}, DataConfig()
-    path = directory / CONFIG
-    if path.is_file():
-        try:
-            trained = yaml.safe_load(path.read_text())
-            data.chat_template, data.system_prompt = trained["data"]["chat_template"], trained["data"]["system_prompt"]
-        except (yaml.YAMLError, KeyError, TypeError):
-            raise CheckpointError(f"{path} is not readable; restore the file") from None
-    return trained, data

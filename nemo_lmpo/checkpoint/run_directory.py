@@ -20,6 +20,7 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.chat_record import ChatRecord, chat_json, read_chat_record
 from nemo_lmpo.runtime.files import directory_lock, replace_file, set_aside
 
 if TYPE_CHECKING:
@@ -117,7 +118,20 @@ class RunDirectory:
         except OSError as error:
             raise self._not_writable(error) from None
 
-    def begin(self, step: int) -> None:
+    def kept_template(self) -> str | None:
+        """The chat template that the run to be resumed began with, whatever has become of its file since.
+
+        None: a new run, one of an earlier version, or `checkpoint.allow_changes` names `data.chat_template`.
+
+        Raises:
+            CheckpointError: the file that keeps it is damaged.
+        """
+        path = self.path / run_files.CHAT
+        if not self.resumes or is_admitted("data.chat_template", self.allow_changes):
+            return None
+        return read_chat_record(path).template if path.is_file() and self._has_begun() else None
+
+    def begin(self, step: int, chat: ChatRecord) -> None:
         """Save the resolved configuration once the run goes on from ``step``, and note what it changes on purpose.
 
         Raises:
@@ -126,6 +140,7 @@ class RunDirectory:
         entry = {"after_step": step, "time": round(time.time(), 3), "changes": self.changes}
         try:
             self._write_config(self.path)
+            replace_file(self.path / run_files.CHAT, chat_json(chat))
             if self.changes:
                 with (self.path / run_files.CHANGES).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -140,10 +155,14 @@ class RunDirectory:
     def _write_config(self, directory: Path) -> None:
         replace_file(directory / run_files.CONFIG, yaml.safe_dump(self.plain, sort_keys=False))
 
-    def write_sidecars(self, directory: Path, start: StartModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer."""
+    def write_sidecars(
+        self, directory: Path, start: StartModel, tokenizer: PreTrainedTokenizerBase, chat: ChatRecord | None = None
+    ) -> None:
+        """What a checkpoint needs to be used on its own: configuration, architecture, tokenizer, chat template."""
         self._write_config(directory)
         replace_file(directory / run_files.ARCHITECTURE, json.dumps(model_config(start), indent=1))
+        if chat is not None:
+            replace_file(directory / run_files.CHAT, chat_json(chat))
         _save_tokenizer(directory / run_files.TOKENIZER, start, tokenizer)
 
 

@@ -153,14 +153,14 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
 
 
 def _nemo_to_hf(options: argparse.Namespace) -> int:
+    from nemo_lmpo.answers.trained_model import open_trained
     from nemo_lmpo.errors import ConfigError
     from nemo_lmpo.formats.conversion import plan, write_huggingface
-    from nemo_lmpo.formats.model_files import open_model
 
     if not 0 < options.max_shard_gb < float("inf"):
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is no size; give for example 5")
     path = Path(options.input).expanduser()
-    model = open_model(path, config=options.config, tokenizer=options.tokenizer)
+    model = open_trained(path, config=options.config, tokenizer=options.tokenizer)
     if model.kind == "huggingface":
         _expect(model, "NeMo", "convert_hf_to_nemo converts from Hugging Face")
     work = plan(model, options.output, options.dtype)

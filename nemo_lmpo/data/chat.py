@@ -78,11 +78,19 @@ class ChatFormat:
             raise ConfigError(f"data.chat_template cannot render a plain exchange ({error}); correct it") from None
         if layout is None:
             raise ConfigError("data.chat_template leaves out the assistant's text; use another template")
+        self.example = prompt
+        """A user message as the template renders it for generation."""
         self._plain = layout
         self.turn_end = TurnEnd(tokenizer, self._next_header(hello, prompt, layout.tail))
         self.end_of_turn, self.append_eos = self.turn_end(layout.tail)
         self.bos_marks_turns = self._bos_marks_turns(prompt)
         """Whether what the tokenizer calls BOS is the marker in front of every message (SmolLM2)."""
+
+    def end_of_turn_id(self) -> int:
+        """The token that ends a response."""
+        if self.append_eos:
+            return int(self.tokenizer.eos_token_id)
+        return int(self.tokenizer(self.end_of_turn, add_special_tokens=False)["input_ids"][-1])
 
     def _plain_exchange(self, messages: list[Message]) -> tuple[str, Layout | None]:
         """Generation prompt and layout of messages that stand for any, without tools, or with an empty list of them."""
@@ -355,10 +363,7 @@ def stop_ids(chat: ChatFormat, generation_config: bytes | None, origin: str) -> 
     Raises:
         CheckpointError: the generation config is damaged.
     """
-    found = {chat.tokenizer.eos_token_id}
-    end = chat.tokenizer(chat.end_of_turn, add_special_tokens=False)["input_ids"]
-    if end and not chat.append_eos:
-        found.add(end[-1])
+    found = {chat.tokenizer.eos_token_id, chat.end_of_turn_id()}
     place = f"{origin}: generation_config.json"
     named = Fields(parse_json(generation_config or b"{}", place), place).values.get("eos_token_id")
     found.update(named if isinstance(named, list) else [named])

@@ -13,6 +13,7 @@ from nemo_lmpo.data.render import TemplateRefusal
 from nemo_lmpo.data.schema import Inputs, Message, PreferenceRow, RowError
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.chat_record import ChatRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,8 +80,23 @@ class Encoder(ABC):
         return [self.template, self.system_prompt, self.max_length, self.max_prompt_length, self.prompt_from]
 
     @abstractmethod
+    def record(self) -> ChatRecord:
+        """What every later use of the model has to do alike."""
+
+    @abstractmethod
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
+
+    def _recorded(self, chat: ChatFormat, *, adds_bos: bool) -> ChatRecord:
+        """``adds_bos``: whether prompts get a BOS where the template writes none."""
+        bos, end = self.tokenizer.bos_token, chat.end_of_turn_id()
+        return ChatRecord(
+            template=self.template,
+            system_prompt=self.system_prompt,
+            adds_bos=adds_bos and not (bos and chat.example.startswith(str(bos))),
+            end_of_turn=str(self.tokenizer.convert_ids_to_tokens(end)),
+            end_of_turn_id=end,
+        )
 
     @abstractmethod
     def _end_of_prompt(self, ids: list[int]) -> list[int]:
@@ -127,11 +143,14 @@ class PairEncoder(Encoder):
         self._bos = self.tokenizer.bos_token_id
         self._kept = self.max_length + _SPARE_TOKENS
         """Tokens of a long text that are made at least."""
-        end = [self.tokenizer.eos_token_id] if self.chat.append_eos else self._tokenize([self.chat.end_of_turn])[0]
-        self._end = end[-1]
+        self._end = self.chat.end_of_turn_id()
         self._adds_bos = self._bos is not None and self.tokenizer("a")["input_ids"][:1] == [self._bos]
         self._begins_with_space = self._tokenize(["a b"])[0][-1:] == self._tokenize(["b"])[0]
         self._turn_marks = _turn_marks(self.tokenizer)
+
+    def record(self) -> ChatRecord:
+        """What every later use of the model has to do alike."""
+        return self._recorded(self.chat, adds_bos=self._adds_bos)
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""

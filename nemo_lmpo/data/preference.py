@@ -145,7 +145,12 @@ class PreferenceDataset:
 
 
 def load_preference_dataset(
-    config: DataConfig, which: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, name: str = "train"
+    config: DataConfig,
+    which: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "train",
+    template: str | None = None,
 ) -> PreferenceDataset:
     """Read, check and tokenize a preference dataset, or take it from the cache.
 
@@ -156,6 +161,7 @@ def load_preference_dataset(
         which: the paths, `config.train` or `config.validation`.
         tokenizer: the tokenizer.
         name: `train` or `validation`, for messages.
+        template: as for :func:`pair_encoder`.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -166,7 +172,7 @@ def load_preference_dataset(
     if not paths:
         raise ConfigError(f"{field}.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
     weights = [1.0] * len(paths) if which.weights is None else which.weights
-    encoder = pair_encoder(config, tokenizer)
+    encoder = pair_encoder(config, tokenizer, template)
     dropped: dict[str, int] = {}
     parts = []
     for number, (path, weight) in enumerate(zip(paths, weights, strict=True)):
@@ -183,8 +189,13 @@ def load_preference_dataset(
     return PreferenceDataset(parts, tokenizer, name, dropped)
 
 
-def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
     """What makes token ids of pairs under these settings.
+
+    Args:
+        config: the settings.
+        tokenizer: of the model.
+        template: Jinja text; by default what `data.chat_template` stands for.
 
     Raises:
         ConfigError: there is no such template, or it does not fit the tokenizer, or lengths that leave no room.
@@ -193,7 +204,7 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Enco
     make = ReleasedPairEncoder if released else PairEncoder
     return make(
         tokenizer,
-        chat_template_text(config.chat_template, tokenizer, released_code=released),
+        template or chat_template_text(config.chat_template, tokenizer, released_code=released),
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         system_prompt=config.system_prompt,

@@ -46,8 +46,12 @@ def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:
             raise bad_row_error(source.location(row.number), error.detail) from None
 
 
-def look_at_tokenizer(config: DataConfig, name: str, *, vocab_size: int, trust_remote_code: bool) -> bool:
+def look_at_tokenizer(
+    config: DataConfig, name: str, *, vocab_size: int, trust_remote_code: bool, template: str | None = None
+) -> bool:
     """Refuse a tokenizer beside the model, and a template, that no pair could go through.
+
+    ``template`` is the Jinja text of a run that is resumed; by default what `data.chat_template` stands for.
 
     Returns:
         Whether the tokenizer is on this machine; nothing is fetched here.
@@ -62,5 +66,5 @@ def look_at_tokenizer(config: DataConfig, name: str, *, vocab_size: int, trust_r
 
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, vocab_size)
-    pair_encoder(config, tokenizer)
+    pair_encoder(config, tokenizer, template)
     return True

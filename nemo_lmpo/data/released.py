@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_lmpo.data.chat import with_system
+from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.runtime.chat_record import ChatRecord
 
 
 class ReleasedPairEncoder(Encoder):
@@ -36,6 +37,11 @@ class ReleasedPairEncoder(Encoder):
     def settings(self) -> list[object]:
         """What decides the ids, beside the tokenizer."""
         return ["released_code", *super().settings]
+
+    def record(self) -> ChatRecord:
+        """What every later use of the model has to do alike."""
+        chat = ChatFormat(self.tokenizer, self.template)
+        return self._recorded(chat, adds_bos=self.tokenizer.bos_token_id is not None)
 
     def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""

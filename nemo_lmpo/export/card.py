@@ -6,14 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.evaluate.result import Result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
+from nemo_lmpo.formats.chat_files import renders_with_default
 from nemo_lmpo.report.document import markdown_templates
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import Run
 from nemo_lmpo.report.summary import metric_rows, setting, settings_rows
+
+if TYPE_CHECKING:
+    from nemo_lmpo.runtime.chat_record import ChatRecord
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("nemo-lmpo", "megatron-core", "nemo-toolkit", "torch", "transformers", "datasets")
@@ -82,7 +86,12 @@ def evaluation_rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def build_card(
-    run: Run, name: str, place: str, pictures: Sequence[tuple[str, str]], evaluations: Sequence[Result]
+    run: Run,
+    name: str,
+    place: str,
+    pictures: Sequence[tuple[str, str]],
+    evaluations: Sequence[Result],
+    chat: ChatRecord | None = None,
 ) -> str:
     """The card's whole text.
 
@@ -92,6 +101,7 @@ def build_card(
         place: hub name or directory, for the example.
         pictures: titles, and paths beside the card.
         evaluations: results to show.
+        chat: how conversations became token ids in training.
     """
     header, rows = metric_rows(run)
     loss = str(setting(run.config, "loss.name") or "?").upper()
@@ -103,6 +113,8 @@ def build_card(
         .render(
             name=name,
             place=place,
+            system_prompt=chat and chat.system_prompt,
+            system_is_default=chat is not None and renders_with_default(chat),
             about=f"Trained from {start} with {loss} on the preference pairs of {data}, by nemo_lmpo on Megatron-Core.",
             settings=settings_rows(run),
             metrics=rows,

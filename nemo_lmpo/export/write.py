@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from nemo_lmpo.formats.conversion import Plan
+    from nemo_lmpo.runtime.chat_record import ChatRecord
 
-CARD, PICTURES, TEMPLATE = "README.md", "figures", "chat_template.jinja"
+CARD, PICTURES = "README.md", "figures"
 
 
 def export_run(
@@ -39,7 +40,7 @@ def export_run(
         UserError: no run with a checkpoint, no room, or an output that holds something else.
     """
     from nemo_lmpo.answers.engine import newest_checkpoint, open_prompting
-    from nemo_lmpo.formats.conversion import plan, write_huggingface
+    from nemo_lmpo.formats.conversion import hf_files, plan, write_huggingface
 
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run} is no run with checkpoints; give a run directory")
@@ -50,10 +51,21 @@ def export_run(
     if overwrite or not holds(output, conversion):
         conversion.check([directory], overwrite=overwrite)
         write_huggingface(conversion, overwrite=overwrite)
-    # As trained: the tokenizer's own may be another.
-    replace_file(output / TEMPLATE, prompting.encoder.chat.template)
-    write_card(run, output, name or run.resolve().name, evaluations)
+    else:
+        _renew_side_files(output, hf_files(conversion))
+    write_card(run, output, name or run.resolve().name, evaluations, prompting.files.chat)
     return output
+
+
+def _renew_side_files(output: Path, files: Mapping[str, bytes]) -> None:
+    """An export of an earlier version may have another template beside the same weights."""
+    for path in output.glob("additional_chat_templates/*.jinja"):
+        if path.relative_to(output).as_posix() not in files:
+            path.unlink()
+    for name, content in files.items():
+        if not (output / name).is_file() or (output / name).read_bytes() != content:
+            (output / name).parent.mkdir(exist_ok=True)
+            replace_file(output / name, content)
 
 
 def holds(output: Path, conversion: Plan) -> bool:
@@ -74,8 +86,8 @@ def holds(output: Path, conversion: Plan) -> bool:
     )
 
 
-def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path]) -> None:
-    """The card and the pictures that it shows."""
+def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path], chat: ChatRecord | None = None) -> None:
+    """The card and the pictures that it shows; ``chat`` is what the model was trained with."""
     from nemo_lmpo.export.card import build_card
     from nemo_lmpo.report.plots import draw_all
     from nemo_lmpo.report.read import read_run
@@ -88,7 +100,7 @@ def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path]) 
         replace_file(path, picture.png)
         pictures.append((picture.chart.title, f"{PICTURES}/{path.name}"))
     place = name if "/" in name else str(output)
-    card = build_card(read, name.rpartition("/")[2], place, pictures, read_evaluations(evaluations))
+    card = build_card(read, name.rpartition("/")[2], place, pictures, read_evaluations(evaluations), chat)
     replace_file(output / CARD, card)
 
 

@@ -122,7 +122,7 @@ def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Pro
     sink.add(NEMO_CONFIG, [yaml.safe_dump(config, sort_keys=False).encode()])
     for name, content in artifacts.items():
         sink.add(name, [content])
-    for name, content in _hf_files(plan).items():
+    for name, content in hf_files(plan).items():
         sink.add(f"{EMBEDDED_FOLDER}/{name}", [content])
     write_distributed_checkpoint(
         sink,
@@ -170,7 +170,7 @@ def write_huggingface(
     """
     with complete_or_not_at_all(plan.output, overwrite=overwrite) as temporary:
         sink = DirectorySink(temporary)
-        for name, content in _hf_files(plan).items():
+        for name, content in hf_files(plan).items():
             sink.add(name, [content])
         write_safetensors(
             temporary, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress
@@ -178,8 +178,12 @@ def write_huggingface(
         sink.close()
 
 
-def _hf_files(plan: Plan) -> dict[str, bytes]:
-    """Side files by name; a converted model's unchanged, except for a config that says another dtype or is missing."""
+def hf_files(plan: Plan) -> dict[str, bytes]:
+    """Side files by name, as a Hugging Face directory gets them.
+
+    A converted model's are unchanged, except for a config that says another dtype or is missing; a
+    trained one's say how it was trained (:mod:`nemo_lmpo.formats.chat_files`).
+    """
     files = {name: plan.model.side_file(name) or b"" for name in sorted(plan.model.sidecars)}
     files["config.json"] = _hf_config(plan, files)
     if plan.model.kind == "training" and "tokenizer_config.json" in files:

@@ -19,6 +19,7 @@ from nemo_lmpo.formats.architecture import (
     read_architecture,
 )
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
+from nemo_lmpo.formats.chat_files import with_chat
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
@@ -28,6 +29,7 @@ from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nem
 from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.chat_record import ChatRecord, read_chat_record
 
 EMBEDDED_FOLDER = "huggingface"
 """Where this project keeps the Hugging Face files of a model inside a `.nemo`."""
@@ -51,6 +53,8 @@ class ModelFiles:
     source: TensorSource
     sidecars: dict[str, SideFile] = field(default_factory=dict)
     """Hugging Face files besides the weights (config, tokenizer, chat template, ...) by name."""
+    chat: ChatRecord | None = None
+    """How a model that was trained here makes token ids of conversations; its side files say the same."""
 
     def side_file(self, name: str) -> bytes | None:
         """Content of a side file, or None."""
@@ -76,8 +80,26 @@ def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None
     """
     model = _open(path, config)
     check_architecture(model.architecture)
-    if tokenizer is None:
-        return model
+    if tokenizer is not None:
+        model = _with_tokenizer(model, tokenizer)
+    return model if model.chat is None else with_training_chat(model, model.chat)
+
+
+def with_training_chat(model: ModelFiles, chat: ChatRecord) -> ModelFiles:
+    """The model with side files that make token ids, and end answers, as it was trained.
+
+    Raises:
+        CheckpointError: one of its side files is damaged.
+    """
+    files = with_chat({name: read() for name, read in model.sidecars.items()}, chat, model.origin)
+    return replace(model, sidecars={name: _constant(content) for name, content in files.items()}, chat=chat)
+
+
+def _constant(content: bytes) -> SideFile:
+    return lambda: content
+
+
+def _with_tokenizer(model: ModelFiles, tokenizer: Path) -> ModelFiles:
     given = side_files(tokenizer)
     if not any(name.startswith(("token", "tekken", "vocab")) for name in given):
         raise CheckpointError(f"{tokenizer} holds no tokenizer; give the directory of one, with tokenizer.json")
@@ -123,7 +145,9 @@ def _open_training(path: Path, config: Path | None) -> ModelFiles:
         source: TensorSource = _merged_source(path, checkpoint, architecture)
     else:
         source = MegatronSource(checkpoint, architecture)
-    return ModelFiles("training", str(path), architecture, source, sidecars)
+    record = path / run_files.CHAT
+    chat = read_chat_record(record) if record.is_file() else None
+    return ModelFiles("training", str(path), architecture, source, sidecars, chat)
 
 
 def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:

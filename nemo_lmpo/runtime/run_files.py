@@ -6,6 +6,7 @@ import each other.
 A run directory (``runs/<recipe>`` unless set)::
 
     config.yaml        the resolved configuration
+    chat.json          the text of the chat template that the run began with, and what else decides its token ids
     metrics.jsonl      a line a step
     samples.jsonl      a line an answer that was sampled (`logging.samples`)
     run.json           what the report cannot see in the metrics
@@ -22,7 +23,8 @@ A checkpoint (``step_0000100/``; while it is written ``step_0000100.tmp/``)::
     progress.json      step, margin statistics, metrics, layout, fingerprints of the data
     config.yaml        the run's resolved configuration
     architecture.json  the model's Hugging Face config
-    tokenizer/         the tokenizer's files
+    tokenizer/         the tokenizer's files, as the start model has them
+    chat.json          chat template, system prompt and end of turn of the training
     adapter.json       where the checkpoint holds adapters only: which, and of which base
     manifest.json      size and checksum of every file above; written last
 """
@@ -33,6 +35,7 @@ import re
 from pathlib import Path
 
 CONFIG = "config.yaml"
+CHAT = "chat.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RUN_FACTS = "run.json"

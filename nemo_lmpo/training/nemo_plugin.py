@@ -20,6 +20,7 @@ from nemo_lmpo.config.mode import MODE_WORDS
 from nemo_lmpo.config.recipe import config_from_mapping
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.registry import DEFAULT_LOSS
@@ -146,7 +147,10 @@ class MegatronGPTLMPOModel(ModelPT):
         config = self.policy.config
         tokenizer = load_tokenizer(self.base.tokenizer, trust_remote_code=config.model.trust_remote_code)
         run = RunDirectory(config)
-        PolicyFiles(self.policy, self.base, run, tokenizer).save_to(save_path)
+        # A model that no conversation can be put to may be saved as well.
+        has_template = config.data.chat_template is not None or tokenizer.chat_template is not None
+        chat = pair_encoder(config.data, tokenizer).record() if has_template else None
+        PolicyFiles(self.policy, self.base, run, tokenizer, chat).save_to(save_path)
 
     @classmethod
     def restore_from(

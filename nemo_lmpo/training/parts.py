@@ -24,6 +24,7 @@ from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, open_model
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.chat_record import ChatRecord
 from nemo_lmpo.runtime.files import replace_file
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.policy import Policy, kernels_for
@@ -83,9 +84,16 @@ class StepBatches:
 class PolicyFiles:
     """What is written of a policy besides its state in checkpoints."""
 
-    def __init__(self, policy: Policy, base: StartModel, run: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        base: StartModel,
+        run: RunDirectory,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: ChatRecord | None,
+    ) -> None:
         """Describe the adapters and their base, where the policy trains some; all ranks call it together."""
-        self.policy, self.base, self.run, self.tokenizer = policy, base, run, tokenizer
+        self.policy, self.base, self.run, self.tokenizer, self.chat = policy, base, run, tokenizer, chat
         self.adapters = None
         model = policy.config.model
         if model.peft.name is not None:
@@ -102,8 +110,8 @@ class PolicyFiles:
             )
 
     def write_sidecars(self, directory: Path) -> None:
-        """Configuration, architecture and tokenizer, which belong to the policy's weights (rank 0)."""
-        self.run.write_sidecars(directory, self.base, self.tokenizer)
+        """Configuration, architecture, tokenizer and chat template, which belong to the policy's weights (rank 0)."""
+        self.run.write_sidecars(directory, self.base, self.tokenizer, self.chat)
         if self.adapters is not None:
             replace_file(directory / run_files.ADAPTER, adapter_json(self.adapters))
 

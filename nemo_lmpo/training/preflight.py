@@ -45,12 +45,14 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
     base = find_start_model(config.model, fetch=fetch)
     layout = validate(config, base.architecture, world_size)
     unseen = look_at_data(config.data)
+    run = RunDirectory(config) if owns_directory else None
     local = look_at_tokenizer(
         config.data,
         base.tokenizer,
         vocab_size=base.architecture.vocab_size,
         trust_remote_code=config.model.trust_remote_code,
+        template=run.kept_template() if run is not None else None,
     )
-    if owns_directory:
-        RunDirectory(config).check_owner()
+    if run is not None:
+        run.check_owner()
     return Preflight(layout, base, (*unseen, *(() if local else (base.tokenizer,))))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nemo_lmpo.data.chat import ChatFormat, stop_ids
 from nemo_lmpo.data.pair import PairTokens
-from nemo_lmpo.data.tokenizer import chat_template_text
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
@@ -169,7 +168,7 @@ def answer_samples(policy: Policy, base: StartModel, steps: StepBatches) -> Answ
     config, pairs, tokenizer = policy.config, steps.data.validation, steps.data.tokenizer
     if config.logging.samples == 0 or pairs is None:
         return None
-    chat = ChatFormat(tokenizer, chat_template_text(config.data.chat_template, tokenizer))
+    chat = ChatFormat(tokenizer, steps.data.chat.template)
     path = None if base.sidecars is None else base.sidecars / "generation_config.json"
     generation_config = path.read_bytes() if path is not None and path.is_file() else None
     ends = stop_ids(chat, generation_config, str(base.sidecars))

@@ -55,13 +55,13 @@ class TrainingSession:
 
     def __post_init__(self) -> None:
         seed_everything(self.config.model.seed)
-        self.data = load_data(self.config, self.base)
+        self.data = load_data(self.config, self.base, self.run)
         self.fingerprints = self.data.fingerprints()
         refuse_other_data_on_other_ranks(self.config, self.fingerprints)
         self.policy = start_policy(self.config, self.base, self.groups, self.device)
         self.optimizer = build_optimizer(self.policy.chunks, self.config)
         self.steps = StepBatches(self.policy, self.base, self.data)
-        self.files = PolicyFiles(self.policy, self.base, self.run, self.data.tokenizer)
+        self.files = PolicyFiles(self.policy, self.base, self.run, self.data.tokenizer, self.data.chat)
         self.checkpoints = self._checkpoints()
 
     def _checkpoints(self) -> CheckpointManager:
@@ -147,7 +147,7 @@ class TrainingSession:
         trainer = self.trainer()
         self.checkpoints.clean()
         start_step = trainer.resume()
-        on_main_rank(lambda: self.run.begin(start_step))
+        on_main_rank(lambda: self.run.begin(start_step, self.data.chat))
         reporter = self._reporter(start_step) if self.launch.is_main else None
         limit = parse_duration(self.config.trainer.max_time_per_run)
         job = read_batch_job()

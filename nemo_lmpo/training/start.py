@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
+from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.load_weights import load_model_weights
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.runtime.chat_record import ChatRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,6 +33,8 @@ class LoadedData:
     """Tokenizer and tokenized pairs."""
 
     tokenizer: PreTrainedTokenizerBase
+    chat: ChatRecord
+    """What made token ids of the pairs."""
     train: PreferenceDataset
     validation: PreferenceDataset | None
 
@@ -35,15 +44,40 @@ class LoadedData:
         return {name: pairs.token_hash() for name, pairs in parts.items() if pairs is not None}
 
 
-def load_data(config: Config, base: StartModel) -> LoadedData:
-    """Tokenize (or read from the cache) what the run trains and validates on."""
+def load_data(config: Config, base: StartModel, run: RunDirectory | None = None) -> LoadedData:
+    """Tokenize (or read from the cache) what the run trains and validates on; all ranks call it together.
+
+    A ``run`` that is resumed keeps the chat template that it began with.
+    """
     tokenizer = load_tokenizer(base.tokenizer, trust_remote_code=config.model.trust_remote_code)
     check_vocabulary(tokenizer, base.architecture.vocab_size)
-    train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train")
+    template: str = on_main_rank(lambda: _settle_template(config, tokenizer, run))
+    encoder = pair_encoder(config.data, tokenizer, template)
+    train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train", template=template)
     validation = None
     if config.data.validation.path is not None:
-        validation = load_preference_dataset(config.data, config.data.validation, tokenizer, name="validation")
-    return LoadedData(tokenizer, train, validation)
+        validation = load_preference_dataset(
+            config.data, config.data.validation, tokenizer, name="validation", template=template
+        )
+    return LoadedData(tokenizer, encoder.record(), train, validation)
+
+
+def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: RunDirectory | None) -> str:
+    """The text that the run to be resumed keeps; of a new run, what `data.chat_template` stands for."""
+    kept = run.kept_template() if run is not None else None
+    try:
+        asked = pair_encoder(config.data, tokenizer).template
+    except ConfigError:
+        if kept is None:
+            raise
+        asked = None
+    if kept is not None and asked != kept:
+        _logger.warning(
+            "data.chat_template=%s %s; the run keeps the template that it began with",
+            config.data.chat_template,
+            "cannot be read any more" if asked is None else "has another content than when the run began",
+        )
+    return kept or str(asked)
 
 
 def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: StartModel, seed: int) -> None:

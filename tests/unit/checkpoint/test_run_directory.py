@@ -17,11 +17,14 @@ from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.rules import check_settings
 from nemo_lmpo.config.schema import may_change
 from nemo_lmpo.data.tokenizer import load_tokenizer
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.runtime.chat_record import ChatRecord, chat_json, read_chat_record
 from nemo_lmpo.runtime.files import directory_lock
 from nemo_lmpo.training.start_model import find_start_model
 from tests.unit.checkpoint.runs import content
 from tests.unit.formats.tiny_models import save
+
+CHAT = ChatRecord("{{ messages }}", None, adds_bos=False, end_of_turn="<eos>", end_of_turn_id=2)
 
 
 def directory(path: Path, *overrides: str) -> RunDirectory:
@@ -168,13 +171,48 @@ def test_a_change_on_purpose_is_admitted_and_noted(tmp_path: Path) -> None:
     run.create()
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         directory(tmp_path, *changed[:2]).check_owner()  # it has not gone on yet: the settings are still the old ones
-    run.begin(7)
+    run.begin(7, CHAT)
     (note,) = (json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines())
     assert note["after_step"] == 7
     assert note["changes"] == {"optim.lr": [0.001, 0.5], "loss.beta": [2.0, 3.0]}
     directory(tmp_path, *changed[:2]).check_owner()  # from now on these are its settings
     with pytest.raises(ConfigError, match=r"optim.lr: 0.5 before, 0.001 now"):
         directory(tmp_path).check_owner()
+
+
+def test_a_resumed_run_keeps_the_chat_template_that_it_began_with(tmp_path: Path) -> None:
+    """Unless it is changed on purpose; a run that never began keeps nothing."""
+    directory(tmp_path).begin(0, CHAT)
+    assert directory(tmp_path).kept_template() is None
+    begun(tmp_path)
+    assert directory(tmp_path).kept_template() == CHAT.template
+    assert directory(tmp_path, "checkpoint.resume=false").kept_template() is None
+    assert directory(tmp_path, "checkpoint.allow_changes=[data.chat_template]").kept_template() is None
+    (tmp_path / "chat.json").unlink()  # a run of an earlier version
+    assert directory(tmp_path).kept_template() is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100000,
+        "{}",
+        chat_json(CHAT).replace("messages", "others"),
+        chat_json(CHAT).replace("false", "0"),
+        chat_json(CHAT).replace("2,", "-2,"),
+        chat_json(CHAT).replace("null", "3"),
+        chat_json(CHAT).replace('"<eos>"', "null"),
+    ],
+)
+def test_a_damaged_record_of_the_chat_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"chat\.json .*; restore the file"):
+        read_chat_record(path)
+    path.write_text(chat_json(CHAT))
+    assert read_chat_record(path) == CHAT
 
 
 def test_only_what_is_named_is_admitted(tmp_path: Path) -> None:
