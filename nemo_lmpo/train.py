@@ -1,7 +1,7 @@
 """The commands `train`, `check`, `plan` and `trace`: ``nemo-lmpo train --config-name lmpo_tiny [key=value ...]``.
 
-Kept light: help, unknown recipes, and keys, types and choices that are wrong answer before torch is imported (but for
-the loss's own options), and everything else that is refused without asking a GPU before megatron-core is.
+Kept light: help, unknown recipes and settings that are wrong, the loss's options included, answer before torch is
+imported, and everything else that is refused without asking a GPU before megatron-core is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Plain values as a dataclass: the one place where what a user wrote becomes typed settings, losses' options included.
 
 Types are those that the fields are annotated with: `bool`, `int`, `float`, `str`, `Literal`, lists, groups (another
-dataclass), mappings, `None`, and unions of these. All problems are told at once, one a line.
+dataclass), mappings, `None`, and unions of these; bounds are those of :func:`nemo_lmpo.settings.setting`. All problems
+are collected, one sentence each, and :data:`REFUSED` takes the place of a refused value, so that rules about several
+settings can still look at the others.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.settings import limits_of, out_of_bounds
 
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -31,13 +34,74 @@ def coerce(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey) -
         unknown: says what is wrong with a name that is no field.
 
     Raises:
-        ConfigError: with every unknown name, wrong type and unknown choice, one a line.
+        ConfigError: with every unknown name, wrong type, unknown choice and value out of bounds, one a line.
     """
     problems: list[str] = []
-    value = _group(cls, raw, prefix, unknown, problems)
+    value = collect(cls, raw, prefix=prefix, unknown=unknown, problems=problems)
+    raise_all(problems)
+    return value
+
+
+def collect(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey, problems: list[str]) -> Any:
+    """As :func:`coerce`, but problems are appended, and :data:`REFUSED` stands for the values that have one."""
+    known, fields = types_of(cls), {of.name: of for of in dataclasses.fields(cls)}
+    if not isinstance(raw, Mapping):
+        names = ", ".join(known)
+        problems.append(f"{prefix.rstrip('.')}={shown(raw)} is not a group of settings; known: {names}")
+        return REFUSED
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in known:
+            problems.append(unknown(f"{prefix}{key}", value))
+            continue
+        path = f"{prefix}{key}"
+        converted = _convert(path, value, known[key], unknown, problems)
+        problem = None if converted is REFUSED else out_of_bounds(path, converted, limits_of(fields[key]))
+        if problem is not None:
+            problems.append(problem)
+        values[key] = converted if problem is None else REFUSED
+    return cls(**values)
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise the problems, if there are any.
+
+    Raises:
+        ConfigError: with all of them, one a line.
+    """
     if problems:
         raise ConfigError("\n".join(problems))
-    return value
+
+
+class UsesRefusedValueError(Exception):
+    """A rule looked at a value that has been refused already; nothing is known about it."""
+
+
+class _Refused:
+    """A value that every use but `is` stops at."""
+
+
+def _stop(*_: object) -> typing.NoReturn:
+    raise UsesRefusedValueError
+
+
+for _use in (
+    *("bool", "len", "iter", "contains", "getitem", "getattr", "call", "hash", "repr", "str", "format", "int", "float"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs"),
+    *(f"{side}{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow") for side in ("", "r")),
+):
+    setattr(_Refused, f"__{_use}__", _stop)
+
+REFUSED: Any = _Refused()
+"""In place of a value that was refused, while the other ones are looked at."""
+
+
+def as_far_as_known(rule: Iterator[str]) -> Iterator[str]:
+    """The sentences of a rule, up to where it looks at a refused value."""
+    try:
+        yield from rule
+    except UsesRefusedValueError:
+        return
 
 
 _TYPES: dict[type[Any], Mapping[str, Any]] = {}
@@ -59,29 +123,13 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _group(cls: type[Any], raw: Any, prefix: str, unknown: UnknownKey, problems: list[str]) -> Any:
-    known = types_of(cls)
-    if not isinstance(raw, Mapping):
-        names = ", ".join(known)
-        problems.append(f"{prefix.rstrip('.')}={shown(raw)} is not a group of settings; known: {names}")
-        return None
-    values: dict[str, Any] = {}
-    before = len(problems)
-    for key, value in raw.items():
-        if key not in known:
-            problems.append(unknown(f"{prefix}{key}", value))
-            continue
-        values[key] = _convert(f"{prefix}{key}", value, known[key], unknown, problems)
-    return cls(**values) if len(problems) == before else None
-
-
 def _convert(path: str, value: Any, annotation: Any, unknown: UnknownKey, problems: list[str]) -> Any:
     options = alternatives(annotation)
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return _group(annotation, value, f"{path}.", unknown, problems)
+        return collect(annotation, value, prefix=f"{path}.", unknown=unknown, problems=problems)
     if value is None and type(None) not in options:
         problems.append(f"{path} must not be empty; give {_describe(options)}")
-        return None
+        return REFUSED
     for option in options:
         fitting = _as_type(value, option)
         if fitting is not None:
@@ -94,7 +142,7 @@ def _convert(path: str, value: Any, annotation: Any, unknown: UnknownKey, proble
         problems.append(f"{path}={shown(value)} is unknown; choose {', '.join(choices)}{unset}")
     else:
         problems.append(f"{path}={shown(value)} is not {_describe(options)}")
-    return None
+    return REFUSED
 
 
 def _choices(option: Any) -> tuple[Any, ...]:

@@ -61,15 +61,14 @@ def split_mode(overrides: Sequence[str], default: Mode | None = None) -> tuple[M
     return mode, settings
 
 
-def without_mode(raw: Mapping[str, Any]) -> dict[str, Any]:
+def without_mode(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Plain settings without the words of a mode, which configurations saved by earlier versions hold, turned off.
 
-    Raises:
-        ConfigError: one is turned on in a recipe.
+    A word that is turned on in a recipe is appended to ``problems``.
     """
     for word in MODE_WORDS:
         if raw.get(word) not in (None, False, "false"):
-            raise ConfigError(
+            problems.append(
                 f"{word}={shown(raw[word])} is not a setting of a run; remove it from the recipe, and give it to "
                 f"nemo_lmpo.train on the command line"
             )

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.config.coerce import coerce
+from nemo_lmpo.config.coerce import collect, raise_all
 from nemo_lmpo.config.composition import GROUP_CHOICE, LOSS, SETTING, NoGroupError, compose_plain
+from nemo_lmpo.config.loss_section import collect_loss
 from nemo_lmpo.config.mode import without_mode
+from nemo_lmpo.config.rules import problems_together
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError, first_line
 
@@ -149,14 +151,15 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     """A checked configuration from plain values.
 
     Raises:
-        ConfigError: unknown keys (with the nearest known one), wrong types, unknown choices; all of them, one a line.
+        ConfigError: unknown keys (with the nearest known one), wrong types, unknown choices, values out of bounds, and
+            settings that do not go together; all of them, one a line.
     """
-    values = {"name": name, **without_mode(raw)}
+    problems: list[str] = []
+    values = {"name": name, **without_mode(raw, problems)}
     section = values.pop("loss", None)
-    config: Config = coerce(Config, values, unknown=_unknown_key)
-    from nemo_lmpo.config.loss_section import parse_loss  # imports torch: what is wrong before needs none
-
-    config.loss = parse_loss(section)
+    config: Config = collect(Config, values, unknown=_unknown_key, problems=problems)
+    config.loss = collect_loss(section, problems)
+    raise_all([*problems, *problems_together(config)])
     return config
 
 

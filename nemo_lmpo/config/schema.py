@@ -1,9 +1,9 @@
 """The configuration of a run: dataclasses that hold the only defaults.
 
 Recipes (YAML) hold what differs from these; :mod:`nemo_lmpo.config.recipe` composes them and
-:mod:`nemo_lmpo.config.coerce` checks names, types and choices. What a number may be, and whether a resumed run may
-have another value than before, stands at the field (:func:`setting`); rules that look at several fields are in
-:mod:`nemo_lmpo.config.rules`. Names follow NeMo where NeMo has one. This module imports nothing of the package, so
+:mod:`nemo_lmpo.config.coerce` checks names, types, choices and bounds. What a number may be, and whether a resumed run
+may have another value than before, stands at the field (:func:`nemo_lmpo.settings.setting`); rules that look at several
+fields are in :mod:`nemo_lmpo.config.rules`. Names follow NeMo where NeMo has one. This module imports nothing heavy, so
 every command can read it fast.
 """
 
@@ -15,37 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nemo_lmpo.config.coerce import types_of
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a field's value may be, beyond its type; :mod:`nemo_lmpo.config.rules.bounds` applies it."""
-
-    minimum: float | None = None
-    above: float | None = None
-    below: float | None = None
-    maximum: float | None = None
-    remedy: str = ""
-    """What to do instead, put behind the message."""
-    may_be_empty: bool = False
-    """Whether an empty text means something."""
-
-
-def setting(default: Any = dataclasses.MISSING, *, may_change: bool = False, **limits: Any) -> Any:
-    """A field with its default and what holds for its values.
-
-    Args:
-        default: the default; a list or a dataclass type is made anew for every configuration.
-        may_change: a resumed run may have another value than before: it changes cost, length or display, not what is
-            learned from which pairs. Of a group: all of its settings.
-        limits: of :class:`Limits`.
-    """
-    metadata = {"may_change": may_change, "limits": Limits(**limits)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from nemo_lmpo.settings import setting
 
 
 @dataclass

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios, shared_log_ratios
-from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
-
-
-@dataclass(frozen=True)
-class DPOConfig(PreferenceOptions):
-    """Options of DPO."""
-
-    name: str = "dpo"
-    beta: float = option(0.01, FINITE, POSITIVE)
-    """Strength of the pull to the reference. SimPO's README gives 0.01 as the best for DPO in all of its settings.
-    With ``average_log_probs`` it counts per token and must be larger: 5 in Tulu 3 (arXiv:2411.15124)."""
-    average_log_probs: bool = False
-    """Log-ratios per token instead of sums: length-normalized DPO, as in Tulu 3 (TRL's `sigmoid_norm`)."""
-    ld_alpha: float | None = option(None, ("between 0 and 1; unset it for plain DPO", lambda value: 0 <= value <= 1))
-    """LD-DPO (arXiv:2409.06411): weight of a response's tokens beyond the length of the shorter response, 0 to 1.
-    1 or unset: plain DPO; 0: only the common length counts."""
+from nemo_lmpo.loss.options import DPOConfig
 
 
 def dpo_needs_shared(config: DPOConfig) -> bool:

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
-
-
-@dataclass(frozen=True)
-class IPOConfig(PreferenceOptions):
-    """Options of IPO."""
-
-    name: str = "ipo"
-    tau: float = option(0.1, FINITE, POSITIVE)
-    """Regularisation: the log-ratio difference is drawn to ``1 / (2 tau)``. SimPO's appendix searches 0.01, 0.1,
-    0.5, 1.0 and names no winner; 0.1 is the middle of it and the common default elsewhere."""
-    average_log_probs: bool = True
-    """Log-ratios per token instead of sums. With sums the squared loss grows with length; IPO's authors confirmed to
-    TRL's that their results are per token, and SimPO's rows are trained so."""
+from nemo_lmpo.loss.options import IPOConfig
 
 
 def ipo_loss(inputs: LossInputs, config: IPOConfig) -> LossOutputs:

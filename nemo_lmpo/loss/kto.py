@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
-
-
-@dataclass(frozen=True)
-class KTOConfig(PreferenceOptions):
-    """Options of KTO."""
-
-    name: str = "kto"
-    beta: float = option(0.01, FINITE, POSITIVE)
-    """Scale of the log-ratios. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
-    desirable_weight: float = option(1.0, FINITE, POSITIVE)
-    """Weight of chosen responses (``lambda_D``); 1.0 in SimPO's appendix."""
-    undesirable_weight: float = option(1.0, FINITE, POSITIVE)
-    """Weight of rejected responses (``lambda_U``); 1.0 in SimPO's appendix."""
+from nemo_lmpo.loss.options import KTOConfig
 
 
 def kto_statistics(config: KTOConfig) -> StatisticsConfig:

@@ -2,149 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import margins
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics, StatisticsConfig
 from nemo_lmpo.loss.numerics import averages
-from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, POSITIVE, PreferenceOptions, option
-
-DEFAULT_LOG_H = 1.4
-DEFAULT_MOMENTUM = 0.9
-PAPER_STD_FLOOR = 0.01
-"""What rounding alone does to the margin of an answer of ten tokens in bfloat16: logits between 16 and 32 are 1/8
-apart, an error of 1/8 / sqrt(12) = 0.036 a token and 0.011 in the mean of ten, and the margin moves by at most as much
-as the mean does (``p_w |dm/dp_w| <= 1``). Margins that differ by less are equal, and a normalization by less would
-blow up noise: see docs/losses.md, which says what the floor bounds."""
-RELEASED_STD_FLOOR = 1e-6
-"""The authors' trainer has no floor; this only keeps a division by zero away."""
-RELEASED_GROUP_SIZE = 8
-"""Pairs of a micro-batch of the authors: 2 a GPU (their training configurations), gathered over 4 GPUs (their
-accelerate configuration)."""
-RELEASED_EVALUATION_GROUP_SIZE = 16
-"""The same in evaluation, where they take 4 a GPU."""
-
-
-@dataclass(frozen=True)
-class LMPOConfig(PreferenceOptions):
-    """Options of LMPO; the defaults are the paper's for Llama-3-Instruct 8B (Table 5).
-
-    Options that default to None belong to one choice of another option and are an error where that choice is not
-    made, so that a setting without effect cannot go unnoticed.
-    """
-
-    name: str = "lmpo"
-    beta: float = option(2.5, FINITE, POSITIVE)
-    """Scale of the implicit reward ``beta * S / n`` (Eq. 5)."""
-    h: float | None = option(None, FINITE, POSITIVE)
-    """Home advantage (Eq. 10), greater than 0; 1 turns it off. Give this or ``log_h``."""
-    log_h: float | None = option(None, FINITE)
-    """``ln h``; 0 turns the home advantage off. Neither given: 1.4."""
-    lam: float = option(0.2, FINITE, NON_NEGATIVE)
-    """``lambda``, weight of the normalised margin (Eq. 11)."""
-    compat: Literal["paper", "released_code"] = "paper"
-    """`paper`: the equations as printed. `released_code`: what the authors' trainer does (margin halved and
-    without gradient, statistics from zero without bias correction, updated before use by every micro-batch of
-    ``group_size`` pairs, in evaluation too)."""
-    margin: Literal["power5", "log", "cube", "sigmoid"] = "power5"
-    """Margin function: `power5` (Eq. 7), `log`, `cube` or `sigmoid` (Section 4.2)."""
-    alpha: float | None = option(None, FINITE, POSITIVE)
-    """Constant of `margin: log`; unset: 5, from the authors' trainer (the paper gives none)."""
-    beta_s: float | None = option(None, FINITE, POSITIVE)
-    """Constant of `margin: sigmoid`; unset: 0.1, from the authors' trainer (the paper gives none)."""
-    average_length_normalization: bool = True
-    """Scale the exponent of ``p`` by ``(n_w + n_l) / (2 n)`` (Eq. 8); off: ``p = exp(S / n)``."""
-    detach_margin: bool | None = None
-    """Whether the margin is a constant for the gradient; unset: as ``compat`` has it (App. A derives it with)."""
-    z_score: bool = True
-    """Normalise the margin by running statistics (Eq. 9); off: ``mbar = m``."""
-    statistics: Literal["ema", "cumulative"] = "ema"
-    """`ema` (Eq. 21-22) or `cumulative` (mean and deviation over all pairs so far, Eq. 9 read literally)."""
-    momentum: float | None = option(None, ("at least 0 and less than 1", lambda value: 0 <= value < 1))
-    """Weight of the past in `statistics: ema`; unset: 0.9."""
-    group_size: int | None = option(None, ("2 or more; one pair has no deviation", lambda value: value >= 2))
-    """Pairs of a micro-batch of `compat: released_code`, in the order in which the data comes, however the model's own
-    micro-batches are laid; unset: 8 (the authors' 4 GPUs of 2 pairs), and 16 in evaluation (of 4)."""
-    std_floor: float | None = option(None, FINITE, POSITIVE)
-    """The margin is never divided by less than this; unset: 0.01, and 1e-6 with `compat: released_code`."""
-
-    @property
-    def resolved_log_h(self) -> float:
-        """``ln h`` from whichever of the two was given."""
-        if self.log_h is not None:
-            return self.log_h
-        return math.log(self.h) if self.h is not None else DEFAULT_LOG_H
-
-    @property
-    def resolved_std_floor(self) -> float:
-        """The least standard deviation that divides."""
-        if self.std_floor is not None:
-            return self.std_floor
-        return RELEASED_STD_FLOOR if self.compat == "released_code" else PAPER_STD_FLOOR
-
-    @property
-    def resolved_detach_margin(self) -> bool:
-        """Whether the margin is a constant for the gradient."""
-        return self.compat == "released_code" if self.detach_margin is None else self.detach_margin
-
-    def validate(self) -> None:
-        """Check every option and every combination.
-
-        Raises:
-            ConfigError: Naming the option, its value and the remedy.
-        """
-        super().validate()
-        if self.h is not None and self.log_h is not None and abs(math.log(self.h) - self.log_h) > 1e-6:
-            raise ConfigError(
-                f"loss.h={self.h!r} and loss.log_h={self.log_h!r} disagree: ln h is {math.log(self.h):.6g}. "
-                "Give only one of them (set the other to null)."
-            )
-        self._validate_margin_constants()
-        self._validate_statistics()
-
-    def _validate_margin_constants(self) -> None:
-        for name, value, margin in (("alpha", self.alpha, "log"), ("beta_s", self.beta_s, "sigmoid")):
-            if value is not None and self.margin != margin:
-                raise ConfigError(
-                    f"loss.{name}={value!r}: only loss.margin={margin} uses it, and loss.margin={self.margin}. "
-                    f"Leave it out, or set loss.margin={margin}."
-                )
-
-    def _validate_statistics(self) -> None:
-        if not self.z_score:
-            self._refuse_statistics_options()
-        if self.statistics == "cumulative" and self.momentum is not None:
-            raise ConfigError(
-                f"loss.momentum={self.momentum!r}: loss.statistics=cumulative has none. "
-                "Leave it out, or set loss.statistics=ema."
-            )
-        if self.statistics == "cumulative" and self.compat == "released_code":
-            raise ConfigError(
-                "loss.statistics='cumulative': the released code keeps moving averages. "
-                "Set loss.statistics=ema, or loss.compat=paper."
-            )
-        if self.group_size is not None and self.compat != "released_code":
-            raise ConfigError(
-                f"loss.group_size={self.group_size!r}: only loss.compat=released_code uses it, and loss.compat="
-                f"{self.compat}. Leave it out, or set loss.compat=released_code."
-            )
-
-    def _refuse_statistics_options(self) -> None:
-        given: dict[str, Any] = {name: getattr(self, name) for name in ("momentum", "group_size", "std_floor")}
-        given["statistics"] = None if self.statistics == "ema" else self.statistics
-        for name, value in given.items():
-            if value is not None:
-                raise ConfigError(
-                    f"loss.{name}={value!r}: loss.z_score=false keeps no statistics. "
-                    "Leave it out, or set loss.z_score=true."
-                )
+from nemo_lmpo.loss.options import (
+    DEFAULT_MOMENTUM,
+    RELEASED_EVALUATION_GROUP_SIZE,
+    RELEASED_GROUP_SIZE,
+    LMPOConfig,
+)
 
 
 def lmpo_statistics(config: LMPOConfig) -> StatisticsConfig | None:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages, log1mexp
-from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
+from nemo_lmpo.loss.options import ORPOConfig
 
 LARGEST_LOG_PROBABILITY = -1e-6
 """Odds are infinite at probability 1: mean log-probabilities are kept below this in the odds, where the log-odds
 are 13.8 and their gradient is 1e6; above, the odds have no gradient."""
-
-
-@dataclass(frozen=True)
-class ORPOConfig(PreferenceOptions):
-    """Options of ORPO."""
-
-    name: str = "orpo"
-    lam: float = option(0.1, FINITE, POSITIVE)
-    """``lambda``, weight of the odds-ratio term; 0.1 is ORPO's own value for Mistral 7B. SimPO's
-    appendix searches 0.1, 0.5, 1.0, 2.0 and names no winner."""
 
 
 def _log_odds(average: Tensor) -> Tensor:

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import log_ratios
-from nemo_lmpo.loss.options import FINITE, POSITIVE, PreferenceOptions, option
-
-
-@dataclass(frozen=True)
-class RDPOConfig(PreferenceOptions):
-    """Options of R-DPO."""
-
-    name: str = "rdpo"
-    beta: float = option(0.01, FINITE, POSITIVE)
-    """Strength of the pull to the reference. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
-    alpha: float = option(0.05, FINITE)
-    """What a token of length explains of the preference: pairs with a longer chosen response push less, pairs with
-    a shorter one more. SimPO's appendix searches 0.05, 0.1, 0.5, 1.0 and names no winner."""
+from nemo_lmpo.loss.options import RDPOConfig
 
 
 def rdpo_loss(inputs: LossInputs, config: RDPOConfig) -> LossOutputs:

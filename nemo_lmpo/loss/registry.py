@@ -9,33 +9,43 @@ from typing import Any
 from torch import Tensor
 
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.cpo import CPOConfig, cpo_loss
-from nemo_lmpo.loss.dpo import DPOConfig, dpo_loss, dpo_needs_shared
+from nemo_lmpo.loss.cpo import cpo_loss
+from nemo_lmpo.loss.dpo import dpo_loss, dpo_needs_shared
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
-from nemo_lmpo.loss.ipo import IPOConfig, ipo_loss
-from nemo_lmpo.loss.kto import KTOConfig, kto_loss, kto_observe, kto_statistics
-from nemo_lmpo.loss.lmpo import LMPOConfig, lmpo_loss, lmpo_observe, lmpo_statistics
+from nemo_lmpo.loss.ipo import ipo_loss
+from nemo_lmpo.loss.kto import kto_loss, kto_observe, kto_statistics
+from nemo_lmpo.loss.lmpo import lmpo_loss, lmpo_observe, lmpo_statistics
 from nemo_lmpo.loss.numerics import chosen_nll
-from nemo_lmpo.loss.orpo import ORPOConfig, orpo_loss
-from nemo_lmpo.loss.rdpo import RDPOConfig, rdpo_loss
-from nemo_lmpo.loss.rrhf import RRHFConfig, rrhf_loss
-from nemo_lmpo.loss.sft import SFTConfig, sft_loss
-from nemo_lmpo.loss.simpo import SimPOConfig, simpo_loss
-from nemo_lmpo.loss.slic import SLiCConfig, slic_loss
-
-DEFAULT_LOSS = "lmpo"
+from nemo_lmpo.loss.options import (
+    CPOConfig,
+    DPOConfig,
+    IPOConfig,
+    KTOConfig,
+    LMPOConfig,
+    LossOptions,
+    ORPOConfig,
+    RDPOConfig,
+    RRHFConfig,
+    SFTConfig,
+    SimPOConfig,
+    SLiCConfig,
+)
+from nemo_lmpo.loss.orpo import orpo_loss
+from nemo_lmpo.loss.rdpo import rdpo_loss
+from nemo_lmpo.loss.rrhf import rrhf_loss
+from nemo_lmpo.loss.sft import sft_loss
+from nemo_lmpo.loss.simpo import simpo_loss
+from nemo_lmpo.loss.slic import slic_loss
 
 
 @dataclass(frozen=True)
 class LossEntry:
     """One loss of the registry."""
 
-    config: type[Any]
-    """Its options: a dataclass with ``name`` and ``validate()``."""
+    config: type[LossOptions]
+    """Its options: a dataclass of :mod:`nemo_lmpo.loss.options`."""
     function: Callable[[LossInputs, Any], LossOutputs]
     """Inputs and options to per-pair losses; pure."""
-    needs_reference: bool = False
-    """Whether it compares with a frozen reference model."""
     needs_shared_logps: Callable[[Any], bool] = lambda config: False
     """Options to whether it wants the log-probabilities of the two responses' common length, too."""
     statistics: Callable[[Any], StatisticsConfig | None] = lambda config: None
@@ -43,21 +53,26 @@ class LossEntry:
     observe: Callable[[LossInputs, Any], Tensor] | None = None
     """Inputs and options to the ``[B]`` values that feed the statistics."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with a frozen reference model."""
+        return self.config.needs_reference
+
 
 LOSSES: dict[str, LossEntry] = {
     "lmpo": LossEntry(LMPOConfig, lmpo_loss, statistics=lmpo_statistics, observe=lmpo_observe),
     "sft": LossEntry(SFTConfig, sft_loss),
-    "dpo": LossEntry(DPOConfig, dpo_loss, needs_reference=True, needs_shared_logps=dpo_needs_shared),
-    "rdpo": LossEntry(RDPOConfig, rdpo_loss, needs_reference=True),
-    "ipo": LossEntry(IPOConfig, ipo_loss, needs_reference=True),
+    "dpo": LossEntry(DPOConfig, dpo_loss, needs_shared_logps=dpo_needs_shared),
+    "rdpo": LossEntry(RDPOConfig, rdpo_loss),
+    "ipo": LossEntry(IPOConfig, ipo_loss),
     "rrhf": LossEntry(RRHFConfig, rrhf_loss),
     "slic": LossEntry(SLiCConfig, slic_loss),
     "cpo": LossEntry(CPOConfig, cpo_loss),
-    "kto": LossEntry(KTOConfig, kto_loss, needs_reference=True, statistics=kto_statistics, observe=kto_observe),
+    "kto": LossEntry(KTOConfig, kto_loss, statistics=kto_statistics, observe=kto_observe),
     "orpo": LossEntry(ORPOConfig, orpo_loss),
     "simpo": LossEntry(SimPOConfig, simpo_loss),
 }
-"""Every loss; a new one is a line here."""
+"""Every loss, in the order of :data:`nemo_lmpo.loss.options.OPTIONS`; a new one is a line here."""
 
 
 @dataclass(frozen=True)

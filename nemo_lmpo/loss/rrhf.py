@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch.nn.functional as F
 
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages, chosen_nll
-from nemo_lmpo.loss.options import FINITE, NON_NEGATIVE, PreferenceOptions, option
-
-
-@dataclass(frozen=True)
-class RRHFConfig(PreferenceOptions):
-    """Options of RRHF."""
-
-    name: str = "rrhf"
-    lam: float = option(1.0, FINITE, NON_NEGATIVE)
-    """``lambda``, weight of the likelihood of the chosen response; 1 in RRHF's own loss. SimPO's appendix searches
-    0.1, 0.5, 1.0, 10.0 and names no winner."""
-    nll: Literal["mean", "token_mean", "sum"] = "sum"
-    """How that likelihood is taken: `sum` over the response as SimPO's appendix prints it, its `mean`, or
-    `token_mean` over all chosen tokens of the global batch."""
+from nemo_lmpo.loss.options import RRHFConfig
 
 
 def rrhf_loss(inputs: LossInputs, config: RRHFConfig) -> LossOutputs:

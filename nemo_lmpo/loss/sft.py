@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from nemo_lmpo.loss.interface import LossInputs, LossOutputs
 from nemo_lmpo.loss.numerics import averages, chosen_nll
-from nemo_lmpo.loss.options import LossOptions
-
-
-@dataclass(frozen=True)
-class SFTConfig(LossOptions):
-    """Options of SFT."""
-
-    name: str = "sft"
-    nll: Literal["mean", "token_mean", "sum"] = "mean"
-    """How the likelihood is taken: the `mean` of a response, so that all responses weigh the same; `token_mean` over
-    all chosen tokens of the global batch, as TRL and other SFT trainers do; or the `sum`."""
+from nemo_lmpo.loss.options import SFTConfig
 
 
 def sft_loss(inputs: LossInputs, config: SFTConfig) -> LossOutputs:

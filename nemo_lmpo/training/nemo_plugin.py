@@ -23,7 +23,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.registry import DEFAULT_LOSS
+from nemo_lmpo.loss.options import DEFAULT_LOSS
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.runtime.launch import read_launch_info
 from nemo_lmpo.training.batches import StepBatch

@@ -28,8 +28,8 @@ from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.loss.options import SFTConfig
 from nemo_lmpo.loss.registry import build_loss
-from nemo_lmpo.loss.sft import SFTConfig
 from nemo_lmpo.model.lora import adapters_off
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch

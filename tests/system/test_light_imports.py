@@ -114,9 +114,13 @@ def test_kernels_start_in_order_but_with_fsdp(fsdp: str, connections: str | None
 
 
 @pytest.mark.parametrize(
-    "wrong", ["model.sede=1", "trainer.precision=16", "optim.lr=fast", "loss=simpoo", "optim.betas=["]
+    "wrong",
+    [
+        *("model.sede=1", "trainer.precision=16", "optim.lr=fast", "loss=simpoo", "optim.betas=[", "optim.lr=-1"),
+        *("loss.beta=0", "loss.gama=1", "loss.margin=odd", "loss.alpha=2", "model.reference_in_memory=true"),
+    ],
 )
-def test_wrong_keys_types_and_choices_are_refused_without_torch(wrong: str) -> None:
+def test_wrong_settings_are_refused_without_torch(wrong: str) -> None:
     code = (
         "import sys\n"
         "from nemo_lmpo.train import main\n"

@@ -2,20 +2,22 @@
 
 Nothing outside of this folder refuses such a setting; training, the dry run, `slurm submit` and `compare` all apply the
 same ones. A rule names the field, its value, why it cannot be, and what to do instead. What a single number or text may
-be stands at its field (see :mod:`nemo_lmpo.config.schema`) and is applied by :mod:`nemo_lmpo.config.rules.bounds`.
+be stands at its field, in :mod:`nemo_lmpo.config.schema`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from nemo_lmpo.config.coerce import as_far_as_known, raise_all
 from nemo_lmpo.config.rules import layout as layouts
 from nemo_lmpo.config.rules import settings
-from nemo_lmpo.config.rules.bounds import out_of_bounds
 from nemo_lmpo.config.rules.layout import ParallelLayout
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.architecture import Architecture, check_architecture
+from nemo_lmpo.settings import all_out_of_bounds
+
+__all__ = ["LAYOUT_RULES", "SETTING_RULES", "ParallelLayout", "check_settings", "problems_together", "validate"]
 
 SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.names,
@@ -52,7 +54,7 @@ def check_settings(config: Config) -> None:
     Raises:
         ConfigError: with every violation, one a line.
     """
-    _refuse(_in_settings(config))
+    raise_all(_in_settings(config))
 
 
 def validate(config: Config, architecture: Architecture, world_size: int) -> ParallelLayout:
@@ -63,16 +65,15 @@ def validate(config: Config, architecture: Architecture, world_size: int) -> Par
     """
     check_architecture(architecture)
     layout = ParallelLayout(config, architecture, world_size)
-    _refuse([*_in_settings(config), *(problem for rule in LAYOUT_RULES for problem in rule(layout))])
+    raise_all([*_in_settings(config), *(problem for rule in LAYOUT_RULES for problem in rule(layout))])
     return layout
 
 
+def problems_together(config: Config) -> list[str]:
+    """A sentence for all settings that do not go together; refused ones are passed over."""
+    return [problem for rule in SETTING_RULES for problem in as_far_as_known(rule(config))]
+
+
 def _in_settings(config: Config) -> list[str]:
-    problems = list(out_of_bounds(config))
-    _refuse(problems)  # the other rules divide by sizes, and compare numbers
-    return [problem for rule in SETTING_RULES for problem in rule(config)]
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_all(list(all_out_of_bounds(config)))  # the rules divide by sizes; programs make configurations, too
+    return problems_together(config)

@@ -7,12 +7,12 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from nemo_lmpo.config.rules.bounds import LONGEST_NAME
 from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
-from nemo_lmpo.loss.registry import LOSSES
 
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 VALIDATION_METRICS = (
     "loss",
     "rewards/chosen",
@@ -151,7 +151,7 @@ def samples(config: Config) -> Iterator[str]:
 
 def reference(config: Config) -> Iterator[str]:
     """A reference model is kept only where a loss compares with one."""
-    if config.model.reference_in_memory and not LOSSES[config.loss.name].needs_reference:
+    if config.model.reference_in_memory and not config.loss.needs_reference:
         yield (
             f"model.reference_in_memory=true, but loss.name={config.loss.name} compares with no reference model; "
             f"remove it"

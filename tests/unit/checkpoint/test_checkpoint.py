@@ -78,7 +78,7 @@ def save(session: TrainingSession, step: int, **metrics: float) -> None:
         ({"keep_last": 1, "keep_best": 2}, [2, 1, 3, 4], [1, 2, 4]),
         ({"keep_last": 1, "keep_best": 1, "mode": "max"}, [2, 1, 3, 2], [3, 4]),
         ({"keep_last": 1, "keep_best": 1}, [float("nan"), 3, 2, 4], [3, 4]),
-        ({"keep_last": 1, "keep_best": 1, "monitor": "val/other"}, [1, 2, 3, 4], [4]),
+        ({"keep_last": 1, "keep_best": 1, "monitor": "val/rewards/margins"}, [1, 2, 3, 4], [4]),
     ],
 )
 def test_newest_and_best_are_kept(

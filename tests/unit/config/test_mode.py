@@ -82,7 +82,7 @@ def test_a_configuration_of_an_earlier_version_is_a_recipe(tmp_path: Path) -> No
 def test_a_recipe_that_turns_one_on_is_refused(word: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{word}=.* is not a setting of a run.*command line"):
         config_from_mapping({word: value})
-    assert without_mode({word: None, "name": "x"}) == {"name": "x"}
+    assert without_mode({word: None, "name": "x"}, []) == {"name": "x"}
 
 
 @pytest.mark.parametrize("word", ["dry_run=true", "+dry_run=true"])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_lmpo.config.coerce import types_of
-from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.config.coerce import as_far_as_known, collect, types_of
+from nemo_lmpo.config.loss_section import collect_loss
+from nemo_lmpo.config.recipe import compose, load_recipe
 from nemo_lmpo.config.rules import LAYOUT_RULES, SETTING_RULES, ParallelLayout, check_settings, validate
-from nemo_lmpo.config.rules.bounds import out_of_bounds
 from nemo_lmpo.config.rules.settings import VALIDATION_METRICS
-from nemo_lmpo.config.schema import DatasetConfig
+from nemo_lmpo.config.schema import Config, DatasetConfig
 from nemo_lmpo.data.schema import RowError, parse_row
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.formats.architecture import architecture_from_hf
@@ -55,7 +55,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         )
     },
     **{
-        f"{name}_negative": ((f"{name}=-1",), 1, (f"{name}=-1", "must not be negative"))
+        f"{name}_negative": ((f"{name}=-1",), 1, (f"{name}=-1", "must be at least 0"))
         for name in (
             "optim.lr",
             "optim.weight_decay",
@@ -151,15 +151,19 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("model.reference_in_memory=true", "loss.name=lmpo", "remove it"),
     ),
-    "warmup_takes_all": (("optim.sched.warmup_fraction=1",), 1, ("warmup_fraction=1.0", "below 1")),
+    "warmup_takes_all": (("optim.sched.warmup_fraction=1",), 1, ("warmup_fraction=1.0", "less than 1")),
     "floor_above_rate": (("optim.lr=1e-4", "optim.sched.min_lr=1e-3"), 1, ("min_lr=0.001", "optim.lr=0.0001", "lower")),
     "three_betas": (("optim.betas=[0.9,0.99,0.999]",), 1, ("optim.betas=[0.9, 0.99, 0.999]", "two numbers")),
-    "beta_one": (("optim.betas=[0.9,1.0]",), 1, ("optim.betas=[0.9, 1.0]", "below 1")),
-    "no_epsilon": (("optim.eps=0",), 1, ("optim.eps=0.0", "above 0")),
+    "beta_one": (("optim.betas=[0.9,1.0]",), 1, ("optim.betas=[0.9, 1.0]", "less than 1")),
+    "no_epsilon": (("optim.eps=0",), 1, ("optim.eps=0.0", "greater than 0")),
     "not_a_number": (("optim.lr=nan",), 1, ("optim.lr=nan", "must be a finite number")),
     "infinite": (("optim.weight_decay=inf",), 1, ("optim.weight_decay=inf", "must be a finite number")),
     "rate_that_ruins": (("optim.lr=1e30",), 1, ("optim.lr=1e+30", "at most 1")),
-    "seed_of_too_many_bits": (("model.seed=18446744073709551616",), 1, ("model.seed=18446744073709551616", "correct")),
+    "seed_of_too_many_bits": (
+        ("model.seed=18446744073709551616",),
+        1,
+        ("model.seed=18446744073709551616", "at most 9223372036854775807"),
+    ),
     "threads_of_no_machine": (("trainer.num_threads=999999999999",), 1, ("num_threads=999999999999", "at most 1024")),
     "huge_vocabulary": (("model.make_vocab_size_divisible_by=999999999999",), 1, ("divisible_by=9", "at most 65536")),
     "loss_option_of_no_use": (("loss.log_h=1e30",), 1, ("loss.log_h=1e+30", "at most 1000000")),
@@ -199,41 +203,76 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
 }
 
 
+def collected(*overrides: str) -> tuple[Config, list[str]]:
+    """The tiny recipe with overrides and what is wrong with single settings; rules were not asked."""
+    raw, problems = compose("lmpo_tiny", overrides), list[str]()
+    section = raw.pop("loss")
+    config: Config = collect(Config, raw, unknown=lambda key, _: key, problems=problems)
+    config.loss = collect_loss(section, problems)
+    return config, problems
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_is_refused(case: str) -> None:
     overrides, world_size, expected = BAD[case]
-    config = recipe("lmpo_tiny", *overrides)
     with pytest.raises(ConfigError) as caught:
-        validate(config, architecture_from_hf(SHAPE), world_size)
+        validate(recipe("lmpo_tiny", *overrides), architecture_from_hf(SHAPE), world_size)
     assert any(all(part in line for part in expected) for line in str(caught.value).splitlines()), str(caught.value)
 
 
 def test_every_rule_is_in_the_table() -> None:
     tripped = set()
     for overrides, world_size, _ in BAD.values():
-        config = recipe("lmpo_tiny", *overrides)
-        if list(out_of_bounds(config)):
-            continue  # stops before the other rules
-        layout = ParallelLayout(config, architecture_from_hf(SHAPE), world_size)
-        tripped.update(rule for rule in SETTING_RULES if list(rule(config)))
-        tripped.update(rule for rule in LAYOUT_RULES if list(rule(layout)))
+        config, problems = collected(*overrides)
+        tripped.update(rule for rule in SETTING_RULES if list(as_far_as_known(rule(config))))
+        if not problems:
+            layout = ParallelLayout(config, architecture_from_hf(SHAPE), world_size)
+            tripped.update(rule for rule in LAYOUT_RULES if list(rule(layout)))
     assert tripped == {*SETTING_RULES, *LAYOUT_RULES}
 
 
+EVERY_KIND = {
+    "optim.lrr=1": "unknown key optim.lrr",
+    "trainer.max_steps=few": "trainer.max_steps='few' is not a whole number",
+    "trainer.precision=16": "trainer.precision=16 is unknown; choose bf16, 32",
+    "optim.eps=0": "optim.eps=0.0 must be greater than 0",
+    "loss.beta=0": "loss.beta=0.0 must be greater than 0",
+    "loss.gama=1": "unknown key loss.gama",
+    "loss.alpha=2": "loss.alpha=2.0 has an effect only with loss.margin=log",
+    "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
+    "name=a/b": "name='a/b' must be usable",
+    "model.reference_in_memory=true": "model.reference_in_memory=true, but loss.name=lmpo",
+}
+
+
 def test_all_problems_are_told_at_once() -> None:
-    config = load_recipe("lmpo_tiny", ["optim.lr=-1", "optim.eps=0", "trainer.max_steps=0"])
+    """One wave: names, types, choices, bounds, the loss's options, and settings that do not go together."""
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("lmpo_tiny", list(EVERY_KIND))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(EVERY_KIND), "\n".join(lines)
+    for beginning in EVERY_KIND.values():
+        assert any(line.startswith(beginning) for line in lines), beginning
+
+
+def test_rules_pass_over_what_is_refused() -> None:
+    """A prompt's length is not compared with a default that nobody asked for."""
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("lmpo_tiny", ["data.max_length=long", "data.max_prompt_length=3000", "loss.name=odd"])
+    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == ["data.max_length", "loss.name"]
+
+
+def test_configurations_made_in_programs_are_checked_too() -> None:
+    config = load_recipe("lmpo_tiny")
+    config.trainer.max_epochs = 0
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs=0"):
+        check_settings(config)
+    config = load_recipe("lmpo_tiny")
+    config.data.max_length, config.model.sequence_parallel = 129, True
+    config.data.row_tokens = None
     with pytest.raises(ConfigError) as caught:
         validate(config, architecture_from_hf(SHAPE), 1)
-    assert len(str(caught.value).splitlines()) == 3
-    together = ["optim.betas=[0.9]", "data.max_length=129", "data.row_tokens=null", "name=a/b"]
-    with pytest.raises(ConfigError) as caught:
-        validate(load_recipe("lmpo_tiny", together), architecture_from_hf(SHAPE), 1)
-    assert len(str(caught.value).splitlines()) == 3
-
-
-def test_settings_are_checked_before_a_model_is_looked_for() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.max_epochs=0"):
-        check_settings(load_recipe("lmpo_tiny", ["trainer.max_epochs=0"]))
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_metrics_of_validation_are_those_that_runs_have() -> None:

@@ -275,7 +275,7 @@ def test_sft_weight_adds_the_mean_likelihood_of_the_chosen_response(make_inputs,
     expected = torch.tensor([-0.25 / 4, -0.25 / 20], dtype=torch.float64)
     torch.testing.assert_close(gradients[0] - gradients[1], expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(with_sft.chosen_rewards, plain.chosen_rewards)
-    with pytest.raises(ConfigError, match=r"loss\.sft_weight=-1\.0: must be 0 or greater"):
+    with pytest.raises(ConfigError, match=r"loss\.sft_weight=-1\.0 must be at least 0"):
         parse_loss({"name": name, "sft_weight": -1})
 
 

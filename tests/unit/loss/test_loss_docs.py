@@ -14,8 +14,9 @@ import pytest
 import nemo_lmpo
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss import registry
-from nemo_lmpo.loss.lmpo import (
+from nemo_lmpo.loss import options, registry
+from nemo_lmpo.loss.margins import DEFAULT_ALPHA, DEFAULT_BETA_S
+from nemo_lmpo.loss.options import (
     DEFAULT_LOG_H,
     DEFAULT_MOMENTUM,
     PAPER_STD_FLOOR,
@@ -24,7 +25,6 @@ from nemo_lmpo.loss.lmpo import (
     RELEASED_STD_FLOOR,
     LMPOConfig,
 )
-from nemo_lmpo.loss.margins import DEFAULT_ALPHA, DEFAULT_BETA_S
 
 COMMON = ("name", "sft_weight")
 """Options that stand in no row, since all losses have them."""
@@ -38,10 +38,14 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
-    module, entry = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_loss.md").read_text(), re.DOTALL)
+    text = (DOCS / "adding_a_loss.md").read_text()
+    options_of, module, entry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setattr(options, "CDPOConfig", None, raising=False)  # taken away again at the end
+    exec(compile(options_of, "options.py", "exec", dont_inherit=True), options.__dict__)
+    monkeypatch.setitem(options.OPTIONS, "cdpo", options.CDPOConfig)
     cdpo = types.ModuleType("cdpo")
     monkeypatch.setitem(sys.modules, "cdpo", cdpo)
-    exec(compile(module, "adding_a_loss.md", "exec", dont_inherit=True), cdpo.__dict__)
+    exec(compile(module, "cdpo.py", "exec", dont_inherit=True), cdpo.__dict__)
     ((name, line),) = eval("{" + entry.strip() + "}", {**cdpo.__dict__, "LossEntry": registry.LossEntry}).items()
     monkeypatch.setitem(registry.LOSSES, name, line)
     loss = registry.build_loss(parse_loss({"name": "cdpo", "beta": 0.1, "label_smoothing": "0.2"}))
@@ -58,11 +62,11 @@ def test_the_table_lists_every_loss_with_its_defaults():
     rows.pop("`loss.name`")
     assert set(rows) == {f"`{name}`" for name in registry.LOSSES}
     for name, entry in registry.LOSSES.items():
-        _, _, options, _, reference = rows[f"`{name}`"]
+        _, _, listed, _, reference = rows[f"`{name}`"]
         assert (reference == "yes") == entry.needs_reference
         if name == "lmpo":
             continue
-        given = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
+        given = dict(re.findall(r"`(\w+)` ([\w.]+)", listed))
         defaults = {f.name: str(f.default).lower() for f in dataclasses.fields(entry.config) if f.name not in COMMON}
         assert given == defaults
 

@@ -10,8 +10,8 @@ import torch
 
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.loss.interface import LossInputs, Statistics
-from nemo_lmpo.loss.lmpo import LMPOConfig
 from nemo_lmpo.loss.margins import paper_margin
+from nemo_lmpo.loss.options import LMPOConfig
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 

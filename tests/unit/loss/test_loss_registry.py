@@ -14,9 +14,8 @@ from omegaconf import OmegaConf
 import nemo_lmpo.loss
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.lmpo import LMPOConfig
+from nemo_lmpo.loss.options import OPTIONS, LMPOConfig, SimPOConfig
 from nemo_lmpo.loss.registry import LOSSES, build_loss
-from nemo_lmpo.loss.simpo import SimPOConfig
 
 
 def test_lmpo_is_the_default():
@@ -74,40 +73,58 @@ def test_an_omegaconf_section_is_a_mapping():
         ({"z_score": 1}, r"loss\.z_score=1 is not true or false"),
         ({"z_score": "maybe"}, r"loss\.z_score='maybe' is not true or false"),
         ({"margin": 5}, r"loss\.margin=5 is unknown; choose power5"),
-        ({"beta": 0}, r"loss\.beta=0\.0: must be greater than 0"),
-        ({"beta": "nan"}, r"loss\.beta=nan: must be a finite number"),
-        ({"beta": math.inf}, r"loss\.beta=inf: must be a finite number"),
-        ({"lam": -1}, r"loss\.lam=-1\.0: must be 0 or greater"),
-        ({"h": 0}, r"loss\.h=0\.0: must be greater than 0"),
+        ({"beta": 0}, r"loss\.beta=0\.0 must be greater than 0"),
+        ({"beta": "nan"}, r"loss\.beta=nan must be a finite number"),
+        ({"beta": math.inf}, r"loss\.beta=inf must be a finite number"),
+        ({"lam": -1}, r"loss\.lam=-1\.0 must be at least 0"),
+        ({"h": 0}, r"loss\.h=0\.0 must be greater than 0"),
         ({"log_h": "inf"}, r"loss\.log_h=inf"),
-        ({"h": 4.0, "log_h": 1.4}, r"loss\.h=4\.0 and loss\.log_h=1\.4 disagree: ln h is 1\.38629"),
+        ({"h": 4.0, "log_h": 1.4}, r"loss\.h=4\.0 and loss\.log_h=1\.4 disagree, as ln h is 1\.38629"),
         ({"compat": "code"}, r"loss\.compat='code' is unknown; choose paper, released_code"),
         ({"margin": "power3"}, r"loss\.margin='power3' is unknown; choose power5, log, cube, sigmoid"),
         ({"statistics": "batch"}, r"loss\.statistics='batch' is unknown; choose ema, cumulative"),
-        ({"alpha": 5}, r"loss\.alpha=5\.0: only loss\.margin=log uses it"),
-        ({"margin": "log", "beta_s": 0.1}, r"loss\.beta_s=0\.1: only loss\.margin=sigmoid uses it"),
-        ({"margin": "log", "alpha": 0}, r"loss\.alpha=0\.0: must be greater than 0"),
-        ({"momentum": 1}, r"loss\.momentum=1\.0: must be at least 0 and less than 1"),
-        ({"z_score": False, "momentum": 0.9}, r"loss\.momentum=0\.9: loss\.z_score=false keeps no statistics"),
-        ({"z_score": False, "statistics": "cumulative"}, r"loss\.statistics='cumulative': loss\.z_score=false"),
-        ({"statistics": "cumulative", "momentum": 0.9}, r"loss\.momentum=0\.9: loss\.statistics=cumulative has none"),
-        ({"statistics": "cumulative", "compat": "released_code"}, r"loss\.statistics='cumulative': the released code"),
-        ({"group_size": 8}, r"loss\.group_size=8: only loss\.compat=released_code uses it"),
-        ({"compat": "released_code", "group_size": 1}, r"loss\.group_size=1: must be 2 or more"),
+        ({"alpha": 5}, r"loss\.alpha=5\.0 has an effect only with loss\.margin=log; leave it out"),
+        ({"margin": "log", "beta_s": 0.1}, r"loss\.beta_s=0\.1 has an effect only with loss\.margin=sigmoid"),
+        ({"margin": "log", "alpha": 0}, r"loss\.alpha=0\.0 must be greater than 0"),
+        ({"momentum": 1}, r"loss\.momentum=1\.0 must be at least 0 and less than 1"),
+        ({"z_score": False, "momentum": 0.9}, r"loss\.momentum=0\.9 has an effect only with loss\.z_score=true"),
+        ({"z_score": False, "statistics": "cumulative"}, r"loss\.statistics=cumulative has .* with loss\.z_score=true"),
+        ({"statistics": "cumulative", "momentum": 0.9}, r"loss\.momentum=0\.9 has .* with loss\.statistics=ema"),
+        (
+            {"statistics": "cumulative", "compat": "released_code"},
+            r"loss\.statistics=cumulative does not go with loss\.",
+        ),
+        ({"group_size": 8}, r"loss\.group_size=8 has an effect only with loss\.compat=released_code"),
+        ({"compat": "released_code", "group_size": 1}, r"loss\.group_size=1 must be at least 2; one pair"),
         ({"compat": "released_code", "group_size": 2.5}, r"loss\.group_size=2\.5 is not a whole number"),
         ({"compat": "released_code", "group_size": "x"}, r"loss\.group_size='x' is not a whole number"),
-        ({"z_score": False, "std_floor": 0.1}, r"loss\.std_floor=0\.1: loss\.z_score=false keeps no statistics"),
-        ({"std_floor": 0}, r"loss\.std_floor=0\.0: must be greater than 0"),
-        ({"name": "dpo", "ld_alpha": 1.5}, r"loss\.ld_alpha=1\.5: must be between 0 and 1"),
-        ({"name": "dpo", "ld_alpha": "nan"}, r"loss\.ld_alpha=nan: must be between 0 and 1"),
+        ({"z_score": False, "std_floor": 0.1}, r"loss\.std_floor=0\.1 has an effect only with loss\.z_score=true"),
+        ({"std_floor": 0}, r"loss\.std_floor=0\.0 must be greater than 0"),
+        ({"name": "dpo", "ld_alpha": 1.5}, r"loss\.ld_alpha=1\.5 must be at least 0 and at most 1; unset it"),
+        ({"name": "dpo", "ld_alpha": "nan"}, r"loss\.ld_alpha=nan must be a finite number"),
         ({"name": "cpo", "nll": "average"}, r"loss\.nll='average' is unknown; choose mean, token_mean, sum"),
-        ({"name": "kto", "desirable_weight": 0}, r"loss\.desirable_weight=0\.0: must be greater than 0"),
+        ({"name": "kto", "desirable_weight": 0}, r"loss\.desirable_weight=0\.0 must be greater than 0"),
         ({"name": "ipo", "tau": 0}, r"loss\.tau=0\.0"),
     ],
 )
 def test_what_is_wrong_is_named(raw, message):
     with pytest.raises(ConfigError, match=message):
         parse_loss(raw)
+
+
+def test_all_that_is_wrong_is_named_at_once():
+    wrong = {"beta": 0, "lam": "much", "gama": 1, "momentum": 0.5, "statistics": "cumulative", "group_size": 4}
+    with pytest.raises(ConfigError) as caught:
+        parse_loss(wrong)
+    told = [line.removeprefix("unknown key ") for line in str(caught.value).splitlines()]
+    wanted = ["loss.beta=0.0", "loss.lam='much'", "loss.gama", "loss.group_size=4", "loss.momentum=0.5"]
+    assert len(told) == len(wanted)
+    assert all(line.startswith(beginning) for line, beginning in zip(told, wanted, strict=True)), told
+
+
+def test_the_options_are_those_of_the_losses():
+    assert {name: entry.config for name, entry in LOSSES.items()} == OPTIONS
+    assert list(LOSSES) == list(OPTIONS)
 
 
 def test_h_and_log_h_may_agree():
@@ -150,6 +167,16 @@ def test_every_default_and_option_has_a_docstring_with_its_source():
                 assert isinstance(following, ast.Expr), f"{entry.config.__name__}.{node.target.id} has no docstring"
 
 
+def test_options_do_without_torch():
+    tree = ast.parse(Path(sys.modules[LMPOConfig.__module__].__file__).read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names} == {
+        "nemo_lmpo.errors",
+        "nemo_lmpo.settings",
+    }
+
+
 def test_losses_import_only_torch():
     """Pure math: no engine, no processes, no other room of the package."""
     folder = Path(nemo_lmpo.loss.__file__).parent
@@ -167,7 +194,7 @@ def test_losses_import_only_torch():
                 allowed = (
                     module == "torch"
                     or (module.startswith("torch.") and not module.startswith("torch.distributed"))
-                    or module == "nemo_lmpo.errors"
+                    or module in ("nemo_lmpo.errors", "nemo_lmpo.settings")
                     or module == "nemo_lmpo.loss"
                     or module.startswith("nemo_lmpo.loss.")
                     or module.split(".")[0] in sys.stdlib_module_names

@@ -16,7 +16,7 @@ from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.mapping import separate
-from nemo_lmpo.loss.lmpo import LMPOConfig
+from nemo_lmpo.loss.options import LMPOConfig
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.model.build import build_model_chunks
