@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, ConfigError, shown
 from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.window import window_from_hf, window_to_hf
 
 MOST_LAYERS = 10_000
 """More than any model has; a larger number is a damaged config, and would take hours to count through."""
@@ -32,16 +33,16 @@ class Family:
     """The query, key and value projections have biases; no other projection has."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before the rotary embedding."""
+    biases: tuple[str, ...] = ()
+    """Switches of further biases, which are not supported; transformers reads no other family's."""
     window: str | None = None
     """The switch of the sliding window; empty: `sliding_window` alone decides; None: the family has none."""
     absent: Mapping[str, int] = field(default_factory=dict)
     """What transformers puts in place of absent fields, where it is not Llama's."""
-    constant: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields that an exported config states."""
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "LlamaModel", constant={"attention_bias": False, "mlp_bias": False}),
+    "llama": Family("LlamaForCausalLM", "LlamaModel", biases=("attention_bias", "mlp_bias")),
     "mistral": Family(
         "MistralForCausalLM",
         "MistralModel",
@@ -53,16 +54,15 @@ FAMILIES: dict[str, Family] = {
         "Qwen2Model",
         qkv_bias=True,
         window="use_sliding_window",
-        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
-        constant={"use_sliding_window": False},
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         "Qwen3Model",
         qk_norm=True,
+        biases=("attention_bias",),
         window="use_sliding_window",
-        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-        constant={"attention_bias": False, "use_sliding_window": False},
+        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096},
     ),
 }
 """By `model_type` of a Hugging Face config."""
@@ -135,8 +135,8 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     fields = Fields(config, origin)
     model_type = _model_type(fields)
     family = FAMILIES[model_type]
-    biases = {} if family.qkv_bias else {"attention_bias": (False, None)}
-    fields.require({"hidden_act": ("silu", None), "mlp_bias": (False, None), **biases}, f"{model_type} models here")
+    biases: dict[str, tuple[Any, ...]] = dict.fromkeys(family.biases, (False, None))
+    fields.require(_REQUIRED | biases, f"{model_type} models here")
     heads = fields.size("num_attention_heads")
     hidden = fields.size("hidden_size")
     absent = {"num_key_value_heads": heads, "max_position_embeddings": 2048, "head_dim": hidden // heads}
@@ -156,10 +156,19 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        sliding_window=_window(fields, family, layers),
+        sliding_window=window_from_hf(fields, family.window, family.absent.get("sliding_window", 0), layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        initializer_range=fields.number("initializer_range", 0.02),
+        initializer_range=_initializer_range(fields),
     )
+
+
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish", None),
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "transformers_weights": (None, "model.safetensors"),
+}
+"""Fields of any family that transformers computes something else by, and what they may be."""
 
 
 def _model_type(fields: Fields) -> str:
@@ -171,11 +180,19 @@ def _model_type(fields: Fields) -> str:
         )
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        # Longer names belong to other models (ministral, mistral3, llama4), and so does qwen.
+        hint = f"; did you mean '{near[0]}'?" if near and len(name) <= len(near[0]) and near[0].isalpha() else ""
         raise CheckpointError(
             f"{fields.origin}: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}{hint}"
         )
     return name
+
+
+def _initializer_range(fields: Fields) -> float:
+    value = fields.number("initializer_range", 0.02, zero=True)
+    if value > 1:
+        raise fields.error("initializer_range", "is not a standard deviation between 0 and 1; correct it")
+    return value
 
 
 def even_head_dim(head_dim: int, origin: str) -> int:
@@ -193,11 +210,15 @@ def even_head_dim(head_dim: int, origin: str) -> int:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling; transformers 5 keeps both in `rope_parameters`, older ones in two fields."""
-    name = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
+    """Base and scaling, from where transformers takes them.
+
+    Version 5 writes `rope_parameters`, older ones `rope_scaling` beside `rope_theta`. The older field wins where both
+    say something, and what the one that counts does not say is looked for at the top.
+    """
+    name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     given = fields.values.get(name) or {}
-    if not isinstance(given, Mapping):
-        raise fields.error(name, "does not describe a rotary embedding; correct it")
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise fields.error(name, "does not describe one rotary embedding of all layers; correct it")
     older = {name: fields.values[name] for name in ("rope_theta", "partial_rotary_factor") if name in fields.values}
     rope = Fields({**older, **given}, f"{fields.origin}: {name}")
     rope.require({"partial_rotary_factor": (1.0, None)}, "the whole head is rotated")
@@ -208,7 +229,11 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
     if kind == "llama3":
-        return theta, llama3_scaling(rope, "factor", "original_max_position_embeddings")
+        original = "original_max_position_embeddings"
+        # The one at the top wins over the one inside; without either, the model's whole context counts.
+        places = ((fields, original), (rope, original), (fields, "max_position_embeddings"))
+        counts = next((place.values[name] for place, name in places if name in place.values), None)
+        return theta, llama3_scaling(Fields({**rope.values, original: counts}, rope.origin), "factor", original)
     raise CheckpointError(
         f"{fields.origin}: rope_type {shown(kind)} is not supported; supported: default, linear, llama3"
     )
@@ -231,19 +256,6 @@ def llama3_scaling(fields: Fields, factor: str, original: str, defaults: RopeSca
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise fields.error("high_freq_factor", f"is not above low_freq_factor={scaling.low_freq_factor}; correct it")
     return scaling
-
-
-def _window(fields: Fields, family: Family, layers: int) -> int | None:
-    """The window of all layers; transformers gives no other family's attention one, whatever the config says."""
-    if family.window is None:
-        return None
-    if not family.window:
-        return fields.size("sliding_window", absent=family.absent["sliding_window"], null=0) or None
-    windowed = fields.flag(family.window) and fields.size("max_window_layers", absent=28, null=28) < layers
-    kinds = fields.values.get("layer_types")
-    if windowed or (isinstance(kinds, list) and "sliding_attention" in kinds):
-        raise fields.error(family.window, "with a window in some layers only is not supported; supported: none")
-    return None
 
 
 def read_architecture(directory: Path, name: str = "config.json") -> Architecture:
@@ -324,8 +336,8 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": a.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
-        **a.family.constant,
-        **({"sliding_window": a.sliding_window} if a.family.window is not None else {}),
+        **dict.fromkeys(a.family.biases, False),
+        **({} if a.family.window is None else window_to_hf(a.sliding_window, a.family.window)),
     }
 
 

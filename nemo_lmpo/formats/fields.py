@@ -42,9 +42,10 @@ class Fields:
         *,
         absent: int | None = None,
         null: int | None = None,
+        least: int = 1,
         most: int = LARGEST_SIZE,
     ) -> int:
-        """A whole number of at least 1; ``absent`` and ``null`` stand in for a field that is not there, or is null."""
+        """A whole number; ``absent`` and ``null`` stand in for a field that is not there, or is null."""
         value = self.values.get(name, _MISSING)
         if value is _MISSING:
             if absent is None:
@@ -52,22 +53,23 @@ class Fields:
             return absent
         if value is None and null is not None:
             return null
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(name, "is not a whole number of at least 1; correct it")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(name, f"is not a whole number of at least {least}; correct it")
         if value > most:
             raise self.error(name, f"is more than {most}, the most that is supported; correct it")
         return value
 
-    def number(self, name: str, absent: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, name: str, absent: float | None = None, *, zero: bool = False) -> float:
+        """A finite number above 0, or ``zero`` itself if that is allowed."""
         value = self.values.get(name, absent)
         if value is None and name not in self.values:
             raise CheckpointError(f"{self.origin}: the field {name} is missing; add it")
         if self._text_numbers and isinstance(value, str):
             with suppress(ValueError):
                 value = float(value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(name, "is not a number above 0; correct it")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or (value == 0 and not zero):
+            raise self.error(name, f"is not a number {'of at least' if zero else 'above'} 0; correct it")
         return float(value)
 
     def flag(self, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import parse_json
+from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT
 from nemo_lmpo.formats.source import TensorSource, get_fitting
 
 SINGLE_FILE = "model.safetensors"
@@ -24,30 +26,44 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Files grow to at most this size, unless one tensor is larger (as transformers does by default)."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating-point formats of safetensors that weights may have."""
+_WITHOUT_PREFIX = re.compile(r"embed_tokens\.|layers\.\d+\.|norm\.")
 
 
 class HuggingFaceSource(TensorSource):
     """Tensors of a directory with `model.safetensors`, or with shards and `model.safetensors.index.json`.
 
+    What lies there is taken as transformers takes it: the single file if there is one, whatever index lies beside it;
+    every tensor of the files that the index names, wherever it says they are; and names without `model.`, as a decoder
+    without its output layer is saved.
+
     Headers are read and checked at once, tensors when asked for: :meth:`get` maps the file into memory, so a
     slice of the result reads only its own pages, and the mapping goes when the tensor does.
 
+    Args:
+        directory: where the files are.
+        tied: the output layer is the embedding, and may be the one that is stored.
+
     Raises:
-        CheckpointError: no weights, a missing or truncated file, or an index that does not agree with it.
+        CheckpointError: no weights, a missing or truncated file, or two different tensors of one name.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, tied: bool = False) -> None:
         super().__init__(str(directory), {})
         self._directory = directory
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        """File, and the name there."""
         self._dtypes: dict[str, torch.dtype] = {}
-        index = directory / INDEX_FILE
-        if index.is_file():
-            self._open_index(index)
-        elif (directory / SINGLE_FILE).is_file():
+        if (directory / SINGLE_FILE).is_file():
             self._add_file(directory / SINGLE_FILE)
+        elif (directory / INDEX_FILE).is_file():
+            for path in _indexed_files(directory / INDEX_FILE):
+                self._add_file(path)
         else:
             raise CheckpointError(self._nothing_found())
+        if tied and HF_OUTPUT in self._places and HF_EMBEDDING not in self._places:
+            self._places[HF_EMBEDDING] = self._places.pop(HF_OUTPUT)
+            self._shapes[HF_EMBEDDING] = self._shapes.pop(HF_OUTPUT)
+            self._dtypes[HF_EMBEDDING] = self._dtypes.pop(HF_OUTPUT)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in the file's header."""
@@ -56,8 +72,9 @@ class HuggingFaceSource(TensorSource):
     def get(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file."""
         # Opened for each tensor: a mapping that lives on keeps every page it was read through resident.
-        with _open(self._files[name]) as file:
-            return file.get_tensor(name)
+        path, stored = self._places[name]
+        with _open(path) as file:
+            return file.get_tensor(stored)
 
     def _nothing_found(self) -> str:
         if not self._directory.is_dir():
@@ -70,44 +87,52 @@ class HuggingFaceSource(TensorSource):
             )
         return f"{self._directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"
 
-    def _open_index(self, index: Path) -> None:
-        try:
-            weight_map = parse_json(index.read_bytes(), str(index))["weight_map"]
-            listed = {str(name): str(file) for name, file in weight_map.items()}
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{index} is not a safetensors index ({type(error).__name__}: {error}); restore the file"
-            ) from None
-        files = sorted(set(listed.values()))
-        outside = [file for file in files if Path(file).name != file]
-        if outside:
-            raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}; restore the file")
-        absent = [file for file in files if not (index.parent / file).is_file()]
-        if absent:
-            raise CheckpointError(
-                f"{index} names {len(absent)} file(s) that are missing: {', '.join(absent)}; download them again"
-            )
-        for file in files:
-            self._add_file(index.parent / file)
-        astray = sorted(name for name, file in listed.items() if self._files.get(name) != index.parent / file)
-        if astray:
-            raise CheckpointError(
-                f"{index} places tensors in files that do not hold them: {', '.join(astray)}; download the files again"
-            )
-
     def _add_file(self, path: Path) -> None:
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                view = file.get_slice(name)
+            for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = file.get_slice(stored)
                 kind = view.get_dtype()
                 if kind not in DTYPES:
                     raise CheckpointError(
-                        f"{path}: {name} is {kind}, which is not supported; convert the model to one of "
+                        f"{path}: {stored} is {kind}, which is not supported; convert the model to one of "
                         f"{', '.join(DTYPES)} first"
                     )
-                self._files[name] = path
+                name = _full_name(stored)
+                if name in self._places and not torch.equal(self.get(name), file.get_tensor(stored)):
+                    raise CheckpointError(
+                        f"{path} holds another {name} than {self._places[name][0].name} ({self._places[name][1]}); "
+                        "remove the file that does not belong to the model"
+                    )
+                self._places[name] = (path, stored)
                 self._shapes[name] = tuple(view.get_shape())
                 self._dtypes[name] = DTYPES[kind]
+
+
+def _full_name(stored: str) -> str:
+    """The name of a tensor in the whole model, where transformers adds or removes `model.`."""
+    if _WITHOUT_PREFIX.match(stored):
+        return f"model.{stored}"
+    return HF_OUTPUT if stored == f"model.{HF_OUTPUT}" else stored
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names; what it says of the tensors in them does not count."""
+    try:
+        weight_map = parse_json(index.read_bytes(), str(index))["weight_map"]
+        files = sorted({str(file) for file in weight_map.values()})
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{index} is not a safetensors index ({type(error).__name__}: {error}); restore the file"
+        ) from None
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise CheckpointError(f"{index} names files outside its directory: {', '.join(outside)}; restore the file")
+    absent = [file for file in files if not (index.parent / file).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index} names {len(absent)} file(s) that are missing: {', '.join(absent)}; download them again"
+        )
+    return [index.parent / file for file in files]
 
 
 def _open(path: Path) -> Any:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, shown
 from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.architecture import (
     Architecture,
@@ -40,6 +40,9 @@ NEMO2_WEIGHTS = "weights"
 _MOST_YAML_BYTES = 1_000_000
 _MOST_YAML_BRACKETS = 1000
 _CONFIGS = ("config.json", "generation_config.json")
+_ADAPTER_CONFIG = "adapter_config.json"
+_STEP = re.compile(r"(iter|step)_\d+")
+"""Where trainers keep the checkpoint of a step."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +127,44 @@ def _open(path: Path, config: Path | None) -> ModelFiles:
 
 
 def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
+    _refuse_adapters(path)
     if not any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
-        raise CheckpointError(
-            f"{path} is no model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
-            f"nor {NEMO2_CONFIG}, nor {run_files.ARCHITECTURE}, nor .metadata; give the directory of a model"
-        )
+        raise CheckpointError(_no_model(path))
     sidecars = side_files(path)
     architecture = _given_architecture(config, sidecars) if config else read_architecture(path)
-    source = HuggingFaceSource(path)
+    source = HuggingFaceSource(path, tied=architecture.tie_word_embeddings)
     check_source(source, architecture)
     return ModelFiles("huggingface", str(path), architecture, source, sidecars)
+
+
+def _no_model(path: Path) -> str:
+    steps = sorted(found.name for found in path.glob("*_*") if _STEP.fullmatch(found.name) and found.is_dir())
+    if steps:
+        return f"{path} holds the checkpoints of {len(steps)} step(s); give one of them, for example {path / steps[-1]}"
+    return (
+        f"{path} is not a model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
+        f"nor {NEMO2_CONFIG}, nor {run_files.ARCHITECTURE}, nor .metadata; give the directory of a model"
+    )
+
+
+def _refuse_adapters(path: Path) -> None:
+    """Refuse a directory that PEFT wrote, and a model to which transformers would add adapters.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if not (path / _ADAPTER_CONFIG).is_file():
+        return
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds adapters beside a model ({_ADAPTER_CONFIG}), which transformers adds to it; merge them with "
+            "peft (merge_and_unload), or move them elsewhere"
+        )
+    content = Fields(parse_json((path / _ADAPTER_CONFIG).read_bytes(), str(path / _ADAPTER_CONFIG)), str(path)).values
+    raise CheckpointError(
+        f"{path} holds adapters of PEFT for the base model {shown(content.get('base_model_name_or_path'))}, and not a "
+        "model; merge them into their base with peft (merge_and_unload, then save_pretrained) and give the result"
+    )
 
 
 def _open_training(path: Path, config: Path | None) -> ModelFiles:

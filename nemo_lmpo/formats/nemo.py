@@ -209,7 +209,7 @@ def architecture_from_nemo(config: Mapping[str, Any], vocab_size: int, origin: s
     fitting = [
         name
         for name, family in FAMILIES.items()
-        if (family.qkv_bias, family.qk_norm) == (bias, norm) and (window is None or family.window == "")
+        if (family.qkv_bias, family.qk_norm) == (bias, norm) and (window is None or family.window is not None)
     ]
     if not fitting:
         raise CheckpointError(
@@ -283,7 +283,7 @@ def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: 
             scaling.original_max_position_embeddings,
         )
     if _window(model) is not None:
-        if family.window != "":
+        if family.window is None:
             raise model.error("window_size", f"is not supported for a {model_type}; correct it")
         _logger.warning(
             "%s: NeMo 2 keeps a model's window in place of its positions; max_position_embeddings becomes %d (give the "

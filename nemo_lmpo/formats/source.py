@@ -15,8 +15,8 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT, hf_shapes
 
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Rotary frequencies that old files carry; they follow from the config."""
+_IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+"""Rotary frequencies that old files carry, of each layer or of the model; they follow from the config."""
 _MOST_NAMED = 40
 
 

@@ -277,7 +277,7 @@ def test_unsupported_architecture_names_the_supported_ones(source: Path, tmp_pat
         ("num_attention_heads", 0, "num_attention_heads=0 is not a whole number of at least 1"),
         ("vocab_size", -5, "vocab_size=-5 is not a whole number of at least 1"),
         ("rms_norm_eps", "small", "rms_norm_eps='small' is not a number"),
-        ("rope_parameters", "x", "does not describe a rotary embedding"),
+        ("rope_parameters", "x", "does not describe one rotary embedding"),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}, "rope_parameters: the field factor is missing"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported"),
     ],
@@ -341,7 +341,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "does not exist" in _error(hf_to_nemo, tmp_path / "nothing", tmp_path / "x.nemo")
     assert "does not exist" in _error(nemo_to_hf, tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    assert "is no model" in _error(nemo_to_hf, tmp_path / "empty", tmp_path / "out")
+    assert "is not a model" in _error(nemo_to_hf, tmp_path / "empty", tmp_path / "out")
 
 
 def test_wrong_direction(source: Path, nemo: Path, tmp_path: Path) -> None:

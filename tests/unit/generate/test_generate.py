@@ -204,7 +204,7 @@ def test_bad_sampling_names_the_option(values, option):
 
 
 def test_bad_checkpoints(tmp_path, run):
-    with pytest.raises(CheckpointError, match="is no model"):
+    with pytest.raises(CheckpointError, match="is not a model"):
         load_generator(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
