@@ -14,12 +14,12 @@ from nemo_lmpo.answers.trained_model import open_trained, read_training_config, 
 from nemo_lmpo.data.chat import stop_ids
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.tokenizer import chat_template_text, padding_id
-from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
+from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.chat_files import renders_with_default
 from nemo_lmpo.formats.conversion import tensor_names
+from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.model_files import ModelFiles
-from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -195,7 +195,7 @@ class Generator(Prompting):
 
 
 def load_generator(
-    checkpoint: Path,
+    checkpoint: Path | str,
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -205,8 +205,7 @@ def load_generator(
     """Open a model in any stored form.
 
     Args:
-        checkpoint: a training checkpoint or run directory (its newest checkpoint), a Hugging Face directory, or a
-            `.nemo` file.
+        checkpoint: path or hub name of a model in any form (:func:`nemo_lmpo.formats.find_model.find_model`).
         device: `cpu` or `cuda`; by default the GPU if there is one.
         dtype: of weights and computation; by default BF16 on a GPU and float32 elsewhere.
         chat_template: as `data.chat_template`; by default what the checkpoint was trained with, or its tokenizer's.
@@ -227,10 +226,10 @@ def default_dtype(device: str) -> torch.dtype:
 
 
 def open_prompting(
-    checkpoint: Path, *, chat_template: str | None = None, system_prompt: str | None = None
+    checkpoint: Path | str, *, chat_template: str | None = None, system_prompt: str | None = None
 ) -> Prompting:
     """As :func:`load_generator`, without reading the weights."""
-    directory = newest_checkpoint(checkpoint)
+    directory = find_model(checkpoint).path
     files = open_trained(directory, chat_template=chat_template)
     tokenizer = tokenizer_of(files)
     if system_prompt is None and files.chat is not None and (chat_template or not renders_with_default(files.chat)):
@@ -246,21 +245,6 @@ def open_prompting(
     )
     ends = stop_ids(encoder.chat, files.side_file("generation_config.json"), files.origin)
     return Prompting(directory, read_training_config(directory), files, tokenizer, encoder, ends)
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run directory; any other path as it is.
-
-    Raises:
-        CheckpointError: a run directory without checkpoints.
-    """
-    root = path / "checkpoints"
-    if not root.is_dir():
-        return path
-    steps = saved_steps(root)
-    if not steps:
-        raise CheckpointError(f"{root} holds no checkpoint; give a run that has saved one")
-    return step_directory(root, steps[-1])
 
 
 def transformers_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
 from nemo_lmpo.runtime.command import run_parser
 
 if TYPE_CHECKING:
@@ -53,14 +55,14 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _add_hf_to_nemo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
+    parser.add_argument("--input", "--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="FILE.nemo, or a directory")
     _add_conversion(parser)
     parser.set_defaults(run=_hf_to_nemo, when_interrupted=_NOTHING_LEFT)
 
 
 def _add_nemo_to_hf(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, metavar="MODEL", help=".nemo file or checkpoint directory")
+    parser.add_argument("--input", "--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write")
     parser.add_argument(
         "--config",
@@ -86,7 +88,7 @@ def _add_nemo_to_hf(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", required=True, metavar="MODEL", help="Hugging Face directory or hub name")
-    parser.add_argument("--nemo", required=True, type=Path, metavar="PATH", help=".nemo file or checkpoint directory")
+    parser.add_argument("--nemo", required=True, metavar="MODEL", help="run, checkpoint, .nemo or NeMo 2 directory")
     parser.add_argument("--config", type=Path, metavar="PATH", help="config.json for a bare distributed checkpoint")
     parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
     _add_comparison(parser)
@@ -131,13 +133,14 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.conversion import plan, write_nemo
-    from nemo_lmpo.formats.find_model import local_model
     from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
 
-    path, hub_name = local_model(options.input)
+    found = find_model(options.input)
+    path, hub_name = found.path, found.hub_name
     model = open_model(path)
-    _expect(model, "huggingface", "convert_nemo_to_hf converts from NeMo")
+    if model.kind in ("nemo", "nemo2", "megatron"):
+        raise CheckpointError(f"{model.origin} is a NeMo model already; to get a Hugging Face one, use nemo-to-hf")
     work = plan(model, options.output, options.dtype)
     if not _ready(work, [path], options):
         return 0
@@ -154,15 +157,14 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
 
 def _nemo_to_hf(options: argparse.Namespace) -> int:
     from nemo_lmpo.answers.trained_model import open_trained
-    from nemo_lmpo.errors import ConfigError
     from nemo_lmpo.formats.conversion import plan, write_huggingface
 
     if not 0 < options.max_shard_gb < float("inf"):
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is no size; give for example 5")
-    path = Path(options.input).expanduser()
+    path = find_model(options.input).path
     model = open_trained(path, config=options.config, tokenizer=options.tokenizer)
     if model.kind == "huggingface":
-        _expect(model, "NeMo", "convert_hf_to_nemo converts from Hugging Face")
+        raise CheckpointError(f"{model.origin} is a Hugging Face model already; to get a NeMo one, use hf-to-nemo")
     work = plan(model, options.output, options.dtype)
     given = [given for given in (path, options.config, options.tokenizer) if given is not None]
     if not _ready(work, given, options):
@@ -181,7 +183,7 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.model_files import open_adapters
     from nemo_lmpo.formats.outputs import check_output, complete_or_not_at_all
 
-    path = Path(options.input).expanduser()
+    path = find_model(options.input).path
     adapters, architecture = open_adapters(path)
     check_output(options.output, [path], overwrite=options.overwrite)
     if not options.dry_run:
@@ -192,10 +194,10 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
 
 
 def _verify_given(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.find_model import local_model
 
-    hf_path, _ = local_model(options.hf)
-    return _verify(hf_path, options.nemo, options, config=options.config, tensors_only=options.tensors_only)
+    hf_path = find_model(options.hf).path
+    nemo_path = find_model(options.nemo).path
+    return _verify(hf_path, nemo_path, options, config=options.config, tensors_only=options.tensors_only)
 
 
 def _verify(
@@ -217,8 +219,6 @@ def _verify(
 
 
 def _expect(model: ModelFiles, kind: str, remedy: str) -> None:
-    from nemo_lmpo.errors import CheckpointError
-
     if model.kind != kind:
         raise CheckpointError(f"{model.origin} is a {model.kind} model, not a {kind} one; {remedy}")
 

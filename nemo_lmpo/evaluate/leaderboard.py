@@ -21,7 +21,7 @@ from nemo_lmpo.evaluate.model import default_name, describe
 from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
 from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
-from nemo_lmpo.formats.find_model import local_model
+from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.runtime.files import content_hash, read_json
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
     versions = all_packages()
     if options.task_data is not None and not options.task_data.is_dir():
         raise ConfigError(f"--task-data {options.task_data} is no directory; give one with a TASK.jsonl for each task")
-    path, _ = local_model(options.model)
+    path = find_model(options.model).path
     from nemo_lmpo.answers.engine import open_prompting
 
     prompting = open_prompting(path)
@@ -115,7 +115,7 @@ def export(given: str, output: Path) -> Path:
     Raises:
         CheckpointError: there is no such model, or it cannot be converted.
     """
-    path, _ = local_model(given)
+    path = find_model(given).path
     from nemo_lmpo.answers.engine import open_prompting
 
     return huggingface_form(open_prompting(path), output, weights=True)

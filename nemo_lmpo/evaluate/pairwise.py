@@ -41,7 +41,7 @@ from nemo_lmpo.evaluate.result import (
     write_result,
 )
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
-from nemo_lmpo.formats.find_model import local_model
+from nemo_lmpo.formats.find_model import find_model
 
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
@@ -153,7 +153,7 @@ def trained_model(
     options: argparse.Namespace, evaluation_set: EvaluationSet, chosen: Sequence[Instruction], folder: Path
 ) -> tuple[Model, AnswerSource]:
     """A model on disk, answering through a server or in this process."""
-    path, _ = local_model(options.model)
+    path = find_model(options.model).path
     from nemo_lmpo.answers.engine import choose_device, open_prompting
     from nemo_lmpo.evaluate.in_process import InProcessSource, default_dtype
 

@@ -39,12 +39,13 @@ def export_run(
     Raises:
         UserError: no run with a checkpoint, no room, or an output that holds something else.
     """
-    from nemo_lmpo.answers.engine import newest_checkpoint, open_prompting
+    from nemo_lmpo.answers.engine import open_prompting
     from nemo_lmpo.formats.conversion import hf_files, plan, write_huggingface
+    from nemo_lmpo.formats.find_model import find_model
 
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run} is no run with checkpoints; give a run directory")
-    directory = newest_checkpoint(run)
+    directory = find_model(run).path
     prompting = open_prompting(directory)
     conversion = plan(prompting.files, output, dtype)
     # The same command again, after a push that failed or for new evaluations, has no weights to write.

@@ -6,9 +6,10 @@ Beside the tensors (``lora.layers.N.q_proj.lora_A`` ...) lies `adapter.json`, wh
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,7 +91,20 @@ class AdapterTensors:
                 f"{checkpoint.origin} holds other adapters than {run_files.ADAPTER} says: {len(missing)} are missing "
                 f"and {len(unknown)} unknown, first {[*missing, *unknown][0]}"
             )
-        self.layers = layers
+        self.origin, self.scale = checkpoint.origin, description.scale
+        self._places = {
+            f"{hf_module(layer, name)}.weight": (layer, name)
+            for layer in range(layers)
+            for name in description.projections
+        }
+
+    def changed(self) -> list[str]:
+        """Hugging Face names of the weights that adapters are added to."""
+        return list(self._places)
+
+    def pair_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of a weight by its Hugging Face name, as :meth:`pair`."""
+        return self.pair(*self._places[name])
 
     def pair(self, layer: int, projection: str) -> tuple[Tensor, Tensor]:
         """A ``[rank, in]`` and B ``[out, rank]`` as stored."""
@@ -109,17 +123,36 @@ class AdapterTensors:
         return down, up
 
 
-class MergedSource(TensorSource):
-    """A base model with its adapters added to the weights."""
+class Adapters(Protocol):
+    """Low-rank changes of a model's weights."""
 
-    def __init__(self, base: TensorSource, adapters: AdapterTensors) -> None:
-        super().__init__(adapters.checkpoint.origin, {name: base.shape(name) for name in base.names()})
+    origin: str
+    scale: float
+    """What the product of B and A is multiplied by."""
+
+    def changed(self) -> Iterable[str]:
+        """Hugging Face names of the weights that adapters are added to."""
+
+    def pair_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """A ``[rank, in]`` and B ``[out, rank]`` of a weight."""
+
+
+class MergedSource(TensorSource):
+    """A base model with its adapters added to the weights.
+
+    Raises:
+        CheckpointError: adapters of weights that the base does not have.
+    """
+
+    def __init__(self, base: TensorSource, adapters: Adapters) -> None:
+        super().__init__(adapters.origin, {name: base.shape(name) for name in base.names()})
         self._base, self._adapters = base, adapters
-        self._changed = {
-            f"{hf_module(layer, name)}.weight": (layer, name)
-            for layer in range(adapters.layers)
-            for name in adapters.description.projections
-        }
+        self._changed = frozenset(adapters.changed())
+        if unknown := sorted(self._changed - set(base.names())):
+            raise CheckpointError(
+                f"{self.origin} holds an adapter of {unknown[0]}, which the base does not have; give the base that the "
+                "adapters were trained on"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """That of the base's tensor."""
@@ -130,8 +163,8 @@ class MergedSource(TensorSource):
         tensor = self._base.get(name)
         if name not in self._changed:
             return tensor
-        down, up = self._adapters.pair(*self._changed[name])
-        change = up.float() @ down.float() * self._adapters.description.scale
+        down, up = self._adapters.pair_of(name)
+        change = up.float() @ down.float() * self._adapters.scale
         if change.shape != tensor.shape:
             raise CheckpointError(
                 f"{self.origin}: the adapters of {name} are for {list(change.shape)}, and the base has "

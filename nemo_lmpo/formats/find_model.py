@@ -1,38 +1,76 @@
-"""From the name of a model, as a user writes it, to its place on this machine."""
+"""From the name of a model, as a user writes it, to its place on this machine: one meaning for every command."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_lmpo.errors import CheckpointError, first_line
+from nemo_lmpo.runtime import run_files
 
+MODEL_HELP = "a run, checkpoint, .nemo file, NeMo 2 or Hugging Face directory, PEFT adapter, or hub name OWNER/NAME"
+"""What a MODEL on a command line can be."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_model(name: str) -> tuple[Path, str | None]:
-    """The local path of ``name``, and its hub name if it came from the Hugging Face hub.
+@dataclass(frozen=True)
+class FoundModel:
+    """Where a model is."""
 
-    An existing path wins; `OWNER/NAME` is downloaded into the usual cache (weights as safetensors only).
+    path: Path
+    """What :func:`nemo_lmpo.formats.model_files.open_model` opens; of a run, its newest checkpoint."""
+    run: Path | None = None
+    """The run directory that it belongs to."""
+    hub_name: str | None = None
+    """Its name on the Hugging Face hub, if it came from there."""
+
+
+def find_model(given: str | Path, *, fetch: bool = True) -> FoundModel:
+    """Find a model by a path or a hub name. An existing path wins.
+
+    A run directory (or its folder `checkpoints/`) means its newest checkpoint. `OWNER/NAME` is downloaded into the
+    usual cache, weights as safetensors only.
+
+    Args:
+        given: as a user writes it.
+        fetch: bring hub models to this machine; without, only the cache is looked into.
 
     Raises:
-        CheckpointError: neither a path nor a model that can be downloaded.
+        CheckpointError: neither a path nor a model that can be downloaded, or a run that has saved nothing.
     """
-    path = Path(name).expanduser()
+    path = Path(given).expanduser()
     if path.exists():
-        return path, None
+        return _in_run(path)
+    name = str(given)
     if not _HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"{name} does not exist; give a model directory, a .nemo file or a hub name OWNER/NAME")
+        raise CheckpointError(f"{name} does not exist; give {MODEL_HELP}")
+    return FoundModel(_from_hub(name, fetch=fetch), hub_name=name)
+
+
+def _in_run(path: Path) -> FoundModel:
+    root = path if path.name == run_files.CHECKPOINTS else path / run_files.CHECKPOINTS
+    if root.is_dir():
+        steps = run_files.saved_steps(root)
+        if not steps:
+            raise CheckpointError(f"{root} holds no checkpoint; give a run that has saved one")
+        return FoundModel(run_files.step_directory(root, steps[-1]), run=root.parent)
+    parent = path.absolute().parent
+    belongs = (path / run_files.ARCHITECTURE).is_file() and parent.name == run_files.CHECKPOINTS
+    return FoundModel(path, run=parent.parent if belongs else None)
+
+
+def _from_hub(name: str, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
 
+    patterns = ["model*.safetensors", "model.safetensors.index.json", "adapter*", *TOKENIZER_PATTERNS]
     try:
-        patterns = ["model*.safetensors", "model.safetensors.index.json", *TOKENIZER_PATTERNS]
-        return Path(snapshot_download(name, allow_patterns=patterns)), name
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is no local path and cannot be fetched from the hub ({first_line(error)}); "
+            f"{name} is not a local path and cannot be fetched from the hub ({first_line(error)}); "
             "check the name and your login"
         ) from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+from nemo_lmpo.formats.adapters import PEFT_CONFIG
 from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.formats.find_model import find_model
 
 
 def weights_fingerprint(path: Path | None, architecture: Architecture, seed: int = 0) -> str:
@@ -24,4 +27,7 @@ def weights_fingerprint(path: Path | None, architecture: Architecture, seed: int
             digest.update(file_path.name.encode())
             with file_path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
+    if (path / PEFT_CONFIG).is_file():
+        base = find_model(json.loads((path / PEFT_CONFIG).read_bytes())["base_model_name_or_path"])
+        digest.update(weights_fingerprint(base.path, architecture).encode())
     return digest.hexdigest()

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError, shown
-from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
+from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.adapters import PEFT_CONFIG, AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.architecture import (
     Architecture,
     architecture_from_hf,
@@ -22,10 +22,12 @@ from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
 from nemo_lmpo.formats.chat_files import with_chat
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
+from nemo_lmpo.formats.peft import PeftAdapter
 from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.runtime import run_files
@@ -40,7 +42,6 @@ NEMO2_WEIGHTS = "weights"
 _MOST_YAML_BYTES = 1_000_000
 _MOST_YAML_BRACKETS = 1000
 _CONFIGS = ("config.json", "generation_config.json")
-_ADAPTER_CONFIG = "adapter_config.json"
 _STEP = re.compile(r"(iter|step)_\d+")
 """Where trainers keep the checkpoint of a step."""
 
@@ -50,7 +51,7 @@ class ModelFiles:
     """A model on disk: what it looks like, its tensors under Hugging Face names, and the files beside them."""
 
     kind: str
-    """`huggingface`, `nemo`, `nemo2`, `training` or `megatron`."""
+    """`huggingface`, `peft`, `nemo`, `nemo2`, `training` or `megatron`."""
     origin: str
     architecture: Architecture
     source: TensorSource
@@ -121,13 +122,14 @@ def _open(path: Path, config: Path | None) -> ModelFiles:
         return _open_nemo(DirectoryFiles(path), config)
     if (path / "context").is_dir() and (path / NEMO2_WEIGHTS).is_dir():
         return _open_nemo2(path, config)
+    if (path / PEFT_CONFIG).is_file():
+        return _open_peft(path)
     if (path / ".metadata").is_file() or (path / "metadata.json").is_file():
         return _open_bare(path, config)
     return _open_huggingface(path, config)
 
 
 def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
-    _refuse_adapters(path)
     if not any((path / name).is_file() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise CheckpointError(_no_model(path))
     sidecars = side_files(path)
@@ -147,23 +149,25 @@ def _no_model(path: Path) -> str:
     )
 
 
-def _refuse_adapters(path: Path) -> None:
-    """Refuse a directory that PEFT wrote, and a model to which transformers would add adapters.
-
-    Raises:
-        CheckpointError: there are some.
-    """
-    if not (path / _ADAPTER_CONFIG).is_file():
-        return
+def _open_peft(path: Path) -> ModelFiles:
     if (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} holds adapters beside a model ({_ADAPTER_CONFIG}), which transformers adds to it; merge them with "
+            f"{path} holds adapters beside a model ({PEFT_CONFIG}), which transformers adds to it; merge them with "
             "peft (merge_and_unload), or move them elsewhere"
         )
-    content = Fields(parse_json((path / _ADAPTER_CONFIG).read_bytes(), str(path / _ADAPTER_CONFIG)), str(path)).values
-    raise CheckpointError(
-        f"{path} holds adapters of PEFT for the base model {shown(content.get('base_model_name_or_path'))}, and not a "
-        "model; merge them into their base with peft (merge_and_unload, then save_pretrained) and give the result"
+    adapter = PeftAdapter(path)
+    if not isinstance(adapter.base, str) or not adapter.base:
+        raise CheckpointError(f"{path} does not name the model it adapts; set base_model_name_or_path in {PEFT_CONFIG}")
+    try:
+        found = find_model(adapter.base).path
+        if (found / PEFT_CONFIG).is_file():
+            raise CheckpointError(f"{found} is an adapter itself; merge it with peft's merge_and_unload first")
+        base = open_model(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / PEFT_CONFIG}: base_model_name_or_path: {error}") from None
+    own = {name: read for name, read in side_files(path).items() if name not in _CONFIGS}
+    return ModelFiles(
+        "peft", str(path), base.architecture, MergedSource(base.source, adapter), {**base.sidecars, **own}
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.errors import CheckpointError, ConfigError, shown
+from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
 from nemo_lmpo.runtime.files import content_hash, file_stamp
 from nemo_lmpo.runtime.interruption import Interrupted
 
@@ -22,11 +23,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Answer prompts with a model: a training checkpoint, a run directory (its newest checkpoint), a "
-        "Hugging Face directory, or a .nemo file. Greedy unless --temperature is given. With --output, answers are "
+        description="Answer prompts with a model. Greedy unless --temperature is given. With --output, answers are "
         "kept as they come; an interrupted command, repeated, resumes.",
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="the model")
+    parser.add_argument("--model", "--checkpoint", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines with `prompt`: text, or messages"
     )
@@ -55,8 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit} must be at least 1; leave it out for all prompts")
     prompts = read_prompts(options.prompts, options.limit)
-    if not options.checkpoint.exists():
-        raise CheckpointError(f"--checkpoint {options.checkpoint} does not exist; give a model directory or file")
+    model = find_model(options.model)
     output = None if options.output is None else checked_output(options.output, options.prompts)
     _check_text("--system-prompt", options.system_prompt or "")
     # Imported here, so that what was wrong above is answered at once.
@@ -67,9 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     sampling.validate()
     device = choose_device(options.device)
-    prompting = open_prompting(
-        options.checkpoint, chat_template=options.chat_template, system_prompt=options.system_prompt
-    )
+    prompting = open_prompting(model.path, chat_template=options.chat_template, system_prompt=options.system_prompt)
     ids = encode_prompts(prompts, prompting.encoder)
     keeper: Keeper
     if output is None:

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf, read_architecture
-from nemo_lmpo.formats.find_model import local_model
+from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.runtime import run_files
 
@@ -46,7 +46,7 @@ def find_start_model(model: ModelConfig, *, fetch: bool = True) -> StartModel:
     if not fetch and model.architecture is not None and not Path(path).expanduser().exists():
         return StartModel(_expected(_with_vocabulary(model)), model.tokenizer or path)
     try:
-        local, _ = local_model(path)
+        local = find_model(path).path
         found, sidecars = _open(local)
     except CheckpointError as error:
         raise CheckpointError(f"model.restore_from_path: {error}") from None

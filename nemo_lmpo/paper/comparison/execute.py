@@ -76,9 +76,9 @@ def make_start_model(plan: RunPlan, scale: Scale, *, quiet: bool) -> None:
     Raises:
         TrainingError: it could not be trained.
     """
-    from nemo_lmpo.answers.engine import newest_checkpoint
     from nemo_lmpo.formats.conversion import plan as plan_conversion
     from nemo_lmpo.formats.conversion import write_huggingface
+    from nemo_lmpo.formats.find_model import find_model
     from nemo_lmpo.formats.model_files import open_model
 
     if not plan.finished:
@@ -87,7 +87,7 @@ def make_start_model(plan: RunPlan, scale: Scale, *, quiet: bool) -> None:
             raise TrainingError(f"the start model could not be trained; see {plan.directory / LOG_FILE}")
     output = plan.directory / "hf"
     if not output.exists():
-        write_huggingface(plan_conversion(open_model(newest_checkpoint(plan.directory)), output))
+        write_huggingface(plan_conversion(open_model(find_model(plan.directory).path), output))
 
 
 def _report(plan: RunPlan, exit_code: int, seconds: float) -> None:

@@ -345,8 +345,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_wrong_direction(source: Path, nemo: Path, tmp_path: Path) -> None:
-    assert "convert_nemo_to_hf" in _error(hf_to_nemo, nemo, tmp_path / "x.nemo")
-    assert "convert_hf_to_nemo" in _error(nemo_to_hf, source, tmp_path / "out")
+    assert "use nemo-to-hf" in _error(hf_to_nemo, nemo, tmp_path / "x.nemo")
+    assert "use hf-to-nemo" in _error(nemo_to_hf, source, tmp_path / "out")
 
 
 def test_existing_output(source: Path, nemo: Path, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_lmpo.answers.engine import Sampling, load_generator, newest_checkpoint
+from nemo_lmpo.answers.engine import Sampling, load_generator
 from nemo_lmpo.answers.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.conversion import plan, write_huggingface
+from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -74,9 +75,9 @@ def test_greedy_is_the_likeliest_token_each_time(run):
 
 def test_every_form_of_the_model_answers_alike(run):
     root, prompts, _ = run
-    write_huggingface(plan(open_model(newest_checkpoint(root / "run")), root / "hf"))
+    write_huggingface(plan(open_model(find_model(root / "run").path), root / "hf"))
     sampling = Sampling(max_new_tokens=10)
-    forms = [root / "run", newest_checkpoint(root / "run"), root / "hf", root / "policy"]
+    forms = [root / "run", find_model(root / "run").path, root / "hf", root / "policy"]
     answers = [load_generator(form).respond(prompts, sampling) for form in forms]
     assert all(answer == answers[0] for answer in answers)
 
@@ -94,7 +95,7 @@ def test_a_qwen_trains_converts_and_answers(model_type, own, tmp_path):
         session.train(0.0)
         session.files.save_to(tmp_path / "policy.nemo")
         prompts = [session.data.train[index].prompt_ids for index in range(3)]
-    write_huggingface(plan(open_model(newest_checkpoint(tmp_path / "run")), tmp_path / "hf"))
+    write_huggingface(plan(open_model(find_model(tmp_path / "run").path), tmp_path / "hf"))
     forms = [tmp_path / name for name in ("run", "policy.nemo", "hf")]
     answers = [load_generator(form).respond(prompts, Sampling(max_new_tokens=6)) for form in forms]
     assert answers[0] == answers[1] == answers[2]
