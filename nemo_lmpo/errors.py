@@ -1,10 +1,66 @@
-"""The errors a user can cause; every command prints them as one message, without a traceback."""
+"""The errors a user can cause, and what their messages may show: no credentials, one printable line.
+
+Every command prints these errors as one message, without a traceback.
+"""
 
 from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote, urlsplit
+
+HIDDEN = "***"
+"""Stands in messages for a credential."""
+_SECRET_VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
+_SHORTEST_SECRET, _SHORTEST_IN_ENVIRONMENT = 6, 8
+"""Shorter values are not looked for: they stand in ordinary text, too."""
+_USER_INFO = re.compile(r"""(?<=://)[^\s/?#]*@|(?<![\w/@.:-])[^\s/:@"'=]+:[^\s/@]+@(?=[\w.-]+(?::\d|/|$))""")
+_QUERY_VALUE = re.compile(r"""(?<=[?&;])([\w.~%\[\]-]+=)[^\s&;#"'<>)]+""")
+_AUTHORIZATION = re.compile(r"""\b((?:Bearer|Basic)\s+)[^\s"',;]+""", re.IGNORECASE)
+_remembered: set[str] = set()
+
+
+def remember_secret(*values: str | None) -> None:
+    """Let no message of this process show these values, wherever they come up."""
+    _remembered.update(value for value in values if value and len(value) >= _SHORTEST_SECRET)
+
+
+def without_secrets(text: str) -> str:
+    """A text with `***` for every credential that is known or that its place gives away.
+
+    Known are the values of variables such as `OPENAI_API_KEY` and what :func:`remember_secret` was given; places are
+    the user part and the query of an address, and what follows `Bearer`.
+    """
+    for secret in sorted(_remembered | _secrets_of_environment(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _USER_INFO.sub(f"{HIDDEN}@", text)
+    text = _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
+    return _QUERY_VALUE.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def _secrets_of_environment() -> set[str]:
+    found = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    for value in os.environ.values():
+        if "://" in value and "@" in value:
+            found |= _passwords(value)
+    return {value for value in found if len(value) >= _SHORTEST_IN_ENVIRONMENT}
+
+
+def _passwords(url: str) -> set[str]:
+    """As it stands in an address, and as it is meant."""
+    try:
+        password = urlsplit(url).password or ""
+    except ValueError:
+        return set()
+    return {password, unquote(password)}
 
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message names it, its value and the remedy."""
+
+    def __str__(self) -> str:
+        """The message, without credentials."""
+        return without_secrets(super().__str__())
 
 
 class ConfigError(UserError):
@@ -22,10 +78,14 @@ class CheckpointError(UserError):
 class TrainingError(RuntimeError):
     """Training cannot go on, for example because a loss is not finite."""
 
+    def __str__(self) -> str:
+        """The message, without credentials."""
+        return without_secrets(super().__str__())
+
 
 def first_line(error: BaseException) -> str:
     """What an exception says, for use within a sentence: one line, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
+    lines = without_secrets(str(error)).strip().splitlines()
     return lines[0][:1000] if lines else type(error).__name__
 
 
@@ -40,5 +100,6 @@ def shown(value: object, most: int = 80) -> str:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply"
-    text = text if text.isprintable() else ascii(value)
+    # Before it is cut: of half a credential nothing tells what it is.
+    text = without_secrets(text if text.isprintable() else ascii(value))
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.errors import ConfigError, UserError, remember_secret
+from nemo_lmpo.runtime.credentials import Address
 
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses that another try may not meet."""
@@ -80,12 +81,11 @@ class Endpoint:
         self, option: str, url: str, limits: Limits, *, key: str | None = None, key_variable: str = ""
     ) -> None:
         limits.validate()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{option} {url} is no URL; give one such as http://localhost:8000/v1")
-        path = parts.path.rstrip("/")
-        self.base = f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else f'{path}/v1'}"
+        self.address = _read_address(option, url)
+        base = self.address.shown.rstrip("/")
+        self.base = base if base.endswith("/v1") else f"{base}/v1"
         self.option, self.limits, self._key, self._key_variable = option, limits, key, key_variable
+        remember_secret(key)
         self._pace = _Pace(limits.requests_per_minute)
         self._session = self._open(limits.retries)
 
@@ -93,13 +93,14 @@ class Endpoint:
         session = open_session(retries, self.limits.backoff, self.limits.concurrency)
         if self._key:
             session.headers["Authorization"] = f"Bearer {self._key}"
+        session.headers.update(self.address.headers())
+        session.params = dict(self.address.query)
         return session
 
     @property
     def shown(self) -> str:
         """The address without anything secret."""
-        parts = urlsplit(self.base)
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return self.base
 
     def served_models(self) -> list[str]:
         """Names that the server answers to; empty if it does not say. Tells at once whether it is there.
@@ -159,6 +160,18 @@ class Endpoint:
         elif answer.status_code in _PASSING:
             advice = f" after {self.limits.retries} retries"
         return UserError(f"{self.option} {self.shown} says {answer.status_code} ({said}){advice}; {_KEPT}")
+
+
+def _read_address(option: str, url: str) -> Address:
+    try:
+        address = Address.of(url)
+    except ValueError:
+        address = None
+    if address is None or not re.match(r"https?://[^/]", address.shown):
+        # What stands before the `@` may be a password.
+        given = url.rpartition("@")[2].partition("?")[0]
+        raise ConfigError(f"{option} {given} is not a URL; give one such as http://localhost:8000/v1")
+    return address
 
 
 def open_session(retries: int, backoff: float = 1.0, connections: int = 1) -> requests.Session:

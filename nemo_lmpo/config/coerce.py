@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.runtime.credentials import stripped
 from nemo_lmpo.settings import limits_of, out_of_bounds
 
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -162,7 +163,7 @@ def _as_type(value: Any, option: Any) -> tuple[Any] | None:
         items = [_as_type(item, typing.get_args(option)[0]) for item in value] if isinstance(value, list) else [None]
         return None if None in items else ([item[0] for item in items if item is not None],)
     if origin is dict:
-        return (dict(value),) if isinstance(value, Mapping) else None
+        return (_without_credentials(dict(value)),) if isinstance(value, Mapping) else None
     plain = {bool: _as_switch, int: _as_whole, float: _as_number, str: _as_text}.get(option)
     converted = plain(value) if plain is not None else None
     return None if converted is None else (converted,)
@@ -192,8 +193,17 @@ def _as_number(value: Any) -> float | None:
 
 
 def _as_text(value: Any) -> str | None:
-    """Also numbers: YAML reads durations and hub names of digits as such."""
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    """Also numbers: YAML reads durations and hub names of digits as such. An address keeps its credentials apart."""
+    return stripped(str(value)) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+def _without_credentials(value: Any) -> Any:
+    """A mapping of any depth whose addresses have no credentials."""
+    if isinstance(value, Mapping):
+        return {key: _without_credentials(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(inner) for inner in value]
+    return stripped(value) if isinstance(value, str) else value
 
 
 def _describe(options: Sequence[Any]) -> str:

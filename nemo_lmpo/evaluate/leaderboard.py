@@ -22,6 +22,7 @@ from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
 from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
 from nemo_lmpo.formats.find_model import find_model
+from nemo_lmpo.runtime.credentials import Address
 from nemo_lmpo.runtime.files import content_hash, read_json
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ def _harness_model(
     exported = huggingface_form(prompting, folder / EXPORT_FOLDER, weights=options.endpoint is None)
     if options.endpoint is not None:
         endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
+        if endpoint.address.query:
+            raise ConfigError(
+                f"--endpoint {endpoint.shown} has a query, which lm_eval cannot send; put the server's key into an "
+                "environment variable and name that with --key"
+            )
         served = choose_model(endpoint, options.served_name, "--served-name")
         generation = {"backend": "endpoint", "endpoint": endpoint.shown, "served_name": served, "dtype": "the server's"}
         arguments |= {"model": served, "base_url": f"{endpoint.base}/completions", "tokenizer": str(exported)}
@@ -158,9 +164,18 @@ def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path,
             if line.startswith("done "):
                 bar.update(1)
 
-        # The harness takes the server's key from there.
-        key = {"OPENAI_API_KEY": os.environ.get(options.key, "none")} if options.endpoint is not None else {}
-        run_program("leaderboard", request, log=folder / "lm_eval.log", environment=key, on_line=on_line)
+        run_program(
+            "leaderboard", request, log=folder / "lm_eval.log", environment=_credentials(options), on_line=on_line
+        )
+
+
+def _credentials(options: argparse.Namespace) -> dict[str, str]:
+    """Variables from which the harness takes what the server wants to see: a key, or a user with a password."""
+    if options.endpoint is None:
+        return {}
+    headers = Address.of(options.endpoint).headers()
+    basic = {"NEMO_LMPO_AUTHORIZATION": headers["Authorization"]} if headers else {}
+    return {"OPENAI_API_KEY": os.environ.get(options.key, "none"), **basic}
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,7 @@ from nemo_lmpo.evaluate.result import (
 )
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
 from nemo_lmpo.formats.find_model import find_model
+from nemo_lmpo.runtime.credentials import require_variable_name
 
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
@@ -112,6 +113,7 @@ def prepare(options: argparse.Namespace) -> Plan:
 
 def open_endpoint(option: str, url: str, options: argparse.Namespace, variable: str) -> Endpoint:
     """A server as the options have it, with the key of an environment variable."""
+    require_variable_name("--judge-key" if option.startswith("--judge") else "--key", variable)
     limits = Limits(options.concurrency, options.requests_per_minute, options.retries)
     return Endpoint(option, url, limits, key=os.environ.get(variable), key_variable=variable)
 

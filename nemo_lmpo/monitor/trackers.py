@@ -19,6 +19,7 @@ from nemo_lmpo.monitor import observer
 from nemo_lmpo.monitor.observer import Observer
 from nemo_lmpo.monitor.samples import Sample, as_markdown
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.credentials import Address, whole
 from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _wanted(run_dir: Path, config: LoggingConfig, settings: Mapping[str, Any], r
     if config.mlflow.experiment:
         setting = f"logging.mlflow.experiment={config.mlflow.experiment!r}"
         _require("mlflow", setting)
-        uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = _mlflow_uri(config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
         if not uri:
             raise ConfigError(f"{setting} needs a server; set logging.mlflow.tracking_uri or MLFLOW_TRACKING_URI")
         remedy = "correct logging.mlflow.tracking_uri, or unset logging.mlflow.experiment"
@@ -140,6 +141,32 @@ def _wanted(run_dir: Path, config: LoggingConfig, settings: Mapping[str, Any], r
             _Wanted("TensorBoard", setting, remedy, resume_step > 0, lambda: _tensorboard(run_dir, resume_step))
         )
     return found
+
+
+def _mlflow_uri(given: str | None) -> str:
+    """Where MLflow's client finds its server.
+
+    The client prints and logs the address of an HTTP server, so it gets user and password by their variables.
+
+    Raises:
+        ConfigError: the address has a query, which MLflow cannot send.
+    """
+    uri = whole(given or "")
+    if not uri.startswith(("http://", "https://")):
+        return uri
+    try:
+        address = Address.of(uri)
+    except ValueError:
+        return uri
+    if address.query:
+        raise ConfigError(
+            f"logging.mlflow.tracking_uri={address.shown} has a query, which MLflow cannot send; set "
+            "MLFLOW_TRACKING_TOKEN to the token instead"
+        )
+    for name, value in (("USERNAME", address.user), ("PASSWORD", address.password)):
+        if value:
+            os.environ[f"MLFLOW_TRACKING_{name}"] = value
+    return address.shown
 
 
 def _require(package: str, setting: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import shlex
@@ -16,9 +17,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 
-from nemo_lmpo.errors import TrainingError, UserError
+from nemo_lmpo.errors import TrainingError, UserError, without_secrets
+from nemo_lmpo.runtime.credentials import hide_credentials
 from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
 
 RESUME = "run the same command to resume"
@@ -51,9 +53,10 @@ def run_parser(parser: argparse.ArgumentParser, arguments: Sequence[str] | None 
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != _TRACEBACK]
+    hide_credentials()
     options = _parse(parser, words)
     options.traceback = len(words) < len(given)
-    options.command_line = f"{parser.prog} {shlex.join(words)}"
+    options.command_line = f"{parser.prog} {shlex.join(map(without_secrets, words))}"
     start_logging()
     status = _guarded(options)
     leave: Callable[[int], int] = getattr(options, "leave", lambda status: status)
@@ -61,10 +64,15 @@ def run_parser(parser: argparse.ArgumentParser, arguments: Sequence[str] | None 
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    # Plain parse_args gives up at the second group of overrides.
-    options, rest = parser.parse_known_args(words)
-    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    said = io.StringIO()  # argparse repeats what it does not understand
+    try:
+        with redirect_stderr(said):
+            # Plain parse_args gives up at the second group of overrides.
+            options, rest = parser.parse_known_args(words)
+            if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    finally:
+        sys.stderr.write(without_secrets(said.getvalue()))
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -96,8 +104,8 @@ def _guarded(options: argparse.Namespace) -> int:
         _say(": ".join(["interrupted", *filter(None, notes)]))
         return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
     if options.traceback:
-        traceback.print_exception(caught)
-    for line in message.splitlines():
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(caught))))
+    for line in without_secrets(message).splitlines():
         _say(line if line.startswith(" ") else f"error: {line}")  # indented lines are details of the one above
     return 1
 

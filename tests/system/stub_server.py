@@ -51,6 +51,10 @@ class Stub:
     url: str = ""
     faults: Faults = field(default_factory=Faults)
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    credentials: list[tuple[str | None, str]] = field(default_factory=list)
+    """Header and query of each request."""
+    refusal: str = ""
+    """Answer 401 with this text."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, path: str) -> int:
@@ -130,11 +134,20 @@ def chat(stub: Stub, body: dict[str, Any]) -> dict[str, Any]:
 
 def _handler(stub: Stub) -> type[JsonHandler]:
     class Handler(JsonHandler):
+        def parse_request(self) -> bool:
+            fine = super().parse_request()
+            if fine:
+                self.path, _, query = self.path.partition("?")
+                stub.credentials.append((self.headers.get("Authorization"), query))
+            return fine
+
         def do_GET(self) -> None:
             self.send_json(200, {"data": [{"id": MODEL}]} if self.path.endswith("/models") else {})  # also /health
 
         def do_POST(self) -> None:
             body = json.loads(self.body())
+            if stub.refusal:
+                return self.send_json(401, {"error": {"message": stub.refusal}})
             with stub.lock:
                 if stub.faults.busy > 0:
                     stub.faults.busy -= 1

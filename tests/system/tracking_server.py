@@ -32,6 +32,8 @@ class TrackingServer:
     """One of `FAULTS`; empty: it works."""
     metrics: list[tuple[int, str, float]] = field(default_factory=list)
     """Step, name and value of all that it took."""
+    authorizations: list[str | None] = field(default_factory=list)
+    """What each request said of who asks."""
     let_go: threading.Event = field(default_factory=threading.Event)
     """Ends the requests that hang."""
     listening: ThreadingHTTPServer | None = None
@@ -52,6 +54,7 @@ def _handler(server: TrackingServer) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            server.authorizations.append(self.headers.get("Authorization"))
             if server.fault == "hang":
                 server.let_go.wait()
             elif server.fault == "reset":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ class Harness:
         else:
             from lm_eval.models.openai_completions import LocalCompletionsAPI as Harnessed
 
-        model: Any = Harnessed(**told["arguments"])
+        user = os.environ.get("NEMO_LMPO_AUTHORIZATION") if told["kind"] == "endpoint" else None
+        model: Any = Harnessed(**told["arguments"], **({"header": {"Authorization": user}} if user else {}))
         model.tokenizer.chat_template = told["chat_template"]
         _watch(model)
         return model

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import ConfigError, TrainingError
+from nemo_lmpo.errors import ConfigError, TrainingError, without_secrets
 from nemo_lmpo.paper.comparison.scales import SCALES, Scale, find_scale
 from nemo_lmpo.paper.comparison.suites import SUITES, Suite, Variant
 from nemo_lmpo.runtime.command import RESUME
@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     every = ([start] if start is not None else []) + list(plans.values())
     if options.list:
         for plan in dict.fromkeys(every):
-            sys.stdout.write(f"python -m nemo_lmpo.train {shlex.join(plan.arguments())}\n")
+            sys.stdout.write(f"python -m nemo_lmpo.train {shlex.join(map(without_secrets, plan.arguments()))}\n")
         return 0
     failed = _train_all(start, plans, scale, options)
     page = _write(suites, scale, seeds, plans, output, options.command_line)
@@ -126,7 +126,7 @@ def _write(
         command_line,
         {key: result["values"] for key, result in measured.items()},
         {key: read_metrics(plans[key].directory / "metrics.jsonl") for key in measured},
-        {variant: f"{plan.recipe} {' '.join(plan.overrides)}" for (variant, _), plan in plans.items()},
+        {who: without_secrets(" ".join((plan.recipe, *plan.overrides))) for (who, _), plan in plans.items()},
         examples,
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
         [f"{variant.label} (seed {seed})" for variant, seed in plans if (variant, seed) not in measured],

@@ -141,7 +141,7 @@ def test_no_server_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://"])
 def test_no_url_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="is no URL"):
+    with pytest.raises(ConfigError, match="is not a URL"):
         Endpoint("--endpoint", url, QUICK)
 
 
