@@ -70,7 +70,9 @@ def report_pages(folder: Path, text: str) -> list[Path]:
         "checkpoint": {"monitor": f"val/{text}"},
         "optim": {"sched": {"name": text}},
     }
-    run = write_run(folder, config=yaml.safe_dump(settings), validate=(10, 20))
+    # YAML has no halves of surrogate pairs, JSON has.
+    config = re.sub(r"\\u[dD][89a-fA-F]..", "x", yaml.safe_dump(settings))
+    run = write_run(folder, config=config, validate=(10, 20))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, text: 1.0, f"val/{text}": 0.5}) + "\n")
     sample = {"step": 10, "prompt": text, "answer": text, "tokens": 3, "finished": False}
