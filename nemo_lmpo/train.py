@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_lmpo.config.mode import Mode, split_mode
 from nemo_lmpo.errors import TrainingError, UserError
 from nemo_lmpo.monitor.observer import any_failed
+from nemo_lmpo.monitor.watchdog import go_on, watched
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 from nemo_lmpo.runtime.command import RESUME, run_parser
@@ -187,10 +188,7 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
         why = f" (no better {config.checkpoint.monitor} for a while)" if result.early else ""
         _logger.info("done: %d steps%s; checkpoints in %s", result.step, why, run.checkpoints)
         if config.checkpoint.export_hf:
-            from nemo_lmpo.export.write import export_run
-
-            exported = export_run(run.path, run.path / run_files.HUGGINGFACE, overwrite=True)
-            _logger.info("exported: %s", exported)
+            _export(run.path, config)
     else:
         leave_outcome(stopped(result.stopped_by))
         if result.step == 0:
@@ -199,6 +197,14 @@ def _train(config: Config, launch: LaunchInfo, started: float) -> int:
             what = "stopped by %s after step %d, saved; run the same command to resume"
             _logger.info(what, result.stopped_by, result.step)
     return 0
+
+
+def _export(run: Path, config: Config) -> None:
+    from nemo_lmpo.export.write import export_run
+
+    with watched("the export", config.trainer.step_timeout):
+        exported = export_run(run, run / run_files.HUGGINGFACE, overwrite=True, progress=lambda name: go_on())
+    _logger.info("exported: %s", exported)
 
 
 def _dry_run(config: Config, mode: Mode) -> int:

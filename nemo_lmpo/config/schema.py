@@ -218,7 +218,8 @@ class TrainerConfig:
     profile: list[int] | None = setting(None, may_change=True)
     """`[FIRST, LAST]`: steps to profile; traces go to `profile/` in the run directory."""
     step_timeout: float | None = setting(3600.0, may_change=True, above=0, remedy="unset it to wait for ever")
-    """Seconds after which a step counts as hung: every rank shows where it stands, and the run ends with an error."""
+    """Seconds after which a run counts as hung in a step, a batch of a validation or reference pass, a token of sampled
+    answers, loading, or saving: every rank shows where it stands, and the run ends with an error."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ def export_run(
     name: str | None = None,
     evaluations: Sequence[Path] = (),
     overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Export a run's newest checkpoint; returns ``output``, which `transformers` and vLLM load.
 
@@ -35,6 +36,7 @@ def export_run(
         name: of the model, or `OWNER/NAME` on the hub; by default the run directory's.
         evaluations: folders of :mod:`nemo_lmpo.evaluate` whose results the card shows.
         overwrite: replace an output that is there; without it, one with these very weights gets a new card.
+        progress: hears of every tensor that is written.
 
     Raises:
         UserError: no run with a checkpoint, no room, or an output that holds something else.
@@ -51,7 +53,7 @@ def export_run(
     # The same command again, after a push that failed or for new evaluations, has no weights to write.
     if overwrite or not holds(output, conversion):
         conversion.check([directory], overwrite=overwrite)
-        write_huggingface(conversion, overwrite=overwrite)
+        write_huggingface(conversion, overwrite=overwrite, progress=progress)
     else:
         _renew_side_files(output, hf_files(conversion))
     write_card(run, output, name or run.resolve().name, evaluations, prompting.files.chat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,14 +46,6 @@ class BatchesAhead:
         if number + 1 < self.num_batches:
             self._coming = self._begin(number + 1)
         return batch
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        """All batches in turn; the thread ends with them."""
-        try:
-            for number in range(self.num_batches):
-                yield self.get(number)
-        finally:
-            self.close()
 
     def wait(self) -> None:
         """Until the thread has nothing to do, for whoever forks the process."""

@@ -22,6 +22,7 @@ from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.lora_targets import projections_of
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, open_model
 from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.chat_record import ChatRecord
@@ -43,8 +44,9 @@ def start_policy(config: Config, base: StartModel, groups: ParallelGroups, devic
     """
     kernels = kernels_for(config, base.architecture, use_cuda=device.type == "cuda")
     policy = Policy(config, base.architecture, groups, device, kernels)
-    policy.attach_reference = reference_in_memory(policy, base)
-    load_start_weights(policy.models, groups, base, config.model.seed)
+    with watched("loading the start model", config.trainer.step_timeout):
+        policy.attach_reference = reference_in_memory(policy, base)
+        load_start_weights(policy.models, groups, base, config.model.seed)
     return policy
 
 
@@ -97,7 +99,8 @@ class PolicyFiles:
         self.adapters = None
         model = policy.config.model
         if model.peft.name is not None:
-            fingerprint: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, model.seed))
+            with watched("reading the start model", policy.config.trainer.step_timeout):
+                fingerprint: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, model.seed))
             path = None if base.path is None else str(base.path.resolve())
             self.adapters = AdapterDescription(
                 rank=model.peft.rank,
@@ -143,10 +146,11 @@ class PolicyFiles:
             conversion.check([], overwrite=True)
             write_nemo(conversion, hub_name=tokenizer, overwrite=True)
 
-        on_main_rank(prepare)
-        try:
-            weights = sharded_weights(describe_weights(self.policy.models))
-            write_state(weights, parts / run_files.STATE, in_background=False)
-            on_main_rank(convert)
-        finally:
-            on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
+        with watched(f"writing {output}", self.policy.config.trainer.step_timeout):
+            on_main_rank(prepare)
+            try:
+                weights = sharded_weights(describe_weights(self.policy.models))
+                write_state(weights, parts / run_files.STATE, in_background=False)
+                on_main_rank(convert)
+            finally:
+                on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))

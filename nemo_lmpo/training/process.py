@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups, destroy_groups, start_process_group
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
 from nemo_lmpo.runtime.environment import keep_freed_memory, uses_gpu
@@ -32,7 +33,9 @@ def distributed_session(config: Config, launch: LaunchInfo) -> Iterator[tuple[Pa
     try:
         peers = Peers.meet()
         try:
-            yield create_groups(config.model, timeout_minutes=config.trainer.distributed_timeout), device
+            with watched("joining the job", config.trainer.step_timeout):
+                groups = create_groups(config.model, timeout_minutes=config.trainer.distributed_timeout)
+            yield groups, device
         except BaseException as error:
             if launch.world_size > 1:
                 lost = peers.explain(error)

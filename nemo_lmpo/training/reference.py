@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.loss.options import SFTConfig
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.model.lora import adapters_off
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
@@ -114,8 +116,11 @@ class ReferenceLogps:
         self.sums = ResponseSums(policy)
         self.batches = batches
         self.root = cache_root(config.data.cache_dir) / "reference"
-        self.weights: str = on_main_rank(lambda: weights_fingerprint(base.path, base.architecture, config.model.seed))
-        self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
+        with watched("reading the start model", config.trainer.step_timeout):
+            self.weights: str = on_main_rank(
+                lambda: weights_fingerprint(base.path, base.architecture, config.model.seed)
+            )
+            self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
 
     def attach(self, dataset: PreferenceDataset, name: str) -> None:
         """Give every pair of ``dataset`` its reference log-probabilities.
@@ -124,10 +129,12 @@ class ReferenceLogps:
         """
         key = ReferenceKey(self.weights, dataset.fingerprint, self.tokenizer, self.config.trainer.precision)
         entry = self.root / key.digest()
-        values = on_main_rank(lambda: read_entry(entry, key, len(dataset)))
+        with watched(f"reading the kept reference ({name})", self.config.trainer.step_timeout):
+            values = on_main_rank(lambda: read_entry(entry, key, len(dataset)))
         if values is None:
             values = self._compute(dataset, name)
-            on_main_rank(lambda: self._keep(entry, key, values))
+            with watched(f"keeping the reference ({name})", self.config.trainer.step_timeout):
+                on_main_rank(lambda: self._keep(entry, key, values))
         else:
             _logger.info("reference log-probabilities of %d %s pairs: from %s", len(dataset), name, entry)
         columns = len(SUMS) if build_loss(self.config.loss).needs_shared_logps else 2
@@ -142,10 +149,12 @@ class ReferenceLogps:
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
             steps = [order[step] for step in validation_steps(len(dataset), size)]
-            batches = BatchesAhead(self.batches, dataset, steps.__getitem__, len(steps))
-            for indices, batch in zip(steps, batches, strict=True):
-                values[indices] = self.sums(batch).cpu().numpy()
-                bar.update(len(indices))
+            with closing(BatchesAhead(self.batches, dataset, steps.__getitem__, len(steps))) as batches:
+                for number, indices in enumerate(steps):
+                    of = f"batch {number + 1} of {len(steps)} of the reference ({name})"
+                    with watched(of, self.config.trainer.step_timeout):
+                        values[indices] = self.sums(batches.get(number)).cpu().numpy()
+                    bar.update(len(indices))
         return values
 
     def _keep(self, entry: Path, key: ReferenceKey, values: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, PairList, Pairs
 from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.parts import StepBatches
@@ -62,8 +63,10 @@ class GreedyAnswers:
         """
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = list(range(len(prompts)))
+        timeout = self.policy.config.trainer.step_timeout
         while unfinished:
-            tokens = self._next_tokens([prompts[place] + answers[place] for place in unfinished])
+            with watched(f"token {max(map(len, answers)) + 1} of sampled answers", timeout):
+                tokens = self._next_tokens([prompts[place] + answers[place] for place in unfinished])
             for place, token in zip(unfinished, tokens, strict=True):
                 answers[place].append(token)
             unfinished = [place for place in unfinished if not self._ended(prompts[place], answers[place])]

@@ -24,6 +24,7 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
@@ -59,7 +60,8 @@ class TrainingSession:
         self.fingerprints = self.data.fingerprints()
         refuse_other_data_on_other_ranks(self.config, self.fingerprints)
         self.policy = start_policy(self.config, self.base, self.groups, self.device)
-        self.optimizer = build_optimizer(self.policy.chunks, self.config)
+        with watched("building the optimizer", self.config.trainer.step_timeout):
+            self.optimizer = build_optimizer(self.policy.chunks, self.config)
         self.steps = StepBatches(self.policy, self.base, self.data)
         self.files = PolicyFiles(self.policy, self.base, self.run, self.data.tokenizer, self.data.chat)
         self.checkpoints = self._checkpoints()
@@ -147,7 +149,8 @@ class TrainingSession:
         trainer = self.trainer()
         self.checkpoints.clean()
         start_step = trainer.resume()
-        on_main_rank(lambda: self.run.begin(start_step, self.data.chat))
+        with watched("beginning the run", self.config.trainer.step_timeout):
+            on_main_rank(lambda: self.run.begin(start_step, self.data.chat))
         reporter = self._reporter(start_step) if self.launch.is_main else None
         limit = parse_duration(self.config.trainer.max_time_per_run)
         job = read_batch_job()

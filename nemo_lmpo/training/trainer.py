@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,8 @@ class PreferenceTrainer:
     def resume(self) -> int:
         """Go on from the newest good checkpoint if there is one; the finished steps."""
         if self.config.checkpoint.resume:
-            self.progress = self.checkpoints.load_newest()
+            with self._watched("loading the newest checkpoint"):
+                self.progress = self.checkpoints.load_newest()
             if self.progress.step:
                 self.scheduler.num_steps = 0
                 self.scheduler.step(increment=self.progress.step)
@@ -112,23 +113,22 @@ class PreferenceTrainer:
             self._sample(show)  # what the answers of later steps are compared with
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
         while self.progress.step < self.total_steps and not self._out_of_patience():
-            with self._watched():
+            with self._watched(f"what comes before step {self.progress.step + 1}"):
                 reason = stop.reason(self.policy.device, validates=self._validates(self.progress.step + 1))
             if reason is not None:
-                self._save_if_new(stop)
-                self.checkpoints.wait()
+                self._save_all(stop)
                 return FitResult(self.progress.step, reason)
             started = time.monotonic()
-            with self._watched(), self.profiler.step(self.progress.step + 1):
+            with self._watched(f"step {self.progress.step + 1}"), self.profiler.step(self.progress.step + 1):
                 metrics = self.train_step(self.progress.step)
             stop.longest_step = max(stop.longest_step, time.monotonic() - started)
             self.progress.step += 1
             self.progress.metrics.update(metrics)
             listen(self.progress.step, metrics, "")
             self._after_step(stop, listen, show)
-            self.checkpoints.poll()
-        self._save_if_new(stop)
-        self.checkpoints.wait()
+            with self._watched(f"publishing a checkpoint after step {self.progress.step}"):
+                self.checkpoints.poll()
+        self._save_all(stop)
         return FitResult(self.progress.step, None, early=self.progress.step < self.total_steps)
 
     def _out_of_patience(self) -> bool:
@@ -153,8 +153,7 @@ class PreferenceTrainer:
         self.progress.best = value if better else best
         self.progress.without_better = 0 if better else self.progress.without_better + 1
 
-    def _watched(self) -> AbstractContextManager[None]:
-        what = f"step {self.progress.step + 1} on rank {torch.distributed.get_rank()}"
+    def _watched(self, what: str) -> AbstractContextManager[None]:
         return watched(what, self.config.trainer.step_timeout)
 
     def _after_step(self, stop: StopCondition, listen: Listener, show: SampleViewer) -> None:
@@ -187,6 +186,12 @@ class PreferenceTrainer:
         interval = self.config.trainer.val_check_interval
         return step == self.total_steps or (interval > 0 and step % interval == 0)
 
+    def _save_all(self, stop: StopCondition) -> None:
+        """Save, and wait until everything is written."""
+        self._save_if_new(stop)
+        with self._watched(f"writing the checkpoint of step {self.progress.step}"):
+            self.checkpoints.wait()
+
     def _save_if_new(self, stop: StopCondition) -> None:
         """Save unless this step is saved already."""
         if self.progress.step == self._saved_step:
@@ -195,7 +200,8 @@ class PreferenceTrainer:
         statistics = self.policy.statistics
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
         snapshot = Progress(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
-        seconds = self.checkpoints.save(snapshot)
+        with self._watched(f"saving step {self.progress.step}"):
+            seconds = self.checkpoints.save(snapshot)
         self.progress.save_seconds = max(self.progress.save_seconds, seconds)
         stop.longest_save = max(stop.longest_save, seconds)
         self._saved_step = self.progress.step
@@ -264,8 +270,12 @@ class PreferenceTrainer:
         assert self.validation_pairs is not None
         parts: list[PairMetrics] = []
         steps = validation_steps(len(self.validation_pairs), self.config.model.global_batch_size)
-        for batch in BatchesAhead(self.steps.builder, self.validation_pairs, steps.__getitem__, len(steps)):
-            parts.append(self.policy.run_batch(batch, forward_only=True))
+        batches = BatchesAhead(self.steps.builder, self.validation_pairs, steps.__getitem__, len(steps))
+        with closing(batches):
+            for number in range(len(steps)):
+                of = f"batch {number + 1} of {len(steps)} of the validation after step {self.progress.step}"
+                with self._watched(of):
+                    parts.append(self.policy.run_batch(batches.get(number), forward_only=True))
         joined, pairs = PairMetrics.join(parts), self.validation_pairs
         return joined.metrics() | joined.by_source(pairs.sources(np.arange(len(pairs))), pairs.source_names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -75,11 +76,11 @@ def test_each_batch_in_turn_and_after_a_jump() -> None:
     ahead.close()
 
 
-def test_iterates_to_the_end_and_ends_its_thread() -> None:
+def test_ends_its_thread() -> None:
     pairs, steps = Pairs(16), np.arange(16).reshape(4, 4)
     before = threading.active_count()
-    batches = list(BatchesAhead(builder(), pairs, steps.__getitem__, len(steps)))
-    assert [batch.pair_ids[0] for batch in batches] == ["0", "4", "8", "12"]
+    with closing(BatchesAhead(builder(), pairs, steps.__getitem__, len(steps))) as ahead:
+        assert [ahead.get(number).pair_ids[0] for number in range(4)] == ["0", "4", "8", "12"]
     assert threading.active_count() == before
 
 
