@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ def open_trained(
     if model.kind != "training" or model.chat is not None or not has_tokenizer(model):
         return model
     data = _data_section(path)
+    if data is None:
+        return model
     if chat_template is not None:
         data.chat_template = chat_template
     own = tokenizer_of(model)
@@ -58,21 +61,33 @@ def read_training_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
+    trained = _read_config(directory)
+    try:
+        trained and (trained["data"]["chat_template"], trained["data"]["system_prompt"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{directory / run_files.CONFIG} is not readable; restore the file") from None
+    return trained
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / run_files.CONFIG
     if not path.is_file():
         return {}
     try:
-        trained = yaml.safe_load(path.read_text())
-        trained["data"]["chat_template"], trained["data"]["system_prompt"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{path} is not readable; restore the file") from None
-    return dict(trained)
 
 
-def _data_section(directory: Path) -> DataConfig:
-    data = read_training_config(directory).get("data", {})
+def _data_section(directory: Path) -> DataConfig | None:
+    data = _read_config(directory).get("data")
+    if not isinstance(data, Mapping):
+        return None
     known = {field.name for field in fields(DataConfig)} & set(_OF_CHAT)
-    return DataConfig(**{name: data[name] for name in known if name in data})
+    values = {name: data[name] for name in known if name in data}
+    if not all(isinstance(value, str | None) for value in values.values()):
+        raise CheckpointError(f"{directory / run_files.CONFIG} is not readable; restore the file")
+    return DataConfig(**values)
 
 
 def has_tokenizer(model: ModelFiles) -> bool:

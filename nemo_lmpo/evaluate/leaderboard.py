@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_lmpo.answers.endpoint import choose_model
-from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.evaluate.environment import all_packages, run_program
 from nemo_lmpo.evaluate.model import default_name, describe
 from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
@@ -119,7 +119,7 @@ def export(given: str, output: Path) -> Path:
     """Where a server finds a model as a Hugging Face directory: itself, or ``output`` made of it.
 
     Raises:
-        CheckpointError: there is no such model, or it cannot be converted.
+        CheckpointError: there is no such model, it cannot be converted, or ``output`` is another one.
     """
     path = find_model(given).path
     from nemo_lmpo.answers.engine import open_prompting
@@ -131,7 +131,7 @@ def huggingface_form(prompting: Prompting, output: Path, *, weights: bool) -> Pa
     """The model as the harness reads it: itself, or converted beside the results.
 
     Raises:
-        CheckpointError: it cannot be converted, or there is no room.
+        CheckpointError: it cannot be converted, there is no room, or ``output`` holds something else.
     """
     if prompting.files.kind == "huggingface":
         return prompting.directory.resolve()
@@ -140,13 +140,21 @@ def huggingface_form(prompting: Prompting, output: Path, *, weights: bool) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
         prompting.tokenizer.save_pretrained(folder)
         return folder.resolve()
-    if not output.is_dir():
-        from nemo_lmpo.formats.conversion import plan, write_huggingface
+    from nemo_lmpo.formats.conversion import holds, plan, renew_side_files, write_huggingface
 
-        _logger.info("export: %s", output)
-        conversion = plan(prompting.files, output)
-        conversion.check([prompting.directory], overwrite=False)
-        write_huggingface(conversion)
+    conversion = plan(prompting.files, output)
+    if holds(conversion):
+        renew_side_files(conversion)
+        return output.resolve()
+    if output.is_dir() and any(output.iterdir()):
+        raise CheckpointError(
+            f"{output} holds something else than {prompting.directory}; remove it, or choose another place"
+        )
+    _logger.info("export: %s", output)
+    if output.is_dir():
+        output.rmdir()
+    conversion.check([prompting.directory], overwrite=False)
+    write_huggingface(conversion)
     return output.resolve()
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import CheckpointError, UserError, first_line
+from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
-    from nemo_lmpo.formats.conversion import Plan
     from nemo_lmpo.runtime.chat_record import ChatRecord
 
 CARD, PICTURES = "README.md", "figures"
@@ -42,7 +41,7 @@ def export_run(
         UserError: no run with a checkpoint, no room, or an output that holds something else.
     """
     from nemo_lmpo.answers.engine import open_prompting
-    from nemo_lmpo.formats.conversion import hf_files, plan, write_huggingface
+    from nemo_lmpo.formats.conversion import holds, plan, renew_side_files, write_huggingface
     from nemo_lmpo.formats.find_model import find_model
 
     if not (run / "checkpoints").is_dir():
@@ -51,46 +50,34 @@ def export_run(
     prompting = open_prompting(directory)
     conversion = plan(prompting.files, output, dtype)
     # The same command again, after a push that failed or for new evaluations, has no weights to write.
-    if overwrite or not holds(output, conversion):
+    title = name or run.resolve().name
+    place = title if "/" in title else output.resolve().name
+
+    def write_about(folder: Path) -> None:
+        write_card(run, folder, title, place, evaluations, prompting.files.chat)
+
+    if overwrite or not holds(conversion):
         conversion.check([directory], overwrite=overwrite)
-        write_huggingface(conversion, overwrite=overwrite, progress=progress)
+        write_huggingface(conversion, overwrite=overwrite, progress=progress, add_files=write_about)
     else:
-        _renew_side_files(output, hf_files(conversion))
-    write_card(run, output, name or run.resolve().name, evaluations, prompting.files.chat)
+        renew_side_files(conversion)
+        write_about(output)
     return output
 
 
-def _renew_side_files(output: Path, files: Mapping[str, bytes]) -> None:
-    """An export of an earlier version may have another template beside the same weights."""
-    for path in output.glob("additional_chat_templates/*.jinja"):
-        if path.relative_to(output).as_posix() not in files:
-            path.unlink()
-    for name, content in files.items():
-        if not (output / name).is_file() or (output / name).read_bytes() != content:
-            (output / name).parent.mkdir(exist_ok=True)
-            replace_file(output / name, content)
+def write_card(
+    run: Path, folder: Path, name: str, place: str, evaluations: Sequence[Path], chat: ChatRecord | None = None
+) -> None:
+    """The card and the pictures that it shows.
 
-
-def holds(output: Path, conversion: Plan) -> bool:
-    """Whether ``output`` is a model with the very weights that would be written."""
-    from nemo_lmpo.formats.conversion import tensor_names
-    from nemo_lmpo.formats.model_files import open_model
-    from nemo_lmpo.formats.source import get_fitting
-
-    try:
-        there = open_model(output)
-    except UserError:
-        return False
-    model, dtype = conversion.model, conversion.dtype
-    return there.architecture == model.architecture and all(
-        there.source.dtype(name) == dtype
-        and there.source.get(name).equal(get_fitting(model.source, name, dtype).to(dtype))
-        for name in tensor_names(model)
-    )
-
-
-def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path], chat: ChatRecord | None = None) -> None:
-    """The card and the pictures that it shows; ``chat`` is what the model was trained with."""
+    Args:
+        run: the run directory.
+        folder: where they are written.
+        name: of the model; `OWNER/NAME` on the hub.
+        place: what the card's example loads.
+        evaluations: as for :func:`export_run`.
+        chat: what the model was trained with.
+    """
     from nemo_lmpo.export.card import build_card
     from nemo_lmpo.report.plots import draw_all
     from nemo_lmpo.report.read import read_run
@@ -98,13 +85,12 @@ def write_card(run: Path, output: Path, name: str, evaluations: Sequence[Path], 
     read = read_run(run)
     pictures = []
     for picture in draw_all([read]):
-        path = output / PICTURES / f"{picture.chart.name}.png"
+        path = folder / PICTURES / f"{picture.chart.name}.png"
         path.parent.mkdir(exist_ok=True)
         replace_file(path, picture.png)
         pictures.append((picture.chart.title, f"{PICTURES}/{path.name}"))
-    place = name if "/" in name else str(output)
     card = build_card(read, name.rpartition("/")[2], place, pictures, read_evaluations(evaluations), chat)
-    replace_file(output / CARD, card)
+    replace_file(folder / CARD, card)
 
 
 def read_evaluations(folders: Sequence[Path]) -> list[Result]:

@@ -33,6 +33,33 @@ class CheckpointFiles(ABC):
         with self.open(name) as stream:
             return stream.read()
 
+    def read_own(self, name: str) -> bytes:
+        """The same of a file that is copied.
+
+        Raises:
+            CheckpointError: it is a link out of the checkpoint.
+        """
+        return self.read(name)
+
+
+def own_file(directory: Path, name: str) -> Path:
+    """The path of a model's file that is copied without being understood: it must lie in the model's directory.
+
+    A link out of it would put any file of this machine into what is written. Links into the cache of the hub, which
+    keeps content and names apart, are its own.
+
+    Raises:
+        CheckpointError: it is a link to something else.
+    """
+    path = directory / name
+    target = path.resolve()
+    in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not (target.is_relative_to(directory.resolve()) or in_hub_cache):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of the model; put the file itself there, or remove the link"
+        )
+    return path
+
 
 class DirectoryFiles(CheckpointFiles):
     """The files below a directory."""
@@ -49,6 +76,10 @@ class DirectoryFiles(CheckpointFiles):
     def open(self, name: str) -> IO[bytes]:
         """A stream of the file."""
         return (self._directory / name).open("rb")
+
+    def read_own(self, name: str) -> bytes:
+        """The whole content of a file in the directory itself."""
+        return own_file(self._directory, name).read_bytes()
 
 
 class TarFiles(CheckpointFiles):

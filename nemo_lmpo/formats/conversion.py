@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,26 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, UserError
 from nemo_lmpo.formats.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
 from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules
-from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles
+from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles, open_model
 from nemo_lmpo.formats.nemo import nemo_config
 from nemo_lmpo.formats.older_transformers import older_config, older_tokenizer_config
 from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_at_all
 from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
+from nemo_lmpo.formats.source import get_fitting
+from nemo_lmpo.runtime.files import replace_file
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PRECISION = {torch.bfloat16: "bf16", torch.float16: "16", torch.float32: "32"}
 _SLACK_BYTES = 64 * 1024 * 1024
 """Headers, metadata and small files besides the tensors, estimated from above."""
+
+_logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
@@ -162,8 +167,11 @@ def write_huggingface(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress = lambda name: None,
+    add_files: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write a Hugging Face directory that `AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    ``add_files`` writes further files into the directory before it appears.
 
     Raises:
         CheckpointError: as for :func:`write_nemo`.
@@ -175,7 +183,35 @@ def write_huggingface(
         write_safetensors(
             temporary, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress
         )
+        add_files(temporary)
         sink.close()
+
+
+def holds(plan: Plan) -> bool:
+    """Whether the output is a model with the very weights that would be written."""
+    model, dtype = plan.model, plan.dtype
+    try:
+        there = open_model(plan.output)
+    except UserError:
+        return False
+    return there.architecture == model.architecture and all(
+        there.source.dtype(name) == dtype
+        and there.source.get(name).equal(get_fitting(model.source, name, dtype).to(dtype))
+        for name in tensor_names(model)
+    )
+
+
+def renew_side_files(plan: Plan) -> None:
+    """Give an output that :func:`holds` the side files of today: an earlier version may have written other ones."""
+    output, files = plan.output, hf_files(plan)
+    halves = (*output.glob(".*.tmp"), *output.glob("*/.*.tmp"))  # of a process that was killed
+    templates = output.glob("additional_chat_templates/*.jinja")
+    for path in (*halves, *(path for path in templates if path.relative_to(output).as_posix() not in files)):
+        path.unlink()
+    for name, content in files.items():
+        if not (output / name).is_file() or (output / name).read_bytes() != content:
+            (output / name).parent.mkdir(exist_ok=True)
+            replace_file(output / name, content)
 
 
 def hf_files(plan: Plan) -> dict[str, bytes]:
@@ -207,6 +243,13 @@ def _hf_config(plan: Plan, files: dict[str, bytes]) -> bytes:
         # A config that was made from an architecture says nothing of tokens.
         ids = special_token_ids(files, plan.model.origin)
         changed.update({name: number for name, number in ids.items() if name not in changed})
+    if "quantization_config" in changed:
+        _logger.warning(
+            "%s: quantization_config of config.json is left out, as the weights are written in %s",
+            plan.model.origin,
+            dtype,
+        )
+        del changed["quantization_config"]
     if given is not None and changed == config:
         return given
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

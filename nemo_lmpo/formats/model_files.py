@@ -18,7 +18,7 @@ from nemo_lmpo.formats.architecture import (
     parse_json,
     read_architecture,
 )
-from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles
+from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles, own_file
 from nemo_lmpo.formats.chat_files import with_chat
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.fields import Fields
@@ -235,7 +235,9 @@ def _open_nemo(files: CheckpointFiles, config: Path | None) -> ModelFiles:
     fields = nemo_fields(nemo, f"{files.origin}: {NEMO_CONFIG}")
     folder = f"{EMBEDDED_FOLDER}/"
     embedded = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-    sidecars: dict[str, SideFile] = {name: partial(files.read, folder + name) for name in embedded if is_sidecar(name)}
+    sidecars: dict[str, SideFile] = {
+        name: partial(files.read_own, folder + name) for name in embedded if is_sidecar(name)
+    }
     if config:
         architecture = _given_architecture(config, sidecars)
     elif "config.json" in sidecars:
@@ -259,7 +261,7 @@ def _nemo_tokenizer(files: CheckpointFiles, names: set[str], fields: Fields) -> 
     section = Fields(fields.values.get("tokenizer") or {}, f"{fields.origin}: tokenizer").values
     artifact = str(section.get("model") or "").removeprefix("nemo:")
     if artifact in names:
-        return sentencepiece_files(files.read(artifact), f"{files.origin}: {artifact}")
+        return sentencepiece_files(files.read_own(artifact), f"{files.origin}: {artifact}")
     kind = section.get("type")
     if section.get("library") == "huggingface" and kind and Path(str(kind)).is_dir():
         return {name: read for name, read in side_files(Path(str(kind))).items() if name not in _CONFIGS}
@@ -272,7 +274,7 @@ def _open_nemo2(path: Path, config: Path | None) -> ModelFiles:
     sidecars.pop("config.json", None)
     generation = path / "context/artifacts/generation_config.json"
     if generation.is_file():
-        sidecars["generation_config.json"] = generation.read_bytes
+        sidecars["generation_config.json"] = own_file(path, "context/artifacts/generation_config.json").read_bytes
     if config:
         architecture = _given_architecture(config, sidecars)
     else:

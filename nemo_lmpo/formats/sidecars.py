@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import parse_json
+from nemo_lmpo.formats.archive import own_file
 from nemo_lmpo.formats.fields import Fields
 
 if TYPE_CHECKING:
@@ -52,10 +53,16 @@ def is_sidecar(name: str) -> bool:
 
 
 def sidecar_names(directory: Path) -> list[str]:
-    """Side files of a model directory, named from there."""
+    """Side files of a model directory, named from there.
+
+    Raises:
+        CheckpointError: one is a link out of the directory.
+    """
     found = (path for path in (*directory.glob("*"), *directory.glob("*/*")) if path.is_file())
-    names = (path.relative_to(directory).as_posix() for path in found)
-    return sorted(name for name in names if is_sidecar(name))
+    names = sorted(name for name in (path.relative_to(directory).as_posix() for path in found) if is_sidecar(name))
+    for name in names:
+        own_file(directory, name)
+    return names
 
 
 def side_files(directory: Path) -> dict[str, SideFile]:

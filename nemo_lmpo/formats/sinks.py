@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -50,13 +49,13 @@ class DirectorySink:
 class TarSink:
     """Members of an uncompressed tar archive, written in place: the size enters the header afterwards.
 
+    Members have no time, so that the same model gives the same bytes.
     `tarfile` wants to know a member's size before its content, which is as large as the model.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._directories: set[str] = set()
-        self._time = int(time.time())
 
     def add(self, name: str, content: Content) -> None:
         """Write a new member, and its directories where they are new."""
@@ -90,7 +89,7 @@ class TarSink:
 
     def _header(self, name: str, kind: bytes, size: int) -> bytes:
         info = tarfile.TarInfo(f"./{name}" if name else ".")
-        info.type, info.size, info.mtime = kind, size, self._time
+        info.type, info.size = kind, size
         info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
         # A long name takes further blocks, as many for any size.
         return info.tobuf(tarfile.GNU_FORMAT)

@@ -376,3 +376,71 @@ def test_leftovers_of_killed_processes_go(models: dict[str, Path], tmp_path: Pat
         (tmp_path / name).write_text("half")
     assert _run(hf_to_nemo, models["hf"], tmp_path / "x.nemo")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {alive, elsewhere, "x.nemo"}
+
+
+def test_a_stale_partial_output_of_the_same_process_number_is_not_written_into(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Containers number their processes alike: the leftover is told by when its process started."""
+    start = f".out.{platform.node()}.{os.getpid()}"
+    for name in (f"{start}.partial", f"{start}-1234.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model-00007-of-00007.safetensors").write_text("stale")
+    assert _run(nemo_to_hf, models["archive"], tmp_path / "out")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob("*-of-*"))
+
+
+@pytest.mark.parametrize("left", [".out.99999999.old", f".out.{platform.node()}.99999999-5.old"])
+def test_an_output_that_was_stepping_aside_comes_back(models: dict[str, Path], tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "config.json").write_text("{}")
+    status, said = _run(nemo_to_hf, models["archive"], tmp_path / "out")
+    assert status == 1
+    assert "exists; give another output or --overwrite" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / left).mkdir()
+    assert _run(nemo_to_hf, models["archive"], tmp_path / "out", "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert open_model(tmp_path / "out").kind == "huggingface"
+
+
+def test_full_precision_weights_are_not_called_quantized(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A config can keep the settings of a quantized model that its weights are not any more."""
+    given = _copy(models, "hf", tmp_path)
+    config = json.loads((given / "config.json").read_text())
+    said = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (given / "config.json").write_text(json.dumps(said))
+    assert _run(hf_to_nemo, given, tmp_path / "x.nemo")[0] == 0
+    assert _run(nemo_to_hf, tmp_path / "x.nemo", tmp_path / "back")[0] == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert f"{given}: quantization_config of config.json is left out" in caplog.text
+
+
+def test_links_out_of_a_model_are_not_followed(models: dict[str, Path], tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine")
+    for form, folder, command in (("hf", "", hf_to_nemo), ("tree", "huggingface", nemo_to_hf)):
+        given = _copy(models, form, tmp_path)
+        (given / folder / "LICENSE").symlink_to(secret)
+        told = _error(command, given, tmp_path / "out")
+        assert f"LICENSE is a link to {secret}, outside of the model; put the file itself there" in told
+        (given / folder / "LICENSE").unlink()
+        (given / folder / "terms").write_text("terms")
+        (given / folder / "LICENSE").symlink_to("terms")
+        assert _run(command, given, tmp_path / f"{form}_out")[0] == 0
+    assert (tmp_path / "hf_out" / "huggingface" / "LICENSE").read_text() == "terms"
+    assert (tmp_path / "tree_out" / "LICENSE").read_text() == "terms"
+
+
+def test_the_cache_of_the_hub_is_links(models: dict[str, Path], tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    given, blobs = repository / "snapshots" / "1a2b", repository / "blobs"
+    given.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(models["hf"].iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (given / path.name).symlink_to(f"../../blobs/{number}")
+    assert _run(hf_to_nemo, given, tmp_path / "x.nemo")[0] == 0

@@ -22,6 +22,7 @@ from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.templates import TEMPLATES
 from nemo_lmpo.data.tokenizer import load_tokenizer
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.evaluate.leaderboard import export as evaluate_export
 from nemo_lmpo.export import write
 from nemo_lmpo.formats.conversion import plan, write_nemo
@@ -298,3 +299,25 @@ def test_a_run_goes_on_with_the_template_it_began_with(
     assert [f"data.chat_template={own} " in line for line in said] == [True, True]
     assert "has another content" in said[0]
     assert "cannot be read any more" in said[1]
+
+
+def test_evaluate_export_takes_no_other_model_for_the_one_that_is_asked(
+    starts: dict[str, Path], state: Path, tmp_path: Path
+) -> None:
+    trained(tmp_path / "run", state, starts["none"], "chatml", None)
+    output = tmp_path / "hf"
+    output.mkdir()
+    assert evaluate_export(str(tmp_path / "run"), output) == output  # an empty place is taken
+    weights = output / "model.safetensors"
+    before = weights.stat()
+    (output / "chat_template.jinja").write_text(OLD)  # as an earlier version left it
+    (output / ".config.json.1.tmp").write_text("half")
+    assert evaluate_export(str(tmp_path / "run"), output) == output
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (output / "chat_template.jinja").read_text() == open_prompting(tmp_path / "run").encoder.chat.template
+    assert not (output / ".config.json.1.tmp").exists()
+    shutil.copy(starts["none"] / "model.safetensors", weights)  # the start, before it was trained
+    kept = weights.read_bytes()
+    with pytest.raises(CheckpointError, match=f"{output} holds something else than .*remove it, or choose another"):
+        evaluate_export(str(tmp_path / "run"), output)
+    assert weights.read_bytes() == kept
