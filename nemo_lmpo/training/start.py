@@ -19,6 +19,7 @@ from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.load_weights import load_model_weights
+from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
@@ -51,7 +52,8 @@ def load_data(config: Config, base: StartModel, run: RunDirectory | None = None)
     """
     tokenizer = load_tokenizer(base.tokenizer, trust_remote_code=config.model.trust_remote_code)
     check_vocabulary(tokenizer, base.architecture.vocab_size)
-    template: str = on_main_rank(lambda: _settle_template(config, tokenizer, run))
+    with watched("settling the chat template", config.trainer.step_timeout):
+        template: str = on_main_rank(lambda: _settle_template(config, tokenizer, run))
     encoder = pair_encoder(config.data, tokenizer, template)
     train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train", template=template)
     validation = None
