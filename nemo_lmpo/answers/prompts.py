@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.schema import PLAIN_INPUTS, ROLES, Inputs, Message
+from nemo_lmpo.data.messages import (
+    PLAIN_INPUTS,
+    Inputs,
+    Message,
+    RowError,
+    row_inputs,
+    structured,
+    text_of,
+    whole_messages,
+)
 from nemo_lmpo.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -30,6 +39,8 @@ class Prompt:
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Read a JSON Lines file whose lines have a `prompt`: a text, or messages of which the last is the user's.
+
+    A line's `tools` and `chat_template_kwargs` go to the chat template.
 
     Raises:
         DataError: the file is missing, empty or not JSON Lines; names the line.
@@ -57,24 +68,23 @@ def _prompt(line: str, place: str) -> Prompt:
         json.dumps(row["prompt"], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError(f"{place}: `prompt` holds half a surrogate pair, which is not a character; remove it") from None
-    return Prompt(place, row["prompt"], _messages(row["prompt"], place))
+    try:
+        messages = _messages(structured(row["prompt"], "prompt"))
+        return Prompt(place, row["prompt"], messages, row_inputs(row))
+    except RowError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
-def _messages(prompt: Any, place: str) -> list[Message]:
+def _messages(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    fine = isinstance(prompt, list) and all(
-        isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    if not fine:
-        raise DataError(
-            f"{place}: `prompt` is neither text nor a list of messages; messages have `content` and a `role` of "
-            f"{', '.join(ROLES)}"
-        )
-    if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
-        raise DataError(f"{place}: the prompt does not end with a text of the user; add one")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    if not isinstance(prompt, list):
+        raise RowError("not messages", "`prompt` is neither text nor a list of messages")
+    messages = whole_messages(prompt, "prompt")
+    last = messages[-1]
+    if last["role"] not in ("user", "tool") or not text_of(last).strip():
+        raise RowError("wrong last role", "the prompt does not end with a text of the user; add one")
+    return messages
 
 
 def encode_prompts(prompts: Sequence[Prompt], encoder: PairEncoder) -> list[list[int]]:
@@ -83,7 +93,7 @@ def encode_prompts(prompts: Sequence[Prompt], encoder: PairEncoder) -> list[list
     Raises:
         DataError: the chat template refuses a prompt.
     """
-    from nemo_lmpo.data.schema import RowError
+    from nemo_lmpo.data.messages import RowError
 
     ids = []
     encoded = encoder.encode_prompts([(prompt.messages, prompt.inputs) for prompt in prompts])

@@ -142,6 +142,9 @@ class DataConfig:
     (`split`); the start of a run counts them."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` stops at the first unusable row; `skip` counts and drops it."""
+    on_unused_fields: Literal["warn", "error"] = "warn"
+    """What becomes of rows of which something is not trained: a field that the chat template does not render
+    (`tool_calls`), a column that nothing uses (`images`). The start counts them, or they are unusable (`error`)."""
     share_prompt: bool = setting(True, may_change=True)
     """Lay a pair's prompt in the row once for both responses; the numbers are the same either way."""
     row_tokens: int | None = setting(None, may_change=True, minimum=1, remedy="unset it for 2 * data.max_length")

@@ -8,6 +8,7 @@ from answers that stand for any, and an answer's own text must stand in front of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.layout import (
@@ -32,8 +33,10 @@ from nemo_lmpo.data.layout import (
     special_texts,
     starts_otherwise,
 )
+from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message, RowError, text_of
 from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
-from nemo_lmpo.data.schema import PLAIN_INPUTS, Inputs, Message, PreferenceRow, RowError
+from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.unused import UnusedFields, refuse_empty_answers
 from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.fields import Fields
@@ -71,6 +74,7 @@ class ChatFormat:
         self.system_prompt = system_prompt
         self.prompt_from = prompt_from
         self._render = TemplateRenderer(tokenizer, template)
+        self._unused = UnusedFields(self._render)
         hello: list[Message] = [{"role": "user", "content": "Hello"}]
         try:
             prompt, layout = self._plain_exchange(hello)
@@ -141,10 +145,15 @@ class ChatFormat:
     def _laid(
         self, messages: list[Message], row: PreferenceRow, prompt: str, chosen: str, rejected: str
     ) -> RenderedPair | RowError:
-        if (pair := self._laid_as_usual(row, prompt, chosen, rejected)) is not None:
-            return pair
+        pair = self._laid_as_usual(row, prompt, chosen, rejected)
         try:
-            return _PairLayout(self, messages, row, prompt, chosen, rejected).laid()
+            if pair is None:
+                pair = _PairLayout(self, messages, row, prompt, chosen, rejected).laid()
+            lost = self._unused.of(messages, row, (prompt, chosen, rejected))
+            refuse_empty_answers(row, lost)
+            return replace(pair, lost=lost)
+        except RowError as error:
+            return error
         except (Refused, TemplateRefusal) as error:
             return RowError("refused by the chat template", str(error))
 
@@ -263,7 +272,7 @@ class _PairLayout:
         return len(self.bare) <= place.start and len(self.prompt) <= place.stop
 
     def _place(self, full: str, message: Message, name: str) -> Place:
-        text, fields = str(message.get("content") or ""), len(message) > 2
+        text, fields = text_of(message), self.row.has_fields
         header, tail = self.layout.header, self.layout.tail
         if full.endswith(tail):
             stop, end = len(full) - len(tail), self._end(tail)
@@ -337,7 +346,7 @@ class _PairLayout:
             if before + behind < len(header) or len(self.prompt) <= len(header):
                 raise Refused("the chat template changes the prompt with the response")
         pair = self.chat._pair(self.prompt, self.prompt, "", added, self.texts, places)
-        return RenderedPair(pair.prompt, pair.chosen, pair.rejected, (*pair.notes, PROMPT_LEFT_OUT))
+        return replace(pair, notes=(*pair.notes, PROMPT_LEFT_OUT))
 
 
 def with_system(prompt: list[Message], system_prompt: str | None) -> list[Message]:

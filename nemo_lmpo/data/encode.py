@@ -9,8 +9,9 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.chat import CONVERSATION, ChatFormat
+from nemo_lmpo.data.messages import Inputs, Message, RowError
 from nemo_lmpo.data.render import TemplateRefusal
-from nemo_lmpo.data.schema import Inputs, Message, PreferenceRow, RowError
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.chat_record import ChatRecord
@@ -41,6 +42,8 @@ class EncodedRow:
     """Whether the texts hold special tokens of the tokenizer."""
     notes: tuple[str, ...] = ()
     """How the chat template's text differs from the row, or from what a model is prompted with."""
+    lost: tuple[str, ...] = ()
+    """What of the row is not in the ids: the chat template does not render it, or nothing uses it."""
 
 
 @dataclass(eq=False)
@@ -107,7 +110,13 @@ class Encoder(ABC):
         return self.max_length - len(prompt)
 
     def _bounded(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], special: bool, notes: tuple[str, ...] = ()
+        self,
+        prompt: list[int],
+        chosen: list[int],
+        rejected: list[int],
+        special: bool,
+        notes: tuple[str, ...] = (),
+        lost: tuple[str, ...] = (),
     ) -> EncodedRow | RowError:
         if not prompt:
             detail = "the prompt has no tokens, so nothing could predict the first response token"
@@ -123,10 +132,13 @@ class Encoder(ABC):
             detail = f"chosen and rejected are equal in the {room} tokens that data.max_length={self.max_length} leaves"
             return RowError("equal after truncation", detail)
         if chosen == rejected:
-            return RowError("chosen equals rejected", "chosen and rejected have the same token ids")
+            detail = "chosen and rejected have the same token ids"
+            if lost:
+                detail += f"; they differ in what is not rendered: {', '.join(lost)}"
+            return RowError("chosen equals rejected", detail)
         if not chosen or not rejected:
             return RowError("empty response", "a response has no tokens")
-        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special, notes)
+        return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special, notes, lost)
 
 
 class PairEncoder(Encoder):
@@ -168,8 +180,10 @@ class PairEncoder(Encoder):
             if not isinstance(texts, RowError)
         ]
         prompts = [self._with_one_bos(prompt) for prompt in prompts]
-        notes = [texts.notes for texts in good]
-        encoded = iter([self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, notes, strict=True)])
+        notes, lost = [texts.notes for texts in good], [texts.lost for texts in good]
+        encoded = iter(
+            [self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, notes, lost, strict=True)]
+        )
         return [texts if isinstance(texts, RowError) else next(encoded) for texts in results]
 
     def encode_prompts(self, prompts: Sequence[tuple[list[Message], Inputs]]) -> list[list[int] | RowError]:

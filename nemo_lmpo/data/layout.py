@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemo_lmpo.data.schema import PLAIN_INPUTS, Inputs, Message
+from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message
 from nemo_lmpo.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class RenderedPair:
     rejected: str
     notes: tuple[str, ...] = ()
     """How the template's finished conversations differ from what a model is prompted with, or from the row."""
+    lost: tuple[str, ...] = ()
+    """What of the row the template does not render."""
 
 
 class Layout(NamedTuple):

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,13 +215,19 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
 
 def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str) -> tuple[str, Store]:
     """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
-    key = _cache_key(source, encoder, schema)
+    key = _cache_key(source, encoder, schema, config.on_unused_fields)
     cache = cache_root(config.cache_dir)
 
     def build(directory: Path) -> None:
         logger.info("tokenizing %s", source.name)
         tokenize_source(
-            source, encoder, schema, directory, on_bad_row=config.on_bad_row, num_workers=config.num_workers
+            source,
+            encoder,
+            schema,
+            directory,
+            on_bad_row=config.on_bad_row,
+            on_unused_fields=config.on_unused_fields,
+            num_workers=config.num_workers,
         )
 
     entry = cached_directory(cache / "pairs", key, build, usable=lambda path: read_store(path) is not None)
@@ -236,7 +242,7 @@ def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str
     return key, store
 
 
-def _cache_key(source: Source, encoder: Encoder, schema: str) -> str:
+def _cache_key(source: Source, encoder: Encoder, schema: str, on_unused_fields: str) -> str:
     """A hash of everything that decides the stored pairs."""
     return _hash(
         {
@@ -247,6 +253,7 @@ def _cache_key(source: Source, encoder: Encoder, schema: str) -> str:
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "encoder": encoder.settings,
             "special_tokens": encoder.special_tokens.policy,
+            "on_unused_fields": on_unused_fields,
         }
     )
 
@@ -299,6 +306,12 @@ def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int]) -> Da
         prompts_cut=sum(meta.prompts_cut for meta in metas),
         responses_cut=sum(meta.responses_cut for meta in metas),
         special_tokens=sum(meta.special_tokens for meta in metas),
-        notes=sum((Counter(meta.notes) for meta in metas), Counter()),
+        notes=_added(meta.notes for meta in metas),
+        lost=_added(meta.lost for meta in metas),
+        columns=_added(meta.columns for meta in metas),
         length_percentiles=length_percentiles([part.share.histograms() for part in parts]),
     )
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return sum(map(Counter, counts), Counter())

@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, is_hub_name, open_source
-from nemo_lmpo.data.schema import RowError, parse_row
+from nemo_lmpo.data.schema import parse_row
 from nemo_lmpo.data.tokenize import bad_row_error
 from nemo_lmpo.errors import ConfigError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.hub import cache_only_without_network
-from nemo_lmpo.data.schema import RowError
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.text import (
     CSV_SUFFIXES,
     FILE_SUFFIXES,
@@ -99,7 +99,14 @@ def raw_rows(table: pa.Table, indices: Sequence[int]) -> list[RawRow]:
         values: list[Any] = table.to_pylist()
     except UnicodeDecodeError:
         values = [_row_value(table.slice(place, 1)) for place in range(table.num_rows)]
-    return [RawRow(index + 1, value) for index, value in zip(indices, values, strict=True)]
+    return [RawRow(index + 1, _without_nulls(value)) for index, value in zip(indices, values, strict=True)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without fields that are null: objects of a column all have the same fields, whatever was in them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _row_value(row: pa.Table) -> Any:

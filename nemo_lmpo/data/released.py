@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.encode import EncodedRow, Encoder
-from nemo_lmpo.data.schema import Message, PreferenceRow, RowError
+from nemo_lmpo.data.messages import Message, RowError, label, text_of
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
+from nemo_lmpo.data.unused import given_fields, refuse_empty_answers, unused_columns
 from nemo_lmpo.errors import ConfigError, shown
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
@@ -53,9 +55,14 @@ class ReleasedPairEncoder(Encoder):
         checked = self.special_tokens.checked(row)
         if isinstance(checked, RowError):
             return checked
+        lost = _not_rendered(row)
         try:
-            prompt = self._rendered(with_system(checked.prompt, self.system_prompt))
+            refuse_empty_answers(row, lost)
+            texts_only = [{"role": message["role"], "content": text_of(message)} for message in checked.prompt]
+            prompt = self._rendered(with_system(texts_only, self.system_prompt))
             texts = [self._response(checked.chosen), self._response(checked.rejected)]
+        except RowError as error:
+            return error
         except (TemplateError, TypeError, ValueError) as error:
             return RowError("refused by the chat template", f"the chat template refuses the row: {shown(str(error))}")
         prompt_ids, *wholes = self.special_tokens.tokenize([prompt, *(prompt + text for text in texts)])
@@ -65,7 +72,11 @@ class ReleasedPairEncoder(Encoder):
             return RowError("refused by the chat template", "the prompt's tokens change with the response")
         chosen, rejected = (self._ended(whole[kept:]) for whole in wholes)
         return self._bounded(
-            self._with_bos(prompt_ids[:kept]), chosen, rejected, self.special_tokens.found_in(row) is not None
+            self._with_bos(prompt_ids[:kept]),
+            chosen,
+            rejected,
+            self.special_tokens.found_in(row) is not None,
+            lost=lost,
         )
 
     def _rendered(self, messages: list[Message]) -> str:
@@ -87,3 +98,11 @@ class ReleasedPairEncoder(Encoder):
 
     def _room(self, prompt: list[int]) -> int:
         return self.max_length - self.max_prompt_length
+
+
+def _not_rendered(row: PreferenceRow) -> tuple[str, ...]:
+    """What the released code knows nothing of: all but texts of messages."""
+    messages = [*row.prompt, row.chosen_message, row.rejected_message]
+    names = given_fields(messages) | {name for name in ("tools",) if row.inputs.tools}
+    names |= {f"chat_template_kwargs.{name}" for name in row.inputs.options}
+    return (*(f"`{label(name)}`" for name in sorted(names)), *unused_columns(row))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.data.schema import PLAIN_INPUTS, Inputs, Message
+from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message
 from nemo_lmpo.errors import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks around what the assistant says, which transformers adds to Jinja."""
 
 
 class TemplateRefusal(Exception):
@@ -56,3 +60,15 @@ class TemplateRenderer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise TemplateRefusal(shown(str(error))) from None
         return list(rendered)
+
+    def variables(self) -> frozenset[str]:
+        """The variables that the template reads and does not set itself."""
+        from jinja2 import TemplateError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        text = _GENERATION.sub("", self.template)
+        try:
+            return frozenset(meta.find_undeclared_variables(environment.parse(text)))
+        except TemplateError:  # a tag of an extension that is not known here
+            return frozenset(re.findall(r"[A-Za-z_]\w*", text))

@@ -7,7 +7,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.messages import Inputs, RowError, all_texts, with_texts
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ POLICIES = ("keep", "error", "split")
 _REAL, _NAMED = ("\U000f6001{}\U000f6002", "\U000f6003{}\U000f6004")
 _MARKS = re.compile("[\U000f6001-\U000f6004]")
 _PROBE = "ok {0} a  b.{0}{0}\n{0}\u00e9 <x"
+
+
+def _said(row: PreferenceRow) -> list[Any]:
+    """All of a row that a template may write."""
+    answers = [row.chosen, row.rejected, row.chosen_fields, row.rejected_fields]
+    return [row.prompt, row.inputs.tools, dict(row.inputs.options), *answers]
 
 
 class SpecialTokens:
@@ -47,7 +54,7 @@ class SpecialTokens:
         """The first special token in the row's texts."""
         if self._pattern is None:
             return None
-        for text in (*(message["content"] for message in row.prompt), row.chosen, row.rejected):
+        for text in all_texts(_said(row)):
             if found := self._pattern.search(text):
                 return found.group()
         return None
@@ -60,11 +67,21 @@ class SpecialTokens:
             found = self.found_in(row)
             message = "the texts hold the special token {}; see data.special_tokens_in_text"
             return row if found is None else RowError("special token in a text", message.format(shown(found)))
-        if _MARKS.search("".join([row.chosen, row.rejected, *(message["content"] for message in row.prompt)])):
-            return RowError("special token in a text", "the texts hold private-use letters that stand for tokens here")
-        prompt = [{**message, "content": self._marked(message["content"], _NAMED)} for message in row.prompt]
+        said = _said(row)
+        if any(map(_MARKS.search, all_texts(said))):
+            detail = "the texts hold private-use characters that stand for tokens here"
+            return RowError("special token in a text", detail)
+        if self._pattern is None:
+            return row
+        prompt, tools, options, *answers = with_texts(said, lambda text: self._marked(text, _NAMED))
+        roles = [message["role"] for message in row.prompt]
+        prompt = [{**message, "role": role} for message, role in zip(prompt, roles, strict=True)]
+        inputs = Inputs(tools, options) if tools or options else row.inputs
         return replace(
-            row, prompt=prompt, chosen=self._marked(row.chosen, _NAMED), rejected=self._marked(row.rejected, _NAMED)
+            row,
+            prompt=prompt,
+            inputs=inputs,
+            **dict(zip(("chosen", "rejected", "chosen_fields", "rejected_fields"), answers, strict=True)),
         )
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:

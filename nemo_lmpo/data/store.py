@@ -37,6 +37,10 @@ class StoreMeta:
     """Pairs whose texts hold special tokens of the tokenizer."""
     notes: dict[str, int] = field(default_factory=dict)
     """Pairs by what there is to say of how the chat template lays them."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Pairs by what of their rows is not in their ids."""
+    columns: dict[str, int] = field(default_factory=dict)
+    """Pairs by columns of their rows that nothing uses."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
     first_bad: list[Any] | None = None
@@ -91,7 +95,7 @@ def pairs_schema() -> pa.Schema:
             ("prompt_cut", flag),
             ("response_cut", flag),
             ("special_tokens", flag),
-            ("notes", pa.list_(text)),
+            *((name, pa.list_(text)) for name in ("notes", "lost", "columns")),
             ("reason", text),
             ("detail", text),
         ]
@@ -142,7 +146,9 @@ def _counted(table: pa.Table) -> StoreMeta:
     )
     reasons = table.column("reason")
     meta.dropped = _counts(reasons.drop_null())
-    meta.notes = _counts(pc.list_flatten(table.column("notes")))
+    meta.notes, meta.lost, meta.columns = (
+        _counts(pc.list_flatten(table.column(name))) for name in ("notes", "lost", "columns")
+    )
     if meta.dropped:
         first = pc.index(reasons.is_valid(), pa.scalar(True)).as_py()
         meta.first_bad = [table.column(name)[first].as_py() for name in ("number", "reason", "detail")]

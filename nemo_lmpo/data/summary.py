@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 PERCENTILES = (50, 90, 99, 100)
+MOST_COLUMNS = 12
+"""Unused columns that are named at most."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class DataSummary:
     """Pairs whose texts hold special tokens of the tokenizer."""
     notes: dict[str, int] = field(default_factory=dict)
     """Pairs by what there is to say of how the chat template lays them."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Pairs by what of their rows is not in their ids."""
+    columns: dict[str, int] = field(default_factory=dict)
+    """Pairs by columns of their rows that nothing uses."""
     length_percentiles: dict[str, dict[int, int]] = field(default_factory=dict)
     """Tokens of `prompt`, `chosen`, `rejected` at the percentiles 50, 90, 99 and 100."""
 
@@ -55,11 +61,23 @@ class DataSummary:
             lines.append(
                 f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
             )
+        lines += [f"  warning: {count} pairs lose {name}" for name, count in sorted(self.lost.items())]
+        if self.lost:
+            lines.append("    (not in what is trained; data.on_unused_fields=error makes such rows unusable)")
+        if self.columns:
+            lines.append(f"  columns that nothing uses: {shown_names(self.columns)}")
         lines += [f"  {count} pairs: {note}" for note, count in sorted(self.notes.items())]
         lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
         return "\n".join(lines)
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Names of columns as a message may show them."""
+    listed = sorted(names)
+    more = f" and {len(listed) - MOST_COLUMNS} more" if len(listed) > MOST_COLUMNS else ""
+    return ", ".join(listed[:MOST_COLUMNS]) + more
 
 
 def length_percentiles(histograms: Sequence[Sequence[np.ndarray]]) -> dict[str, dict[int, int]]:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_lmpo.data.schema import RowError
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.errors import DataError, first_line
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.data.encode import Encoder
+from nemo_lmpo.data.encode import EncodedRow, Encoder
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
-from nemo_lmpo.data.schema import PreferenceRow, RowError, parse_row
+from nemo_lmpo.data.schema import PreferenceRow, parse_row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
 
@@ -40,6 +41,8 @@ class RowsToPairs:
     short_name: str
     stop_at: str | None
     """What an error calls the source's rows, before a number, if it is to stop at one that cannot be used."""
+    on_unused_fields: str = "warn"
+    """As `data.on_unused_fields`."""
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The pairs of ``table`` (columns of :func:`pairs_schema`); ``indices`` are its rows' places in the source.
@@ -58,15 +61,23 @@ class RowsToPairs:
         parsed = [self._parsed(raw.value) for raw in rows]
         encoded = iter(self.encoder.encode([row for row in parsed if isinstance(row, PreferenceRow)]))
         for raw, result in zip(rows, parsed, strict=True):
-            row = result if isinstance(result, RowError) else next(encoded)
+            row = result if isinstance(result, RowError) else self._judged(next(encoded))
             place = {"number": raw.number, "pair_id": pair_id(raw, self.short_name)}
-            if not isinstance(row, RowError):
-                yield place | vars(row)
+            if not isinstance(row, RowError) and not isinstance(result, RowError):
+                yield place | vars(row) | {"columns": result.columns}
                 continue
+            assert isinstance(row, RowError)
             detail = f"{row.detail} (pair {shown(place['pair_id'])})"
             if self.stop_at is not None:
                 raise bad_row_error(f"{self.stop_at} {raw.number}", detail)
             yield place | {"reason": row.reason, "detail": detail}
+
+    def _judged(self, row: EncodedRow | RowError) -> EncodedRow | RowError:
+        """A row of which something is not in its ids, under `data.on_unused_fields=error`."""
+        if isinstance(row, RowError) or not row.lost or self.on_unused_fields == "warn":
+            return row
+        lost = ", ".join(row.lost)
+        return RowError("field not used", f"{lost}: not in what is trained (data.on_unused_fields=error)")
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
         try:
@@ -82,6 +93,7 @@ def tokenize_source(
     directory: Path,
     *,
     on_bad_row: str,
+    on_unused_fields: str,
     num_workers: int | None,
 ) -> None:
     """Write the tokenized pairs of ``source`` into ``directory`` in the order of its rows.
@@ -90,7 +102,7 @@ def tokenize_source(
         DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at an unusable row.
     """
     stop_at = f"{source.name} {source.unit}" if on_bad_row == "error" else None
-    job = RowsToPairs(encoder, schema, source.short_name, stop_at)
+    job = RowsToPairs(encoder, schema, source.short_name, stop_at, on_unused_fields)
     rows_directory = directory / "rows"
     try:
         with _progress_bar(shows=False):

@@ -87,7 +87,7 @@ def test_strings_are_left_as_they_are():
         ({"prompt": [USER, said("a")], "chosen": "b", "rejected": "c"}, "wrong last role", "'assistant', not 'user'"),
         ({"prompt": [], "chosen": "b", "rejected": "c"}, "missing field", "empty list"),
         ({"chosen": [said("a")], "rejected": [said("b")]}, "missing prompt", "no prompt"),
-        ({"chosen": [{"role": "tool", "content": "x"}], "rejected": [USER]}, "unknown role", "'tool'"),
+        ({"chosen": [{"role": "gpt", "content": "x"}], "rejected": [USER]}, "unknown role", "'gpt'"),
         ({"chosen": ["a", "b"], "rejected": ["c"]}, "missing field", "message 1 of 'chosen'"),
         ({"chosen": [USER, said("a")], "rejected": "b"}, "not text", "'rejected' is text"),
         ({"chosen": "\n\nHuman: Q", "rejected": "\n\nHuman: Q\n\nAssistant: b"}, "wrong last role", "ends with Human"),
@@ -119,5 +119,5 @@ def test_a_prompt_text_may_be_formatted_differently_than_the_message():
 
 def test_schema_can_be_forced():
     row = {"prompt": "Q", "chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
-    assert parse_row(row).chosen == row["chosen"]
+    assert parse_row(row, "strings").chosen == row["chosen"]
     assert parse_row(row, "hh").chosen == "a"

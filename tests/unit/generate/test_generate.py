@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from nemo_lmpo.answers.engine import Sampling, load_generator
 from nemo_lmpo.answers.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
 from nemo_lmpo.formats.conversion import plan, write_huggingface
 from nemo_lmpo.formats.find_model import find_model
@@ -16,6 +17,7 @@ from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.session import open_session
+from tests.fuzz.mutated_rows import byte_tokenizer
 
 OVERRIDES = [
     "model.global_batch_size=16",
@@ -150,7 +152,7 @@ def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
         ('{"prompt": "a"}\n{nope', "line 2 is not JSON"),
         ('{"question": "a"}', "line 1 has no field `prompt`"),
         ('{"prompt": 3}', "neither text nor a list of messages"),
-        ('{"prompt": [{"role": "usr", "content": "a"}]}', "`role` of system, user, assistant"),
+        ('{"prompt": [{"role": "usr", "content": "a"}]}', "has the role 'usr'; known: system, developer, user"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}', "does not end with a text of the user"),
         ('{"prompt": " "}', "does not end with a text of the user"),
         ('{"prompt": "a\\ud800"}', "line 1: `prompt` holds half a surrogate pair"),
@@ -237,3 +239,20 @@ def test_command_reports_errors_in_one_line(tmp_path, capsys):
     prompts.write_text('{"prompt": "a"}\n')
     assert main(["--checkpoint", str(tmp_path / "none"), "--prompts", str(prompts)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_prompts_with_tools_and_variables_are_rendered_with_them(tmp_path):
+    template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{{ mood }}|{% for m in messages %}"
+    template += "{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
+    tokenizer = byte_tokenizer()
+    encoder = PairEncoder(tokenizer, template, max_length=99, max_prompt_length=98)
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [1]},
+        {"role": "tool", "content": "b"},
+    ]
+    line = {"prompt": turns, "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "calm"}}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(line))
+    (ids,) = encode_prompts(read_prompts(path), encoder)
+    assert tokenizer.decode(ids) == "[f]calm|a[1]b"
