@@ -18,8 +18,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         description="Write a run's newest checkpoint as a Hugging Face directory with tokenizer, chat template, "
         "generation config and a model card, and push it to the hub if asked.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/huggingface")
+    parser.add_argument("model", metavar="MODEL", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: huggingface in the run directory")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as they are)")
     parser.add_argument(
         "--evaluations", type=Path, nargs="+", default=[], metavar="DIR", help="results of nemo_lmpo.evaluate to show"
@@ -35,8 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     from nemo_lmpo.export.write import export_run, push
 
     output = export_run(
-        options.run_dir,
-        options.output or options.run_dir / "huggingface",
+        options.model,
+        options.output,
         dtype=options.dtype,
         name=options.push_to_hub,
         evaluations=options.evaluations,

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
+    from nemo_lmpo.formats.find_model import FoundModel
     from nemo_lmpo.runtime.chat_record import ChatRecord
 
 CARD, PICTURES = "README.md", "figures"
 
 
 def export_run(
-    run: Path,
-    output: Path,
+    given: str | Path,
+    output: Path | None = None,
     *,
     dtype: str | None = None,
     name: str | None = None,
@@ -26,11 +28,12 @@ def export_run(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
-    """Export a run's newest checkpoint; returns ``output``, which `transformers` and vLLM load.
+    """Export a run's newest checkpoint, or one that is named; returns ``output``, which `transformers` and vLLM load.
 
     Args:
-        run: the run directory.
-        output: appears when the weights are complete.
+        given: the run directory, or one of its checkpoints.
+        output: appears when the weights are complete; by default `huggingface` in the run directory, and for a
+            checkpoint that is named `huggingface_step_N`.
         dtype: `bf16`, `fp16` or `fp32`; by default as stored.
         name: of the model, or `OWNER/NAME` on the hub; by default the run directory's.
         evaluations: folders of :mod:`nemo_lmpo.evaluate` whose results the card shows.
@@ -44,9 +47,11 @@ def export_run(
     from nemo_lmpo.formats.conversion import holds, plan, renew_side_files, write_huggingface
     from nemo_lmpo.formats.find_model import find_model
 
-    if not (run / "checkpoints").is_dir():
-        raise CheckpointError(f"{run} is no run with checkpoints; give a run directory")
-    directory = find_model(run).path
+    found = find_model(given)
+    if found.run is None:
+        raise CheckpointError(_not_of_a_run(found.path))
+    directory, run = found.path, found.run
+    output = output or run / default_name(given, found)
     prompting = open_prompting(directory)
     conversion = plan(prompting.files, output, dtype)
     # The same command again, after a push that failed or for new evaluations, has no weights to write.
@@ -63,6 +68,24 @@ def export_run(
         renew_side_files(conversion)
         write_about(output)
     return output
+
+
+def default_name(given: str | Path, found: FoundModel) -> str:
+    """The export's name in its run directory: a checkpoint that was named does not replace the newest one's export."""
+    named = Path(given).expanduser().absolute() == found.path.absolute()
+    return f"{run_files.HUGGINGFACE}_{found.path.name}" if named else run_files.HUGGINGFACE
+
+
+def _not_of_a_run(path: Path) -> str:
+    """Why a model cannot be exported, and what to do instead."""
+    from nemo_lmpo.formats.model_files import open_model
+
+    if open_model(path).kind == "huggingface":
+        return f"{path} is a Hugging Face directory already; to publish it, use `hf upload`"
+    return (
+        f"{path} does not belong to a run, which the model card would describe; to get its weights, use `nemo-lmpo "
+        f"convert nemo-to-hf --input {path} --output DIR`"
+    )
 
 
 def write_card(

@@ -91,7 +91,7 @@ def test_names_of_the_hub_are_no_paths(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no run with checkpoints"):
+    with pytest.raises(CheckpointError, match="is not a model"):
         export_run(tmp_path, tmp_path / "hf")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine").touch()

@@ -241,7 +241,7 @@ def test_training_checkpoint(tmp_path: Path) -> None:
     step = tmp_path / "step_0000010"
     _write_state(source, step, "model.")
     (step / "architecture.json").write_bytes((source / "config.json").read_bytes())
-    (step / "config.yaml").write_text("name: run\n")
+    (step / "config.yaml").write_text("name: run\ndata: {chat_template: null, system_prompt: null}\n")
     (step / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (step / "tokenizer" / name).write_bytes((source / name).read_bytes())
