@@ -41,9 +41,9 @@ QUESTION = [{"role": "user", "content": "hello"}]
 
 
 def tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """One token a byte, and the marks of all templates."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: place for place, letter in enumerate(alphabet)}, []))
+    """One token per byte, one merge (llama.cpp wants one), and the marks of all templates."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    backend = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, [("h", "e")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
@@ -51,7 +51,7 @@ def tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
     )
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -66,7 +66,7 @@ def start_model(directory: Path, kind: str) -> Path:
     """A random base model whose own template is in the place that ``kind`` says, with its EOS only as its end."""
     words = tokenizer(adds_bos=kind in ("none", "inline"))
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(words), max_position_embeddings=512, **sizes, eos_token_id=words.eos_token_id)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     words.save_pretrained(directory)
@@ -228,12 +228,13 @@ def test_the_released_form_leaves_as_it_was_trained(starts: dict[str, Path], sta
 
 def test_files_that_say_the_same_already_are_not_touched(starts: dict[str, Path], state: Path, tmp_path: Path) -> None:
     start = shutil.copytree(starts["jinja"], tmp_path / "start")
+    end = load_tokenizer(str(start)).convert_tokens_to_ids("<|im_end|>")
     for name in ("generation_config.json", "config.json"):
         values = json.loads((start / name).read_text())
-        (start / name).write_text(json.dumps({**values, "eos_token_id": 260}, indent=3))
+        (start / name).write_text(json.dumps({**values, "eos_token_id": end}, indent=3))
     settings = json.loads((start / "tokenizer_config.json").read_text())
     (start / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}, indent=3))
-    assert load_tokenizer(str(start)).eos_token_id == 260
+    assert load_tokenizer(str(start)).eos_token_id == end
     trained(tmp_path / "run", state, start, None, None)
     model = open_model(tmp_path / "run" / "checkpoints" / "step_0000001")
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
