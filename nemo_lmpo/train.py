@@ -220,7 +220,7 @@ def _dry_run(config: Config, mode: Mode) -> int:
         return 0
     from nemo_lmpo.sizing.describe_run import describe
 
-    print(describe(checked.layout, unseen=checked.unseen))  # noqa: T201
+    print(describe(checked.layout, unseen=checked.unseen, rows=checked.rows))  # noqa: T201
     return 0
 
 

@@ -1,71 +1,154 @@
-"""A first look at data, tokenizer and template without tokenizing: what a dry run can see, and a start sees first."""
+"""A first look at data, tokenizer and template without tokenizing all: what a dry run can see, a start sees first.
+
+The first rows of every source that is here are laid as the start will lay them, so that what a template does with them
+is known before a job waits in a queue.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
+from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
-from nemo_lmpo.data.read import BUILTIN_PREFIX, is_hub_name, open_source
-from nemo_lmpo.data.schema import parse_row
-from nemo_lmpo.data.tokenize import bad_row_error
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_name, open_source
+from nemo_lmpo.data.schema import PreferenceRow, parse_row
+from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
+from nemo_lmpo.errors import ConfigError, DataError
 
 FIRST_ROWS = 16
+MOST_SKIPPED = 10_000
+"""Rows that are looked through for a usable one where unusable rows are skipped."""
 
 
-def look_at_data(config: DataConfig) -> list[str]:
+def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str], list[str]]:
     """Refuse sources that are not there, and first rows that cannot be used.
 
+    Args:
+        config: the settings.
+        encoder: makes token ids of the rows; None: the tokenizer is not here, so rows are only read.
+
     Returns:
-        The hub names that were not looked at: nothing is fetched here.
+        The hub names that were not looked at, as nothing is fetched here; and lines on the first rows of each source.
 
     Raises:
         ConfigError: there is nothing to train on.
-        DataError: a source is missing, empty, of an unknown kind, has no such split, or begins with an unusable row
-            while `data.on_bad_row` is `error`.
+        DataError: a source is missing, empty, of an unknown kind, or has no such split; it begins with an unusable row
+            while `data.on_bad_row` is `error`, or no row of it is usable.
     """
     if not config.train.path:
         raise ConfigError("data.train.path is not set; give a file, a saved dataset, a hub name or builtin:tiny")
     unseen: list[str] = []
+    lines: list[str] = []
     for which in (config.train, config.validation):
         for path in which.paths:
             if is_hub_name(path) and not Path(path).exists():
                 unseen.append(path)
             else:
-                _look_at_source(path, which, strict=config.on_bad_row == "error")
-    return list(dict.fromkeys(unseen))
+                lines += _SourceLook(config, which, encoder).lines(path)
+    return list(dict.fromkeys(unseen)), list(dict.fromkeys(lines))
 
 
-def _look_at_source(path: str, which: DatasetConfig, *, strict: bool) -> None:
-    source = open_source(path, which.split, min(which.limit or FIRST_ROWS, FIRST_ROWS))
-    for row in islice(source.read(), FIRST_ROWS) if strict else ():
+_Laid = EncodedRow | PreferenceRow | RowError
+"""A row as pair, only read where the tokenizer is not here, or why it cannot be used."""
+
+
+class _SourceLook:
+    """Looks at the first rows of one source."""
+
+    def __init__(self, config: DataConfig, which: DatasetConfig, encoder: Encoder | None) -> None:
+        self.config = config
+        self.which = which
+        self.encoder = encoder
+
+    def lines(self, path: str) -> list[str]:
+        """What there is to say of the source's first rows."""
+        strict = self.config.on_bad_row == "error"
+        most = FIRST_ROWS if strict else MOST_SKIPPED
+        source = open_source(path, self.which.split, min(self.which.limit or most, most))
+        rows = source.read()
+        first = list(islice(rows, FIRST_ROWS))
+        results = [(row, self._laid(row)) for row in first]
+        if strict:
+            self._refuse_bad(source, results)
+        elif first and all(isinstance(result, RowError) for _, result in results):
+            self._find_usable(source, results, rows)
+        return self._told(path, [result for _, result in results])
+
+    def _laid(self, raw: RawRow) -> _Laid:
         try:
-            parse_row(row.value, which.schema)
+            row = parse_row(raw.value, self.which.schema)
         except RowError as error:
-            raise bad_row_error(source.location(row.number), error.detail) from None
+            return error
+        if self.encoder is None:
+            return row
+        (encoded,) = self.encoder.encode([row])
+        return encoded
+
+    def _refuse_bad(self, source: Source, results: list[tuple[RawRow, _Laid]]) -> None:
+        for row, result in results:
+            lost = result.lost if isinstance(result, EncodedRow) else ()
+            if lost and self.config.on_unused_fields == "error":
+                result = unused_field_error(lost)
+            if isinstance(result, RowError):
+                raise bad_row_error(source.location(row.number), result.detail)
+
+    def _find_usable(
+        self,
+        source: Source,
+        results: list[tuple[RawRow, _Laid]],
+        rows: Iterator[RawRow],
+    ) -> None:
+        seen = len(results)
+        for row in rows:
+            seen += 1
+            if not isinstance(self._laid(row), RowError):
+                return
+        if seen < MOST_SKIPPED:
+            reasons = Counter(result.reason for _, result in results if isinstance(result, RowError))
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            place, error = source.location(results[0][0].number), results[0][1]
+            raise DataError(f"{source.name} has no usable row (the first: {counts}; {place}: {error}); check the data")
+
+    def _told(self, path: str, results: list[_Laid]) -> list[str]:
+        counts: Counter[str] = Counter()
+        for result in results:
+            if isinstance(result, RowError):
+                counts[f"unusable: {result.reason}"] += 1
+            elif isinstance(result, EncodedRow):
+                counts.update(f"lose {name}" for name in result.lost)
+                counts.update(result.notes)
+                counts["prompt cut to data.max_prompt_length"] += result.prompt_cut
+                counts["a response cut to data.max_length"] += result.response_cut
+                counts["special tokens in their texts"] += result.special_tokens
+        found = [f"    {count:>2}  {what}" for what, count in sorted(counts.items()) if count]
+        return [f"  {path}: of the first {len(results)} rows", *found] if found else []
 
 
 def look_at_tokenizer(
     config: DataConfig, name: str, *, vocab_size: int, trust_remote_code: bool, template: str | None = None
-) -> bool:
+) -> Encoder | None:
     """Refuse a tokenizer beside the model, and a template, that no pair could go through.
 
     ``template`` is the Jinja text of a run that is resumed; by default what `data.chat_template` stands for.
 
     Returns:
-        Whether the tokenizer is on this machine; nothing is fetched here.
+        What makes token ids of pairs; None if the tokenizer is not on this machine: nothing is fetched here.
 
     Raises:
-        ConfigError: the tokenizer cannot be read or has more tokens than the model, or the template does not render.
+        ConfigError: the tokenizer cannot be read or has more tokens than the model, or the template is not there or
+            does not render.
     """
-    if not name.startswith(BUILTIN_PREFIX) and not Path(name).expanduser().is_dir():
-        return False
     from nemo_lmpo.data.preference import pair_encoder
-    from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
+    from nemo_lmpo.data.tokenizer import chat_template_text, check_vocabulary, load_tokenizer
 
+    if not name.startswith(BUILTIN_PREFIX) and not Path(name).expanduser().is_dir():
+        if template is None and config.chat_template is not None:
+            chat_template_text(config.chat_template, None)
+        return None
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, vocab_size)
-    pair_encoder(config, tokenizer, template)
-    return True
+    return pair_encoder(config, tokenizer, template)

@@ -76,8 +76,7 @@ class RowsToPairs:
         """A row of which something is not in its ids, under `data.on_unused_fields=error`."""
         if isinstance(row, RowError) or not row.lost or self.on_unused_fields == "warn":
             return row
-        lost = ", ".join(row.lost)
-        return RowError("field not used", f"{lost}: not in what is trained (data.on_unused_fields=error)")
+        return unused_field_error(row.lost)
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
         try:
@@ -112,6 +111,11 @@ def tokenize_source(
         summarize_store(directory)
     finally:
         shutil.rmtree(rows_directory, ignore_errors=True)
+
+
+def unused_field_error(lost: Sequence[str]) -> RowError:
+    """Why a row cannot be used of which something is not trained, under `data.on_unused_fields=error`."""
+    return RowError("field not used", f"{', '.join(lost)}: not in what is trained (data.on_unused_fields=error)")
 
 
 def bad_row_error(location: str, detail: str) -> DataError:

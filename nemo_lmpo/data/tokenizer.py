@@ -65,25 +65,38 @@ def _builtin(name: str) -> PreTrainedTokenizerBase:
     return tiny_tokenizer()
 
 
-def chat_template_text(choice: str | None, tokenizer: PreTrainedTokenizerBase, *, released_code: bool = False) -> str:
+def chat_template_text(
+    choice: str | None, tokenizer: PreTrainedTokenizerBase | None, *, released_code: bool = False
+) -> str:
     """The Jinja text of `data.chat_template`.
 
     Args:
-        choice: None (the tokenizer's own), the name of a built-in one, or a file.
-        tokenizer: whose own template is meant.
+        choice: None (the tokenizer's own), the name of one of several that it has, of a built-in one, or a file.
+        tokenizer: whose own template is meant; None: it is not here.
         released_code: names mean what the released trainers have under them.
 
     Raises:
         ConfigError: the tokenizer has none, or the choice is neither a name nor a readable file.
     """
-    if choice is None:
+    own = getattr(tokenizer, "chat_template", None)
+    names = list(own) if isinstance(own, dict) else []
+    if choice is None and tokenizer is not None:
         try:
             return tokenizer.get_chat_template()
         except ValueError:
-            raise ConfigError(
-                "the tokenizer has no chat template; set data.chat_template to a file or one of "
-                f"{', '.join(TEMPLATES)} (plain: texts as they are)"
-            ) from None
+            pass
+    if choice is None and names:
+        raise ConfigError(
+            "the tokenizer has several chat templates and none called default; set data.chat_template to one of "
+            f"{', '.join(names)}"
+        )
+    if choice is None:
+        raise ConfigError(
+            "the tokenizer has no chat template; set data.chat_template to a file or one of "
+            f"{', '.join(TEMPLATES)} (plain: texts as they are)"
+        )
+    if isinstance(own, dict) and choice in own:
+        return str(own[choice])
     if released_code and choice in RELEASED_TEMPLATES:
         return RELEASED_TEMPLATES[choice]
     if choice in TEMPLATES:

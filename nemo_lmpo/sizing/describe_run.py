@@ -11,8 +11,14 @@ from nemo_lmpo.sizing.memory import checkpoint_host_bytes, estimate_memory
 GIB = 2.0**30
 
 
-def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
-    """The dry run's text; ``unseen`` are hub names that only a start can look at."""
+def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[str] = ()) -> str:
+    """The dry run's text.
+
+    Args:
+        layout: the run.
+        unseen: hub names that only a start can look at.
+        rows: lines on how the first rows are laid.
+    """
     config, model = layout.config, layout.config.model
     memory = estimate_memory(layout)
     nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
@@ -49,6 +55,8 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = ()) -> str:
         "",
         f"host memory of a node while a checkpoint is written: {host:.1f} GiB, up to twice that with async_save",
     ]
+    if rows:
+        lines += ["", "how the chat template lays the data", *rows]
     lines += ["", "The configuration is valid. Nothing was started."]
     if unseen:
         lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")

@@ -93,7 +93,7 @@ def check(request: Submission) -> str:
         )
         first = checked if first is None else first
     assert first is not None
-    return describe(first.layout, unseen=first.unseen)
+    return describe(first.layout, unseen=first.unseen, rows=first.rows)
 
 
 def sbatch_command(request: Submission, templates: Path, variables: Mapping[str, str]) -> list[str]:

@@ -27,6 +27,8 @@ class Preflight:
     base: StartModel
     unseen: tuple[str, ...]
     """Hub names that only a start can look at."""
+    rows: tuple[str, ...] = ()
+    """What there is to say of how the first rows are laid, by line."""
 
 
 def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: bool = True) -> Preflight:
@@ -44,15 +46,16 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
     check_settings(config)
     base = find_start_model(config.model, fetch=fetch)
     layout = validate(config, base.architecture, world_size)
-    unseen = look_at_data(config.data)
     run = RunDirectory(config) if owns_directory else None
-    local = look_at_tokenizer(
+    encoder = look_at_tokenizer(
         config.data,
         base.tokenizer,
         vocab_size=base.architecture.vocab_size,
         trust_remote_code=config.model.trust_remote_code,
         template=run.kept_template() if run is not None else None,
     )
+    unseen, rows = look_at_data(config.data, encoder)
     if run is not None:
         run.check_owner()
-    return Preflight(layout, base, (*unseen, *(() if local else (base.tokenizer,))))
+    names = (*unseen, *(() if encoder is not None else (base.tokenizer,)))
+    return Preflight(layout, base, names, tuple(rows))

@@ -30,6 +30,7 @@ BAD = {
     "row": ("data.train.path=bad.jsonl", "bad.jsonl line 2: the field 'rejected' is missing"),
     "template": ("data.chat_template=nowhere.jinja", "data.chat_template=nowhere.jinja"),
     "template_that_breaks": ("data.chat_template=broken.jinja", "data.chat_template"),
+    "template_that_refuses_rows": ("data.chat_template=strict.jinja", "good.jsonl line 1: the chat template refuses"),
     "tokenizer": ("model.tokenizer=builtin:nothing", "model.tokenizer=builtin:nothing"),
     "model": ("model.restore_from_path=./nowhere", "model.restore_from_path: ./nowhere"),
     "vocabulary": ("model.architecture.vocab_size=8", "vocab_size"),
@@ -45,12 +46,17 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "broken.jinja").write_text("{% for %}")
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if 'sort' in m.content %}{{ raise_exception('no sorting') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_dry_run_refuses_what_a_start_would(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     override, expected = BAD[case]
-    extra = [] if case != "model" else ["model.architecture=null"]
+    extra = {"model": ["model.architecture=null"], "template_that_refuses_rows": ["data.train.path=good.jsonl"]}
+    extra = extra.get(case, [])
     assert main(["--config-name", "lmpo_tiny", "dry_run=true", override, *extra]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert expected in line
@@ -59,6 +65,46 @@ def test_a_dry_run_refuses_what_a_start_would(case: str, capsys: pytest.CaptureF
 def test_bad_rows_are_not_looked_for_where_they_are_skipped() -> None:
     config = load_recipe("lmpo_tiny", ["data.train.path=bad.jsonl", "data.on_bad_row=skip"])
     assert preflight(config, 1, fetch=False).unseen == ()
+
+
+def test_data_of_which_no_row_is_usable_is_refused_where_bad_rows_are_skipped() -> None:
+    Path("bad.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "y"}) + "\n" * 40)
+    config = load_recipe("lmpo_tiny", ["data.train.path=bad.jsonl", "data.on_bad_row=skip"])
+    with pytest.raises(UserError, match=r"bad.jsonl has no usable row \(the first: 1 missing field; "):
+        preflight(config, 1, fetch=False)
+
+
+def test_a_usable_row_behind_many_bad_ones_suffices() -> None:
+    bad = json.dumps({"prompt": "x", "chosen": "y"}) + "\n"
+    Path("bad.jsonl").write_text(bad * 40 + json.dumps(GOOD) + "\n")
+    config = load_recipe("lmpo_tiny", ["data.train.path=bad.jsonl", "data.on_bad_row=skip"])
+    assert "    16  unusable: missing field" in preflight(config, 1, fetch=False).rows
+
+
+def test_the_dry_run_shows_what_the_template_does_with_the_first_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = [{"role": "assistant", "content": "a b", "tool_calls": [{"name": "f"}]}]
+    rows = [{**GOOD, "chosen": calls}] * 3 + [GOOD] * 20
+    Path("calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("thinks.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> <think> {% endif %}"
+    )
+    overrides = ["data.train.path=calls.jsonl", "data.validation.path=null", "data.chat_template=thinks.jinja"]
+    assert main(["--config-name", "lmpo_tiny", "dry_run=true", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "  calls.jsonl: of the first 16 rows\n"
+        "    16  generation starts with '<think> ', training does not\n"
+        "     3  lose `tool_calls`\n"
+    ) in shown
+    with pytest.raises(UserError, match=r"calls.jsonl line 1: `tool_calls`: not in what is trained"):
+        preflight(load_recipe("lmpo_tiny", [*overrides, "data.on_unused_fields=error"]), 1, fetch=False)
+
+
+def test_a_template_file_that_is_not_there_is_refused_where_the_tokenizer_is_not_here() -> None:
+    config = load_recipe("lmpo_llama3_8b", ["data.chat_template=nowhere.jinja"])
+    with pytest.raises(UserError, match=r"nowhere\.jinja is neither a readable file"):
+        preflight(config, 4, fetch=False)
 
 
 def test_hub_names_are_not_fetched_and_said_to_be_unseen(capsys: pytest.CaptureFixture[str]) -> None:
