@@ -1,14 +1,26 @@
 """Whole comparisons, small: runs are forked from a server."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.paper.comparison.command import main
+from nemo_lmpo.cli import ModuleMain
+from nemo_lmpo.compare import main
 from nemo_lmpo.paper.comparison.scales import SCALES, TINY
+from tests.system.processes import training
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+export_main = ModuleMain("export")
 
 SMALL = [
     "model.global_batch_size=16",
@@ -59,3 +71,70 @@ def test_failed_run_is_named_and_the_page_is_written(tmp_path, monkeypatch, caps
     assert "Without a result: start model (seed 42)" in (tmp_path / "out" / "comparison.md").read_text()
     log = next((tmp_path / "out").rglob("train.log")).read_text()
     assert "broken.jsonl line 17" in log
+
+
+def of_session(session: int) -> list[str]:
+    """Command lines of the session's processes that still run."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((place / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
+def test_nothing_of_a_killed_comparison_works_on(tmp_path):
+    """Its run saves, as where the comparison is asked to end (tests/unit/paper/test_execute.py)."""
+    command = [sys.executable, "-m", "nemo_lmpo.compare", "--suite", "figure2", "--output", "out", "--quiet"]
+    started = time.monotonic()
+    with subprocess.Popen(
+        [*command, "trainer.max_steps=100000"],
+        cwd=tmp_path,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            run = tmp_path / "out" / "runs"
+            while not any(path.stat().st_size for path in run.rglob("metrics.jsonl")):
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() - started < 200
+                time.sleep(0.1)
+            assert any("forkserver" in line for line in of_session(process.pid))
+            process.kill()
+            while left := of_session(process.pid):
+                assert time.monotonic() - started < 300, left
+                time.sleep(0.1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    log = next(run.rglob("train.log")).read_text()
+    assert "stopped by SIGTERM after step" in log
+    assert list(run.rglob("step_*/manifest.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
+def test_the_listed_commands_run_as_printed(tmp_path, monkeypatch, capsys):
+    """In their order: the start model is trained, written, and started from."""
+    small = dataclasses.replace(TINY, start=(*TINY.start, *SMALL))
+    monkeypatch.setitem(SCALES, "tiny", small)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["--suite", "figure2", "--seeds", "1", "--output", "out dir", "--list", *SMALL]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 + 3
+    for line in lines[:3]:
+        assert line[:2] == ["python", "-m"]
+        if line[2] == "nemo_lmpo.export":
+            assert export_main(line[3:]) == 0
+            continue
+        with training(line[3:], tmp_path, command=line[2]) as process:
+            process.join(200)
+        assert process.exitcode == 0, (tmp_path / "output").read_text()

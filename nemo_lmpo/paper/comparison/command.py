@@ -68,12 +68,11 @@ def _run(options: argparse.Namespace) -> int:
     from nemo_lmpo.paper.comparison.runs import plan_runs, start_run
 
     start = start_run(scale, output / "runs")
-    start_model = start.directory / "hf" if start is not None else None
+    start_model = start.start_model if start is not None else None
     plans = plan_runs(suites, scale, output / "runs", seeds=seeds, start_model=start_model, extra=options.overrides)
-    every = ([start] if start is not None else []) + list(plans.values())
     if options.list:
-        for plan in dict.fromkeys(every):
-            sys.stdout.write(f"python -m nemo_lmpo.train {shlex.join(map(without_secrets, plan.arguments()))}\n")
+        for line in commands(start, unique(plans), scale):
+            sys.stdout.write(f"{shlex.join(map(without_secrets, line))}\n")
         return 0
     failed = _train_all(start, plans, scale, options)
     page = _write(suites, scale, seeds, plans, output, options.command_line)
@@ -81,6 +80,21 @@ def _run(options: argparse.Namespace) -> int:
     if failed:
         raise TrainingError(f"{len(failed)} runs failed, the first with {failed[0].directory / 'train.log'}; see there")
     return 0
+
+
+def commands(start: RunPlan | None, plans: Sequence[RunPlan], scale: Scale) -> list[list[str]]:
+    """What a shell can run, line by line, to train what the comparison trains."""
+
+    def train(plan: RunPlan) -> list[str]:
+        if scale.separate:
+            return ["torchrun", *plan.torchrun_arguments()]
+        return ["python", "-m", "nemo_lmpo.train", *plan.arguments()]
+
+    lines = [train(plan) for plan in plans]
+    if start is None:
+        return lines
+    export = ["python", "-m", "nemo_lmpo.export", str(start.directory), "--output", str(start.start_model)]
+    return [train(start), export, *lines]
 
 
 def _train_all(

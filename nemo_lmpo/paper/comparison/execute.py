@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -20,6 +22,7 @@ from nemo_lmpo.errors import TrainingError
 from nemo_lmpo.monitor.console import format_duration
 from nemo_lmpo.paper.comparison.runs import RunPlan
 from nemo_lmpo.paper.comparison.scales import Scale
+from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
 
 LOG_FILE = "train.log"
 STOPPED = 75
@@ -66,6 +69,7 @@ def execute(plans: Sequence[RunPlan], scale: Scale, *, jobs: int, quiet: bool = 
         finally:
             for process, _, _ in active.values():
                 process.terminate()
+            for process, _, _ in active.values():
                 process.join()
     return failed
 
@@ -85,9 +89,8 @@ def make_start_model(plan: RunPlan, scale: Scale, *, quiet: bool) -> None:
         _logger.info("training the start model")
         if execute([plan], scale, jobs=1, quiet=quiet):
             raise TrainingError(f"the start model could not be trained; see {plan.directory / LOG_FILE}")
-    output = plan.directory / "hf"
-    if not output.exists():
-        write_huggingface(plan_conversion(open_model(find_model(plan.directory).path), output))
+    if not plan.start_model.exists():
+        write_huggingface(plan_conversion(open_model(find_model(plan.directory).path), plan.start_model))
 
 
 def _report(plan: RunPlan, exit_code: int, seconds: float) -> None:
@@ -117,7 +120,8 @@ def _process_context(scale: Scale) -> Any:
 
 
 def _run(plan: RunPlan, scale: Scale, environment: dict[str, str]) -> None:
-    """Train and measure one run; what it prints goes to its log."""
+    """Train and measure one run; what it prints goes to its log. Ends with the comparison, however that ends."""
+    threading.Thread(target=_end_with_the_comparison, daemon=True).start()
     os.environ.update(environment)  # a fork server has that of its start
     plan.directory.mkdir(parents=True, exist_ok=True)
     log = os.open(plan.directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -137,7 +141,15 @@ def _run(plan: RunPlan, scale: Scale, environment: dict[str, str]) -> None:
             status = STOPPED
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    sys.exit(status)
+
+
+def _end_with_the_comparison() -> None:
+    """Once its process is gone, which can be killed, ask this one to save and end, as the comparison itself would."""
+    comparison = multiprocessing.parent_process()
+    if comparison is not None:
+        wait([comparison.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _train_here(plan: RunPlan) -> int:
@@ -148,5 +160,10 @@ def _train_here(plan: RunPlan) -> int:
 
 def _train_separately(plan: RunPlan) -> int:
     launcher = Path(sys.executable).with_name("torchrun")
-    command = [str(launcher), "--nproc-per-node", str(plan.devices), "-m", "nemo_lmpo.train", *plan.arguments()]
-    return subprocess.run(command, check=False).returncode
+    with raising_when_interrupted(), subprocess.Popen([str(launcher), *plan.torchrun_arguments()]) as process:
+        try:
+            return process.wait()
+        except Interrupted as interrupted:
+            process.terminate()  # it passes the signal on to its ranks, which save
+            process.wait()
+            return interrupted.status

@@ -46,6 +46,15 @@ class RunPlan:
         """For `nemo_lmpo.train`."""
         return ["--config-name", self.recipe, *self.overrides, f"model.seed={self.seed}", f"run_dir={self.directory}"]
 
+    def torchrun_arguments(self) -> list[str]:
+        """For `torchrun`: the same on the recipe's number of processes."""
+        return ["--nproc-per-node", str(self.devices), "-m", "nemo_lmpo.train", *self.arguments()]
+
+    @property
+    def start_model(self) -> Path:
+        """Where the weights go, as a Hugging Face directory, if other runs start from them."""
+        return self.directory / "hf"
+
 
 def start_run(scale: Scale, root: Path) -> RunPlan | None:
     """The SFT run that makes the start model, where the scale has none of its own."""

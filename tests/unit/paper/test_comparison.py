@@ -171,7 +171,8 @@ def test_list_prints_commands(capsys, tmp_path):
     assert main(["--suite", "figure2", "--scale", "llama3_8b", "--output", str(tmp_path), "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3  # start, LMPO, SimPO
-    assert all(line.startswith("python -m nemo_lmpo.train --config-name") for line in lines)
+    # The recipes' layout needs four processes.
+    assert all(line.startswith("torchrun --nproc-per-node 4 -m nemo_lmpo.train --config-name") for line in lines)
 
 
 def comparison(table):
