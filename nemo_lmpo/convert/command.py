@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError, shown
 from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
 from nemo_lmpo.runtime.command import run_parser
 
@@ -132,7 +132,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.conversion import plan, write_nemo
+    from nemo_lmpo.formats.conversion import plan, tokens_not_in_nemo, write_nemo
     from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
 
@@ -148,6 +148,13 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
         _say(
             f"warning: NeMo reads this model's rotary scaling ({model.architecture.rope_scaling}) from 2.2 on; "
             "NeMo 2.0, 2.1 and NeMo-Aligner's pinned version apply factor 8 instead, and older ones do not scale"
+        )
+    if beyond := tokens_not_in_nemo(model):
+        named = ", ".join(map(shown, beyond[:3]))
+        _say(
+            f"warning: tokenizer.model lacks {len(beyond)} tokens of the tokenizer ({named}); "
+            "NeMo would cut them into pieces, so the .nemo names the Hugging Face tokenizer "
+            f"{hub_name or path.resolve()} instead"
         )
     with _progress(work.num_tensors, options.quiet, "writing") as advance:
         write_nemo(work, hub_name=hub_name, overwrite=options.overwrite, progress=advance)

@@ -6,11 +6,14 @@ SentencePiece does and, for Mistral directories, loses the space in front of a t
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.token_files import SETTINGS, TOKEN_FILES, AddedToken, read_token_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,35 +24,63 @@ _PROBES = ("Hello  world, it's 1234.", "   a\n\n b", "caf\u00e9 \u65e5\u672c \U0
 
 
 def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
-    """Load `tokenizer.model` and, where there is one, the chat template of `tokenizer_config.json`.
+    """Load `tokenizer.model`, with the tokens and settings of the files beside it.
 
-    A BOS is put in front of texts, as all models with such tokenizers expect.
+    These are `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. A BOS is put in front of texts
+    unless they say otherwise, as models with such tokenizers expect.
 
     Raises:
-        ConfigError: the file is not a SentencePiece BPE model.
+        ConfigError: the file is not a SentencePiece BPE model, or one beside it is damaged.
     """
-    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     pieces = _read_pieces(directory / "tokenizer.model")
-    backend = _build_backend(pieces)
+    names = [pieces.IdToPiece(number) for number in range(pieces.GetPieceSize())]
+    ids = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+    try:
+        present = {name: (directory / name).read_bytes() for name in TOKEN_FILES if (directory / name).is_file()}
+        usual = {duty: names[number] for duty, number in ids.items()}
+        files = read_token_files(present, names, usual, str(directory))
+        settings = Fields(files.settings, str(directory / SETTINGS))
+        after_special = not settings.has("legacy") or settings.flag("legacy")
+        front, end = (_flag(settings, f"add_{kind}_token", kind == "bos") for kind in ("bos", "eos"))
+        prefix = _flag(settings, "add_prefix_space", True)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    build = partial(_build_backend, pieces, _merges(pieces))
+    backend = build({}, prefix=True, after_special=True)
     if any(backend.encode(text, add_special_tokens=False).ids != pieces.Encode(text) for text in _PROBES):
         raise ConfigError(
             f"{directory / 'tokenizer.model'} is not a BPE model as Llama 2 and Mistral have; "
             "use a tokenizer directory with tokenizer.json"
         )
-    ids = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
-    names = {kind: pieces.IdToPiece(token_id) for kind, token_id in ids.items()}
-    bos = names["bos_token"]
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.bos_id())]
-    )
+    backend = build(files.added, prefix=prefix, after_special=after_special)
+    _add_ends(backend, files.duties.get("bos_token") if front else None, files.duties.get("eos_token") if end else None)
+    further = {"additional_special_tokens": list(files.further)} if files.further else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=_chat_template(directory),
+        chat_template=_chat_template(directory, files.settings),
         clean_up_tokenization_spaces=False,
-        **names,
+        **files.duties,
+        **further,
     )
+
+
+def _flag(settings: Fields, name: str, absent: bool) -> bool:
+    return settings.flag(name) if settings.has(name) else absent
+
+
+def _add_ends(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Puts the tokens that there are around every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    front, end = f"{bos} " if bos else "", f" {eos}" if eos else ""
+    special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
+    if special:
+        single = f"{front}$A{end}"
+        backend.post_processor = TemplateProcessing(
+            single=single, pair=f"{single} {front}$B{end}", special_tokens=special
+        )
 
 
 def _read_pieces(path: Path) -> Any:
@@ -72,57 +103,93 @@ def _read_pieces(path: Path) -> Any:
     return pieces
 
 
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges(pieces: Any) -> list[tuple[str, str]]:
     """Every split of every piece into two pieces, in the order in which SentencePiece merges.
 
     SentencePiece merges by the score of the result. Among runs of spaces, which share one score, the split with
     the longest left part comes first, as it works from the left.
     """
+    size = pieces.GetPieceSize()
+    whole = {i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i) or pieces.IsByte(i)}
+    vocabulary = {pieces.IdToPiece(i): i for i in range(size) if i not in whole}
     ranked = []
     for piece, piece_id in vocabulary.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocabulary and right in vocabulary:
                 tie = -cut if not piece.strip(SPACE) else vocabulary[left]
-                ranked.append((-scores[piece_id], piece_id, tie, vocabulary[right], left, right))
+                ranked.append((-pieces.GetScore(piece_id), piece_id, tie, vocabulary[right], left, right))
     ranked.sort()
     return [(left, right) for *_, left, right in ranked]
 
 
-def _build_backend(pieces: Any) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+def _build_backend(
+    pieces: Any,
+    merges: list[tuple[str, str]],
+    added: Mapping[int, AddedToken],
+    *,
+    prefix: bool,
+    after_special: bool,
+) -> Tokenizer:
+    """The pieces and ``added`` tokens.
+
+    ``prefix`` puts a space in front of a text, ``after_special`` also behind every added token.
+    """
+    import tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
     size = pieces.GetPieceSize()
     vocabulary = {pieces.IdToPiece(i): i for i in range(size)}
     control = [i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i)]
-    mergeable = {piece: i for piece, i in vocabulary.items() if not (i in control or pieces.IsByte(i))}
-    scores = [pieces.GetScore(i) for i in range(size)]
+    merges = _place(vocabulary, merges, added)
     backend = Tokenizer(
         BPE(
             vocab=vocabulary,
-            merges=_merges(mergeable, scores),
+            merges=merges,
             unk_token=pieces.IdToPiece(pieces.unk_id()),
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    space = normalizers.Replace(" ", SPACE)
+    if not prefix:
+        backend.normalizer = space
+    elif after_special:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), space])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
-    backend.add_special_tokens([AddedToken(pieces.IdToPiece(i), special=True, normalized=False) for i in control])
+    tokens = {i: AddedToken(pieces.IdToPiece(i), special=True) for i in control} | dict(added)
+    for _, token in sorted(tokens.items()):
+        # Found in the text itself: what is done to the text comes after.
+        backend.add_tokens([tokenizers.AddedToken(**vars(token), normalized=False)])
     return backend
 
 
-def _chat_template(directory: Path) -> str | None:
+def _place(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken]
+) -> list[tuple[str, str]]:
+    """Give added tokens their ids; one with the id of a piece takes its place. The merges that are left.
+
+    Raises:
+        ConfigError: other pieces are made of that piece.
+    """
+    texts = {number: piece for piece, number in vocabulary.items()}
+    gone = {texts[i] for i, token in added.items() if i in texts and texts[i] != token.content}
+    if parts := sorted(gone & {part for merge in merges for part in merge}):
+        raise ConfigError(
+            f"an added token has the id of the piece {parts[0]!r} ({vocabulary[parts[0]]}), which others are made "
+            "of; correct the ids of added tokens in the tokenizer's files"
+        )
+    for piece in gone:
+        del vocabulary[piece]
+    vocabulary.update({token.content: number for number, token in added.items()})
+    return [merge for merge in merges if "".join(merge) not in gone] if gone else merges
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> Any:
     file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    if not config.exists():
-        return None
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ConfigError(f"{config} is not valid JSON ({error}); restore the file") from None
+    return file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")

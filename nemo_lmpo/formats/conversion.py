@@ -23,9 +23,10 @@ from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEI
 from nemo_lmpo.formats.nemo import nemo_config
 from nemo_lmpo.formats.older_transformers import older_config, older_tokenizer_config
 from nemo_lmpo.formats.outputs import check_disk, check_output, complete_or_not_at_all
-from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids
+from nemo_lmpo.formats.sidecars import sentencepiece_model, special_token_ids, tokens_beyond_sentencepiece
 from nemo_lmpo.formats.sinks import DirectorySink, Sink, TarSink
 from nemo_lmpo.formats.source import get_fitting
+from nemo_lmpo.formats.token_files import TOKEN_FILES
 from nemo_lmpo.runtime.files import replace_file
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -140,6 +141,16 @@ def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Pro
     )
 
 
+def tokens_not_in_nemo(model: ModelFiles) -> list[str]:
+    """Tokens without which a SentencePiece model would be another tokenizer, so that NeMo cannot keep it in the file.
+
+    Raises:
+        CheckpointError: the tokenizer's files are damaged.
+    """
+    names = [name for name in ("tokenizer.json", "tokenizer.model", *TOKEN_FILES) if name in model.sidecars]
+    return tokens_beyond_sentencepiece({name: model.side_file(name) or b"" for name in names}, model.origin)
+
+
 def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The `tokenizer` section, and the files that it refers to."""
     section: dict[str, Any] = {
@@ -153,7 +164,7 @@ def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, 
     }
     content = model.side_file("tokenizer.model")
     # Llama 3 calls a file of another format by the same name; tokenizer.json is what describes it.
-    if content is None or sentencepiece_model(content) is None:
+    if content is None or sentencepiece_model(content) is None or tokens_not_in_nemo(model):
         return section, {}
     name = f"{hashlib.sha256(content).hexdigest()[:32]}_tokenizer.model"
     changed = {"library": "sentencepiece", "type": None, "model": f"nemo:{name}", "sentencepiece_legacy": False}

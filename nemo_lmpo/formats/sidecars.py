@@ -13,6 +13,7 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.archive import own_file
 from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.token_files import TOKEN_FILES, TokenFiles, read_token_files
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -119,11 +120,12 @@ def special_token_ids(files: Mapping[str, bytes], origin: str) -> dict[str, Any]
             if number is not None:
                 found[f"{kind}_token_id"] = int(number)
         return found
-    processor = sentencepiece_model(files.get("tokenizer.model"))
-    if processor is None:
+    found = _sentencepiece_tokens(files, origin)
+    if found is None:
         return {}
-    ids = {"bos_token_id": processor.bos_id(), "eos_token_id": processor.eos_id()}
-    return {name: number for name, number in ids.items() if number >= 0}
+    pieces, tokens = found
+    ids = {f"{kind}_token_id": tokens.token_id(f"{kind}_token", pieces) for kind in ("bos", "eos", "pad")}
+    return {name: number for name, number in ids.items() if number is not None}
 
 
 def _fields(files: Mapping[str, bytes], name: str, origin: str) -> Mapping[str, Any]:
@@ -154,7 +156,7 @@ def pruned_vocabulary(sidecars: Mapping[str, SideFile], rows: int, multiple: int
     Raises:
         CheckpointError: the tokenizer's files are damaged.
     """
-    names = [name for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json") if name in sidecars]
+    names = [name for name in ("tokenizer.json", "tokenizer.model", *TOKEN_FILES) if name in sidecars]
     size = _tokenizer_size({name: sidecars[name]() for name in names}, origin)
     if size is None or not 0 < size < rows:
         return rows
@@ -164,8 +166,33 @@ def pruned_vocabulary(sidecars: Mapping[str, SideFile], rows: int, multiple: int
 def _tokenizer_size(files: Mapping[str, bytes], origin: str) -> int | None:
     if "tokenizer.json" in files:
         return int(fast_tokenizer(files, origin).get_vocab_size(with_added_tokens=True))
+    found = _sentencepiece_tokens(files, origin)
+    return None if found is None else max([len(found[0]), *(number + 1 for number in found[1].added)])
+
+
+def _sentencepiece_tokens(files: Mapping[str, bytes], origin: str) -> tuple[list[str], TokenFiles] | None:
+    """The tokens of a SentencePiece model by id, and those that the files beside it name; None if there is no model."""
     processor = sentencepiece_model(files.get("tokenizer.model"))
     if processor is None:
         return None
-    added = [number for number in _fields(files, "added_tokens.json", origin).values() if isinstance(number, int)]
-    return max([int(processor.get_piece_size()), *(number + 1 for number in added)])
+    pieces = [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    usual = {duty: pieces[number] for duty, number in ids.items() if number >= 0}
+    return pieces, read_token_files(files, pieces, usual, origin)
+
+
+def tokens_beyond_sentencepiece(files: Mapping[str, bytes], origin: str) -> list[str]:
+    """The tokens of a model's tokenizer that its `tokenizer.model` does not have, or has under another id.
+
+    Raises:
+        CheckpointError: the tokenizer's files are damaged.
+    """
+    found = _sentencepiece_tokens(files, origin)
+    if found is None:
+        return []
+    pieces = found[0]
+    if "tokenizer.json" in files:
+        tokens = {int(number): str(text) for text, number in fast_tokenizer(files, origin).get_vocab().items()}
+    else:
+        tokens = {number: token.content for number, token in found[1].added.items()}
+    return [text for number, text in sorted(tokens.items()) if number >= len(pieces) or pieces[number] != text]

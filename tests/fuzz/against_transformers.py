@@ -64,16 +64,18 @@ NEEDLESS = {
     r"(max_position_embeddings|head_dim)=0": "a size that is none",
     r"initializer_range=2.0": "a standard deviation that is none",
     r"an integer buffer": "tensors that the model does not have are refused",
+    r"model_type": "a family that is not in the table; its config is that of another model",
+    r"per_layer_config|rope_[a-z]+=.\"full_attention": "settings of single layers, which this family does not have",
     r"is_causal=null": "it depends on the kernel what that is",
     r"sliding_window=absent": "the window is 4096 then, which the prompt does not reach",
 }
 """Changes that are refused though they make no difference to transformers, and why."""
 LENIENT = {
     "(eos_token_id|num_labels|output_attentions|return_dict)=": "what is put in and out, not what is computed",
-    "(base_model_[a-z]+_plan|fusion_config|experts_implementation|mtp_layer_types)=": "transformers' own machinery",
+    "(base_model_[a-z]+_plan|fusion_config|experts_implementation|mtp_layer_types|sub_configs)=": "not the model's",
     "qwen2.*head_dim=null": "hidden_size / num_attention_heads, as if it were absent",
     r"quantization_config=": "the weights are there in full precision; transformers wants to quantize them",
-    r"mistral.*sliding_window=null.*full_attention": "all layers attend to everything; transformers wants a window",
+    r"mistral.*sliding_window=null.*(full_attention|layer_types=null)": "full attention; transformers wants a window",
 }
 """Changes that are loaded though transformers does not load them, and why."""
 
@@ -109,7 +111,9 @@ def by_transformers(directory: Path, length: int) -> Computed:
         logits = model.eval()(torch.tensor([ids]), use_cache=False).logits[0]
     except Exception as error:  # whatever it raises, it does not load the model
         return Computed(f"{type(error).__name__}: {str(error)[:300]}")
-    return Computed(logits=logits, tensors=dict(model.state_dict()))
+    tensors = dict(model.state_dict())
+    # With adapters beside them, weights are no longer those of the model.
+    return Computed(logits=logits, tensors={} if any("lora_" in name for name in tensors) else tensors)
 
 
 class Ours:
@@ -191,12 +195,16 @@ class Judge:
         different = [
             name
             for name, tensor in ours.tensors.items()
-            if name not in theirs.tensors or not torch.equal(tensor.float(), theirs.tensors[name])
+            if theirs.tensors and not _equal(tensor, theirs.tensors.get(name))
         ]
         if different:
             return f"other tensors: {', '.join(different)[:200]}"
         difference = _largest(ours.logits, theirs.logits)
         return None if difference <= TOLERANCE else f"other logits: {difference:.3g}"
+
+
+def _equal(ours: Tensor, theirs: Tensor | None) -> bool:
+    return theirs is not None and torch.equal(ours.float(), theirs)
 
 
 def _among(table: dict[str, str], change: Change) -> bool:
@@ -452,11 +460,14 @@ def _adapter(alone: bool) -> Callable[[Path], None]:
         from peft import LoraConfig, get_peft_model
 
         model = AutoModelForCausalLM.from_pretrained(directory)
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        base = directory / "base"
         if alone:
+            base.mkdir()
             for path in (*directory.glob("*.safetensors"), directory / "config.json"):
-                path.unlink()
+                path.rename(base / path.name)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         adapted.save_pretrained(directory)
+        _edit(directory, {"base_model_name_or_path": str(base if alone else directory)}, "adapter_config.json")
 
     return make
 

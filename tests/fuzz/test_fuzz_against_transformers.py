@@ -10,7 +10,15 @@ import pytest
 from tests.fuzz.against_transformers import Change, Judge, combined_changes, field_changes, weight_changes
 
 REFUSED = {
-    *("head_dim", "hidden_act", "initializer_range", "is_causal", "layer_types", "max_position_embeddings"),
+    *(
+        "head_dim",
+        "hidden_act",
+        "initializer_range",
+        "is_causal",
+        "layer_types",
+        "max_position_embeddings",
+        "model_type",
+    ),
     *("num_hidden_layers", "original_max_position_embeddings", "partial_rotary_factor", "per_layer_config"),
     *("rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings"),
     *("transformers_weights", "use_sliding_window"),
