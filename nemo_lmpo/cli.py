@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from nemo_lmpo import __version__
+from nemo_lmpo.errors import nearest
 from nemo_lmpo.runtime.command import run_parser
 
 PROGRAM = "nemo-lmpo"
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, rest = given[0], given[1:]
     if name not in _BY_NAME:
-        near = difflib.get_close_matches(name, _BY_NAME, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"known: {', '.join(_BY_NAME)}"
+        near = nearest(name, _BY_NAME)
+        remedy = f"did you mean {near}?" if near else f"known: {', '.join(_BY_NAME)}"
         sys.stderr.write(f"error: {PROGRAM} has no command {name!r}; {remedy}\n")
         return 2
     return run_parser(_BY_NAME[name].build_parser(f"{PROGRAM} {name}"), rest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
@@ -103,3 +104,28 @@ def shown(value: object, most: int = 80) -> str:
     # Before it is cut: of half a credential nothing tells what it is.
     text = without_secrets(text if text.isprintable() else ascii(value))
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def nearest(given: str, known: Iterable[str], likeness: float = 0.7) -> str | None:
+    """The known name that is most like the given one; None where none is.
+
+    Args:
+        given: what the user wrote.
+        known: what could have been meant.
+        likeness: least ratio of equal letters, from 0 to 1 (:meth:`difflib.SequenceMatcher.ratio`).
+    """
+    import difflib
+
+    return next(iter(difflib.get_close_matches(given, list(known), n=1, cutoff=likeness)), None)
+
+
+def did_you_mean(given: str, known: Iterable[str], before: str = "") -> str:
+    """How a sentence about an unknown name ends: `; did you mean NAME?`, or a full stop where no name is near.
+
+    Args:
+        given: what the user wrote.
+        known: what could have been meant.
+        before: what is put before the name, as `loss.name=`.
+    """
+    near = nearest(given, known)
+    return "." if near is None else f"; did you mean {before}{near}?"

@@ -53,7 +53,7 @@ def collect(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey, 
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in known:
-            problems.append(unknown(f"{prefix}{key}", value))
+            problems.extend(unknown(*leaf) for leaf in _leaves(f"{prefix}{key}", value))
             continue
         path = f"{prefix}{key}"
         converted = _convert(path, value, known[key], unknown, problems)
@@ -62,6 +62,15 @@ def collect(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey, 
             problems.append(problem)
         values[key] = converted if problem is None else REFUSED
     return cls(**values)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key below one that is unknown; itself, where none is."""
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            yield from _leaves(f"{key}.{name}", below)
+    else:
+        yield key, value
 
 
 def raise_all(problems: Sequence[str]) -> None:

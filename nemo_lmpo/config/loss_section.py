@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from nemo_lmpo.config.coerce import REFUSED, as_far_as_known, collect, raise_all
-from nemo_lmpo.errors import shown
+from nemo_lmpo.config.unknown_keys import about_unknown_key
+from nemo_lmpo.errors import did_you_mean, shown
 from nemo_lmpo.loss.options import DEFAULT_LOSS, OPTIONS, LossOptions
-
-_ALIASES = {"lambda": "lam", "lambda_": "lam", "gamma_beta_ratio": "gamma", "label": "name", "type": "name"}
-"""Names that people know from elsewhere, for the suggestion in an error."""
 
 
 def parse_loss(raw: Mapping[str, Any] | None) -> Any:
@@ -41,7 +38,7 @@ def collect_loss(raw: Mapping[str, Any] | None, problems: list[str]) -> Any:
     given = raw.get("name")
     name = DEFAULT_LOSS if given is None else given
     if not isinstance(name, str) or name not in OPTIONS:
-        hint = _did_you_mean("loss.name=", str(name), OPTIONS)
+        hint = did_you_mean(str(name), OPTIONS, before="loss.name=")
         problems.append(f"loss.name={shown(name)} is unknown{hint} Known: {', '.join(OPTIONS)}")
         return REFUSED
     options = {str(option): value for option, value in raw.items() if option != "name"}
@@ -49,32 +46,14 @@ def collect_loss(raw: Mapping[str, Any] | None, problems: list[str]) -> Any:
         OPTIONS[name],
         options,
         prefix="loss.",
-        unknown=lambda key, value: _unknown_option(key, value, name),
+        unknown=partial(about_unknown_key, loss=name),
         problems=problems,
     )
     problems.extend(as_far_as_known(config.combinations()))
     return config
 
 
-def _options_of(name: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(OPTIONS[name]) if field.name != "name"]
-
-
-def _did_you_mean(prefix: str, given: str, known: Iterable[str]) -> str:
-    names = list(known)
-    alias = _ALIASES.get(given)
-    near = [alias] if alias in names else difflib.get_close_matches(given, names, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else "."
-
-
-def _unknown_option(key: str, value: Any, name: str) -> str:
-    option = key.removeprefix("loss.")
-    own = _options_of(name)
-    users = [other for other in OPTIONS if option in _options_of(other)]
-    options = f"Options of {name}: {', '.join(own) or 'none'}"
-    if users:
-        return (
-            f"{key}={shown(value)}: loss.name={name} does not use it ({', '.join(users)} would); remove it, or change "
-            f"loss.name. {options}"
-        )
-    return f"unknown key {key}{_did_you_mean('loss.', option, own)} {options}"
+def loss_name(raw: Any) -> str:
+    """The loss that a section names; the default one where it names none that is known."""
+    name = raw.get("name") if isinstance(raw, Mapping) else None
+    return name if isinstance(name, str) and name in OPTIONS else DEFAULT_LOSS

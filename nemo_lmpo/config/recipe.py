@@ -6,7 +6,6 @@ Recipes are Hydra configurations that hold only what differs from the dataclasse
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
@@ -15,11 +14,12 @@ from typing import Any
 
 from nemo_lmpo.config.coerce import collect, raise_all
 from nemo_lmpo.config.composition import GROUP_CHOICE, LOSS, SETTING, NoGroupError, compose_plain
-from nemo_lmpo.config.loss_section import collect_loss
+from nemo_lmpo.config.loss_section import collect_loss, loss_name
 from nemo_lmpo.config.mode import without_mode
 from nemo_lmpo.config.rules import problems_together
-from nemo_lmpo.config.schema import Config, all_keys
-from nemo_lmpo.errors import ConfigError, first_line
+from nemo_lmpo.config.schema import Config
+from nemo_lmpo.config.unknown_keys import about_unknown_key
+from nemo_lmpo.errors import ConfigError, did_you_mean, first_line
 
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
 
@@ -64,7 +64,7 @@ def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None
     folders = _folders(config_dir)
     known = recipe_names(config_dir)
     if name not in known:
-        raise ConfigError(f"--config-name {name} is no recipe{_did_you_mean(name, known)} Known: {', '.join(known)}")
+        raise ConfigError(f"--config-name {name} is no recipe{did_you_mean(name, known)} Known: {', '.join(known)}")
     _require_readable(overrides)
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     with_groups = [_choose_loss_by_name(override, folders) for override in overrides]
@@ -101,11 +101,6 @@ def _names_a_loss(folder: Path, choice: str) -> bool:
     )
 
 
-def _did_you_mean(given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
-    return f"; did you mean {near[0]}?" if near else "."
-
-
 def _choose_loss_by_name(override: str, folders: Sequence[Path]) -> str:
     """`loss.name=simpo`, and `+loss=simpo`, as the choice of the file of that name, where there is one."""
     found = re.fullmatch(r"\+{0,2}loss(?:\.name)?=([\w-]+)", override)
@@ -120,7 +115,7 @@ def _require_choice(override: str, groups: Set[str], folders: Sequence[Path]) ->
         return
     group, choice, known = found["group"], found["choice"], _choices(found["group"], folders)
     if "/" not in choice and choice not in known:
-        hint = _did_you_mean(choice, known)
+        hint = did_you_mean(choice, known)
         raise ConfigError(f"{group}={choice} is no file of the group {group}{hint} Known: {', '.join(known)}")
 
 
@@ -157,22 +152,11 @@ def config_from_mapping(raw: Mapping[str, Any], *, name: str = "run") -> Config:
     problems: list[str] = []
     values = {"name": name, **without_mode(raw, problems)}
     section = values.pop("loss", None)
-    config: Config = collect(Config, values, unknown=_unknown_key, problems=problems)
+    unknown = partial(about_unknown_key, loss=loss_name(section))
+    config: Config = collect(Config, values, unknown=unknown, problems=problems)
     config.loss = collect_loss(section, problems)
     raise_all([*problems, *problems_together(config)])
     return config
-
-
-def _unknown_key(key: str, value: Any) -> str:
-    parent, _, last = key.rpartition(".")
-    known = all_keys()
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
-    near = [name for name in siblings if name.startswith(last) or last.startswith(name)]
-    near = near or difflib.get_close_matches(last, siblings, n=1)
-    nearest = [f"{parent}.{near[0]}".lstrip(".")] if near else difflib.get_close_matches(key, known, n=1)
-    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
-    suggestion = next(iter([*elsewhere, *nearest]), None)
-    return f"unknown key {key}" + (f"; did you mean {suggestion}?" if suggestion else f"; known: {', '.join(siblings)}")
 
 
 def config_as_dict(config: Config) -> dict[str, Any]:

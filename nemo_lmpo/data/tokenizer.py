@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from nemo_lmpo.data.hub import cache_only_without_network
 from nemo_lmpo.data.read import BUILTIN_PREFIX
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
 from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
-from nemo_lmpo.errors import ConfigError, first_line
+from nemo_lmpo.errors import ConfigError, first_line, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,8 +104,8 @@ def chat_template_text(
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        near = difflib.get_close_matches(choice, TEMPLATES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        near = nearest(choice, TEMPLATES)
+        hint = f"did you mean '{near}'? " if near else ""
         raise ConfigError(
             f"data.chat_template={choice} is neither a readable file nor a built-in template; {hint}"
             f"the built-in ones are: {', '.join(TEMPLATES)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError, ConfigError, shown
+from nemo_lmpo.errors import CheckpointError, ConfigError, nearest, shown
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.window import window_from_hf, window_to_hf
 
@@ -179,9 +178,9 @@ def _model_type(fields: Fields) -> str:
             f"supported are the dense {', '.join(FAMILIES)}"
         )
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        near = nearest(name, FAMILIES)
         # Longer names belong to other models (ministral, mistral3, llama4), and so does qwen.
-        hint = f"; did you mean '{near[0]}'?" if near and len(name) <= len(near[0]) and near[0].isalpha() else ""
+        hint = f"; did you mean '{near}'?" if near and len(name) <= len(near) and near.isalpha() else ""
         raise CheckpointError(
             f"{fields.origin}: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}{hint}"
         )

@@ -125,7 +125,7 @@ def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config-name", "lmpo_tinny"]) == 1
     assert "did you mean lmpo_tiny?" in capsys.readouterr().err
     assert main([]) == 1
-    assert "--config-name is missing" in capsys.readouterr().err
+    assert "no recipe is given" in capsys.readouterr().err
 
 
 def test_directory_of_another_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

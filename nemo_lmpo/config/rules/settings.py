@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator
 
 from nemo_lmpo.config.schema import Config, all_settings
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import ConfigError, nearest, shown
 from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
 
 LONGEST_NAME = 255
@@ -203,6 +202,6 @@ def allowed_changes(config: Config) -> Iterator[str]:
     known += [f"loss.{of.name}" for of in dataclasses.fields(config.loss)] if config.loss is not None else []
     for key in config.checkpoint.allow_changes:
         if key not in known and not key.startswith("model.architecture."):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; give settings such as optim.lr"
-            yield f"checkpoint.allow_changes names {shown(key)}, which is no setting{hint}"
+            near = nearest(key, known, likeness=0.85)
+            hint = f"did you mean {near}?" if near else "give settings such as optim.lr"
+            yield f"checkpoint.allow_changes names {shown(key)}, which is not a setting; {hint}"
