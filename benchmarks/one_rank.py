@@ -23,8 +23,9 @@ from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.monitor.throughput import peak_memory_gib
+from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.runtime.launch import LaunchInfo
-from nemo_lmpo.sizing.cards import CARDS, GIB, Machine, peak_flops
+from nemo_lmpo.sizing.cards import CARDS, Machine, peak_flops
 from nemo_lmpo.sizing.flops import model_flops, shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import split_of

@@ -31,7 +31,7 @@ from nemo_lmpo.config.schema import CheckpointConfig
 from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_forks
-from nemo_lmpo.runtime.files import replace_file, set_aside
+from nemo_lmpo.runtime.files import format_bytes, replace_file, set_aside
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 _logger = logging.getLogger(__name__)
@@ -306,15 +306,6 @@ class CheckpointManager:
 
 
 _HINT = {"full": "", "size": ", or set checkpoint.verify=full to have its files looked at"}
-
-
-def format_bytes(number: float) -> str:
-    """A size in the unit that shows it best."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
 
 
 def _save_error(final: Path, error: BaseException) -> TrainingError:

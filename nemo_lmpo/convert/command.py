@@ -233,7 +233,7 @@ def _expect(model: ModelFiles, kind: str, remedy: str) -> None:
 def _ready(work: Plan, inputs: list[Path], options: argparse.Namespace) -> bool:
     """Check the output; with `--dry-run`, print what would be done and answer False."""
     from nemo_lmpo.formats.conversion import describe
-    from nemo_lmpo.formats.outputs import format_bytes
+    from nemo_lmpo.runtime.files import format_bytes
 
     work.check(inputs, overwrite=options.overwrite)
     if options.dry_run:

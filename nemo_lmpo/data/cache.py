@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_lmpo.errors import ConfigError, DataError, shown
+from nemo_lmpo.runtime.files import file_lock, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +22,7 @@ def cache_root(configured: str | None) -> Path:
     """
     if configured:
         return user_path(configured, "data.cache_dir")
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "nemo_lmpo"
-    except RuntimeError:
-        raise ConfigError("this user has no home directory for tokenized data; set data.cache_dir") from None
+    return user_cache()
 
 
 def user_path(path: str, field: str) -> Path:
@@ -62,11 +57,15 @@ def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable
         return entry
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"{key}.lock") as locked:
+        with file_lock(root / f"{key}.lock") as locked:
             if usable(entry):
                 return entry
             if locked:
                 _remove_leftovers(root, key)
+            else:
+                logger.warning(
+                    "%s is on storage without file locks; several processes may tokenize the same data", root
+                )
             _build_entry(entry, build, usable)
     except OSError as error:
         raise DataError(
@@ -97,21 +96,3 @@ def _remove_leftovers(root: Path, key: str) -> None:
     """What a killed builder left behind; only its own lock's holder may look."""
     for leftover in root.glob(f"{key}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a file lock; yields False where the file system has none."""
-    from filelock import FileLock
-
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except (NotImplementedError, OSError) as error:
-        logger.warning("no file locks in %s (%s); several processes may tokenize the same data", path.parent, error)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

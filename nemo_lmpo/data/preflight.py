@@ -14,7 +14,7 @@ from pathlib import Path
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
-from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_name, open_source
+from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
 from nemo_lmpo.data.schema import PreferenceRow, parse_row
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str]
     lines: list[str] = []
     for which in (config.train, config.validation):
         for path in which.paths:
-            if is_hub_name(path) and not Path(path).exists():
+            if is_hub_dataset(path) and not Path(path).exists():
                 unseen.append(path)
             else:
                 lines += _SourceLook(config, which, encoder).lines(path)

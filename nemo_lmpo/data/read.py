@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from nemo_lmpo.data.text import (
     uncompressed_name,
 )
 from nemo_lmpo.errors import DataError, first_line, shown
+from nemo_lmpo.runtime.files import is_hub_name
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 BUILTIN_PREFIX = "builtin:"
 _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
-_HUB_NAME = re.compile(r"[^\W_][\w.\-]*(/[\w.\-]+)?")
 _READ_ROWS = 1024
 _LONGEST_NAME = 200
 
@@ -143,14 +142,14 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     path = _printable(path)
     if special:
         raise DataError(f"{path} is neither a file nor a directory; give a file with preference pairs")
-    if not is_hub_name(path):
+    if not is_hub_dataset(path):
         raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
     return _hub_dataset(path, split, limit)
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether a path that is not here is one on the hub: those begin with a letter or digit, and end like no file."""
-    return _HUB_NAME.fullmatch(path) is not None and not path.lower().endswith(FILE_SUFFIXES)
+def is_hub_dataset(path: str) -> bool:
+    """Whether a path that is not here names a dataset on the hub, where old ones have no owner."""
+    return is_hub_name(path, owner=False) and not path.lower().endswith(FILE_SUFFIXES)
 
 
 def _printable(path: str) -> str:

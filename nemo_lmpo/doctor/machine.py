@@ -18,10 +18,10 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.monitor.banner import detect_kernels, kernels_in_use, package_versions
 from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
+from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.sizing.cards import peak_flops
 
-GIB = 2.0**30
 HEAD_DIM = 128
 LEAST_DISK = 20 * GIB
 """A checkpoint of an 8 B model takes 112 GB; with less than this not even a small one is safe."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ALPACA_EVAL_INSTRUCTIONS, ARENA_HARD, ARENA_HARD_QUESTIONS
-from nemo_lmpo.runtime.files import content_hash, file_hash, read_lines, read_text
+from nemo_lmpo.runtime.files import content_hash, file_hash, read_lines, read_text, user_cache
 
 ENVIRONMENT_VARIABLE = "NEMO_LMPO_EVAL_DATA"
 BASELINES = {ALPACA_EVAL: "gpt4_1106_preview", ARENA_HARD: "gpt-4-0314"}
@@ -71,8 +71,7 @@ def data_folder(given: Path | None) -> Path:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "nemo_lmpo" / "evaluation"
+    return user_cache() / "evaluation"
 
 
 def find_file(folder: Path, name: str, *others: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +14,11 @@ from nemo_lmpo.report.document import markdown_templates
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import Run
 from nemo_lmpo.report.summary import metric_rows, setting, settings_rows
+from nemo_lmpo.runtime.files import is_hub_name
 
 if TYPE_CHECKING:
     from nemo_lmpo.runtime.chat_record import ChatRecord
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("nemo-lmpo", "megatron-core", "nemo-toolkit", "torch", "transformers", "datasets")
 _METRICS = {"lc": "length-controlled win rate", "wr": "win rate", "length": "mean length"}
 
@@ -27,7 +26,7 @@ _METRICS = {"lc": "length-controlled win rate", "wr": "win rate", "length": "mea
 def hub_names(values: Any) -> list[str]:
     """Those of the values that are names on the hub and no paths of this machine."""
     listed = values if isinstance(values, list) else [values]
-    return [str(one) for one in listed if isinstance(one, str) and _HUB_NAME.fullmatch(one) and not Path(one).exists()]
+    return [str(one) for one in listed if isinstance(one, str) and is_hub_name(one) and not Path(one).exists()]
 
 
 def _metadata(name: str, config: Mapping[str, Any], evaluations: Sequence[Result]) -> str:

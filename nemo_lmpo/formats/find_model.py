@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.files import is_hub_name
 
 MODEL_HELP = "a run, checkpoint, .nemo file, NeMo 2 or Hugging Face directory, PEFT adapter, or hub name OWNER/NAME"
 """What a MODEL on a command line can be."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def find_model(given: str | Path, *, fetch: bool = True) -> FoundModel:
     if path.exists():
         return _in_run(path)
     name = str(given)
-    if not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise CheckpointError(f"{name} does not exist; give {MODEL_HELP}")
     return FoundModel(_from_hub(name, fetch=fetch), hub_name=name)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.runtime.files import format_bytes
 
 _OURS = ("config.json", "model_config.yaml")
 """A directory with one of these is a model that may be replaced."""
@@ -62,16 +63,6 @@ def check_disk(output: Path, needed: int) -> None:
             f"{output} needs {format_bytes(needed)}, but {parent} has {format_bytes(free)} free; "
             "free some space or choose another disk"
         )
-
-
-def format_bytes(count: int) -> str:
-    """For example `13.5 GB` (decimal units)."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_lmpo.config.rules.layout import layout_line
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.runtime.transformer_engine import installed_version
 
@@ -139,15 +140,9 @@ def format_count(number: int) -> str:
 
 def _layout(facts: BannerFacts) -> str:
     model = facts.config.model
-    # Virtual stages lie inside the pipeline stages and are no factor of the world size.
-    stages = model.virtual_pipeline_model_parallel_size
-    virtual = f" (VPP {stages})" if stages else ""
     noun = "process" if facts.world_size == 1 else "processes"
     more = (", sequence parallel" if model.sequence_parallel else "") + (", FSDP" if model.fsdp else "")
-    return (
-        f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}{virtual} x "
-        f"CP {model.context_parallel_size} x DP {facts.data_parallel} = {facts.world_size} {noun}{more}"
-    )
+    return f"{layout_line(model, facts.data_parallel)} = {facts.world_size} {noun}{more}"
 
 
 def _wrap(items: list[str], width: int) -> list[str]:

@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
-GIB = 2**30
+from nemo_lmpo.runtime.files import GIB
 
 
 def throughput_metrics(

@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from nemo_lmpo.runtime import run_files
 # A run that was killed holds its lock until its helpers are gone, too.
 _PATIENCE_SECONDS = 5.0
 
+GIB = 2**30
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of storage that has no locks."""
 
+_HUB_NAME = re.compile(r"[^\W_][\w.-]*/[\w.-]+")
+_HUB_NAME_OR_OLD = re.compile(r"[^\W_][\w.-]*(/[\w.-]+)?")
 _logger = logging.getLogger(__name__)
 
 
@@ -158,6 +161,67 @@ def file_stamp(path: Path) -> list[list[Any]]:
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
 
 
+def is_hub_name(text: str, *, owner: bool = True) -> bool:
+    """Whether a text can be the name of a repository on the Hugging Face hub.
+
+    Args:
+        text: may be it.
+        owner: it has to be `OWNER/NAME`; else an old name without an owner will do, too.
+    """
+    return (_HUB_NAME if owner else _HUB_NAME_OR_OLD).fullmatch(text) is not None
+
+
+def format_bytes(number: float) -> str:
+    """A size in the binary unit that shows it best: `512 B`, `13.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/nemo_lmpo`, or `~/.cache/nemo_lmpo`.
+
+    Raises:
+        ConfigError: this user has no home directory.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "nemo_lmpo"
+    except RuntimeError:
+        raise ConfigError(
+            "this user has no home directory for caches; set data.cache_dir (for evaluations NEMO_LMPO_EVAL_DATA) or "
+            "XDG_CACHE_HOME"
+        ) from None
+
+
+@contextmanager
+def file_lock(path: Path, *, timeout: float | None = None) -> Iterator[bool]:
+    """Hold a lock that ends with the process; yields False on storage without locks (some cluster file systems).
+
+    Args:
+        path: a file, made if it is not there.
+        timeout: seconds to wait for another process that holds it; unset: as long as it takes.
+
+    Raises:
+        Timeout: of `filelock`; another process still holds it.
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path, timeout=-1 if timeout is None else timeout)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_LOCKS):
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 @contextmanager
 def directory_lock(directory: Path, *, patience: float | None = None) -> Iterator[None]:
     """Have a run directory to this process alone within the block.
@@ -173,24 +237,22 @@ def directory_lock(directory: Path, *, patience: float | None = None) -> Iterato
         ConfigError: another process works there; the message has its host and number.
         OSError: the directory cannot be written.
     """
-    lock = FileLock(directory / run_files.LOCK, timeout=_PATIENCE_SECONDS if patience is None else patience)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"run_dir={directory} is in use by {_owner(directory)}; wait for it, end it, or choose another run_dir"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        _logger.warning("%s is on storage without file locks: do not start a second run there", directory)
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
-    replace_file(directory / run_files.OWNER, json.dumps(me) + "\n")
-    try:
-        yield
-    finally:
-        (directory / run_files.OWNER).unlink(missing_ok=True)
-        lock.release()
+    patience = _PATIENCE_SECONDS if patience is None else patience
+    with ExitStack() as held:
+        try:
+            locked = held.enter_context(file_lock(directory / run_files.LOCK, timeout=patience))
+        except Timeout:
+            raise ConfigError(
+                f"run_dir={directory} is in use by {_owner(directory)}; wait for it, end it, or choose another run_dir"
+            ) from None
+        if not locked:
+            _logger.warning("%s is on storage without file locks: do not start a second run there", directory)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
+        replace_file(directory / run_files.OWNER, json.dumps(me) + "\n")
+        try:
+            yield
+        finally:
+            (directory / run_files.OWNER).unlink(missing_ok=True)
 
 
 def _owner(directory: Path) -> str:

@@ -11,7 +11,34 @@ from dataclasses import dataclass, replace
 
 from nemo_lmpo.errors import ConfigError
 
-GIB = 2.0**30
+# Dense BF16 FLOP/s of one device by the vendor's data sheets (V100: FP16, it has no BF16), first match wins.
+# Names are those of torch.cuda.get_device_name, for example "NVIDIA A100-SXM4-80GB".
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    (r"\bMIG\b", 0.0),  # a slice of a GPU, whose share the name does not tell
+    (r"\bGB200\b", 2.5e15),
+    (r"\bB200\b", 2.25e15),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bG?H200\b|\bH100\b|\bH800\b", 989e12),
+    (r"\bH20\b", 148e12),
+    (r"\bA100\b|\bA800\b", 312e12),
+    (r"\bA40\b", 149.7e12),
+    (r"\bA30\b", 165e12),
+    (r"\bA10\b", 125e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX A6000\b", 154.8e12),
+    (r"\bV100\b", 125e12),
+)
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Dense BF16 FLOP/s of one device by its CUDA name; None when unknown, or for the CPU (no name)."""
+    for pattern, flops in PEAK_FLOPS:
+        if device_name is not None and re.search(pattern, device_name):
+            return flops or None
+    return None
 
 
 @dataclass(frozen=True)
@@ -48,45 +75,22 @@ class Card:
     """Seconds a collective takes however short it is."""
 
 
+def _peak(name: str) -> float:
+    found = peak_flops(name)
+    assert found is not None, name
+    return found
+
+
+A100, H100, H200 = "A100 80 GB SXM", "H100 80 GB SXM", "H200 141 GB SXM"
 CARDS = {
-    "a100": Card("A100 80 GB SXM", 80 * 1e9, 312e12, 2.039e12, 108, 300e9, 25e9, products=0.735, attention=0.50),
-    "h100": Card("H100 80 GB SXM", 80 * 1e9, 989e12, 3.35e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
-    "h200": Card("H200 141 GB SXM", 141 * 1e9, 989e12, 4.8e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
+    "a100": Card(A100, 80 * 1e9, _peak(A100), 2.039e12, 108, 300e9, 25e9, products=0.735, attention=0.50),
+    "h100": Card(H100, 80 * 1e9, _peak(H100), 3.35e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
+    "h200": Card(H200, 141 * 1e9, _peak(H200), 4.8e12, 132, 450e9, 50e9, products=0.55, attention=0.40),
 }
 PCIE = 32e9
 """Bytes/s of PCIe 4.0 x 16, which takes NVLink's place with the suffix `-pcie`."""
 ETHERNET = 3.1e9
 """Bytes/s a GPU of 25 Gbit/s a GPU, which takes InfiniBand's place with the suffix `-ethernet`."""
-
-# Dense BF16 FLOP/s of one device by the vendor's data sheets (V100: FP16, it has no BF16), first match wins.
-# Names are those of torch.cuda.get_device_name, for example "NVIDIA A100-SXM4-80GB".
-_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    (r"\bMIG\b", 0.0),  # a slice of a GPU, whose share the name does not tell
-    (r"\bGB200\b", 2.5e15),
-    (r"\bB200\b", 2.25e15),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100 NVL\b", 835e12),
-    (r"\bG?H200\b|\bH100\b|\bH800\b", 989e12),
-    (r"\bH20\b", 148e12),
-    (r"\bA100\b|\bA800\b", 312e12),
-    (r"\bA40\b", 149.7e12),
-    (r"\bA30\b", 165e12),
-    (r"\bA10\b", 125e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL40\b", 181e12),
-    (r"\bL4\b", 121e12),
-    (r"\bRTX A6000\b", 154.8e12),
-    (r"\bV100\b", 125e12),
-)
-
-
-def peak_flops(device_name: str | None) -> float | None:
-    """Dense BF16 FLOP/s of one device by its CUDA name; None when unknown, or for the CPU (no name)."""
-    for pattern, flops in _PEAK_FLOPS:
-        if device_name is not None and re.search(pattern, device_name):
-            return flops or None
-    return None
-
 
 _GPUS = re.compile(r"(?:(\d+)x)??(\d+)(?:x([a-z]\w*)((?:-\w+)*))?")
 

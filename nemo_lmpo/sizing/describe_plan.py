@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.formats.architecture import Architecture
-from nemo_lmpo.sizing.cards import GIB, Machine
+from nemo_lmpo.runtime.files import GIB
+from nemo_lmpo.sizing.cards import Machine
 from nemo_lmpo.sizing.rank_work import further_passes
 from nemo_lmpo.sizing.search import Candidate, model_flops, rank_layouts
 from nemo_lmpo.sizing.typical_pairs import LENGTHS, step_rows

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.sizing.memory import checkpoint_host_bytes, estimate_memory
-
-GIB = 2.0**30
 
 
 def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[str] = ()) -> str:
@@ -22,18 +21,13 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
     config, model = layout.config, layout.config.model
     memory = estimate_memory(layout)
     nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
-    chunks = model.virtual_pipeline_model_parallel_size
     facts = [
         ("recipe", config.name),
         ("loss", config.loss.name),
         ("processes", f"{layout.world_size} ({nodes})"),
         (
             "layout",
-            f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}"
-            + (f" (VPP {chunks})" if chunks else "")
-            + f" x CP {model.context_parallel_size} x DP {layout.data_parallel_size}"
-            + (", sequence parallel" if model.sequence_parallel else "")
-            + _shared(config),
+            str(layout) + (", sequence parallel" if model.sequence_parallel else "") + _shared(config),
         ),
         ("precision", config.trainer.precision),
         ("recompute", model.activations_checkpoint_granularity or "none"),

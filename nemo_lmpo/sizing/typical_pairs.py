@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.sizing.flops import causal_pairs
 from nemo_lmpo.sizing.rank_work import Row
 
 TYPICAL = (150, 280, 243)
@@ -37,8 +38,8 @@ def step_rows(config: Config, data_parallel: int) -> tuple[int, Row]:
 def row_of(pairs: float, *, share_prompt: bool) -> Row:
     """A micro-batch of so many typical pairs."""
     prompt, chosen, rejected = TYPICAL
-    prompts = prompt * (prompt + 1) // 2 * (1 if share_prompt else 2)
-    answers = sum((length - 1) * prompt + length * (length - 1) // 2 for length in (chosen, rejected))
+    prompts = causal_pairs(prompt) * (1 if share_prompt else 2)
+    answers = sum(causal_pairs(length - 1, prefix=prompt) for length in (chosen, rejected))
     return Row(
         tokens=round(pairs * pair_tokens(TYPICAL, share_prompt=share_prompt)),
         predicted=round(pairs * (chosen + rejected)),

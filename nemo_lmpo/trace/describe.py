@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nemo_lmpo.config.rules import ParallelLayout
-from nemo_lmpo.sizing.cards import CARDS, GIB, Card
+from nemo_lmpo.runtime.files import GIB
+from nemo_lmpo.sizing.cards import CARDS, Card
 from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import Split, attention_flops, split_of
@@ -35,12 +36,7 @@ def _subjects(layout: ParallelLayout) -> list[tuple[int, bool]]:
 
 
 def _head(layout: ParallelLayout) -> list[str]:
-    model = layout.config.model
-    sizes = (
-        f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size} x "
-        f"CP {model.context_parallel_size} x DP {layout.data_parallel_size}"
-    )
-    return [f"{layout.config.name}, {layout.architecture.num_parameters():,} parameters, {sizes}", ""]
+    return [f"{layout.config.name}, {layout.architecture.num_parameters():,} parameters, {layout}", ""]
 
 
 def _name(trace: Trace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_lmpo.config.schema import Config
+from nemo_lmpo.config.schema import Config, ModelConfig
 from nemo_lmpo.formats.architecture import Architecture
 
 
@@ -32,6 +32,22 @@ class ParallelLayout:
     def replicas(self) -> int:
         """Ranks that have the same weights, or share them."""
         return self.data_parallel_size * self.config.model.context_parallel_size
+
+    def __str__(self) -> str:
+        return layout_line(self.config.model, self.data_parallel_size)
+
+
+def layout_line(model: ModelConfig, data_parallel: int) -> str:
+    """`TP 2 x PP 2 (VPP 2) x CP 1 x DP 2`.
+
+    Virtual stages lie inside the pipeline stages and are not a factor of the number of processes.
+    """
+    virtual = model.virtual_pipeline_model_parallel_size
+    return (
+        f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}"
+        + (f" (VPP {virtual})" if virtual else "")
+        + f" x CP {model.context_parallel_size} x DP {data_parallel}"
+    )
 
 
 def world_size(layout: ParallelLayout) -> Iterator[str]:
