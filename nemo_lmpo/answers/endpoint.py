@@ -5,22 +5,27 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
-
-from nemo_lmpo.errors import ConfigError, UserError, remember_secret
+from nemo_lmpo.answers.http import RETRIED, Client, ExchangeError, Reply, Stopped
+from nemo_lmpo.answers.replies import ReplyError, ServerError, decode, parse_error, parse_models
+from nemo_lmpo.answers.workers import ItemError
+from nemo_lmpo.errors import ConfigError, UserError, remember_secret, without_secrets
 from nemo_lmpo.runtime.credentials import Address
 
-_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Statuses that another try may not meet."""
-_KEPT = "what is answered so far is kept, so repeat the command to go on"
-Item = TypeVar("Item")
+_MODELS_DEADLINE = 30.0
+_NEVER = threading.Event()
+Value = TypeVar("Value")
+
+
+class RefusedError(ItemError):
+    """The server refuses one request."""
+
+    def __init__(self, message: str, said: ServerError, status: int) -> None:
+        super().__init__(message)
+        self.said, self.status = said, status
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Limits:
     backoff: float = 1.0
     """Seconds before the second retry; doubles up to a minute. A server's Retry-After wins."""
     timeout: float = 900.0
+    """Seconds that one try may take."""
 
     def validate(self) -> None:
         """Refuse values that mean nothing.
@@ -42,7 +48,7 @@ class Limits:
         """
         if self.concurrency < 1:
             raise ConfigError(f"--concurrency {self.concurrency} must be at least 1")
-        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
+        if self.requests_per_minute is not None and not 0 < self.requests_per_minute < float("inf"):
             raise ConfigError(f"--requests-per-minute {self.requests_per_minute} must be above 0")
         if self.retries < 0:
             raise ConfigError(f"--retries {self.retries} must be 0 or more")
@@ -56,14 +62,18 @@ class _Pace:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self) -> None:
-        """Return when the next request may go."""
+    def wait(self, stop: threading.Event) -> None:
+        """Return when the next request may go.
+
+        Raises:
+            Stopped: ``stop`` was set.
+        """
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
             self._next = turn + self._gap
-        if turn > now:
-            time.sleep(turn - now)
+        if turn > now and stop.wait(turn - now):
+            raise Stopped
 
 
 class Endpoint:
@@ -81,21 +91,17 @@ class Endpoint:
         self, option: str, url: str, limits: Limits, *, key: str | None = None, key_variable: str = ""
     ) -> None:
         limits.validate()
+        self.option, self.limits, self._key_variable = option, limits, key_variable
         self.address = _read_address(option, url)
         base = self.address.shown.rstrip("/")
         self.base = base if base.endswith("/v1") else f"{base}/v1"
-        self.option, self.limits, self._key, self._key_variable = option, limits, key, key_variable
+        """Without anything secret."""
         remember_secret(key)
         self._pace = _Pace(limits.requests_per_minute)
-        self._session = self._open(limits.retries)
-
-    def _open(self, retries: int) -> requests.Session:
-        session = open_session(retries, self.limits.backoff, self.limits.concurrency)
-        if self._key:
-            session.headers["Authorization"] = f"Bearer {self._key}"
-        session.headers.update(self.address.headers())
-        session.params = dict(self.address.query)
-        return session
+        headers = {**_bearer(key, key_variable), **self.address.headers()}
+        query = self.address.query
+        self._client = Client(limits.timeout, connections=limits.concurrency, headers=headers, query=query)
+        self._quick = Client(min(_MODELS_DEADLINE, limits.timeout), headers=headers, query=query)
 
     @property
     def shown(self) -> str:
@@ -108,58 +114,80 @@ class Endpoint:
         Raises:
             UserError: it does not answer.
         """
+        url = f"{self.base}/models"
         try:
-            with self._open(1) as session:
-                answer = session.get(f"{self.base}/models", timeout=30)
-            content = answer.json() if answer.ok else {}
-        except requests.exceptions.JSONDecodeError:
-            content = {}
-        except requests.RequestException as error:
-            raise self._unreachable(error) from None
-        if answer.status_code in (401, 403):
-            raise self._refused(answer)
-        listed = content.get("data") if isinstance(content, dict) else None
-        return [str(model["id"]) for model in listed or [] if isinstance(model, dict) and "id" in model]
+            reply = self._quick.ask("GET", url, retries=1, backoff=self.limits.backoff, stop=_NEVER)
+        except ExchangeError as error:
+            raise self._failed(error) from None
+        if reply.status in (401, 403) or 300 <= reply.status < 400:
+            raise self._refused(reply, "models")
+        if not reply.ok:
+            return []
+        try:
+            return parse_models(decode(reply.content))
+        except ReplyError:
+            return []
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(
+        self, path: str, body: Mapping[str, Any], parse: Callable[[Any], Value], *, stop: threading.Event = _NEVER
+    ) -> Value:
         """Ask, again if need be.
 
+        Args:
+            path: `completions` or `chat/completions`.
+            body: sent as JSON.
+            parse: makes the value of the reply's JSON, or raises :class:`ReplyError`.
+            stop: when it is set, nothing is tried again.
+
         Raises:
-            UserError: it does not answer, or refuses the request.
+            ItemError: this request is not served as it should be; another one may be.
+            UserError: the server does not answer at all, or nobody is served.
+            Stopped: ``stop`` was set.
         """
-        self._pace.wait()
+        self._pace.wait(stop)
         try:
-            answer = self._session.post(f"{self.base}/{path}", json=body, timeout=self.limits.timeout)
-        except requests.RequestException as error:
-            raise self._unreachable(error) from None
-        if not answer.ok:
-            raise self._refused(answer)
+            reply = self._client.ask(
+                "POST",
+                f"{self.base}/{path}",
+                body,
+                retries=self.limits.retries,
+                backoff=self.limits.backoff,
+                stop=stop,
+            )
+        except ExchangeError as error:
+            raise self._failed(error) from None
+        if not reply.ok:
+            raise self._refused(reply, path)
         try:
-            content: dict[str, Any] = answer.json()
-        except requests.exceptions.JSONDecodeError:
-            raise UserError(f"{self.option} {self.shown} answers with something that is not JSON; {_KEPT}") from None
-        return content
+            return parse(decode(reply.content))
+        except ReplyError as error:
+            raise ItemError(
+                f"{self.option} {self.shown}/{path} {error}; it must serve /v1/{path} as OpenAI's and vLLM's servers do"
+            ) from None
 
-    def _unreachable(self, error: Exception) -> UserError:
-        cause: Any = error
-        while getattr(cause, "__context__", None) is not None:
-            cause = cause.__context__
-        return UserError(f"{self.option} {self.shown} does not answer ({type(cause).__name__}); start it; {_KEPT}")
+    def _failed(self, error: ExchangeError) -> UserError:
+        remedy = "look whether it runs and can be reached" if error.passing else "correct that, or use another server"
+        kind = ItemError if "sends more than" in str(error) else UserError
+        return kind(f"{self.option} {self.shown} {error}; {remedy}")
 
-    def _refused(self, answer: Any) -> UserError:
-        try:
-            content = answer.json()
-            error = content.get("error", content)
-            said = str(error.get("message", error) if isinstance(error, dict) else error)
-        except (requests.exceptions.JSONDecodeError, AttributeError):
-            said = answer.text
-        said = " ".join(said.split())[:300]
-        advice = ""
-        if answer.status_code in (401, 403):
-            advice = f"; set {self._key_variable or 'its key'}"
-        elif answer.status_code in _PASSING:
-            advice = f" after {self.limits.retries} retries"
-        return UserError(f"{self.option} {self.shown} says {answer.status_code} ({said}){advice}; {_KEPT}")
+    def _refused(self, reply: Reply, path: str) -> UserError:
+        said, status = parse_error(reply.content), reply.status
+        what = f"{self.option} {self.shown}/{path} says {status}" + (f" ({said.message})" if said.message else "")
+        if said.refusal:
+            return RefusedError(f"{what}; it declines this prompt", said, status)
+        if 300 <= status < 400:
+            target = without_secrets(reply.headers.get("Location", ""))[:200]
+            to = f"to {target}, " if target.isprintable() and target else ""
+            return UserError(f"{what} and redirects {to}where no prompt is sent; name that server if you trust it")
+        if status in (401, 403):
+            return UserError(f"{what}; set {self._key_variable or 'its key'}")
+        if status in (404, 405, 501):
+            return UserError(f"{what}; it must serve /v1/{path}, and the model by the name that is asked for")
+        if status in RETRIED:
+            remedy = "ask less with --concurrency or --requests-per-minute" if status == 429 else "look into its log"
+            message = f"{what} after {self.limits.retries} retries; {remedy}"
+            return UserError(message) if status == 429 else RefusedError(message, said, status)
+        return RefusedError(f"{what}; look into its log for what it does not take", said, status)
 
 
 def _read_address(option: str, url: str) -> Address:
@@ -174,50 +202,29 @@ def _read_address(option: str, url: str) -> Address:
     return address
 
 
-def open_session(retries: int, backoff: float = 1.0, connections: int = 1) -> requests.Session:
-    """A session that asks again where that may help."""
-    retry = Retry(
-        total=retries,
-        backoff_factor=backoff,
-        backoff_max=60,
-        backoff_jitter=backoff / 2,
-        status_forcelist=_PASSING,
-        allowed_methods=None,  # also POST: asking again costs a call, not a wrong result
-        raise_on_status=False,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=connections))
-    return session
+def _bearer(key: str | None, variable: str) -> dict[str, str]:
+    if not key:
+        return {}
+    if not key.strip().isascii() or not key.strip().isprintable():
+        raise ConfigError(f"{variable} holds characters that no key has; set it to the key alone")
+    return {"Authorization": f"Bearer {key.strip()}"}
 
 
 def choose_model(endpoint: Endpoint, wanted: str | None, name_option: str) -> str:
     """The name to ask for: as wanted, or the only one that is served.
 
     Raises:
-        ConfigError: there are several, or none is told, or the wanted one is not there.
+        ConfigError: there are several, or none is named, or the wanted one is not there.
         UserError: the server does not answer.
     """
     served = endpoint.served_models()
     if wanted is not None:
         # Large services list aliases only in part, so only a short list is taken for complete.
         if served and len(served) <= 8 and wanted not in served:
-            raise ConfigError(f"{name_option} {wanted} is not served by {endpoint.shown}; it has {', '.join(served)}")
+            names = ", ".join(name[:100] for name in served)
+            raise ConfigError(f"{name_option} {wanted} is not served by {endpoint.shown}; it has {names}")
         return wanted
     if len(served) == 1:
         return served[0]
-    told = f"serves {len(served)} models" if served else "does not say what it serves"
-    raise ConfigError(f"{endpoint.shown} {told}; name one with {name_option}")
-
-
-def for_each(items: Sequence[Item], work: Callable[[Item], object], concurrency: int) -> None:
-    """Do the work on several threads; at the first error the rest is not begun, and the error is raised."""
-    with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+    found = f"serves {len(served)} models" if served else "does not say what it serves"
+    raise ConfigError(f"{endpoint.shown} {found}; name one with {name_option}")

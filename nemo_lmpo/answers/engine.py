@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_lmpo.answers.sampling import DEFAULT_NEW_TOKENS, MAX_SEED, Sampling
 from nemo_lmpo.answers.trained_model import open_trained, read_training_config, tokenizer_of
 from nemo_lmpo.data.chat import stop_ids
 from nemo_lmpo.data.encode import PairEncoder
@@ -25,45 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], object]
-DEFAULT_NEW_TOKENS = 512
-MAX_SEED = 2**63 - 1
-MIN_TEMPERATURE = 1e-5
-"""Of sampling: logits over less leave the range of float32."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen."""
-
-    max_new_tokens: int | None = None
-    """None: `DEFAULT_NEW_TOKENS`, or as many as the model has positions for."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: all tokens."""
-    seed: int = 42
-    batch_size: int = 8
-
-    def validate(self) -> None:
-        """Refuse values that mean nothing.
-
-        Raises:
-            ConfigError: naming the option.
-        """
-        for name, value in (("max-new-tokens", self.max_new_tokens), ("batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value} must be at least 1")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature} must be 0 (greedy), or at least {MIN_TEMPERATURE}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"--seed {self.seed} must be from 0 to {MAX_SEED}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p} must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k {self.top_k} must be 0 (all tokens) or more")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise ConfigError("--top-p and --top-k have no effect without --temperature; set it, for example to 0.7")
 
 
 @dataclass(frozen=True)

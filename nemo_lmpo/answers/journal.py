@@ -36,6 +36,7 @@ class Journal:
         self.rows: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._failure: DataError | None = None
+        self._closed = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _open_alone(path)
@@ -79,6 +80,8 @@ class Journal:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
+            if self._closed:  # a thread that an interruption left behind
+                raise DataError(f"{self.path} is closed; repeat the command")
             try:
                 self._write(content)
             except OSError as error:
@@ -103,8 +106,11 @@ class Journal:
         self._length += len(content)
 
     def close(self) -> None:
-        """Give the file back."""
-        os.close(self._file)
+        """Give the file back; nothing can be appended any more."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._file)
 
     def __enter__(self) -> Journal:
         return self

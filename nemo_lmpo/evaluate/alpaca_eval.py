@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nemo_lmpo.answers.endpoint import Endpoint
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.replies import ChatReply
+from nemo_lmpo.answers.workers import ItemError
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
-from nemo_lmpo.evaluate.environment import run_program
+from nemo_lmpo.evaluate.environment import NO_PROXY, run_program
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
+from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value
 
 CALLS_FILE = "judge_calls.jsonl"
@@ -25,31 +27,21 @@ PROMPT_NAME = "alpaca_eval_clf (alpaca_eval 0.6)"
 OUTPUT_TOKENS = 1
 
 
-def check_logprobs(response: dict[str, Any]) -> None:
+def check_logprobs(reply: ChatReply) -> None:
     """Refuse an answer without the likeliest tokens, of which the preference is made.
 
     Raises:
-        UserError: there are none.
+        ItemError: there are none.
     """
-    try:
-        tokens = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    except (KeyError, IndexError, TypeError):
-        tokens = None
-    if not tokens:
-        raise UserError(
+    if not reply.top_tokens:
+        raise ItemError(
             "the judge returns no top_logprobs, and AlpacaEval's preferences are made of them; choose a judge or "
             "server that does (vLLM does; reasoning models do not)"
         )
 
 
 def judge(
-    chosen: Sequence[Instruction],
-    answers: Mapping[str, Answer],
-    folder: Path,
-    endpoint: Endpoint,
-    name: str,
-    *,
-    quiet: bool,
+    chosen: Sequence[Instruction], answers: Mapping[str, Answer], folder: Path, server: JudgeServer, *, quiet: bool
 ) -> tuple[dict[str, float | None], Judge]:
     """Preferences by instruction: 1 the baseline's answer, 2 the model's, None neither label.
 
@@ -63,25 +55,29 @@ def judge(
     with (
         Journal(folder / CALLS_FILE, "key") as journal,
         tqdm(total=len(rows), desc="judge", unit="call", disable=True if quiet else None) as bar,
-        Gateway(endpoint, journal, check_logprobs, bar.update).open() as gateway,
+        Gateway(server, journal, len(rows), check_logprobs, bar.update).open() as gateway,
         tempfile.TemporaryDirectory(prefix="nemo_lmpo_judge_") as scratch,
     ):
         config = Path(scratch) / "client.yaml"
         # The folder is this user's alone, so nobody else reads the token.
-        config.write_text(f"default:\n- api_key: {gateway.token}\n  base_url: {gateway.url}\n")
+        config.write_text(f"default:\n- api_key: {gateway.token}\n  base_url: {gateway.base}\n")
         variables = {
             "OPENAI_CLIENT_CONFIG_PATH": str(config),
-            "OPENAI_MAX_CONCURRENCY": str(endpoint.limits.concurrency),
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "OPENAI_MAX_CONCURRENCY": str(server.endpoint.limits.concurrency),
+            **NO_PROXY,
         }
-        request = {"judge": name, "rows": rows, "folder": scratch}
+        request = {"judge": server.name, "rows": rows, "folder": scratch}
         try:
             found = run_program("alpaca_judge", request, log=folder / "judge.log", environment=variables)
         except UserError:
-            raise gateway.failure or UserError(f"judging failed; see {folder / 'judge.log'}") from None
+            gateway.failures.raise_first()
+            raise
+        finally:
+            gateway.failures.stop.set()
+        gateway.failures.raise_first()
         preferences = {one.id: found[one.id] for one in chosen}
-        return preferences, Judge(name, answering_models(journal), endpoint.shown, PROMPT_NAME)
+        refused, shown = len(gateway.refused), server.endpoint.shown
+        return preferences, Judge(server.name, answering_models(journal), shown, PROMPT_NAME, refused, server.extra)
 
 
 def score(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-import zlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from nemo_lmpo.answers.endpoint import Endpoint, for_each
+from nemo_lmpo.answers.completions import CompletionRequests, PromptCountError, complete, refused_parameters
+from nemo_lmpo.answers.endpoint import Endpoint, RefusedError
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.workers import ItemError, for_each
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import EvaluationSet, Instruction, answers_of_file, arena_answers
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, GenerationSettings
@@ -93,66 +95,60 @@ class EndpointSource:
     """A server that completes token ids."""
 
     endpoint: Endpoint
-    served_name: str
     prompts: Mapping[str, list[int]]
     """Token ids by instruction."""
-    stop_ids: Sequence[int]
+    requests: CompletionRequests
     settings: GenerationSettings
-    seed: int
-    most_positions: int
+    max_positions: int
+    left_out: list[str] = field(default_factory=list)
+    """Parameters that the server refuses, once it was asked."""
 
     def generation(self) -> Mapping[str, Any]:
         """Its settings; which versions the server runs, it does not say."""
         return {
             **asdict(self.settings),
-            "seed": self.seed,
-            "stop_token_ids": list(self.stop_ids),
+            "seed": self.requests.sampling.seed,
+            "stop_token_ids": list(self.requests.stop_ids),
             "backend": "endpoint",
-            "served_name": self.served_name,
+            "served_name": self.requests.model,
             "endpoint": self.endpoint.shown,
             "dtype": "the server's",
+            **({"left to the server": self.left_out} if self.left_out else {}),
         }
 
     def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
-        """Ask for one answer a request, several at a time."""
+        """Ask for one answer per request, several at a time; the first alone, to see what the server can do."""
+        bodies = {one.id: self._body(one.id) for one in instructions}
 
-        def one(instruction: Instruction) -> None:
-            keep.append(asdict(self._ask(instruction)))
+        def keep_one(name: str, stop: threading.Event) -> None:
+            body = {key: value for key, value in bodies[name].items() if key not in self.left_out}
+            found = complete(self.endpoint, body, stop)
+            answer = Answer(name, found.text.strip(), found.completion_tokens, found.finish_reason == "length")
+            keep.append(asdict(answer))
             progress(1)
 
-        for_each(instructions, one, self.endpoint.limits.concurrency)
-
-    def _ask(self, instruction: Instruction) -> Answer:
-        prompt = self.prompts[instruction.id]
-        body = {
-            "model": self.served_name,
-            "prompt": prompt,
-            "max_tokens": room(self.settings.max_new_tokens, len(prompt), self.most_positions, instruction.id),
-            "temperature": self.settings.temperature,
-            "top_p": self.settings.top_p,
-            # A seed of its own, so that an answer does not depend on which were asked before it.
-            "seed": (self.seed + zlib.crc32(instruction.id.encode())) % 2**31,
-            "stop_token_ids": list(self.stop_ids),
-            "skip_special_tokens": True,
-        }
-        response = self.endpoint.post("completions", body)
+        first, *others = bodies
         try:
-            choice = response["choices"][0]
-            text, reason = str(choice["text"]), choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError):
-            raise DataError(
-                f"{self.endpoint.option} {self.endpoint.shown} answers without choices[0].text; it must serve "
-                "/v1/completions for token ids, as `vllm serve` does"
-            ) from None
-        usage = response.get("usage") or {}
-        counted = usage.get("prompt_tokens")
-        if counted is not None and counted != len(prompt):
-            raise DataError(
-                f"{self.endpoint.option} {self.endpoint.shown} counts {counted} tokens in the prompt of instruction "
-                f"{instruction.id}, of which {len(prompt)} were sent: it adds its own (a second BOS?); use a server "
-                "that takes token ids as they are"
-            )
-        return Answer(instruction.id, text.strip(), usage.get("completion_tokens"), reason == "length")
+            keep_one(first, threading.Event())
+        except PromptCountError as error:
+            raise DataError(str(error)) from None  # it does so with all of them
+        except ItemError as error:
+            if isinstance(error, RefusedError) and error.status in (400, 422):
+                self.left_out.extend(refused_parameters(self.endpoint, bodies[first], error))
+            others.insert(0, first)
+
+        def work(name: str, stop: threading.Event) -> None:
+            try:
+                keep_one(name, stop)
+            except ItemError as error:
+                raise ItemError(f"instruction {name}: {error}") from None
+
+        for_each(others, work, self.endpoint.limits.concurrency)
+
+    def _body(self, name: str) -> dict[str, Any]:
+        prompt = self.prompts[name]
+        wanted = self.settings.max_new_tokens
+        return self.requests.body(name, prompt, room(wanted, len(prompt), self.max_positions, name))
 
 
 def room(wanted: int, prompt: int, positions: int, name: str) -> int:

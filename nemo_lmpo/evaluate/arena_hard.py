@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,19 +11,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nemo_lmpo.answers.endpoint import Endpoint, for_each
 from nemo_lmpo.answers.journal import Journal
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.answers.workers import for_each
 from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.environment import run_program
+from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.result import BY_BATTLE, BY_INSTRUCTION, Judge, Value
 
 JUDGMENTS_FILE = "judgments.jsonl"
 GAMES = (1, 2)
 OUTPUT_TOKENS = 4096
-"""Most of a judgment, as released; a typical one has about 600."""
+"""Maximum of a judgment, as released; a typical one has about 600. Judges that think first need more."""
 TYPICAL_OUTPUT_TOKENS = 600
 ATTEMPTS = 2
 """As released: a judgment without a verdict is asked for once more."""
@@ -32,13 +33,13 @@ def judge(
     chosen: Sequence[Instruction],
     answers: Mapping[str, Answer],
     folder: Path,
-    endpoint: Endpoint,
-    name: str,
+    server: JudgeServer,
     prompt: JudgePrompt,
     *,
+    max_tokens: int = OUTPUT_TOKENS,
     quiet: bool,
 ) -> tuple[dict[str, list[str | None]], Judge]:
-    """Verdicts by question, one a game; None where the judge gave none.
+    """Verdicts by question, one per game; None where the judge gave none.
 
     Raises:
         UserError: the judge cannot be asked; what it said is kept.
@@ -49,49 +50,54 @@ def judge(
         total, done = len(games), len(games) - len(missing)
         with tqdm(total=total, initial=done, desc="judge", unit="call", disable=True if quiet else None) as bar:
 
-            def play(item: tuple[Instruction, int]) -> None:
+            def play(item: tuple[Instruction, int], stop: threading.Event) -> None:
                 one, game = item
-                made = judgment(endpoint, name, prompt, one, answers[one.id].output, game)
+                made = judgment(server, request(server, prompt, one, answers[one.id].output, game, max_tokens), stop)
                 journal.append({"game": _key(one, game), **made})
                 bar.update(1)
 
-            for_each(missing, play, endpoint.limits.concurrency)
+            for_each(missing, play, server.endpoint.limits.concurrency)
+        rows = [journal.rows[_key(one, game)] for one, game in games]
         verdicts = {one.id: [journal.rows[_key(one, game)]["verdict"] for game in GAMES] for one in chosen}
-        answered = Counter(str(journal.rows[_key(one, game)]["model"]) for one, game in games)
-    return verdicts, Judge(name, dict(answered), endpoint.shown, prompt.sha256)
+    refused = [row for row in rows if row.get("refused")]
+    answered = Counter(str(row["model"]) for row in rows if not row.get("refused"))
+    asked = {**({} if max_tokens == OUTPUT_TOKENS else {"max_tokens": max_tokens}), **server.extra}
+    shown = server.endpoint.shown
+    return verdicts, Judge(server.name, dict(answered), shown, prompt.sha256, len(refused), asked)
 
 
 def _key(one: Instruction, game: int) -> str:
     return f"{one.id}/{game}"
 
 
-def judgment(
-    endpoint: Endpoint, name: str, prompt: JudgePrompt, one: Instruction, output: str, game: int
+def request(
+    server: JudgeServer, prompt: JudgePrompt, one: Instruction, output: str, game: int, max_tokens: int
 ) -> dict[str, Any]:
-    """One judgment, asked for again if it has no verdict. In the first game the baseline's answer is A.
+    """What the judge is asked. In the first game the baseline's answer is A."""
+    first, second = (one.baseline_answer, output) if game == 1 else (output, one.baseline_answer)
+    messages = prompt.messages(one.text, first, second)
+    return {"model": server.name, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+
+
+def judgment(server: JudgeServer, body: Mapping[str, Any], stop: threading.Event) -> dict[str, Any]:
+    """One judgment, asked for again if it has no verdict, but not if the judge declines.
 
     Raises:
-        UserError: an answer in no known form.
+        UserError: there is none.
     """
-    first, second = (one.baseline_answer, output) if game == 1 else (output, one.baseline_answer)
-    body: dict[str, Any] = {"model": name, "messages": prompt.messages(one.text, first, second)}
-    body |= {"temperature": 0, "max_tokens": OUTPUT_TOKENS}
     found: dict[str, Any] = {}
     for attempt in range(1, ATTEMPTS + 1):
-        response = endpoint.post("chat/completions", body)
-        try:
-            text = response["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            raise UserError(
-                "the judge answers without choices[0].message.content; it must serve chat/completions"
-            ) from None
+        reply = server.ask(body, stop).reply
+        said = reply.text or ""
         found = {
-            "verdict": parse_verdict(text),
-            "model": response.get("model", "not said"),
+            "verdict": None if reply.refusal else parse_verdict(said),
+            "model": reply.model,
             "attempts": attempt,
-            "judgment": text,
+            "judgment": said,
+            "finish_reason": reply.finish_reason,
+            "refused": reply.refusal,
         }
-        if found["verdict"] is not None:
+        if found["verdict"] is not None or reply.refusal:
             break
     return found
 

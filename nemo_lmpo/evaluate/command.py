@@ -94,6 +94,11 @@ def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
         metavar="IN,OUT",
         help="$ a million tokens, for the estimate before the first call",
     )
+    extra = """JSON merged into each request, such as '{"reasoning_effort": "low"}'; null leaves a parameter out"""
+    judge.add_argument("--judge-extra", default="{}", metavar="JSON", help=extra)
+    if suite == ARENA_HARD:
+        more_tokens = "of a judgment, its thoughts included (default: 4096, as released)"
+        judge.add_argument("--judge-max-tokens", type=int, metavar="N", help=more_tokens)
     prompt = "another prompt than the released one: JSON with `system` and `template`"
     judge.add_argument(
         "--judge-prompt", type=Path, metavar="FILE", help=prompt if suite == ARENA_HARD else argparse.SUPPRESS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,23 @@ from nemo_lmpo.errors import ConfigError, UserError
 VARIABLE = "NEMO_LMPO_EVAL_PYTHON"
 _FOLDER = Path(__file__).resolve().parent / "scoring"
 _LAST_LINES = 3
+_INHERITED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "LANG", "LANGUAGE"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+)
+"""Variables that the scoring environment's programs get, in capitals or not."""
+_INHERITED_PREFIXES = (
+    *("LC_", "LD_", "XDG_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TIKTOKEN_", "NLTK_"),
+    *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "TORCH", "PYTORCH_", "NCCL_"),
+    *("TRITON_", "SLURM_"),
+)
+_HUB_KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""For programs that read gated sets from the Hub."""
+NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+"""For programs that ask a server of this process."""
+_END_SECONDS = 2.0
+"""That a program gets after SIGTERM."""
 
 
 def scoring_python() -> Path:
@@ -59,15 +77,17 @@ def run_program(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     on_line: Callable[[str], object] = lambda line: None,
+    reads_hub: bool = False,
 ) -> Any:
-    """Run a program of `scoring/` and return what it answers.
+    """Run a program of `scoring/` and return what it answers. It ends with this process, however that ends.
 
     Args:
         name: file name of the program without its ending.
         request: what it is told.
         log: where what it prints on standard error goes; kept for the reader of a failure.
-        environment: variables besides this process's own.
-        on_line: is told each line that it prints on standard output.
+        environment: variables besides :func:`inherited_environment`.
+        on_line: is called with each line that it prints on standard output.
+        reads_hub: whether it needs the Hub's key.
 
     Raises:
         UserError: it failed; holds its last words.
@@ -76,10 +96,20 @@ def run_program(
     with tempfile.TemporaryDirectory(prefix="nemo_lmpo_eval_") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request))
-        command = [str(scoring_python()), "-W", "ignore", str(_FOLDER), name, str(asked), str(answered)]
+        command = [
+            str(scoring_python()),
+            "-W",
+            "ignore",
+            str(_FOLDER),
+            name,
+            str(asked),
+            str(answered),
+            str(os.getpid()),
+        ]
         errors = log or Path(folder) / "log"
         errors.parent.mkdir(parents=True, exist_ok=True)
-        status = _run(command, errors, environment or {}, on_line)
+        variables = {**inherited_environment(reads_hub=reads_hub), **(environment or {})}
+        status = _run(command, errors, variables, on_line)
         if status:
             words = _last_line(errors.read_text(errors="replace"))
             kept = f"; all it said is in {log}" if log is not None else ""
@@ -87,12 +117,28 @@ def run_program(
         return json.loads(answered.read_text())
 
 
-def _run(command: Sequence[str], log: Path, more: Mapping[str, str], on_line: Callable[[str], object]) -> int:
-    # PYTHONPATH leads to this environment's packages, whose versions must not mix in.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    variables = {**inherited, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **more}
+def inherited_environment(*, reads_hub: bool = False) -> dict[str, str]:
+    """This process's variables that scoring needs: no key of a judge or a server is among them.
+
+    An allow-list, since nobody knows the names of all secrets. PYTHONPATH is left out, too: it leads to this
+    environment's packages, whose versions must not mix in.
+    """
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() in _INHERITED or name.upper().startswith(_INHERITED_PREFIXES)
+    }
+    if not reads_hub:
+        found = {name: value for name, value in found.items() if name not in _HUB_KEYS}
+    return {**found, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _run(command: Sequence[str], log: Path, variables: Mapping[str, str], on_line: Callable[[str], object]) -> int:
     with log.open("w") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables)
+        # A session of its own: Ctrl-C reaches this process, which ends the whole group.
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(variables), start_new_session=True
+        )
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -103,14 +149,15 @@ def _run(command: Sequence[str], log: Path, more: Mapping[str, str], on_line: Ca
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
-    """End a child that is left behind by an error or Ctrl-C."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+    """End a program that an error or an interruption leaves behind, with those that it started."""
+    if child.poll() is not None:
+        return
+    for number, seconds in ((signal.SIGTERM, _END_SECONDS), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+            return
 
 
 def _last_line(text: str) -> str:

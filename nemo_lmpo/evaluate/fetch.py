@@ -9,15 +9,15 @@ import argparse
 import ast
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
 import yaml
 from tqdm import tqdm
 
-from nemo_lmpo.answers.endpoint import open_session
+from nemo_lmpo.answers.http import Client, ExchangeError
 from nemo_lmpo.errors import DataError, UserError
 from nemo_lmpo.evaluate.data_files import DF_GAMED_HASH, JudgePrompt, data_folder, load_set
 from nemo_lmpo.evaluate.environment import run_program
@@ -113,7 +113,7 @@ def fetch(options: argparse.Namespace) -> Path:
         load_set(suite, folder)
     if options.tasks:
         harness = list(dict.fromkeys(task.harness for task in TASKS))
-        run_program("fetch_tasks", {"tasks": harness}, log=folder / "fetch_tasks.log")
+        run_program("fetch_tasks", {"tasks": harness}, log=folder / "fetch_tasks.log", reads_hub=True)
     return folder
 
 
@@ -171,14 +171,13 @@ def download(url: str) -> bytes:
     Raises:
         UserError: it cannot be had.
     """
-    with open_session(retries=4) as session:
-        try:
-            answer = session.get(url, timeout=120)
-        except requests.RequestException as error:
-            raise UserError(
-                f"{url} cannot be fetched ({type(error).__name__}); run fetch where there is a network, and name the "
-                "folder with --data"
-            ) from None
-        if not answer.ok:
-            raise UserError(f"{url} cannot be fetched (status {answer.status_code}); try again later")
-        return bytes(answer.content)
+    client = Client(120, redirects=True)
+    try:
+        reply = client.ask("GET", url, retries=4, backoff=1.0, stop=threading.Event())
+    except ExchangeError as error:
+        raise UserError(f"{url} {error}; run fetch where there is a network, and name the folder with --data") from None
+    finally:
+        client.close()
+    if not reply.ok:
+        raise UserError(f"{url} cannot be fetched (status {reply.status}); try again later")
+    return reply.content

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.completions import check_can_echo, refused_neutral
 from nemo_lmpo.answers.endpoint import choose_model
-from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
-from nemo_lmpo.evaluate.environment import all_packages, run_program
+from nemo_lmpo.errors import CheckpointError, ConfigError, DataError, UserError
+from nemo_lmpo.evaluate.environment import NO_PROXY, all_packages, run_program
 from nemo_lmpo.evaluate.model import default_name, describe
-from nemo_lmpo.evaluate.pairwise import lasting, open_endpoint
+from nemo_lmpo.evaluate.pairwise import LOCK_SECONDS, lasting, open_endpoint
+from nemo_lmpo.evaluate.relay import Relay
 from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
 from nemo_lmpo.formats.find_model import find_model
-from nemo_lmpo.runtime.credentials import Address
-from nemo_lmpo.runtime.files import content_hash, read_json
+from nemo_lmpo.runtime.files import content_hash, directory_lock, read_json
 
 if TYPE_CHECKING:
     from nemo_lmpo.answers.engine import Prompting
 
+_RELAY_SECONDS = 10**6
+"""That the harness waits for a reply: longer than all tries may take."""
 TASKS_FOLDER, EXPORT_FOLDER = "tasks", "huggingface"
 
 _logger = logging.getLogger("nemo_lmpo")
@@ -64,11 +67,13 @@ def run(options: argparse.Namespace, command: str) -> Path:
 
     prompting = open_prompting(path)
     folder = (options.output or Path("evals") / (options.name or default_name(options.model))) / LEADERBOARD
-    model = describe(options, prompting, folder)
-    told, generation = _harness_model(options, prompting, folder)
-    claim_folder(folder, SETTINGS_FILE, _identity(options, model, generation))
-    _run_tasks(options, tasks, folder, told)
-    _write(options, folder, model, generation, versions, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    with directory_lock(folder, patience=LOCK_SECONDS, option="--output "):
+        model = describe(options, prompting, folder)
+        with _harness_model(options, prompting, folder) as (told, generation):
+            claim_folder(folder, SETTINGS_FILE, _identity(options, model, generation))
+            _run_tasks(options, tasks, folder, told)
+        _write(options, folder, model, generation, versions, command)
     return folder
 
 
@@ -78,41 +83,54 @@ def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str
     return {"model": hashes, "limit": options.limit, "task rows": rows, "generation": lasting(generation)}
 
 
+@contextmanager
 def _harness_model(
     options: argparse.Namespace, prompting: Prompting, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the harness is told of the model, and what of that decides numbers."""
-    from nemo_lmpo.answers.engine import choose_device
-    from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
-
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What the harness is told of the model, and what of that decides numbers; a server is relayed meanwhile."""
     bos = prompting.tokenizer.bos_token_id
     chat = prompting.encoder.chat
-    arguments: dict[str, Any] = {"max_length": prompting.files.architecture.max_position_embeddings}
     told = {
-        "arguments": arguments,
         "chat_template": chat.template,
         "system_prompt": chat.system_prompt,
         "adds_bos": bos is not None and prompting.tokenizer("a")["input_ids"][:1] == [bos],
     }
-    exported = huggingface_form(prompting, folder / EXPORT_FOLDER, weights=options.endpoint is None)
-    if options.endpoint is not None:
-        endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
-        if endpoint.address.query:
-            raise ConfigError(
-                f"--endpoint {endpoint.shown} has a query, which lm_eval cannot send; put the server's key into an "
-                "environment variable and name that with --key"
-            )
-        served = choose_model(endpoint, options.served_name, "--served-name")
-        generation = {"backend": "endpoint", "endpoint": endpoint.shown, "served_name": served, "dtype": "the server's"}
-        arguments |= {"model": served, "base_url": f"{endpoint.base}/completions", "tokenizer": str(exported)}
-        arguments |= {"num_concurrent": options.concurrency, "max_retries": max(options.retries, 1)}
-        return {**told, "kind": "endpoint"}, generation
+    exported = str(huggingface_form(prompting, folder / EXPORT_FOLDER, weights=options.endpoint is None))
+    arguments: dict[str, Any] = {"max_length": prompting.files.architecture.max_position_embeddings}
+    if options.endpoint is None:
+        own, generation = _in_process(options, exported)
+        yield {**told, "kind": "hf", "arguments": {**arguments, **own}}, generation
+        return
+    endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
+    served = choose_model(endpoint, options.served_name, "--served-name")
+    probe = prompting.tokenizer("What is it?")["input_ids"]
+    check_can_echo(endpoint, served, probe)
+    left_out = refused_neutral(endpoint, served, probe)
+    generation = {"backend": "endpoint", "endpoint": endpoint.shown, "served_name": served, "dtype": "the server's"}
+    if left_out:
+        generation["left to the server"] = left_out
+    with Relay(endpoint, left_out).open() as relay:
+        arguments |= {"model": served, "base_url": f"{relay.base}/completions", "tokenizer": exported}
+        # The relay tries again, and has the deadlines.
+        arguments |= {"num_concurrent": options.concurrency, "max_retries": 1, "timeout": _RELAY_SECONDS}
+        arguments["tokenizer_backend"] = "huggingface"
+        try:
+            yield {**told, "kind": "endpoint", "arguments": arguments, "token": relay.token}, generation
+        except UserError:
+            relay.failures.raise_first()
+            raise
+
+
+def _in_process(options: argparse.Namespace, exported: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The harness's arguments for its own `transformers`, and what of them decides numbers."""
+    from nemo_lmpo.answers.engine import choose_device
+    from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
+
     device = choose_device(options.device)
     dtype = options.dtype or default_dtype(device)
     generation = {"backend": "transformers", "device": device, "dtype": dtype, "batch_size": options.batch_size}
-    arguments |= {"pretrained": str(exported), "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    arguments |= {"device": device, "batch_size": options.batch_size}
-    return {**told, "kind": "hf"}, generation
+    arguments = {"pretrained": exported, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    return {**arguments, "device": device, "batch_size": options.batch_size}, generation
 
 
 def export(given: str, output: Path) -> Path:
@@ -160,7 +178,7 @@ def huggingface_form(prompting: Prompting, output: Path, *, weights: bool) -> Pa
 
 def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path, told: Mapping[str, Any]) -> None:
     request = {
-        "model": told,
+        "model": {name: value for name, value in told.items() if name != "token"},
         "tasks": [asdict(task) for task in tasks],
         "folder": str((folder / TASKS_FOLDER).resolve()),
         "data": str(options.task_data.resolve()) if options.task_data else None,
@@ -172,18 +190,10 @@ def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path,
             if line.startswith("done "):
                 bar.update(1)
 
-        run_program(
-            "leaderboard", request, log=folder / "lm_eval.log", environment=_credentials(options), on_line=on_line
-        )
-
-
-def _credentials(options: argparse.Namespace) -> dict[str, str]:
-    """Variables from which the harness takes what the server wants to see: a key, or a user with a password."""
-    if options.endpoint is None:
-        return {}
-    headers = Address.of(options.endpoint).headers()
-    basic = {"NEMO_LMPO_AUTHORIZATION": headers["Authorization"]} if headers else {}
-    return {"OPENAI_API_KEY": os.environ.get(options.key, "none"), **basic}
+        # The harness takes a server's key from there, here the relay's token.
+        variables = {"OPENAI_API_KEY": str(told.get("token", "none")), **NO_PROXY}
+        log, hub = folder / "lm_eval.log", options.task_data is None
+        run_program("leaderboard", request, log=log, environment=variables, on_line=on_line, reads_hub=hub)
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

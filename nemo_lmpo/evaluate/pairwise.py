@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.answers.completions import CompletionRequests
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
+from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate import alpaca_eval, arena_hard
 from nemo_lmpo.evaluate.answers import Answer, AnswerSource, EndpointSource, StoredSource, choose, collect_answers
@@ -28,6 +30,7 @@ from nemo_lmpo.evaluate.data_files import (
     published_scores,
 )
 from nemo_lmpo.evaluate.environment import all_packages
+from nemo_lmpo.evaluate.judge import JudgeServer, parse_extra
 from nemo_lmpo.evaluate.model import default_name, describe, parse_row, prompts_of
 from nemo_lmpo.evaluate.result import (
     RESULT_FILE,
@@ -43,7 +46,10 @@ from nemo_lmpo.evaluate.result import (
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, GenerationSettings, generation_settings
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.runtime.credentials import require_variable_name
+from nemo_lmpo.runtime.files import directory_lock
 
+LOCK_SECONDS = 2.0
+"""To wait for another evaluation of the same folder: one that was killed is gone by then."""
 JUDGE_SETTINGS_FILE = "judge_settings.json"
 _CHARACTERS_PER_TOKEN = 4
 _MOST_UNPARSED = 0.01
@@ -62,8 +68,7 @@ class Plan:
     chosen: list[Instruction]
     model: Model
     source: AnswerSource
-    judge_endpoint: Endpoint
-    judge_name: str
+    judge: JudgeServer
     judge_prompt: JudgePrompt | None
     packages: Mapping[str, str]
 
@@ -75,6 +80,13 @@ def run(options: argparse.Namespace, command: str) -> Path:
         UserError: names what is wrong; everything made so far is kept.
     """
     plan = prepare(options)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with directory_lock(plan.folder, patience=LOCK_SECONDS, option="--output "):
+        return _run_alone(plan, command)
+
+
+def _run_alone(plan: Plan, command: str) -> Path:
+    options = plan.options
     claim_folder(plan.folder, SETTINGS_FILE, identity(plan))
     if (plan.folder / RESULT_FILE).exists() and _is_done(plan):
         relabel(plan.folder, plan.model)
@@ -95,6 +107,10 @@ def prepare(options: argparse.Namespace) -> Plan:
     Raises:
         UserError: names what is wrong.
     """
+    extra = parse_extra(options.judge_extra)
+    max_tokens = getattr(options, "judge_max_tokens", None)
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"--judge-max-tokens {max_tokens} must be at least 1")
     versions = all_packages()
     data = data_folder(options.data)
     own = getattr(options, "questions", None)
@@ -102,12 +118,12 @@ def prepare(options: argparse.Namespace) -> Plan:
     chosen = choose(evaluation_set.instructions, options.limit)
     prompt = load_judge_prompt(data, options.judge_prompt) if options.command == ARENA_HARD else None
     judge_endpoint = open_endpoint("--judge-endpoint", options.judge_endpoint, options, options.judge_key)
-    judge_name = choose_model(judge_endpoint, options.judge, "--judge")
+    judge = JudgeServer(judge_endpoint, choose_model(judge_endpoint, options.judge, "--judge"), extra)
     folder = (options.output or Path("evals") / _name(options)) / options.command
     model, source = describe_source(options, data, evaluation_set, chosen, folder)
     return Plan(
         *(options, folder, data, evaluation_set, chosen, model, source),
-        *(judge_endpoint, judge_name, prompt, versions),
+        *(judge, prompt, versions),
     )
 
 
@@ -170,7 +186,8 @@ def trained_model(
     endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
     served = choose_model(endpoint, options.served_name, "--served-name")
     positions = prompting.files.architecture.max_position_embeddings
-    return model, EndpointSource(endpoint, served, prompts, prompting.stop_ids, settings, options.seed, positions)
+    requests = CompletionRequests(served, prompting.stop_ids, sampling_of(settings, options.seed))
+    return model, EndpointSource(endpoint, prompts, requests, settings, positions)
 
 
 def sampling(options: argparse.Namespace, suite: str, setting: str | None) -> GenerationSettings:
@@ -182,13 +199,13 @@ def sampling(options: argparse.Namespace, suite: str, setting: str | None) -> Ge
     paper = generation_settings(suite, setting)
     given = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens, "top_p": options.top_p}
     settings = replace(paper, **{name: value for name, value in given.items() if value is not None})
-    if not 0 <= settings.temperature < float("inf"):
-        raise ConfigError(f"--temperature {settings.temperature} must be 0 (greedy) or more")
-    if settings.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {settings.max_new_tokens} must be at least 1")
-    if not 0 < settings.top_p <= 1:
-        raise ConfigError(f"--top-p {settings.top_p} must be above 0 and at most 1")
+    replace(sampling_of(settings, options.seed), batch_size=options.batch_size).validate()
     return settings
+
+
+def sampling_of(settings: GenerationSettings, seed: int) -> Sampling:
+    """A suite's settings with a seed."""
+    return Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=seed)
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -199,18 +216,23 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def lasting(generation: Mapping[str, Any]) -> dict[str, Any]:
     """A generation's settings but for where its server was: every job has another port and path."""
-    return {name: value for name, value in generation.items() if name not in ("endpoint", "served_name")}
+    return {
+        name: value
+        for name, value in generation.items()
+        if name not in ("endpoint", "served_name", "left to the server")
+    }
 
 
 def judge_identity(plan: Plan) -> dict[str, Any]:
     """What judgments are made of."""
     prompt = plan.judge_prompt.sha256 if plan.judge_prompt else alpaca_eval.PROMPT_NAME
-    return {"judge": plan.judge_name, "judge prompt": prompt}
+    asked = {"judge max tokens": getattr(plan.options, "judge_max_tokens", None), "judge extra": plan.judge.extra}
+    return {"judge": plan.judge.name, "judge prompt": prompt, **{name: value for name, value in asked.items() if value}}
 
 
 def _is_done(plan: Plan) -> bool:
     before = read_result(plan.folder)
-    return before.n >= len(plan.chosen) and before.judge is not None and before.judge.asked == plan.judge_name
+    return before.n >= len(plan.chosen) and before.judge is not None and before.judge.asked == plan.judge.name
 
 
 def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
@@ -223,7 +245,7 @@ def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
     tokens_in = (games * texts + 2000 * calls) / _CHARACTERS_PER_TOKEN
     tokens_out = calls * (arena_hard.TYPICAL_OUTPUT_TOKENS if arena else alpaca_eval.OUTPUT_TOKENS)
     line = (
-        f"judge {plan.judge_name} at {plan.judge_endpoint.shown}: {calls} calls, about {tokens_in / 1e6:.2f} M tokens "
+        f"judge {plan.judge.name} at {plan.judge.endpoint.shown}: {calls} calls, about {tokens_in / 1e6:.2f} M tokens "
         f"in and {tokens_out / 1e6:.3f} M out"
     )
     if options.judge_price is not None:
@@ -236,19 +258,20 @@ def _judge_and_score(
     plan: Plan, answers: Mapping[str, Answer]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, Judge]:
     """Values, details, numbers by instruction, judgments without a verdict, and who judged."""
-    asked = (plan.chosen, answers, plan.folder, plan.judge_endpoint, plan.judge_name)
+    asked = (plan.chosen, answers, plan.folder, plan.judge)
     if plan.judge_prompt is not None:
-        verdicts, judge = arena_hard.judge(*asked, plan.judge_prompt, quiet=plan.options.quiet)
-        unparsed = count_unparsed(itertools.chain(*verdicts.values()), plan.judge_name)
+        most = plan.options.judge_max_tokens or arena_hard.OUTPUT_TOKENS
+        verdicts, judge = arena_hard.judge(*asked, plan.judge_prompt, max_tokens=most, quiet=plan.options.quiet)
+        unparsed = count_unparsed(itertools.chain(*verdicts.values()), judge)
         return (*arena_hard.score(plan.chosen, answers, verdicts), unparsed, judge)
     preferences, judge = alpaca_eval.judge(*asked, quiet=plan.options.quiet)
-    unparsed = count_unparsed(preferences.values(), plan.judge_name)
+    unparsed = count_unparsed(preferences.values(), judge)
     _logger.info("score: fitting the length-controlled win rate with its interval (about half a minute)")
     return (*alpaca_eval.score(plan.chosen, answers, preferences, plan.data, plan.options.bootstrap), unparsed, judge)
 
 
-def count_unparsed(verdicts: Iterable[object], judge: str) -> int:
-    """How many answers of the judge said nothing, each None.
+def count_unparsed(verdicts: Iterable[object], judge: Judge) -> int:
+    """How many answers of the judge have no verdict, each None; those that it declined to give are among them.
 
     Raises:
         DataError: more than 1 %.
@@ -256,9 +279,10 @@ def count_unparsed(verdicts: Iterable[object], judge: str) -> int:
     every = list(verdicts)
     unparsed = every.count(None)
     if unparsed > _MOST_UNPARSED * len(every):
+        declined = f" ({judge.refused} of them it declined to give)" if judge.refused else ""
         raise DataError(
-            f"the judge {judge} gave no verdict in {unparsed} of {len(every)} answers, more than 1 %: its numbers "
-            "would say little; choose another judge"
+            f"the judge {judge.asked} gave no verdict in {unparsed} of {len(every)} answers{declined}, more than 1 %: "
+            "its numbers would say little; choose another judge, or for one that thinks first more --judge-max-tokens"
         )
     return unparsed
 

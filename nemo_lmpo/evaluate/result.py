@@ -74,11 +74,15 @@ class Judge:
     endpoint: str
     prompt: str
     """Name or hash of what it was told."""
+    refused: int = 0
+    """Calls that it declined to answer; they are among those without a verdict."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of its requests that are not the suite's."""
 
     @property
-    def identity(self) -> tuple[str, tuple[str, ...], str]:
+    def identity(self) -> tuple[str, tuple[str, ...], str, str]:
         """Results with equal identities may be compared."""
-        return (self.asked, tuple(sorted(self.answered)), self.prompt)
+        return (self.asked, tuple(sorted(self.answered)), self.prompt, json.dumps(self.request, sort_keys=True))
 
 
 @dataclass(frozen=True, kw_only=True)

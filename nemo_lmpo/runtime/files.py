@@ -223,8 +223,8 @@ def file_lock(path: Path, *, timeout: float | None = None) -> Iterator[bool]:
 
 
 @contextmanager
-def directory_lock(directory: Path, *, patience: float | None = None) -> Iterator[None]:
-    """Have a run directory to this process alone within the block.
+def directory_lock(directory: Path, *, patience: float | None = None, option: str = "run_dir=") -> Iterator[None]:
+    """Have a directory, by default a run's, to this process alone within the block.
 
     The system releases the lock when the process ends, however it ends. On file systems without locks (some cluster
     storage) there is a warning instead.
@@ -232,6 +232,7 @@ def directory_lock(directory: Path, *, patience: float | None = None) -> Iterato
     Args:
         directory: exists.
         patience: seconds to wait for another process that holds it; unset: as long as a killed run takes to go.
+        option: that named the directory, for the message, with what stands between it and the value.
 
     Raises:
         ConfigError: another process works there; the message has its host and number.
@@ -243,10 +244,11 @@ def directory_lock(directory: Path, *, patience: float | None = None) -> Iterato
             locked = held.enter_context(file_lock(directory / run_files.LOCK, timeout=patience))
         except Timeout:
             raise ConfigError(
-                f"run_dir={directory} is in use by {_owner(directory)}; wait for it, end it, or choose another run_dir"
+                f"{option}{directory} is in use by {_owner(directory)}; wait for it, end it, or choose another "
+                f"{option.rstrip('= ')}"
             ) from None
         if not locked:
-            _logger.warning("%s is on storage without file locks: do not start a second run there", directory)
+            _logger.warning("%s is on storage without file locks: do not start a second command there", directory)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
         replace_file(directory / run_files.OWNER, json.dumps(me) + "\n")
         try:

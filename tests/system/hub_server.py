@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_lmpo.evaluate.gateway import JsonHandler, serve
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 
 TOKEN, READER, OWNER = "hf_writer", "hf_reader", "me"
 _COMMIT, _REFUSED = "0" * 39 + "1", 403

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_lmpo.evaluate.gateway import JsonHandler, serve
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 
 MODEL, ANSWERED_AS = "stub", "stub-2026-11"
 _WORDS = 20

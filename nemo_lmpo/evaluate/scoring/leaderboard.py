@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -61,8 +60,7 @@ class Harness:
         else:
             from lm_eval.models.openai_completions import LocalCompletionsAPI as Harnessed
 
-        user = os.environ.get("NEMO_LMPO_AUTHORIZATION") if told["kind"] == "endpoint" else None
-        model: Any = Harnessed(**told["arguments"], **({"header": {"Authorization": user}} if user else {}))
+        model: Any = Harnessed(**told["arguments"])
         model.tokenizer.chat_template = told["chat_template"]
         _watch(model)
         return model

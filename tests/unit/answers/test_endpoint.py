@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.answers.completions import CompletionRequests
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, DataError, UserError
@@ -15,6 +16,8 @@ from nemo_lmpo.evaluate.answers import EndpointSource, choose, collect_answers
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
+from nemo_lmpo.evaluate.judge import JudgeServer
+from nemo_lmpo.evaluate.pairwise import sampling_of
 from nemo_lmpo.evaluate.suites import GenerationSettings
 from tests.system.stub_server import ANSWERED_AS, MODEL, Stub, serving
 
@@ -39,7 +42,16 @@ def instructions(count: int) -> list[Instruction]:
 def source(stub: Stub, count: int, settings: GenerationSettings | None = None) -> EndpointSource:
     prompts = {str(index): [1, 5, 7 + index] for index in range(count)}
     endpoint = Endpoint("--endpoint", stub.url, QUICK)
-    return EndpointSource(endpoint, MODEL, prompts, [2, 9], settings or GenerationSettings(0.7, 20), 42, 64)
+    return make_source(endpoint, prompts, settings or GenerationSettings(0.7, 20))
+
+
+def make_source(endpoint: Endpoint, prompts: dict[str, list[int]], settings: GenerationSettings) -> EndpointSource:
+    requests = CompletionRequests(MODEL, [2, 9], sampling_of(settings, 42))
+    return EndpointSource(endpoint, prompts, requests, settings, 64)
+
+
+def judge_of(stub: Stub, **extra: object) -> JudgeServer:
+    return JudgeServer(Endpoint("--judge-endpoint", stub.url, QUICK), MODEL, extra)
 
 
 def collect(stub: Stub, folder: Path, count: int = 7, allow_empty: bool = False):
@@ -67,7 +79,7 @@ def test_seeds_do_not_depend_on_the_order(stub: Stub, tmp_path: Path) -> None:
 
 def test_a_server_that_goes_away_loses_nothing(stub: Stub, tmp_path: Path) -> None:
     stub.faults.down_after = 4
-    with pytest.raises(UserError, match=r"does not answer.*repeat the command to go on"):
+    with pytest.raises(UserError, match=r"does not answer.*the same command resumes"):
         collect(stub, tmp_path)
     kept = len((tmp_path / "answers.jsonl").read_text().splitlines())
     assert 0 < kept <= 4
@@ -96,7 +108,7 @@ def test_a_second_bos_is_noticed(stub: Stub, tmp_path: Path) -> None:
 
 def test_strange_answers_are_refused(stub: Stub, tmp_path: Path) -> None:
     stub.faults.strange_answers = True
-    with pytest.raises(DataError, match=r"without choices\[0\].text"):
+    with pytest.raises(UserError, match=r"answers without choices; it must serve .*the same command resumes"):
         collect(stub, tmp_path)
 
 
@@ -108,9 +120,7 @@ def test_empty_answers_are_refused_unless_allowed(stub: Stub, tmp_path: Path) ->
 
 
 def test_prompts_without_room_name_the_instruction(stub: Stub, tmp_path: Path) -> None:
-    narrow = EndpointSource(
-        Endpoint("--endpoint", stub.url, QUICK), MODEL, {"0": [1] * 64}, [2], GenerationSettings(0, 5), 1, 64
-    )
+    narrow = make_source(Endpoint("--endpoint", stub.url, QUICK), {"0": [1] * 64}, GenerationSettings(0, 5))
     with pytest.raises(DataError, match="instruction 0 has 64 tokens, and the model 64 positions"):
         collect_answers(instructions(1), tmp_path, narrow, allow_empty=False, quiet=True)
 
@@ -154,7 +164,7 @@ def ask(gateway: Gateway, body: dict):
     import requests
 
     headers = {"Authorization": f"Bearer {gateway.token}"}
-    return requests.post(f"{gateway.url}/chat/completions", json=body, headers=headers, timeout=10)
+    return requests.post(f"{gateway.base}/chat/completions", json=body, headers=headers, timeout=10)
 
 
 BODY = {
@@ -165,11 +175,10 @@ BODY = {
 
 
 def test_the_gateway_remembers(stub: Stub, tmp_path: Path) -> None:
-    endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
     for _ in range(2):
         with (
             Journal(tmp_path / "calls", "key") as journal,
-            Gateway(endpoint, journal, check_logprobs).open() as gateway,
+            Gateway(judge_of(stub), journal, 2, check_logprobs).open() as gateway,
         ):
             answers = [ask(gateway, BODY).json() for _ in range(2)]
             assert answers[0]["choices"] == answers[1]["choices"]
@@ -179,11 +188,14 @@ def test_the_gateway_remembers(stub: Stub, tmp_path: Path) -> None:
 
 def test_the_gateway_stops_at_the_first_failure(stub: Stub, tmp_path: Path) -> None:
     stub.faults.no_logprobs = True
-    endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
-    with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs).open() as gateway:
+    with (
+        Journal(tmp_path / "calls", "key") as journal,
+        Gateway(judge_of(stub), journal, 2, check_logprobs).open() as gateway,
+    ):
         assert ask(gateway, BODY).status_code == 400
         assert ask(gateway, {**BODY, "other": 1}).status_code == 400
-        assert "no top_logprobs" in str(gateway.failure)
+        with pytest.raises(UserError, match=r"returns no top_logprobs.*the same command resumes"):
+            gateway.failures.raise_first()
         assert not journal.rows
     assert len(stub.requests) == 1
 
@@ -193,11 +205,10 @@ def test_arena_games_swap_the_answers_and_go_on(stub: Stub, tmp_path: Path) -> N
     answers = collect(stub, tmp_path, 4)
     stub.requests.clear()
     stub.faults.down_after = 3
-    endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
     with pytest.raises(UserError, match="does not answer"):
-        arena_judge(chosen, answers, tmp_path, endpoint, MODEL, PROMPT, quiet=True)
+        arena_judge(chosen, answers, tmp_path, judge_of(stub), PROMPT, quiet=True)
     stub.faults.down_after = None
-    verdicts, who = arena_judge(chosen, answers, tmp_path, endpoint, MODEL, PROMPT, quiet=True)
+    verdicts, who = arena_judge(chosen, answers, tmp_path, judge_of(stub), PROMPT, quiet=True)
     assert who.answered == {ANSWERED_AS: 8}
     # The judge is fair to both places, so the second game's verdict is the first one's mirror image.
     mirror = {"A>>B": "B>>A", "A>B": "B>A", "A=B": "A=B", "B>A": "A>B", "B>>A": "A>>B"}
@@ -210,8 +221,7 @@ def test_a_judgment_without_verdict_is_asked_for_once_more(stub: Stub, tmp_path:
     stub.faults.no_label = 2.0
     chosen, answers = instructions(2), collect(stub, tmp_path, 2)
     stub.requests.clear()
-    endpoint = Endpoint("--judge-endpoint", stub.url, QUICK)
-    verdicts, _ = arena_judge(chosen, answers, tmp_path, endpoint, MODEL, PROMPT, quiet=True)
+    verdicts, _ = arena_judge(chosen, answers, tmp_path, judge_of(stub), PROMPT, quiet=True)
     assert list(verdicts.values()) == [[None, None], [None, None]]
     assert len(stub.requests) == 8
 

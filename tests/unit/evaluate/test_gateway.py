@@ -15,7 +15,9 @@ import pytest
 from nemo_lmpo.answers.endpoint import Endpoint, Limits
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.gateway import COMPLETIONS_PATH, MAX_BODY_BYTES, Gateway
+from nemo_lmpo.evaluate.gateway import COMPLETIONS_PATH, Gateway
+from nemo_lmpo.evaluate.judge import JudgeServer
+from nemo_lmpo.evaluate.local_server import MAX_BODY_BYTES
 from tests.system.stub_server import MODEL, Stub, serving
 
 KEY = "the judge's key"
@@ -36,13 +38,13 @@ def stub() -> Iterator[Stub]:
 
 @pytest.fixture
 def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
-    endpoint = Endpoint("--judge-endpoint", stub.url, Limits(retries=0), key=KEY)
-    with Journal(tmp_path / "calls", "key") as journal, Gateway(endpoint, journal, check_logprobs).open() as running:
+    judge = JudgeServer(Endpoint("--judge-endpoint", stub.url, Limits(retries=0), key=KEY), MODEL)
+    with Journal(tmp_path / "calls", "key") as journal, Gateway(judge, journal, 1, check_logprobs).open() as running:
         yield running
 
 
 def address(gateway: Gateway) -> tuple[str, int]:
-    parts = urlsplit(gateway.url)
+    parts = urlsplit(gateway.base)
     assert parts.hostname is not None
     assert parts.port is not None
     return parts.hostname, parts.port
@@ -87,9 +89,9 @@ def test_it_listens_on_this_machine_only(gateway: Gateway) -> None:
 
 
 def test_the_token_is_another_one_each_time(gateway: Gateway, tmp_path: Path) -> None:
-    endpoint = Endpoint("--judge-endpoint", "http://localhost:1", Limits())
+    judge = JudgeServer(Endpoint("--judge-endpoint", "http://localhost:1", Limits()), MODEL)
     with Journal(tmp_path / "others", "key") as journal:
-        assert Gateway(endpoint, journal, check_logprobs).token != gateway.token
+        assert Gateway(judge, journal, 1, check_logprobs).token != gateway.token
     assert len(gateway.token) >= 43  # 256 bits
 
 
@@ -128,7 +130,7 @@ def test_others_are_refused_and_nothing_is_asked(gateway: Gateway, stub: Stub, s
     assert gateway.token.encode() not in content
     assert KEY.encode() not in content
     assert not stub.requests
-    assert gateway.failure is None
+    assert not gateway.failures.stop.is_set()
     assert request(gateway)[0] == 200, "a refused request ends nothing"
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def command(model: Path, tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Send a signal before so many batches more; None: never."""
     real = engine.Generator._batch
     state: dict[str, Any] = {"left": None, "signal": signal.SIGINT}
@@ -75,7 +76,13 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
         return real(self, *arguments)
 
     monkeypatch.setattr(engine.Generator, "_batch", batch)
-    return lambda left, number=signal.SIGINT: state.update(left=left, signal=number)
+    # As started from a terminal, also where the tests were not: a background job's children ignore Ctrl-C.
+    before: dict[Any, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in before.items():
+        before[number] = signal.signal(number, handler)
+    yield lambda left, number=signal.SIGINT: state.update(left=left, signal=number)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("how", [[], SAMPLED], ids=["greedy", "sampled"])
