@@ -186,17 +186,21 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
 
 
 def _adapter_to_peft(options: argparse.Namespace) -> int:
-    from nemo_lmpo.formats.adapters import write_peft
-    from nemo_lmpo.formats.model_files import open_adapters
+    from nemo_lmpo.formats.adapters import named_base, write_peft
+    from nemo_lmpo.formats.model_files import adapter_side_files, open_adapters
     from nemo_lmpo.formats.outputs import check_output, complete_or_not_at_all
 
     path = find_model(options.input).path
     adapters, architecture = open_adapters(path)
+    base, _ = named_base(adapters.description, str(path))
+    files = adapter_side_files(path)
     check_output(options.output, [path], overwrite=options.overwrite)
     if not options.dry_run:
         with complete_or_not_at_all(options.output, overwrite=options.overwrite) as directory:
-            write_peft(directory, adapters, architecture)
-        _say(f"wrote {options.output}: adapters of rank {adapters.description.rank} for {adapters.description.base}")
+            write_peft(directory, adapters, architecture, files)
+        _say(f"wrote {options.output}: adapters of rank {adapters.description.rank} for {base}")
+    if Path(base).exists() and not (Path(base) / "config.json").is_file():
+        _say(f"warning: peft loads no {base}; convert it, and name the result in adapter_config.json")
     return 0
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.evaluate.result import Result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
+from nemo_lmpo.export.origin import origin_of, public_config
 from nemo_lmpo.formats.chat_files import renders_with_default
 from nemo_lmpo.report.document import markdown_templates
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import Run
 from nemo_lmpo.report.summary import metric_rows, setting, settings_rows
-from nemo_lmpo.runtime.files import is_hub_name
 
 if TYPE_CHECKING:
     from nemo_lmpo.runtime.chat_record import ChatRecord
@@ -23,21 +23,19 @@ _PACKAGES = ("nemo-lmpo", "megatron-core", "nemo-toolkit", "torch", "transformer
 _METRICS = {"lc": "length-controlled win rate", "wr": "win rate", "length": "mean length"}
 
 
-def hub_names(values: Any) -> list[str]:
-    """Those of the values that are names on the hub and no paths of this machine."""
-    listed = values if isinstance(values, list) else [values]
-    return [str(one) for one in listed if isinstance(one, str) and is_hub_name(one) and not Path(one).exists()]
-
-
 def _metadata(name: str, config: Mapping[str, Any], evaluations: Sequence[Result]) -> str:
     """The card's YAML head, by `huggingface_hub`."""
     from huggingface_hub import ModelCardData
 
     loss = visible(str(setting(config, "loss.name") or ""))
-    base = hub_names(setting(config, "model.restore_from_path"))
+    origin = origin_of(config)
     found = ModelCardData(
-        base_model=base[0] if base else None,
-        datasets=hub_names(setting(config, "data.train.path")) or None,
+        base_model=list(origin.base_model) if len(origin.base_model) > 1 else next(iter(origin.base_model), None),
+        datasets=list(origin.datasets) or None,
+        language=list(origin.language) or None,
+        license=origin.license,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=sorted({"preference-optimization", "nemo-lmpo", loss} - {""}),
@@ -103,9 +101,12 @@ def build_card(
         chat: how conversations became token ids in training.
     """
     header, rows = metric_rows(run)
+    metadata = _metadata(name, run.config, evaluations)
+    run = replace(run, config=public_config(run.config))
     loss = str(setting(run.config, "loss.name") or "?").upper()
     start = setting(run.config, "model.restore_from_path") or "random weights"
-    data = setting(run.config, "data.train.path") or "?"
+    given = setting(run.config, "data.train.path") or "?"
+    data = ", ".join(map(str, given)) if isinstance(given, list) else given
     text = (
         markdown_templates("nemo_lmpo.export")
         .get_template("card.md.j2")
@@ -125,7 +126,7 @@ def build_card(
             command=f"python -m nemo_lmpo.train --config-name {run.config.get('name', 'RECIPE')}",
         )
     )
-    return _metadata(name, run.config, evaluations) + text
+    return metadata + text
 
 
 def _versions() -> list[str]:

@@ -6,7 +6,7 @@ Beside the tensors (``lora.layers.N.q_proj.lora_A`` ...) lies `adapter.json`, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.find_model import hub_name_of
 from nemo_lmpo.formats.lora_targets import PROJECTIONS, hf_module
 from nemo_lmpo.formats.source import TensorSource
 from nemo_lmpo.runtime import run_files
@@ -173,15 +174,33 @@ class MergedSource(TensorSource):
         return (tensor.float() + change).to(tensor.dtype)
 
 
-def write_peft(directory: Path, adapters: AdapterTensors, architecture: Architecture) -> None:
-    """An adapter directory as `peft` and vLLM load it.
+def named_base(description: AdapterDescription, origin: str) -> tuple[str, str | None]:
+    """What others load the base by: its name and revision on the hub if it came from there, else its path.
 
     Raises:
+        CheckpointError: it is random weights, which nobody else has.
+    """
+    if description.base is None:
+        raise CheckpointError(
+            f"{origin} holds adapters of random weights, which no other program has; export the merged model, without "
+            "--adapter"
+        )
+    return hub_name_of(Path(description.base)) or (description.base, None)
+
+
+def write_peft(
+    directory: Path, adapters: AdapterTensors, architecture: Architecture, files: Mapping[str, bytes]
+) -> None:
+    """An adapter directory as `peft` and vLLM load it, with the ``files`` of tokenizer and chat template.
+
+    Raises:
+        CheckpointError: the base is random weights, which nobody else has.
         OSError: it cannot be written.
     """
     from safetensors.torch import save_file
 
     description = adapters.description
+    base, revision = named_base(description, adapters.origin)
     tensors: dict[str, Tensor] = {}
     for layer in range(architecture.num_layers):
         for name in description.projections:
@@ -192,7 +211,8 @@ def write_peft(directory: Path, adapters: AdapterTensors, architecture: Architec
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": description.base,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": description.rank,
         "lora_alpha": description.alpha,
         "lora_dropout": description.dropout,
@@ -202,5 +222,8 @@ def write_peft(directory: Path, adapters: AdapterTensors, architecture: Architec
         "inference_mode": True,
     }
     directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
     save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
     (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -47,6 +47,14 @@ def find_model(given: str | Path, *, fetch: bool = True) -> FoundModel:
     return FoundModel(_from_hub(name, fetch=fetch), hub_name=name)
 
 
+def hub_name_of(path: Path) -> tuple[str, str] | None:
+    """Name and revision of a hub model by its place in the hub's cache; None for any other path."""
+    repository = path.parent.parent.name
+    if path.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), path.name
+
+
 def _in_run(path: Path) -> FoundModel:
     root = path if path.name == run_files.CHECKPOINTS else path / run_files.CHECKPOINTS
     if root.is_dir():

@@ -27,6 +27,7 @@ from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.huggingface import INDEX_FILE, SINGLE_FILE, HuggingFaceSource
 from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
+from nemo_lmpo.formats.older_transformers import older_tokenizer_config
 from nemo_lmpo.formats.peft import PeftAdapter
 from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
@@ -165,28 +166,32 @@ def _open_peft(path: Path) -> ModelFiles:
         base = open_model(found)
     except CheckpointError as error:
         raise CheckpointError(f"{path / PEFT_CONFIG}: base_model_name_or_path: {error}") from None
-    own = {name: read for name, read in side_files(path).items() if name not in _CONFIGS}
+    own = side_files(path)
     return ModelFiles(
         "peft", str(path), base.architecture, MergedSource(base.source, adapter), {**base.sidecars, **own}
     )
 
 
 def _open_training(path: Path, config: Path | None) -> ModelFiles:
-    sidecars = side_files(path / run_files.TOKENIZER)
-    sidecars["config.json"] = (path / run_files.ARCHITECTURE).read_bytes
+    sidecars, chat = _side_files_of_training(path)
     architecture = _given_architecture(config, sidecars) if config else read_architecture(path, run_files.ARCHITECTURE)
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), run_files.STATE)
     if (path / run_files.ADAPTER).is_file():
         source: TensorSource = _merged_source(path, checkpoint, architecture)
     else:
         source = MegatronSource(checkpoint, architecture)
-    record = path / run_files.CHAT
-    chat = read_chat_record(record) if record.is_file() else None
     return ModelFiles("training", str(path), architecture, source, sidecars, chat)
 
 
+def _side_files_of_training(path: Path) -> tuple[dict[str, SideFile], ChatRecord | None]:
+    sidecars = side_files(path / run_files.TOKENIZER)
+    sidecars["config.json"] = (path / run_files.ARCHITECTURE).read_bytes
+    record = path / run_files.CHAT
+    return sidecars, read_chat_record(record) if record.is_file() else None
+
+
 def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
-    """The adapters of a training checkpoint and the architecture of their base.
+    """The adapters of a training checkpoint and the architecture of their base, which need not be there.
 
     Raises:
         CheckpointError: it holds whole weights, or is damaged.
@@ -198,6 +203,19 @@ def open_adapters(path: Path) -> tuple[AdapterTensors, Architecture]:
     architecture = read_architecture(path, run_files.ARCHITECTURE)
     checkpoint = DistributedCheckpoint(DirectoryFiles(path), run_files.STATE)
     return _adapter_tensors(path, checkpoint, architecture), architecture
+
+
+def adapter_side_files(path: Path) -> dict[str, bytes]:
+    """Tokenizer, chat template and end of turn of a training checkpoint of adapters, as they go beside the adapters."""
+    sidecars, chat = _side_files_of_training(path)
+    files = {name: read() for name, read in sidecars.items()}
+    if chat is not None:
+        files = with_chat(files, chat, str(path))
+    # With the base's config beside them, adapters would look like a whole model.
+    del files["config.json"]
+    if "tokenizer_config.json" in files:
+        files["tokenizer_config.json"] = older_tokenizer_config(files["tokenizer_config.json"], str(path))
+    return files
 
 
 def _adapter_tensors(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> AdapterTensors:

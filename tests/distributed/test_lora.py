@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.convert.command import nemo_to_hf
 from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.model_files import open_adapters, open_model
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -202,8 +203,6 @@ def test_merged_and_peft_exports_answer_alike(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from nemo_lmpo.convert.command import nemo_to_hf
-
     base, run = tmp_path / "base", tmp_path / "run"
     write_base(base)
     where = (f"model.restore_from_path={base}", f"data.cache_dir={tmp_path / 'cache'}")
@@ -211,6 +210,11 @@ def test_merged_and_peft_exports_answer_alike(tmp_path: Path) -> None:
     checkpoint = run / "checkpoints" / "step_0000003"
     assert nemo_to_hf(["--input", str(checkpoint), "--output", str(tmp_path / "merged"), "--quiet"]) == 0
     assert nemo_to_hf(["--input", str(checkpoint), "--output", str(tmp_path / "adapter"), "--adapter", "--quiet"]) == 0
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "adapter_config.json"} <= names
+    assert "config.json" not in names
+    for name in names & {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}:
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
     ids = torch.tensor([[5, 9, 12, 7, 3, 21, 8]])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -230,6 +234,17 @@ def test_merged_and_peft_exports_answer_alike(tmp_path: Path) -> None:
     other.save_pretrained(base)
     with pytest.raises(CheckpointError, match="its weights are others now"):
         open_model(checkpoint)
+
+
+def test_adapters_of_random_weights_stay_here(
+    one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other program has their base; the merged model is whole."""
+    checkpoint = str(one_process / "checkpoints" / "step_0000003")
+    assert nemo_to_hf(["--input", checkpoint, "--output", str(tmp_path / "adapter"), "--adapter", "--quiet"]) == 1
+    assert "holds adapters of random weights, which no other program has" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert nemo_to_hf(["--input", checkpoint, "--output", str(tmp_path / "merged"), "--quiet"]) == 0
 
 
 def dpo(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ import yaml
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, write_result
-from nemo_lmpo.export.card import hub_names
+from nemo_lmpo.export.card import build_card
+from nemo_lmpo.export.origin import Origin, hub_names, origin_of, public_config
 from nemo_lmpo.export.write import export_run
+from nemo_lmpo.report.read import read_run
 from nemo_lmpo.train import main
 from tests.system.processes import SMALL
 
@@ -88,6 +93,84 @@ def test_names_of_the_hub_are_no_paths(tmp_path: Path) -> None:
         "princeton-nlp/llama3-ultrafeedback"
     ]
     assert hub_names("HuggingFaceH4/zephyr") == ["HuggingFaceH4/zephyr"]
+    assert hub_names("data/pairs.jsonl") == []  # moved since
+
+
+def test_the_cards_example_runs_as_it_stands(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With torch and transformers alone."""
+    monkeypatch.chdir(run)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    code = (run / "huggingface" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, "card", "exec"), {})
+    assert "<user> Hello" in capsys.readouterr().out.replace("<unk>", "Hello")
+
+
+HEAD = """---
+license: other
+license_name: llama3.1
+license_link: https://example.org/license
+base_model: [meta-llama/Llama-3.1-8B]
+datasets: [owner/first, owner/second]
+language: [en, de]
+model-index: [{name: x}]
+---
+# A model
+"""
+
+
+def test_a_card_has_what_the_starts_own_card_says(tmp_path: Path) -> None:
+    start, run = tmp_path / "start", tmp_path / "sft"
+    start.mkdir()
+    (start / "README.md").write_text(HEAD)
+    direct = origin_of(trained_from(start, "owner/pairs"))
+    assert direct == Origin(
+        ("meta-llama/Llama-3.1-8B",),
+        ("owner/pairs", "owner/first", "owner/second"),
+        ("en", "de"),
+        "other",
+        "llama3.1",
+        "https://example.org/license",
+    )
+    # A run that started there hands it on, with its own pairs.
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(trained_from(start, "owner/sft")))
+    assert origin_of(trained_from(run, "owner/pairs")).datasets == ("owner/pairs", "owner/sft", *direct.datasets[1:])
+    (run / "config.yaml").write_text(yaml.safe_dump(trained_from(run, "owner/sft")))  # a circle
+    assert origin_of(trained_from(run, "owner/pairs")).license is None
+    cached = tmp_path / "models--owner--name" / "snapshots" / "1a2b"
+    cached.mkdir(parents=True)
+    (cached / "README.md").write_text(HEAD)
+    assert origin_of(trained_from(cached, "x")).base_model == ("owner/name",)
+    assert origin_of(trained_from(None, "owner/pairs")) == Origin(datasets=("owner/pairs",))
+
+
+@pytest.mark.parametrize("head", ["", "---\n[1\n---\n", "---\n- a\n---\n", "---\nlicense: [1, {a: b}]\n---\n", "\0"])
+def test_a_card_that_says_nothing_gives_nothing(head: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(head)
+    assert origin_of(trained_from(tmp_path, "x")) == Origin()
+
+
+def trained_from(start: Path | None, data: str) -> dict[str, Any]:
+    return {
+        "model": {"restore_from_path": None if start is None else str(start), "tokenizer": "/secret/words"},
+        "data": {"train": {"path": data}, "validation": {"path": ["/secret/held_out.jsonl"]}},
+        "loss": {"name": "lmpo"},
+    }
+
+
+def test_a_card_names_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    config = trained_from(tmp_path / "secret" / "base", "/secret/pairs.jsonl")
+    card = build_card(replace(read_run(run), config=config), "name", "name", [], [])
+    assert str(tmp_path) not in card
+    assert "secret" not in card
+    assert "Trained from base with LMPO on the preference pairs of pairs.jsonl" in card.replace("\\", "")
+    checkpoint = trained_from(tmp_path / "secret" / "sft" / "checkpoints" / "step_0000012", "owner/pairs")
+    assert public_config(checkpoint)["model"]["restore_from_path"] == "sft, step_0000012"
+    assert public_config(checkpoint)["data"]["train"]["path"] == "owner/pairs"
+    assert config["model"]["tokenizer"] == "/secret/words"
+    assert str(run.parent) not in (run / "huggingface" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_lmpo.answers.engine import transformers_model
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.formats.adapters import AdapterDescription, named_base
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.model_files import open_model
@@ -124,3 +125,14 @@ def test_damage_is_named(base: Path, tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="save the adapter as safetensors"):
         PeftAdapter(adapter)
+
+
+def test_a_base_from_the_hub_has_its_name_there(tmp_path: Path) -> None:
+    """Not the place of this machine's cache."""
+    cached = tmp_path / "models--meta-llama--Llama-3.1-8B" / "snapshots" / "d04e592bb4f6"
+    described = AdapterDescription(4, 8.0, 0.0, ("q_proj",), str(cached), 42, "hash")
+    assert named_base(described, "x") == ("meta-llama/Llama-3.1-8B", "d04e592bb4f6")
+    local = dataclasses.replace(described, base=str(tmp_path / "base"))
+    assert named_base(local, "x") == (str(tmp_path / "base"), None)
+    with pytest.raises(CheckpointError, match="x holds adapters of random weights"):
+        named_base(dataclasses.replace(described, base=None), "x")
