@@ -205,5 +205,5 @@ def test_text_of_answers_stays_text_in_both_pages():
     assert "| LMPO | a\\|b<br>&lt;user&gt; | &lt;b&gt;x&lt;/b&gt; |" in to_markdown(blocks)
     shown = to_html("a < b", blocks)
     assert "<title>a &lt; b</title>" in shown
-    assert "<td>a|b\n&lt;user&gt;</td>" in shown
+    assert ">a|b\n&lt;user&gt;</td>" in shown
     assert "<b>x</b>" not in shown
