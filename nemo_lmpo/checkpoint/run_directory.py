@@ -121,13 +121,15 @@ class RunDirectory:
     def kept_template(self) -> str | None:
         """The chat template that the run to be resumed began with, whatever has become of its file since.
 
-        None: a new run, one of an earlier version, or `checkpoint.allow_changes` names `data.chat_template`.
+        None: a new run, one of an earlier version, or `checkpoint.allow_changes` names `data.chat_template` or
+        `data.template_date`.
 
         Raises:
             CheckpointError: the file that keeps it is damaged.
         """
         path = self.path / run_files.CHAT
-        if not self.resumes or is_admitted("data.chat_template", self.allow_changes):
+        changed = any(is_admitted(f"data.{name}", self.allow_changes) for name in ("chat_template", "template_date"))
+        if not self.resumes or changed:
             return None
         return read_chat_record(path).template if path.is_file() and self._has_begun() else None
 

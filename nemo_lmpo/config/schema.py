@@ -130,6 +130,9 @@ class DataConfig:
     """Tokens that a prompt keeps, its end, where the pair does not fit `max_length` otherwise."""
     chat_template: str | None = None
     """Unset: the tokenizer's; else a file, or a built-in name (`chatml`, `llama3`, `mistral`, `zephyr`, `plain`)."""
+    template_date: str | None = None
+    """The day that templates write which write one (Llama 3.2, gpt-oss), as `YYYY-MM-DD`; unset: the day on which the
+    run began."""
     system_prompt: str | None = setting(None, may_be_empty=True)
     """A system message put in front of conversations that have none."""
     prompt_from: Literal["conversation", "generation_prompt"] = "conversation"

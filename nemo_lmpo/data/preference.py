@@ -25,6 +25,7 @@ from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
+from nemo_lmpo.data.template_day import with_day
 from nemo_lmpo.data.text import FILE_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
@@ -195,16 +196,18 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
     Args:
         config: the settings.
         tokenizer: of the model.
-        template: Jinja text; by default what `data.chat_template` stands for.
+        template: Jinja text; by default what `data.chat_template` stands for. One that writes the day gets
+            `data.template_date`, or today.
 
     Raises:
         ConfigError: there is no such template, or it does not fit the tokenizer, or lengths that leave no room.
     """
     released = config.compat == "released_code"
     make = ReleasedPairEncoder if released else PairEncoder
+    template = template or chat_template_text(config.chat_template, tokenizer, released_code=released)
     return make(
         tokenizer,
-        template or chat_template_text(config.chat_template, tokenizer, released_code=released),
+        with_day(template, config.template_date),
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         system_prompt=config.system_prompt,

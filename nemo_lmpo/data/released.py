@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import Message, RowError, label, text_of
+from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.unused import given_fields, refuse_empty_answers, unused_columns
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
 
@@ -32,6 +33,7 @@ class ReleasedPairEncoder(Encoder):
         super().__post_init__(special)
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("data.compat=released_code needs a tokenizer with an EOS token; set eos_token")
+        self._render = TemplateRenderer(self.tokenizer, self.template)
         if self.system_prompt is None and ("system" in self.template or "<|im_start|>" in self.template):
             self.system_prompt = ""
 
@@ -50,8 +52,6 @@ class ReleasedPairEncoder(Encoder):
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: PreferenceRow) -> EncodedRow | RowError:
-        from jinja2 import TemplateError
-
         checked = self.special_tokens.checked(row)
         if isinstance(checked, RowError):
             return checked
@@ -63,8 +63,8 @@ class ReleasedPairEncoder(Encoder):
             texts = [self._response(checked.chosen), self._response(checked.rejected)]
         except RowError as error:
             return error
-        except (TemplateError, TypeError, ValueError) as error:
-            return RowError("refused by the chat template", f"the chat template refuses the row: {shown(str(error))}")
+        except TemplateRefusal as error:
+            return RowError("refused by the chat template", f"the chat template refuses the row: {error}")
         prompt_ids, *wholes = self.special_tokens.tokenize([prompt, *(prompt + text for text in texts)])
         # a last token of the prompt that merges with the response belongs to the response
         kept = len(prompt_ids) - any(whole[: len(prompt_ids)] != prompt_ids for whole in wholes)
@@ -80,7 +80,7 @@ class ReleasedPairEncoder(Encoder):
         )
 
     def _rendered(self, messages: list[Message]) -> str:
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        return self._render([messages])[0]
 
     def _response(self, text: str) -> str:
         rendered = self._rendered([{"role": "assistant", "content": text}])

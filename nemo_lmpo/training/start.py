@@ -13,6 +13,7 @@ from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
+from nemo_lmpo.data.template_day import without_day
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.model_files import open_model
@@ -73,6 +74,8 @@ def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: Ru
         if kept is None:
             raise
         asked = None
+    if kept is not None and asked is not None and without_day(asked) == without_day(kept):
+        return kept  # with the day on which the run began
     if kept is not None and asked != kept:
         _logger.warning(
             "data.chat_template=%s %s; the run keeps the template that it began with",

@@ -24,6 +24,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.profile,
     settings.sources,
     settings.lengths,
+    settings.template_date,
     settings.schedule,
     settings.duration,
     settings.monitor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from datetime import date
 
 from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, nearest, shown
@@ -73,6 +74,17 @@ def lengths(config: Config) -> Iterator[str]:
             f"data.row_tokens={data.row_tokens} may be too small for one pair of data.max_length={data.max_length}; "
             f"set it to at least {2 * data.max_length}, or unset it"
         )
+
+
+def template_date(config: Config) -> Iterator[str]:
+    """The day that templates write is one."""
+    value = config.data.template_date
+    try:
+        parsed = date.fromisoformat(str(value)).isoformat() if value is not None else None
+    except ValueError:
+        parsed = None
+    if parsed != value:
+        yield f"data.template_date={shown(value)} is not a day; write it as 2026-12-01, or unset it"
 
 
 def schedule(config: Config) -> Iterator[str]:

@@ -54,6 +54,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "data.max_prompt_length",
         )
     },
+    "template_date": (
+        ("data.template_date=26.7.2024",),
+        1,
+        ("data.template_date='26.7.2024' is not a day", "2026-12-01"),
+    ),
     **{
         f"{name}_negative": ((f"{name}=-1",), 1, (f"{name}=-1", "must be at least 0"))
         for name in (

@@ -17,7 +17,9 @@ from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.convert.command import nemo_to_hf
+from nemo_lmpo.data import template_day
 from nemo_lmpo.data.encode import EncodedRow
+from nemo_lmpo.data.messages import PLAIN_INPUTS
 from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.templates import TEMPLATES
@@ -322,3 +324,21 @@ def test_evaluate_export_takes_no_other_model_for_the_one_that_is_asked(
     with pytest.raises(CheckpointError, match=f"{output} holds something else than .*remove it, or choose another"):
         evaluate_export(str(tmp_path / "run"), output)
     assert weights.read_bytes() == kept
+
+
+def test_a_run_goes_on_with_the_day_it_began_on(
+    starts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a fresh cache, where the pairs of another day would be refused as others."""
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ strftime_now('%Y-%m-%d') }} " + FILE)
+    with one_process() as place:
+        for step, day in ((1, "2026-12-01"), (2, "2026-12-02")):
+            monkeypatch.setattr(template_day, "today", lambda day=day: day)
+            overrides = [*from_start(starts["none"]), f"data.chat_template={own}", "data.max_length=256"]
+            overrides.append(f"data.cache_dir={tmp_path / day}")
+            session = open_session(place, tmp_path / "run", *overrides, f"trainer.max_steps={step}")
+            session.train(0.0)
+    assert not [record.message for record in caplog.records if "data.chat_template" in record.message]
+    ids = open_prompting(tmp_path / "run").encoder.encode_prompts([(QUESTION, PLAIN_INPUTS)])[0]
+    assert session.data.tokenizer.decode(ids).removeprefix("<s>").startswith("2026-12-01 user: hello")
