@@ -120,10 +120,10 @@ def special_token_ids(files: Mapping[str, bytes], origin: str) -> dict[str, Any]
             if number is not None:
                 found[f"{kind}_token_id"] = int(number)
         return found
-    found = _sentencepiece_tokens(files, origin)
-    if found is None:
+    sentencepiece = _sentencepiece_tokens(files, origin)
+    if sentencepiece is None:
         return {}
-    pieces, tokens = found
+    pieces, tokens = sentencepiece
     ids = {f"{kind}_token_id": tokens.token_id(f"{kind}_token", pieces) for kind in ("bos", "eos", "pad")}
     return {name: number for name, number in ids.items() if number is not None}
 

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.template_day import without_day
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.load_weights import load_model_weights
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.parallel.shards import own_part
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
 if TYPE_CHECKING:
@@ -86,11 +88,37 @@ def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: Ru
 
 
 def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: StartModel, seed: int) -> None:
-    """Fill a model with the start's weights; each rank reads its own part."""
+    """Fill a model with the start's weights; each rank reads its own part. Communicates: a number over all ranks.
+
+    Raises:
+        CheckpointError: the start cannot be read, or holds NaN or infinity.
+    """
     if base.path is not None:
         source: TensorSource = open_model(base.path).source
     else:
         source = RandomSource(base.architecture, seed)
     load_model_weights(
         list(chunks), source, base.architecture, tp_rank=groups.tensor.rank(), tp_size=groups.tensor.size()
+    )
+    parts = {
+        f"{number}.{name}": own_part(parameter).local
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    if (broken := find_not_finite(parts, None)) is not None:
+        raise CheckpointError(on_main_rank(lambda: _why_not_finite(source, broken)))
+
+
+def _why_not_finite(source: TensorSource, broken: str) -> str:
+    """Which of the start's own tensors is to blame; reads them all."""
+    own = [name for name in source.names() if not source.get(name).isfinite().all()]
+    if not own:
+        return (
+            f"the start model {source.origin} holds numbers that trainer.precision=bf16 cannot hold (they became "
+            f"infinite in {broken}); give a start model with smaller weights"
+        )
+    more = f" and {len(own) - 1} other tensor(s)" if len(own) > 1 else ""
+    return (
+        f"the start model {source.origin} holds NaN or infinity in {own[0]}{more}; give a start model whose weights "
+        "are finite"
     )
