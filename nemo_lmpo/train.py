@@ -81,7 +81,11 @@ def trace_parser(prog: str) -> argparse.ArgumentParser:
 
 def _parser(prog: str, about: str, epilog: str, mode: Mode) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=about, epilog=epilog)
-    recipe = parser.add_argument("--config-name", metavar="RECIPE", help="a recipe of the package or of --config-dir")
+    recipe = parser.add_argument(
+        *("--config-name", "--config"),
+        metavar="RECIPE",
+        help="a recipe of the package or of --config-dir, or the path of one (own/mine.yaml)",
+    )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")
     overrides = parser.add_argument(
         "overrides",

@@ -263,7 +263,8 @@ run_sweep() { # RECIPE [KEY=VALUE,VALUE,...] [OVERRIDE...]
         exit 0
     fi
     say "combination $index of $count: ${chosen[*]}"
-    run_training "$recipe" "run_dir=runs/${recipe}_sweep/$name" "${chosen[@]}" "${fixed[@]}"
+    local stem=${recipe##*/}  # of a recipe that is given as a path
+    run_training "$recipe" "run_dir=runs/${stem%.yaml}_sweep/$name" "${chosen[@]}" "${fixed[@]}"
 }
 
 # Slurm sends USR1 some minutes before the time limit (--signal in the templates).

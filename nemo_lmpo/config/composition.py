@@ -112,7 +112,8 @@ def _compose_files(name: str, overrides: Sequence[str], folders: Sequence[Path],
 
     _register(name, folders, products)
     primary = _folder_of(name, folders)
-    search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders if folder != primary]
+    others = ",".join(f"file://{folder.resolve()}" for folder in folders if folder != primary)
+    search = [f"hydra.searchpath=[{others}]"] if others else []
     # Own recipes may choose in these groups, to no effect; what is left out cannot be chosen in.
     names_hydra = len(folders) > 1 or any("hydra" in override for override in overrides)
     without = [] if names_hydra else [f"~hydra/{group}" for group in _UNUSED]

@@ -33,7 +33,28 @@ def recipes_dir() -> Path:
 
 def recipe_names(config_dir: Path | None = None) -> list[str]:
     """Names that ``--config-name`` takes: files, and every loss on every setting as `LOSS_SETTING`."""
-    folders = _folders(config_dir)
+    return _names(_folders(config_dir))
+
+
+def recipe_file(name: str) -> Path | None:
+    """The file that a recipe's name is the path of: one with a slash, or `NAME.yaml` in the working directory.
+
+    Raises:
+        ConfigError: there is no such file, or it does not end in `.yaml`.
+    """
+    path = Path(name).expanduser()
+    if "/" not in name and not (path.suffix in (".yaml", ".yml") and path.is_file()):
+        return None
+    if path.is_dir():
+        raise ConfigError(f"--config {name} is a directory; give a recipe's file in it, or --config-dir")
+    if not path.is_file():
+        raise ConfigError(f"--config {name} does not exist; give the file of a recipe, or a name (--list shows them)")
+    if path.suffix != ".yaml":
+        raise ConfigError(f"--config {name} must end in .yaml; rename it")
+    return path
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")} | _products(folders).keys())
 
 
@@ -42,14 +63,18 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, config_dir: Path | 
 
     Args:
         name: a file's name without `.yaml`, looked for in ``config_dir`` and then among the package's recipes, or
-            `LOSS_SETTING`.
+            `LOSS_SETTING`, or the path of a file, whose folder is then looked into first.
         overrides: Hydra overrides, as `model.tensor_model_parallel_size=2`; groups are chosen as `loss=simpo`.
         config_dir: the user's own recipes; may extend the package's by their name in `defaults`.
 
     Raises:
         ConfigError: unknown recipe, unknown key, wrong type, or an override that cannot be read.
     """
-    return config_from_mapping(compose(name, overrides, config_dir=config_dir), name=name.removesuffix(".yaml"))
+    return config_from_mapping(compose(name, overrides, config_dir=config_dir), name=_stem(name))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".yaml")
 
 
 def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
@@ -58,13 +83,14 @@ def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None
     Another loss, as `loss=simpo` or `loss.name=simpo`, brings what is particular to it on the recipe's setting, and
     leaves behind what is particular to the recipe's own loss.
     """
-    name = name.removesuffix(".yaml")
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a directory; give the folder of your recipes")
-    folders = _folders(config_dir)
-    known = recipe_names(config_dir)
+    file, name = None if _is_in(config_dir, name) else recipe_file(name), _stem(name)
+    folders = _folders(config_dir, file)
+    known = _names(folders)
     if name not in known:
-        raise ConfigError(f"--config-name {name} is no recipe{did_you_mean(name, known)} Known: {', '.join(known)}")
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"--config-name {name} is not a recipe{hint} Known: {', '.join(known)}")
     _require_readable(overrides)
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     with_groups = [_choose_loss_by_name(override, folders) for override in overrides]
@@ -79,8 +105,16 @@ def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None
         return hydras([_for_hydra(override, groups) for override in added])
 
 
-def _folders(config_dir: Path | None) -> list[Path]:
-    return [recipes_dir()] if config_dir is None else [config_dir, recipes_dir()]
+def _is_in(config_dir: Path | None, name: str) -> bool:
+    return config_dir is not None and "/" not in name and (config_dir / f"{_stem(name)}.yaml").is_file()
+
+
+def _folders(config_dir: Path | None, file: Path | None = None) -> list[Path]:
+    """Where recipes are looked for, each folder once: the file's, the user's, the package's."""
+    own = [folder for folder in (file and file.parent, config_dir) if folder is not None]
+    folders = {folder.resolve(): folder for folder in [*own, recipes_dir()]}
+    package = folders.pop(recipes_dir().resolve())
+    return [*folders.values(), package]
 
 
 def _choices(group: str, folders: Sequence[Path]) -> list[str]:
@@ -95,7 +129,7 @@ def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
 
 
 def _names_a_loss(folder: Path, choice: str) -> bool:
-    """Whether a file is a loss by itself; asked of the file, as the losses import torch."""
+    """Whether a file is a loss by itself, and not a variant of one."""
     return bool(
         re.search(rf"^name: {re.escape(choice)}$", (folder / LOSS / f"{choice}.yaml").read_text(), re.MULTILINE)
     )

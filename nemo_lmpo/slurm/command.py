@@ -17,7 +17,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "sbatch line and submits it. A setting with several values (loss.lam=0.05,0.2) makes it a sweep.",
         epilog="Options for sbatch itself, such as the partition, come from slurm/cluster.env or --sbatch.",
     )
-    submit.add_argument("recipe", metavar="RECIPE", help="a recipe of the package or of --config-dir")
+    submit.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a recipe of the package or of --config-dir, or the path of one",
+    )
     submit.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     submit.add_argument("--gpus-per-node", type=int, default=4, metavar="N", help="GPUs of a node (default: 4)")
     submit.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with recipes of your own")

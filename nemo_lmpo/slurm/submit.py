@@ -117,7 +117,11 @@ def sbatch_command(request: Submission, templates: Path, variables: Mapping[str,
         # The job looks for the templates' common part in the folder that it was submitted from.
         options.append(f"--export=ALL,NEMO_LMPO_SLURM_DIR={templates}")
         here = templates
-    arguments = [request.recipe]
+    from nemo_lmpo.config.recipe import recipe_file
+
+    # The job may start elsewhere than where its recipe's path was given.
+    file = None if request.config_dir is not None and "/" not in request.recipe else recipe_file(request.recipe)
+    arguments = [request.recipe if file is None else str(file.resolve())]
     if request.config_dir is not None:
         arguments += ["--config-dir", str(request.config_dir.resolve())]
     return ["sbatch", *options, *request.sbatch_options, str(here / template), *arguments, *request.overrides]

@@ -86,7 +86,7 @@ def test_own_recipes_are_given_by_their_whole_path(tmp_path: Path, capsys: pytes
         (["lmpo_tiny", "--nodes=3"], "model.global_batch_size=64 does not divide by the data-parallel size 12"),
         (["lmpo_tiny", "--nodes=0"], "--nodes=0 must be at least 1"),
         (["lmpo_tiny", "--gpus-per-node=0"], "--gpus-per-node=0 must be at least 1"),
-        (["lmpo_tiney"], "--config-name lmpo_tiney is no recipe; did you mean lmpo_tiny?"),
+        (["lmpo_tiney"], "--config-name lmpo_tiney is not a recipe; did you mean lmpo_tiny?"),
         (["lmpo_tiny", "model.sed=1"], "unknown key model.sed; did you mean model.seed?"),
         (["lmpo_tiny", "model.tensor_model_parallel_size=2,3"], "4 processes do not divide by"),
         (["lmpo_tiny"], "sbatch is not on this machine"),

@@ -12,10 +12,12 @@ import pytest
 
 from nemo_lmpo.config import schema
 from nemo_lmpo.config.coerce import alternatives, types_of
-from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping, load_recipe
+from nemo_lmpo.config.recipe import config_as_dict, config_from_mapping, load_recipe, recipes_dir
 from nemo_lmpo.config.schema import Config, all_keys
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.registry import LOSSES
+from nemo_lmpo.slurm.submit import Submission, sbatch_command
+from nemo_lmpo.train import main
 
 WRONG = {
     "misspelt": ("model.tensor_model_paralel_size=2", ("model.tensor_model_parallel_size",)),
@@ -61,7 +63,7 @@ def test_wrong_overrides(case: str) -> None:
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="--config-name lmpo_tinny is no recipe; did you mean lmpo_tiny"):
+    with pytest.raises(ConfigError, match="--config-name lmpo_tinny is not a recipe; did you mean lmpo_tiny"):
         load_recipe("lmpo_tinny")
 
 
@@ -98,6 +100,75 @@ def test_own_recipes_extend_the_packages(tmp_path: Path) -> None:
     assert (config.name, config.optim.lr, config.trainer.max_steps) == ("mine", 3e-4, 7)
     assert config.model == base.model
     assert load_recipe("lmpo_tiny", config_dir=tmp_path) == base, "the package's recipes stay within reach"
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `own` with recipes, one of which extends another, seen from the working directory."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "base.yaml").write_text("defaults: [lmpo_tiny, _self_]\noptim: {lr: 3.0e-4}\n")
+    (own / "mine.yaml").write_text("defaults: [base, _self_]\nname: called\ntrainer: {max_steps: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    return own
+
+
+@pytest.mark.parametrize("written", ["own/mine.yaml", "./own/mine.yaml", "{own}/mine.yaml", "~/mine.yaml"])
+def test_a_recipe_may_be_a_path(written: str, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(mine))
+    config = load_recipe(written.format(own=mine), ["loss=simpo"])
+    assert (config.name, config.loss.name, config.optim.lr, config.trainer.max_steps) == ("called", "simpo", 3e-4, 7)
+
+
+def test_a_file_in_the_working_directory_is_a_path(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine)
+    assert load_recipe("mine.yaml").trainer.max_steps == 7
+    (mine / "other").mkdir()
+    (mine / "other" / "mine.yaml").write_text("trainer: {max_steps: 3}\n")
+    assert load_recipe("mine.yaml", config_dir=mine / "other").trainer.max_steps == 3, "--config-dir comes first"
+    assert load_recipe("./mine.yaml", config_dir=mine / "other").trainer.max_steps == 7
+    with pytest.raises(ConfigError, match="--config-name mine is not a recipe"):
+        load_recipe("mine")
+
+
+def test_a_path_goes_with_a_folder_of_recipes(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts" / "loss").mkdir(parents=True)
+    (tmp_path / "parts" / "loss" / "mild.yaml").write_text("name: simpo\nbeta: 0.5\n")
+    config = load_recipe("own/mine.yaml", ["loss=mild"], config_dir=tmp_path / "parts")
+    assert (config.name, config.loss.beta) == ("called", 0.5)
+
+
+def test_the_packages_recipes_may_be_paths() -> None:
+    assert load_recipe(str(recipes_dir() / "lmpo_tiny.yaml")) == load_recipe("lmpo_tiny")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("own/nowhere.yaml", "--config own/nowhere.yaml does not exist; give the file"),
+        ("own", "--config-name own is not a recipe"),
+        ("own/", "--config own/ is a directory; give a recipe's file in it, or --config-dir"),
+        ("own/old.yml", "--config own/old.yml must end in .yaml; rename it"),
+        ("own/notes.txt", "--config own/notes.txt must end in .yaml; rename it"),
+    ],
+)
+def test_paths_that_are_not_recipes(written: str, said: str, mine: Path) -> None:
+    for name in ("old.yml", "notes.txt"):
+        (mine / name).write_text("name: x\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_recipe(written)
+
+
+@pytest.mark.parametrize("option", [["--config"], ["--config-name"], []])
+def test_the_command_takes_a_path(option: list[str], mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*option, "own/mine.yaml", "--show-config"]) == 0
+    assert "name: called" in capsys.readouterr().out
+
+
+def test_a_job_is_given_the_whole_path(mine: Path) -> None:
+    command = sbatch_command(Submission("own/mine.yaml"), Path("slurm"), {})
+    assert str(mine / "mine.yaml") in command
+    assert "--job-name=mine" in command
 
 
 def test_own_recipe_needs_no_name(tmp_path: Path) -> None:
