@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nemo_lmpo.convert.megatron import megatron_model, model_logits
+from nemo_lmpo.convert.positions import positions_difference
+from nemo_lmpo.convert.tokens import PROMPTS, compare_tokenizers, model_tokenizer
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.conversion import tensor_names
 from nemo_lmpo.formats.model_files import ModelFiles
 
-if TYPE_CHECKING:
-    from nemo_lmpo.model.packed_gpt import PackedGPTModel
-
-PROMPTS = (
-    "The capital of France is",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "Q: If I have 3 apples and buy 4 more, how many apples do I have?\nA:",
-    "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt.",
-)
 _ID_LENGTHS = (1, 17, 96)
 """Lengths of prompts made of token ids directly; they also serve models without a tokenizer."""
 _BLOCK_ELEMENTS = 16 * 1024 * 1024
@@ -46,14 +37,14 @@ def verify_models(
     tensors_only: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Verification:
-    """Compare all tensors and, computed in float32, the logits.
+    """Compare all tensors, the tokenizers and, computed in float32, the logits.
 
-    The largest absolute difference of each must not exceed ``tolerance``. If the two are stored in different
-    dtypes, the weights of both are rounded to the narrower one first. Models run one after the other, so memory
-    holds one of them in float32.
+    Logits are those of short prompts, and of a small twin at positions beyond every window. The largest absolute
+    difference of each must not exceed ``tolerance``. If the two are stored in different dtypes, the weights of both are
+    rounded to the narrower one first. Models run one after the other, so memory holds one of them in float32.
 
     Raises:
-        CheckpointError: the two are different models.
+        CheckpointError: the two are different models, or the files of a tokenizer are damaged.
     """
     narrow = _narrower(reference, converted)
     tensors = compare_tensors(reference, converted, dtype=narrow, progress=progress)
@@ -67,7 +58,7 @@ def verify_models(
     if not tensors_only:
         prompts = prompt_ids(reference)
         expected = transformers_logits(Path(reference.origin), prompts, rounded_to=narrow)
-        with megatron_model(converted) as model:
+        with megatron_model(converted.architecture, converted.source) as model:
             _round(model, narrow)
             differences = [
                 float((model_logits(model, ids) - logits).abs().max())
@@ -75,8 +66,13 @@ def verify_models(
             ]
         tokens = sum(len(ids) for ids in prompts)
         lines.append(f"logits: {len(prompts)} prompts, {tokens} tokens, largest difference {max(differences):.3g}")
+        beyond = positions_difference(Path(reference.origin), converted.architecture)
+        lines.append(f"positions beyond every window, and at the end of the context: largest difference {beyond:.3g}")
         # A NaN compares as false, so it fails.
-        passed = passed and all(difference <= tolerance for difference in differences)
+        passed = passed and all(difference <= tolerance for difference in (*differences, beyond))
+        same, line = compare_tokenizers(reference, converted)
+        lines.append(line)
+        passed = passed and same
     lines.append(f"{'passed' if passed else 'FAILED'}: tolerance {tolerance:g}")
     return Verification(passed, lines)
 
@@ -154,7 +150,7 @@ def _largest_difference(left: torch.Tensor, right: torch.Tensor, dtype: torch.dt
 
 def _narrower(reference: ModelFiles, converted: ModelFiles) -> torch.dtype | None:
     """The dtype that one of the two was rounded to; None if they are stored alike."""
-    name = reference.source.names()[0]
+    name = tensor_names(reference)[0]
     left, right = reference.source.dtype(name), converted.source.dtype(name)
     if left == right:
         return None
@@ -169,18 +165,15 @@ def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def prompt_ids(model: ModelFiles) -> list[list[int]]:
-    """Token ids of the fixed prompts: texts where the model has a tokenizer, and ids by a formula."""
+    """Token ids of the fixed prompts: texts where the model has a tokenizer, and ids by a formula.
+
+    Raises:
+        CheckpointError: the tokenizer's files are damaged.
+    """
     vocabulary, positions = model.architecture.vocab_size, model.architecture.max_position_embeddings
     prompts = [[(7919 * position + 13) % vocabulary for position in range(length)] for length in _ID_LENGTHS]
-    if any(name.startswith("tokenizer") for name in model.sidecars):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.origin, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
-            raise CheckpointError(
-                f"{model.origin}: its tokenizer cannot be read ({error}); restore its files"
-            ) from None
+    tokenizer = model_tokenizer(model)
+    if tokenizer is not None:
         prompts += [list(tokenizer(text)["input_ids"]) for text in PROMPTS]
     kept = [ids[:positions] for ids in prompts]
     return [ids for ids in kept if ids and max(ids) < vocabulary]
@@ -209,53 +202,3 @@ def transformers_logits(
         raise CheckpointError(f"transformers cannot load {directory} ({error}); check its config.json") from None
     _round(model.eval(), rounded_to)
     return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in prompts]
-
-
-@contextmanager
-def megatron_model(files: ModelFiles) -> Iterator[PackedGPTModel]:
-    """The model on the CPU in float32, in a process group of this process alone; both go with the context."""
-    import torch.distributed as dist
-
-    from nemo_lmpo.config.schema import ModelConfig
-    from nemo_lmpo.model.load_weights import load_model_weights
-    from nemo_lmpo.parallel.groups import create_groups, destroy_groups, start_process_group
-    from nemo_lmpo.runtime.cpu_adapter import on_cpu
-    from nemo_lmpo.runtime.launch import LaunchInfo
-
-    if dist.is_initialized():
-        raise RuntimeError("a verification needs a process without a process group")
-    config = ModelConfig(make_vocab_size_divisible_by=1, transformer_engine=False, attention_backend="sdpa")
-    with on_cpu(), warnings.catch_warnings():
-        # megatron-core remarks on every GPU package that is not installed.
-        warnings.simplefilter("ignore")
-        start_process_group(LaunchInfo(), use_cuda=False)
-        try:
-            from nemo_lmpo.model.build import build_model_chunks
-            from nemo_lmpo.model.kernels import Kernels
-
-            chunks = build_model_chunks(
-                files.architecture,
-                config,
-                groups=create_groups(config),
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-                kernels=Kernels(transformer_engine=False, attention="sdpa"),
-            )
-            modules: list[Any] = list(chunks)
-            load_model_weights(modules, files.source, files.architecture, tp_rank=0, tp_size=1)
-            yield chunks[0].eval()
-        finally:
-            destroy_groups()
-
-
-@torch.no_grad()
-def model_logits(model: PackedGPTModel, ids: list[int]) -> Tensor:
-    """Logits ``[tokens, vocabulary]`` float32 of one sequence, inside :func:`megatron_model`."""
-    from nemo_lmpo.model.attention_plan import plan_attention
-    from nemo_lmpo.parallel.context import attention_spans
-
-    length = len(ids)
-    segments = torch.tensor([[0, length, 0, 0]], dtype=torch.int32)
-    spans = attention_spans(segments, length, cp_rank=0, cp_size=1)
-    hidden = model(torch.tensor([ids]), torch.arange(length)[None], plan_attention(spans, length, cp_size=1))
-    return hidden[:, 0].float() @ model.output_weight().float().T

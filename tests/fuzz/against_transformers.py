@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nemo_lmpo.convert.verify import megatron_model, model_logits
+from nemo_lmpo.convert.megatron import megatron_model, model_logits
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.formats.architecture import FAMILIES, Architecture
 from nemo_lmpo.formats.conversion import tensor_names
@@ -136,7 +136,7 @@ class Ours:
 
     @staticmethod
     def _logits(files: ModelFiles, length: int) -> Tensor:
-        with megatron_model(files) as model:
+        with megatron_model(files.architecture, files.source) as model:
             return model_logits(model, prompt(files.architecture.vocab_size, length))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_lmpo.convert.command import hf_to_nemo
-from nemo_lmpo.convert.verify import megatron_model, model_logits
+from nemo_lmpo.convert.megatron import megatron_model, model_logits
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.plain_trainer import MarginStatistics, Pair, Settings, margin, pair_loss
@@ -164,7 +164,8 @@ def test_converted_it_answers_as_transformers(
     reference = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     with torch.no_grad():
         expected = reference.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
-    with megatron_model(open_model(tmp_path / "m.nemo")) as model:
+    converted = open_model(tmp_path / "m.nemo")
+    with megatron_model(converted.architecture, converted.source) as model:
         found = _greedy(lambda ids: model_logits(model, ids), ids, len(expected) - len(ids))
     assert tokenizer.decode(found[len(ids) :]) == tokenizer.decode(expected[len(ids) :])
     assert "Paris" in tokenizer.decode(found[len(ids) :])
