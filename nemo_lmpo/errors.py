@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
@@ -18,6 +19,8 @@ _SHORTEST_SECRET, _SHORTEST_IN_ENVIRONMENT = 6, 8
 _USER_INFO = re.compile(r"""(?<=://)[^\s/?#]*@|(?<![\w/@.:-])[^\s/:@"'=]+:[^\s/@]+@(?=[\w.-]+(?::\d|/|$))""")
 _QUERY_VALUE = re.compile(r"""(?<=[?&;])([\w.~%\[\]-]+=)[^\s&;#"'<>)]+""")
 _AUTHORIZATION = re.compile(r"""\b((?:Bearer|Basic)\s+)[^\s"',;]+""", re.IGNORECASE)
+_MOST_LOOKED_AT = 10_000
+"""Characters and values that are written out to be cut then."""
 _remembered: set[str] = set()
 
 
@@ -90,6 +93,17 @@ def first_line(error: BaseException) -> str:
     return lines[0][:1000] if lines else type(error).__name__
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """A text as it may stand on a line of a terminal: what is not printable spelled out, at most ``most`` characters.
+
+    Escape sequences, line breaks and marks that turn the direction of text would forge lines or act on the terminal.
+    """
+    text = text[: most + 1] if len(text) > most else text
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def shown(value: object, most: int = 80) -> str:
     """Text from outside as it may stand in a message: quoted, printable, in one line, at most ``most`` letters.
 
@@ -97,12 +111,15 @@ def shown(value: object, most: int = 80) -> str:
         value: whatever a file or a user gave.
         most: longest result; what is longer loses its end.
     """
+    if not _is_small(value):
+        value = _start_of(value)
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} nested too deeply"
+        text = text if text.isprintable() else ascii(value)
+    except (RecursionError, ValueError):  # Python writes out no number of more than 4300 digits
+        text = f"a {type(value).__name__} that is too large to show"
     # Before it is cut: of half a credential nothing tells what it is.
-    text = without_secrets(text if text.isprintable() else ascii(value))
+    text = without_secrets(text)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -129,3 +146,35 @@ def did_you_mean(given: str, known: Iterable[str], before: str = "") -> str:
     """
     near = nearest(given, known)
     return "." if near is None else f"; did you mean {before}{near}?"
+
+
+def _is_small(value: object) -> bool:
+    """Whether the text of a value is of a sensible size: a kilobyte of YAML can hold a list that fills the memory."""
+    waiting, room = [value], _MOST_LOOKED_AT
+    while waiting and room > 0:
+        value = waiting.pop()
+        room -= 1
+        if isinstance(value, str | bytes | bytearray):
+            room -= len(value)
+        elif isinstance(value, Mapping):
+            room -= len(value)
+            waiting.extend(part for pair in islice(value.items(), max(room, 0)) for part in pair)
+        elif isinstance(value, list | tuple | set | frozenset):
+            room -= len(value)
+            waiting.extend(islice(value, max(room, 0)))
+    return room > 0
+
+
+def _start_of(value: object) -> object:
+    """Of a text its start; of anything else what it is."""
+    return value[:_MOST_LOOKED_AT] if isinstance(value, str | bytes) else _Unshown(type(value).__name__)
+
+
+class _Unshown:
+    """Stands for a value of which nothing is shown but its type."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"a {self.kind} that is too large to show"

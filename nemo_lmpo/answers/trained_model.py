@@ -8,14 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.model_files import ModelFiles, open_model, with_training_chat
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.files import read_small
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,8 +74,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, RecursionError):
+        return dict(load_yaml(read_small(path)))
+    except (OSError, TypeError, ValueError):
         raise CheckpointError(f"{path} is not readable; restore the file") from None
 
 

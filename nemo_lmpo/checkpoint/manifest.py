@@ -11,19 +11,21 @@ import errno
 import io
 import json
 import pickle
+import re
+import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import xxhash
 
 from nemo_lmpo.checkpoint.progress import FORMAT_VERSION, DamageError, Progress, check_version, read_train_state
-from nemo_lmpo.errors import CheckpointError, first_line
+from nemo_lmpo.errors import CheckpointError, first_line, printable, shown
 from nemo_lmpo.formats.safe_metadata import read_metadata
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.files import replace_file
+from nemo_lmpo.runtime.files import read_small, replace_file
 
 ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
@@ -33,6 +35,7 @@ METADATA = f"{run_files.STATE}/.metadata"
 COMMON = f"{run_files.STATE}/{run_files.COMMON}"
 _REQUIRED = (run_files.PROGRESS, METADATA, COMMON)
 _BLOCK = 8 * 2**20
+_MOST_MANIFEST_BYTES = 2**26
 # The machine's fault, not the file's: nothing is wrong with the checkpoint.
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -118,7 +121,8 @@ def find_damage(directory: Path, *, content: bool = True) -> str | None:
 
 def _relative(name: Any, directory: Path) -> str:
     path = Path(str(name))
-    return str(path.relative_to(directory)) if path.is_relative_to(directory) and path != directory else path.name
+    inside = path.is_relative_to(directory) and path != directory
+    return printable(str(path.relative_to(directory)) if inside else path.name, 200)
 
 
 def _inspect(directory: Path, step: int, content: bool, share: tuple[int, int]) -> Progress:
@@ -131,7 +135,7 @@ def _inspect(directory: Path, step: int, content: bool, share: tuple[int, int]) 
         raise DamageError(
             f"{run_files.MANIFEST} is of version {manifest['version']}, {run_files.PROGRESS} of version {state.version}"
         )
-    entries = _data_entries(directory)
+    entries = _data_entries(directory, manifest["files"])
     if content and "checksums" not in manifest:
         _check_entries(directory, _part_of(entries, share))
     if state.version > 1 and _step_of_state(directory) != step:
@@ -145,16 +149,22 @@ def _part_of(items: Sequence[Any], share: tuple[int, int]) -> Sequence[Any]:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
-        content = json.loads((directory / run_files.MANIFEST).read_bytes())
-    except ValueError:
+        content = json.loads(read_small(directory / run_files.MANIFEST, most=_MOST_MANIFEST_BYTES))
+    except (ValueError, RecursionError):
         raise DamageError(f"{run_files.MANIFEST} is not readable") from None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(part, {}), dict) for part in ("files", "checksums")
+    ):
         raise DamageError(f"{run_files.MANIFEST} is not readable")
+    if "files" not in content:
+        raise DamageError(f"{run_files.MANIFEST} lists no files")
     if content.keys() == {"files"}:
         content["version"] = 1
     elif content.get("checksum") != _own_checksum(content):
         raise DamageError(f"{run_files.MANIFEST} has another checksum than when it was written")
     check_version(content.get("version"), directory)
+    for name in content["files"]:
+        _refuse_other_places(name)
     missing = [name for name in _REQUIRED if name not in content["files"]]
     if missing:
         raise DamageError(f"{run_files.MANIFEST} does not list {missing[0]}")
@@ -165,29 +175,46 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_other_places(name: str) -> None:
+    """Refuse names of files that do not lie in the checkpoint, and that no system has.
+
+    Raises:
+        DamageError: such a name.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or re.search("[\0\ud800-\udfff]", name):
+        raise DamageError(f"{run_files.MANIFEST} names {shown(name)}, which is not a file of a checkpoint")
+
+
 def _check_sizes(directory: Path, sizes: Mapping[str, Any]) -> None:
     for name, size in sizes.items():
-        actual = (directory / name).stat().st_size
-        if actual != size:
-            raise DamageError(f"{name} has {actual} bytes instead of {size}")
+        found = (directory / name).stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device could be read for ever
+            raise DamageError(f"{printable(name, 200)} is not a regular file")
+        if found.st_size != size:
+            raise DamageError(f"{printable(name, 200)} has {found.st_size} bytes instead of {shown(size)}")
 
 
 def _check_checksums(directory: Path, checksums: Sequence[tuple[str, str]]) -> None:
     for name, checksum in checksums:
         if file_checksum(directory / name) != checksum:
-            raise DamageError(f"{name} has another checksum than when it was written")
+            raise DamageError(f"{printable(name, 200)} has another checksum than when it was written")
 
 
-def _data_entries(directory: Path) -> list[tuple[str, int, int]]:
+def _data_entries(directory: Path, files: Container[str]) -> list[tuple[str, int, int]]:
     """File, offset and length of every tensor and object, by the state's metadata, which is read safely."""
     try:
         with (directory / METADATA).open("rb") as stream:
             metadata = read_metadata(stream, METADATA)
-        return sorted(
+        entries = sorted(
             (str(entry.relative_path), int(entry.offset), int(entry.length)) for entry in metadata.storage_data.values()
         )
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise DamageError(first_line(error)) from None
+    for name, _, _ in entries:
+        if f"{run_files.STATE}/{name}" not in files:
+            raise DamageError(f"{METADATA} names {shown(name)}, which {run_files.MANIFEST} does not list")
+    return entries
 
 
 def _check_entries(directory: Path, entries: Sequence[tuple[str, int, int]]) -> None:

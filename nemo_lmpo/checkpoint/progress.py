@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, shown
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.files import read_small
 
 FORMAT_VERSION = 2
 """Of checkpoints: 1 had sizes only and no version; 2 added checksums, the data's fingerprints and this number."""
@@ -53,7 +54,7 @@ def check_version(version: object, directory: Path) -> None:
         DamageError: no version number.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise DamageError(f"its version is {version!r}")
+        raise DamageError(f"its version is {shown(version)}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {directory} has format {version}, and this version of nemo_lmpo reads up to {FORMAT_VERSION}; "
@@ -70,8 +71,8 @@ def read_train_state(directory: Path, step: int) -> Progress:
         OSError: the file cannot be read.
     """
     try:
-        values = json.loads((directory / run_files.PROGRESS).read_bytes())
-    except ValueError:
+        values = json.loads(read_small(directory / run_files.PROGRESS))
+    except (ValueError, RecursionError):
         raise DamageError(f"{run_files.PROGRESS} is not readable") from None
     if not isinstance(values, dict):
         raise DamageError(f"{run_files.PROGRESS} holds no settings")
@@ -79,12 +80,12 @@ def read_train_state(directory: Path, step: int) -> Progress:
     known = {entry.name for entry in fields(Progress)}
     unknown, missing = sorted(values.keys() - known), sorted(_ALWAYS - values.keys())
     if unknown or missing:
-        what = f"has {unknown[0]!r}, which is unknown" if unknown else f"lacks {missing[0]!r}"
+        what = f"has {shown(unknown[0])}, which is unknown" if unknown else f"lacks {missing[0]!r}"
         raise DamageError(f"{run_files.PROGRESS} {what}")
     state = Progress(**values)
     for name, good in _CHECKS.items():
         if not good(getattr(state, name)):
-            raise DamageError(f"{run_files.PROGRESS} has {name}={str(getattr(state, name))[:80]!r}")
+            raise DamageError(f"{run_files.PROGRESS} has {name}={shown(getattr(state, name))}")
     if state.step != step:
         raise DamageError(f"{run_files.PROGRESS} is of step {state.step}")
     return state

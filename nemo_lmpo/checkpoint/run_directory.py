@@ -21,7 +21,8 @@ from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.chat_record import ChatRecord, chat_json, read_chat_record
-from nemo_lmpo.runtime.files import directory_lock, replace_file, set_aside
+from nemo_lmpo.runtime.files import directory_lock, read_small, replace_file, set_aside
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,8 @@ class RunDirectory:
         if not self.resumes or not path.exists() or not self._has_begun():
             return
         try:
-            before = dict(flatten(yaml.safe_load(path.read_text())))
-        except (yaml.YAMLError, AttributeError, TypeError):
+            before = dict(flatten(load_yaml(read_small(path))))
+        except (OSError, ValueError, AttributeError, TypeError):
             raise ConfigError(f"{path} is not readable; remove it or choose another run_dir") from None
         changes = changed_settings(before, dict(flatten(self.plain)), self.defaults)
         self.changes = {key: change for key, change in changes.items() if is_admitted(key, self.allow_changes)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -118,12 +121,35 @@ def _compose_files(name: str, overrides: Sequence[str], folders: Sequence[Path],
     names_hydra = len(folders) > 1 or any("hydra" in override for override in overrides)
     without = [] if names_hydra else [f"~hydra/{group}" for group in _UNUSED]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
+    checked = _refusing_large_files() if len(folders) > 1 else nullcontext()
+    with checked, initialize_config_dir(config_dir=str(primary.resolve()), version_base="1.3"):
         config = compose(name, overrides=[*search, *without, *overrides], return_hydra_config=True)
     chosen = dict(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
     return config, chosen
+
+
+@contextmanager
+def _refusing_large_files() -> Iterator[None]:
+    """Within the block OmegaConf, which writes out all aliases of a file, reads no file that they make too large."""
+    from omegaconf import OmegaConf
+
+    load = OmegaConf.load
+
+    def load_checked(file: Any) -> Any:
+        content = file.read()
+        try:
+            load_yaml(content)
+        except ValueError as error:
+            raise ConfigError(f"{file.name} cannot be read ({error}); correct the file") from None
+        return load(StringIO(content))
+
+    OmegaConf.load = load_checked  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        OmegaConf.load = load  # type: ignore[method-assign]
 
 
 def _compose_package(name: str, overrides: tuple[str, ...], folder: Path, products: Products) -> _Composed:

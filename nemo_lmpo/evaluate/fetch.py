@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from nemo_lmpo.answers.http import Client, ExchangeError
@@ -23,6 +22,7 @@ from nemo_lmpo.evaluate.data_files import DF_GAMED_HASH, JudgePrompt, data_folde
 from nemo_lmpo.evaluate.environment import run_program
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, TASKS
 from nemo_lmpo.runtime.files import file_hash, replace_file
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 _HUB = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/main"
 _ALPACA = "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/cd543a149df89434d8a54582c0151c0b945c3d20"
@@ -158,7 +158,7 @@ def judge_prompt(download: Download) -> str:
         for node in code.body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     ]
-    template = yaml.safe_load(verified(_JUDGE_CONFIG, download))["prompt_template"]
+    template = load_yaml(verified(_JUDGE_CONFIG, download))["prompt_template"]
     prompt = next((found for found in (JudgePrompt(text, template) for text in texts) if found.published), None)
     if prompt is None:
         raise DataError(f"{_JUDGE_PROMPT.url} holds no judge prompt of Arena-Hard v0.1")

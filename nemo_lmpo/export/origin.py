@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_lmpo.formats.find_model import hub_name_of
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import read_config
 from nemo_lmpo.report.summary import setting
 from nemo_lmpo.runtime.files import is_hub_name, read_small
 from nemo_lmpo.runtime.run_files import ARCHITECTURE, CHECKPOINTS
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 _logger = logging.getLogger(__name__)
 
@@ -99,8 +98,8 @@ def _card_head(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         head = _HEAD.match(read_small(path).decode("utf-8"))
-        values = yaml.safe_load(head[1]) if head is not None and len(head[1]) <= _MOST_HEAD else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        values = load_yaml(head[1]) if head is not None and len(head[1]) <= _MOST_HEAD else {}
+    except (OSError, ValueError) as error:
         _logger.warning("%s cannot be read (%s); the model card takes nothing from it", path, type(error).__name__)
         return {}
     return values if isinstance(values, Mapping) else {}

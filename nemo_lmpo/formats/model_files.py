@@ -33,6 +33,7 @@ from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, 
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.chat_record import ChatRecord, read_chat_record
+from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 EMBEDDED_FOLDER = "huggingface"
 """Where this project keeps the Hugging Face files of a model inside a `.nemo`."""
@@ -40,8 +41,6 @@ NEMO_CONFIG = "model_config.yaml"
 NEMO_WEIGHTS = "model_weights"
 NEMO2_CONFIG = "context/model.yaml"
 NEMO2_WEIGHTS = "weights"
-_MOST_YAML_BYTES = 1_000_000
-_MOST_YAML_BRACKETS = 1000
 _CONFIGS = ("config.json", "generation_config.json")
 _STEP = re.compile(r"(iter|step)_\d+")
 """Where trainers keep the checkpoint of a step."""
@@ -335,17 +334,10 @@ def _given_architecture(config: Path, sidecars: dict[str, SideFile], rows: int |
 
 
 def _yaml(text: bytes, origin: str) -> dict[str, Any]:
-    import yaml
-
-    # PyYAML takes minutes over a large or deeply nested file, and a model's settings are neither.
-    if len(text) > _MOST_YAML_BYTES or max(text.count(bracket) for bracket in (b"[", b"{")) > _MOST_YAML_BRACKETS:
-        raise CheckpointError(f"{origin} is no model's settings: {len(text)} bytes of YAML; restore the file")
     try:
-        content = yaml.safe_load(text)
-    # A date or a number can be written that is none.
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        problem = re.sub(r"\s+", " ", str(error))[:300]
-        raise CheckpointError(f"{origin} is not plain YAML ({problem}); restore the file") from None
+        content = load_yaml(text)
+    except ValueError as error:
+        raise CheckpointError(f"{origin} is not plain YAML ({error}); restore the file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{origin} holds no settings; restore the file")
     return content

@@ -20,7 +20,6 @@ _MOST_STEPS = 2**53
 """Steps beyond are none: they do not fit a float."""
 _LATEST = 2.0**36
 """Unix seconds of the year 4147; later times are none."""
-_MOST_SETTINGS = 10_000
 
 _logger = logging.getLogger(__name__)
 
@@ -147,33 +146,14 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / run_files.CONFIG
     if not os.path.lexists(path):
         return {}
-    import yaml  # here, so that a wrong run directory is answered at once
+    from nemo_lmpo.runtime.safe_yaml import load_yaml  # here, so that a wrong run directory is answered at once
 
     try:
-        loaded = yaml.load(read_small(path, most=2**18), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
-        _refuse_many(loaded)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        loaded = load_yaml(read_small(path))
+    except (OSError, ValueError) as error:
         _logger.warning("%s cannot be read (%s); continuing without the run's settings", path, first_line(error))
         return {}
     return {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
-
-
-def _refuse_many(value: object) -> None:
-    """A kilobyte of YAML can name one list so often that its text fills the memory.
-
-    Raises:
-        ValueError: more values than any configuration has.
-    """
-    waiting, count = [value], 0
-    while waiting:
-        value = waiting.pop()
-        count += 1
-        if count > _MOST_SETTINGS:
-            raise ValueError(f"more than {_MOST_SETTINGS:,} values")
-        if isinstance(value, Mapping):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple | set):
-            waiting.extend(value)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
