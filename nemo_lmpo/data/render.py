@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message
-from nemo_lmpo.errors import shown
+from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +45,10 @@ class TemplateRenderer:
         Raises:
             TemplateRefusal: the template raises, or fails on one of them.
         """
-        from jinja2 import TemplateError
 
-        try:
+        def render() -> list[str]:
             # one call for many conversations is several times faster than a call each
-            rendered = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 list(conversations),
                 chat_template=self.template,
                 tokenize=False,
@@ -57,9 +56,11 @@ class TemplateRenderer:
                 tools=inputs.tools,
                 **inputs.options,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise TemplateRefusal(shown(str(error))) from None
-        return list(rendered)
+
+        try:
+            return list(within_limits(render))
+        except TemplateFailed as error:
+            raise TemplateRefusal(str(error)) from None
 
     def variables(self) -> frozenset[str]:
         """The variables that the template reads and does not set itself."""
@@ -70,5 +71,5 @@ class TemplateRenderer:
         text = _GENERATION.sub("", self.template)
         try:
             return frozenset(meta.find_undeclared_variables(environment.parse(text)))
-        except TemplateError:  # a tag of an extension that is not known here
+        except (TemplateError, RecursionError):  # a tag of an extension that is not known here, or too deep
             return frozenset(re.findall(r"[A-Za-z_]\w*", text))

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.sidecars import fast_tokenizer, special_token_ids
+from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
 _logger = logging.getLogger(__name__)
@@ -48,8 +49,6 @@ def _default_system(prompt: str) -> str:
 
 def renders_with_default(record: ChatRecord) -> bool:
     """Whether the template with a default system text renders as the plain one with a system message."""
-    from jinja2 import TemplateError
-
     if record.system_prompt is None:
         return True
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
@@ -60,7 +59,7 @@ def renders_with_default(record: ChatRecord) -> bool:
             _render(text, messages) == _render(record.template, [system, *messages])
             for messages in (exchange[:1], exchange, [*exchange, exchange[0]])
         )
-    except (TemplateError, TypeError, ValueError):
+    except TemplateFailed:
         return False
 
 
@@ -69,8 +68,9 @@ def _render(template: str, messages: list[dict[str, str]]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    rendered, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=messages[-1]["role"] == "user", **tokens
+    asked = messages[-1]["role"] == "user"
+    rendered, _ = within_limits(
+        lambda: render_jinja_template([messages], chat_template=template, add_generation_prompt=asked, **tokens)
     )
     return str(rendered[0])
 
