@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.encode import EncodedRow, Encoder
+from nemo_lmpo.data.hub import cache_only, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
 from nemo_lmpo.data.schema import PreferenceRow, parse_row
@@ -45,10 +46,14 @@ def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str]
     lines: list[str] = []
     for which in (config.train, config.validation):
         for path in which.paths:
-            if is_hub_dataset(path) and not Path(path).exists():
-                unseen.append(path)
+            look = _SourceLook(config, which, encoder)
+            if not is_hub_dataset(path) or Path(path).exists():
+                lines += look.lines(path)
+            elif is_cached_dataset(path.partition(":")[0]):
+                with cache_only():
+                    lines += look.lines(path)
             else:
-                lines += _SourceLook(config, which, encoder).lines(path)
+                unseen.append(path)
     return list(dict.fromkeys(unseen)), list(dict.fromkeys(lines))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
-from nemo_lmpo.data.hub import cache_only_without_network
+from nemo_lmpo.data.hub import cache_only_without_network, downloaded_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.text import (
     CSV_SUFFIXES,
@@ -36,6 +37,7 @@ BUILTIN_PREFIX = "builtin:"
 _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
 _READ_ROWS = 1024
 _LONGEST_NAME = 200
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     """Find a source and hash its content; rows are read only when asked for.
 
     Args:
-        path: a JSON lines, JSON, CSV or Parquet file, a directory written by `datasets`' `save_to_disk`,
-            `builtin:NAME`, or a hub name.
+        path: a JSON lines, JSON, CSV or Parquet file, a directory written by `datasets`' `save_to_disk` or fetched
+            by `hf download --repo-type dataset`, `builtin:NAME`, or a hub name: `OWNER/NAME`, and `OWNER/NAME:CONFIG`
+            for a dataset of several configurations.
         split: the split of hub datasets, saved dataset dictionaries and builtin tasks; files have none.
         limit: only the first so many rows.
 
@@ -142,6 +145,8 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     path = _printable(path)
     if special:
         raise DataError(f"{path} is neither a file nor a directory; give a file with preference pairs")
+    if re.search(r"[*?\[]", path):
+        raise DataError(f"{path} is a pattern, and patterns are not expanded; give the files as a list")
     if not is_hub_dataset(path):
         raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
     return _hub_dataset(path, split, limit)
@@ -149,7 +154,9 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
 
 def is_hub_dataset(path: str) -> bool:
     """Whether a path that is not here names a dataset on the hub, where old ones have no owner."""
-    return is_hub_name(path, owner=False) and not path.lower().endswith(FILE_SUFFIXES)
+    name, colon, config = path.partition(":")
+    named = is_hub_name(name, owner=bool(colon)) and (not colon or re.fullmatch(r"[\w.-]+", config) is not None)
+    return named and not path.lower().endswith(FILE_SUFFIXES)
 
 
 def _printable(path: str) -> str:
@@ -240,10 +247,7 @@ def _saved_dataset(path: str, directory: Path, split: str, limit: int | None) ->
                 raise DataError(f"{path} has no split '{split}'; its splits are: {', '.join(splits)}")
             folder = directory / split
         elif not (directory / "state.json").exists():
-            raise DataError(
-                f"{path} is a directory that datasets' save_to_disk did not write; "
-                f"give such a directory, or the files themselves ({_FORMATS}) as a list"
-            )
+            return _data_folder(path, directory.name, directory, split, limit)
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             raise DataError(f"{path} holds no rows; give a dataset with preference pairs")
         loaded = datasets.Dataset.load_from_disk(str(folder))
@@ -255,16 +259,45 @@ def _saved_dataset(path: str, directory: Path, split: str, limit: int | None) ->
         raise DataError(f"{path} is not a readable saved dataset ({first_line(error)}); save it again") from None
 
 
-def _hub_dataset(path: str, split: str, limit: int | None) -> Source:
+def _data_folder(path: str, short_name: str, folder: Path, split: str, limit: int | None, *config: str) -> Source:
+    """A folder as a dataset's repository on the hub has it, or just of files of one kind."""
     import datasets
 
     try:
-        with cache_only_without_network():
-            loaded = datasets.load_dataset(path, split=split)
-    except Exception as error:  # network, authentication, missing repository or split, unsafe loading script, ...
+        loaded = datasets.load_dataset(str(folder), *config, split=split)
+        files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"]
+        digest = _hash_files(sorted(file for file in files if not file.name.startswith(".")))
+    except Exception as error:  # no data files, files of two kinds, a missing split, damage, ...
         raise DataError(
-            f"{path} (split '{split}') is no file here and could not be loaded from the hub ({first_line(error)}); "
-            "check the name, the split and the network, or give a local file"
+            f"{path} (split '{split}') is a directory that cannot be read as a dataset ({_reason(error)}); "
+            "give a directory that datasets' save_to_disk wrote or `hf download --repo-type dataset` fetched, "
+            f"or the files themselves ({_FORMATS}) as a list"
+        ) from None
+    return _arrow_source(path, short_name, loaded, digest, limit)
+
+
+def _reason(error: Exception) -> str:
+    """What `datasets` says, whose second line names the configurations or splits that there are."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+
+
+def _hub_dataset(path: str, split: str, limit: int | None) -> Source:
+    import datasets
+
+    name, *config = path.split(":")
+    try:
+        with cache_only_without_network():
+            loaded = datasets.load_dataset(name, *config, split=split)
+    except Exception as error:  # network, authentication, missing repository or split, unsafe loading script, ...
+        folder = downloaded_dataset(name)
+        if folder is not None:  # which `datasets` does not look for
+            return _data_folder(path, path, folder, split, limit, *config)
+        raise DataError(
+            f"{path} (split '{split}') is not a file here and could not be loaded from the hub "
+            f"({_reason(error)}); "
+            "check the name (OWNER/NAME, or OWNER/NAME:CONFIG), the split and the network, fetch it with "
+            f"`hf download --repo-type dataset {name}`, or give a local file"
         ) from None
     return _arrow_source(path, path, loaded, str(loaded._fingerprint), limit)
 

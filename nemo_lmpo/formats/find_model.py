@@ -77,6 +77,11 @@ def _from_hub(name: str, *, fetch: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if not fetch:
+            raise CheckpointError(
+                f"{name} is neither a local path nor in the hub's cache on this machine, and nothing is fetched here; "
+                f"check the name, or fetch it first: hf download {name}"
+            ) from None
         raise CheckpointError(
             f"{name} is not a local path and cannot be fetched from the hub ({first_line(error)}); "
             "check the name and your login"

@@ -30,6 +30,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--sbatch", action="append", default=[], metavar="OPTION", help="one more option, as --sbatch=--dependency=..."
     )
     submit.add_argument("--print", action="store_true", dest="print_only", help="validate and print, do not submit")
+    submit.add_argument(
+        "--no-validate",
+        action="store_false",
+        dest="validate",
+        help="submit without validation, from a machine that has not the packages which train",
+    )
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     submit.set_defaults(run=_submit)
     status = commands.add_parser("status", help="state, step, loss and time left of runs, from their metrics files")
@@ -57,6 +63,7 @@ def _submit(options: argparse.Namespace) -> int:
             config_dir=options.config_dir,
             time_limit=options.time,
             sbatch_options=tuple(options.sbatch),
+            validate=options.validate,
         ),
         print_only=options.print_only,
     )

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ class Submission:
     config_dir: Path | None = None
     time_limit: str | None = None
     sbatch_options: tuple[str, ...] = ()
+    validate: bool = True
+    """Before submitting; without, only the job itself finds what is wrong."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers below 1."""
+        for name, number in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if number < 1:
+                raise ConfigError(f"{name}={number} must be at least 1")
 
     def combinations(self) -> list[list[str]]:
         """The overrides of every run of a sweep, in the order of the array's tasks; one list without a sweep."""
@@ -54,7 +63,7 @@ def submit(request: Submission, *, print_only: bool = False) -> int:
     templates = templates_dir()
     settings = settings_file(templates)
     variables = read_settings(settings) if settings is not None else {}
-    print(check(request))  # noqa: T201  (the answer)
+    print(check(request) if request.validate else "Not validated.")  # noqa: T201  (the answer)
     command = sbatch_command(request, templates, variables)
     shown = shlex.join(command)
     if settings is not None:
@@ -74,15 +83,24 @@ def check(request: Submission) -> str:
 
     Raises:
         UserError: what training would refuse: settings, layout, model, data, or another run's directory.
+        ConfigError: this Python has not the packages that validation needs.
     """
+    try:
+        return _check(request)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise ConfigError(
+            f"validation needs {package}, which {sys.executable} does not have; use the Python of the environment that "
+            "trains (NEMO_LMPO_VENV in slurm/cluster.env), or submit without validation: --no-validate"
+        ) from None
+
+
+def _check(request: Submission) -> str:
     from nemo_lmpo.config.mode import split_mode
     from nemo_lmpo.config.recipe import load_recipe
     from nemo_lmpo.sizing.describe_run import describe
     from nemo_lmpo.training.preflight import preflight
 
-    for name, number in (("--nodes", request.nodes), ("--gpus-per-node", request.gpus_per_node)):
-        if number < 1:
-            raise ConfigError(f"{name}={number} must be at least 1")
     first = None
     for overrides in request.combinations():
         _, settings = split_mode(overrides)  # the job's own command line keeps its mode

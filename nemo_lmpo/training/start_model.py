@@ -34,7 +34,8 @@ def find_start_model(model: ModelConfig, *, fetch: bool = True) -> StartModel:
 
     Args:
         model: says where.
-        fetch: bring hub models to this machine; without, the expected architecture is taken for theirs.
+        fetch: bring hub models to this machine; without, only the cache is looked into, and the expected architecture
+            is taken for the model's where it is not there.
 
     Raises:
         ConfigError: neither a path nor an architecture is given, no tokenizer, or another model than expected.
@@ -43,10 +44,10 @@ def find_start_model(model: ModelConfig, *, fetch: bool = True) -> StartModel:
     if model.restore_from_path is None:
         return _random_start_model(model)
     path = model.restore_from_path
-    if not fetch and model.architecture is not None and not Path(path).expanduser().exists():
+    if not fetch and model.architecture is not None and not _is_here(path):
         return StartModel(_expected(_with_vocabulary(model)), model.tokenizer or path)
     try:
-        local = find_model(path).path
+        local = find_model(path, fetch=fetch).path
         found, sidecars = _open(local)
     except CheckpointError as error:
         raise CheckpointError(f"model.restore_from_path: {error}") from None
@@ -60,7 +61,18 @@ def find_start_model(model: ModelConfig, *, fetch: bool = True) -> StartModel:
 def is_known(model: ModelConfig) -> bool:
     """Whether the architecture can be told without fetching anything."""
     path = model.restore_from_path
-    return path is None or model.architecture is not None or Path(path).expanduser().exists()
+    return path is None or model.architecture is not None or _is_here(path)
+
+
+def _is_here(path: str) -> bool:
+    """Whether it exists, or is a hub name whose model (not just some files of it) is in the cache."""
+    if Path(path).expanduser().exists():
+        return True
+    try:
+        found = find_model(path, fetch=False).path
+    except CheckpointError:
+        return False
+    return (found / "config.json").is_file() and any(found.glob("*.safetensors"))
 
 
 def _open(path: Path) -> tuple[Architecture, Path]:

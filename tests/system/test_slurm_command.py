@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,23 @@ def test_what_is_wrong_is_refused_before_sbatch(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("package", ["torch", "datasets", "transformers"])
+def test_a_login_node_without_the_packages_is_told_so(package: str, tmp_path: Path) -> None:
+    """One sentence, and a way to submit all the same."""
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None; from nemo_lmpo.slurm.__main__ import main\n"
+        "sys.exit(main(['submit', 'lmpo_tiny', '--print', *sys.argv[2:]]))"
+    )
+    command = [sys.executable, "-c", code, package]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: validation needs {package}, which {sys.executable} does not have;")
+    done = subprocess.run([*command, "--no-validate"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--job-name=lmpo_tiny" in done.stdout
 
 
 def test_another_runs_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
+import json
 import socket
 
 import datasets
 import huggingface_hub.constants as constants
 import pytest
 
-from nemo_lmpo.data.hub import cache_only_without_network
+from nemo_lmpo.config.schema import DataConfig
+from nemo_lmpo.data.hub import cache_only_without_network, is_cached_dataset
+from nemo_lmpo.data.preflight import look_at_data
 from nemo_lmpo.data.read import open_source
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
@@ -51,3 +54,91 @@ def test_errors_come_at_once_without_network(resolves):
         open_source("nobody/no-such-data", "train")
     with pytest.raises(ConfigError, match=r"model\.tokenizer=nobody/no-such-tokenizer cannot be loaded"):
         load_tokenizer("nobody/no-such-tokenizer")
+
+
+ROWS = [{"prompt": f"p{k}", "chosen": "a", "rejected": "b"} for k in range(5)]
+README = """---
+configs:
+- config_name: short
+  data_files: [{split: train_prefs, path: short/train.jsonl}]
+- config_name: long
+  data_files: [{split: train_prefs, path: long/*.jsonl}]
+---
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, resolves):
+    """An empty hub cache on a machine without network."""
+    resolves(known=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def download(cache, kind, name, files):
+    """What `hf download` leaves: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+    root = cache / f"{kind}--{name.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("1" * 40)
+    for number, (path, content) in enumerate(files.items()):
+        blob = root / "blobs" / f"{number:040x}"
+        for place in (blob, snapshot / path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text(content)
+        (snapshot / path).symlink_to(blob)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("1" * 40)
+    return snapshot
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def values(source):
+    return [row.value for row in source.read()]
+
+
+def test_what_hf_download_fetched_is_found_without_network(cache):
+    assert not is_cached_dataset("Owner/someData")
+    snapshot = download(cache, "datasets", "Owner/someData", {"data/train.jsonl": lines(ROWS), "README.md": "# x"})
+    assert is_cached_dataset("Owner/someData")
+    source = open_source("Owner/someData", "train")
+    assert values(source) == ROWS
+    assert source.short_name == "Owner/someData"
+    # The same as the folder given by its path, and of its content alone.
+    again = open_source(str(snapshot), "train")
+    assert values(again) == ROWS
+    assert again.fingerprint == source.fingerprint
+    assert values(open_source("Owner/someData", "train", limit=2)) == ROWS[:2]
+    with pytest.raises(DataError, match=r"Owner/someData \(split 'dev'\) is a directory that cannot .*dev"):
+        open_source("Owner/someData", "dev")
+
+
+def test_configurations_have_a_name(cache):
+    files = {"README.md": README, "short/train.jsonl": lines(ROWS[:2]), "long/a.jsonl": lines(ROWS[2:])}
+    download(cache, "datasets", "owner/both", files)
+    assert values(open_source("owner/both:short", "train_prefs")) == ROWS[:2]
+    assert values(open_source("owner/both:long", "train_prefs")) == ROWS[2:]
+    with pytest.raises(DataError, match=r"owner/both .*(short.*long|long.*short)"):
+        open_source("owner/both", "train_prefs")
+    with pytest.raises(DataError, match=r"owner/both:none .*none"):
+        open_source("owner/both:none", "train_prefs")
+
+
+def test_validation_looks_into_the_cache(cache):
+    download(cache, "datasets", "owner/bad", {"train.jsonl": lines([{**ROWS[0], "chosen": ""}])})
+    config = DataConfig()
+    config.train.path, config.train.split = "owner/bad", "train"
+    config.validation.path = None
+    with pytest.raises(DataError, match="owner/bad row 1"):
+        look_at_data(config, None)
+    config.train.path = "owner/elsewhere"
+    assert look_at_data(config, None)[0] == ["owner/elsewhere"]
+
+
+def test_patterns_are_refused(cache):
+    for path in ("data/*.jsonl", "part-?.parquet", "[ab].csv"):
+        with pytest.raises(DataError, match="is a pattern, and patterns are not expanded; give the files as a list"):
+            open_source(path, "train")

@@ -114,7 +114,7 @@ def test_what_is_not_there_or_not_readable(tmp_path, write_jsonl):
     (tmp_path / "pairs.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         values(open_source(str(tmp_path / "pairs.parquet"), "train"))
-    with pytest.raises(DataError, match="save_to_disk did not write"):
+    with pytest.raises(DataError, match=r"cannot be read as a dataset .*save_to_disk wrote or `hf download"):
         open_source(str(tmp_path), "train")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from nemo_lmpo.compare import main as compare
@@ -131,3 +133,43 @@ def test_submitting_and_comparing_refuse_it_too(capsys: pytest.CaptureFixture[st
 def test_a_job_may_be_given_a_mode() -> None:
     plain = check(Submission("lmpo_tiny", gpus_per_node=1))
     assert check(Submission("lmpo_tiny", ("traceback=true", "dry_run=trace"), gpus_per_node=1)) == plain
+
+
+def refuse_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the network is asked")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_a_dry_run_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither where the recipe says what model it expects, nor where it does not."""
+    refuse_the_network(monkeypatch)
+    common = ["--config-name", "lmpo_tiny", "dry_run=true", "model.restore_from_path=nobody/model"]
+    assert main([*common, "data.train.path=nobody/pairs"]) == 0
+    assert "nobody/pairs" in capsys.readouterr().out
+    assert main([*common, "model.architecture=null"]) == 1
+    assert "nobody/model is neither a local path nor in the hub's cache" in (said := capsys.readouterr().err)
+    assert "hf download nobody/model" in said
+
+
+def test_a_model_in_the_hubs_cache_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_the_network(monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    root = tmp_path / "hub" / "models--owner--model"
+    snapshot = root / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("1" * 40)
+    config = load_recipe("lmpo_tiny", [])
+    (snapshot / "config.json").write_text(json.dumps({**dict(config.model.architecture or {}), "vocab_size": 97}))
+    overrides = ["model.restore_from_path=owner/model"]
+    # Of a model that is not all there, nothing is said.
+    assert preflight(load_recipe("lmpo_tiny", overrides), 1, fetch=False).base.path is None
+    (snapshot / "model.safetensors").write_bytes(b"")
+    base = preflight(load_recipe("lmpo_tiny", [*overrides, "model.architecture=null"]), 1, fetch=False).base
+    assert (base.architecture.vocab_size, base.path) == (97, snapshot)
+    with pytest.raises(UserError, match=r"owner/model is another model .*hidden_size"):
+        preflight(load_recipe("lmpo_tiny", [*overrides, "model.architecture.hidden_size=64"]), 1, fetch=False)
