@@ -203,11 +203,10 @@ def _read_address(option: str, url: str) -> Address:
 
 
 def _bearer(key: str | None, variable: str) -> dict[str, str]:
-    if not key:
-        return {}
-    if not key.strip().isascii() or not key.strip().isprintable():
+    alone = (key or "").strip(" \t\r\n")
+    if not (alone.isascii() and alone.isprintable()):
         raise ConfigError(f"{variable} holds characters that no key has; set it to the key alone")
-    return {"Authorization": f"Bearer {key.strip()}"}
+    return {"Authorization": f"Bearer {alone}"} if alone else {}
 
 
 def choose_model(endpoint: Endpoint, wanted: str | None, name_option: str) -> str:

@@ -65,9 +65,9 @@ def _prompt(line: str, place: str) -> Prompt:
     if not isinstance(row, dict) or "prompt" not in row:
         raise DataError(f'{place} has no field `prompt`; write lines such as {{"prompt": "Hello"}}')
     try:
-        json.dumps(row["prompt"], ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError(f"{place}: `prompt` holds half a surrogate pair, which is not a character; remove it") from None
+        raise DataError(f"{place} holds half a surrogate pair, which is not a character; remove it") from None
     try:
         messages = _messages(structured(row["prompt"], "prompt"))
         return Prompt(place, row["prompt"], messages, row_inputs(row))

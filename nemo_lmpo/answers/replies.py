@@ -157,14 +157,22 @@ def check_echo(content: Any, prompts: Sequence[Sequence[int]]) -> None:
     for place, (choice, prompt) in enumerate(zip(choices, prompts, strict=True)):
         name = f"choices[{place}]"
         logprobs = _field(_object(choice, name), name, "logprobs", dict)
-        for field, kind in (("token_logprobs", float), ("top_logprobs", Mapping)):
+        for field, fits in (("token_logprobs", _is_logprob), ("top_logprobs", _are_logprobs)):
             found = _field(logprobs, f"{name}.logprobs", field, list)
             if len(found) < len(prompt):
                 raise ReplyError(f"answers with {len(found)} {field} for an echoed prompt of {len(prompt)} tokens")
             # Nothing comes before the first token.
-            wrong = next((value for value in found[1 : len(prompt)] if not isinstance(value, kind)), None)
-            if wrong is not None or None in found[1 : len(prompt)]:
-                raise ReplyError(f"answers with {name}.logprobs.{field} that hold {shown(wrong)}")
+            wrong = [value for value in found[1 : len(prompt)] if not fits(value)]
+            if wrong:
+                raise ReplyError(f"answers with {name}.logprobs.{field} that hold {shown(wrong[0])}")
+
+
+def _is_logprob(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value <= 1e-3
+
+
+def _are_logprobs(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_logprob, value.values()))
 
 
 def check_texts(content: Any, count: int) -> None:
@@ -282,8 +290,8 @@ def _top_tokens(choice: Mapping[str, Any]) -> tuple[TopToken, ...]:
     for number, one in enumerate(_optional(first, f"{place}.content[0]", "top_logprobs", list) or []):
         name = f"{place}.content[0].top_logprobs[{number}]"
         token = _field(_object(one, name), name, "token", str)
-        value = one.get("logprob")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 < value <= 1e-3:
+        value: Any = one.get("logprob")
+        if not _is_logprob(value):
             raise ReplyError(f"answers with {name}.logprob {shown(value)}, which is not a log-probability")
         found.append(TopToken(text(token), float(value)))
     return tuple(found)

@@ -184,7 +184,10 @@ def answers_of_file(path: Path) -> list[dict[str, Any]]:
     """
     try:
         rows = json.loads(read_text(path))
-    except ValueError as error:
+        json.dumps(rows, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path} holds half a surrogate pair, which is not a character; remove it") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); fetch or write it again") from None
     fine = isinstance(rows, list) and all(
         isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)

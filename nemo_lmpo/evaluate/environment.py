@@ -33,6 +33,8 @@ _HUB_KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """For programs that read gated sets from the Hub."""
 NO_PROXY = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 """For programs that ask a server of this process."""
+_ASK_SECONDS = 300.0
+"""That the scoring environment may take to list its packages: it may lie on slow storage."""
 _END_SECONDS = 2.0
 """That a program gets after SIGTERM."""
 
@@ -63,7 +65,11 @@ def packages() -> dict[str, str]:
         "found = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: found[n.replace('-', '_')] for n in sys.argv[1:] if n.replace('-', '_') in found}))"
     )
-    done = subprocess.run([scoring_python(), "-c", code, *names], capture_output=True, text=True, check=False)
+    command, variables = [str(scoring_python()), "-c", code, *names], inherited_environment()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=_ASK_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{VARIABLE}={scoring_python()} does not answer within {_ASK_SECONDS:g} seconds") from None
     if done.returncode:
         raise ConfigError(f"{VARIABLE}={scoring_python()} does not run ({_last_line(done.stderr)})")
     versions: dict[str, str] = json.loads(done.stdout)

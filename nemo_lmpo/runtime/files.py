@@ -134,7 +134,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{path}, line {number} holds half a surrogate pair, which is not a character") from None
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}); fetch or write the file again") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number} is no JSON object; fetch or write the file again")

@@ -17,8 +17,10 @@ from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
 from nemo_lmpo.evaluate.judge import JudgeServer
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 from nemo_lmpo.evaluate.pairwise import sampling_of
 from nemo_lmpo.evaluate.suites import GenerationSettings
+from tests.system.faulty_server import faulty, says
 from tests.system.stub_server import ANSWERED_AS, MODEL, Stub, serving
 
 QUICK = Limits(concurrency=3, retries=2, backoff=0.01)
@@ -231,3 +233,41 @@ def test_prompts_are_filled_once() -> None:
     assert messages[0]["content"] == "Judge {them}."
     assert messages[1]["content"].startswith("{ANSWER_A} {x}<|The Start of Assistant A's Answer|>\n{ANSWER_B}\n")
     assert messages[1]["content"].endswith("b {QUESTION}\n<|The End")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_prompt_and_no_key_goes_to_another_host(status: int, tmp_path: Path) -> None:
+    """Nor to another port of the same one: whoever is named gets the requests, nobody else."""
+    with faulty() as first, faulty() as other:
+        first.fault = says(status, b"", Location=f"{other.url}/completions")
+        endpoint = Endpoint("--endpoint", first.url, QUICK, key="the server's key")
+        with pytest.raises(UserError, match=rf"says {status} and redirects to {other.url}.*no prompt is sent"):
+            endpoint.post("completions", {"prompt": [1], "max_tokens": 1}, lambda reply: reply)
+        with pytest.raises(UserError, match="redirects"):
+            endpoint.served_models()
+        assert len(first.asked) == 2
+        assert not other.asked
+
+
+def test_a_netrc_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would replace the key, and go to whoever is named."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password from-netrc\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    seen: list[str | None] = []
+
+    class Handler(JsonHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_json(200, {"data": []})
+
+    with serve(Handler) as url:
+        Endpoint("--endpoint", url, QUICK).served_models()
+        Endpoint("--endpoint", url, QUICK, key="own").served_models()
+    assert seen == [None, "Bearer own"]
+
+
+@pytest.mark.parametrize("key", ["with\nnewline", "k\u00e9y", "\u2028"])
+def test_a_key_that_no_header_holds_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="MY_KEY holds characters that no key has") as caught:
+        Endpoint("--endpoint", "http://localhost:1", QUICK, key=key, key_variable="MY_KEY")
+    assert key not in str(caught.value)

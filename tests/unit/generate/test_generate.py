@@ -155,8 +155,9 @@ def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
         ('{"prompt": [{"role": "usr", "content": "a"}]}', "has the role 'usr'; known: system, developer, user"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}', "does not end with a text of the user"),
         ('{"prompt": " "}', "does not end with a text of the user"),
-        ('{"prompt": "a\\ud800"}', "line 1: `prompt` holds half a surrogate pair"),
+        ('{"prompt": "a\\ud800"}', "line 1 holds half a surrogate pair"),
         ('{"prompt": [{"role": "user", "content": "a", "\\udc00": 1}]}', "half a surrogate pair"),
+        ('{"prompt": "a", "tools": ["\\ud83d"]}', "half a surrogate pair"),
         ('{"prompt": ' + "[" * 100_000, "line 1 is not JSON"),
     ],
 )
