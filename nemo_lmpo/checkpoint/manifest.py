@@ -25,7 +25,7 @@ from nemo_lmpo.checkpoint.progress import FORMAT_VERSION, DamageError, Progress,
 from nemo_lmpo.errors import CheckpointError, first_line, printable, shown
 from nemo_lmpo.formats.safe_metadata import read_metadata
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.files import read_small, replace_file
+from nemo_lmpo.runtime.files import file_checksum, read_small, replace_file
 
 ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
@@ -34,23 +34,9 @@ STEP_KEY = "train_step"
 METADATA = f"{run_files.STATE}/.metadata"
 COMMON = f"{run_files.STATE}/{run_files.COMMON}"
 _REQUIRED = (run_files.PROGRESS, METADATA, COMMON)
-_BLOCK = 8 * 2**20
 _MOST_MANIFEST_BYTES = 2**26
 # The machine's fault, not the file's: nothing is wrong with the checkpoint.
 _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-def file_checksum(path: Path) -> str:
-    """The checksum of a file's content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def files_of(directory: Path) -> list[str]:

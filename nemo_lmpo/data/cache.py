@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import Timeout
+
 from nemo_lmpo.errors import ConfigError, DataError, shown
 from nemo_lmpo.runtime.files import file_lock, user_cache
 
 logger = logging.getLogger(__name__)
+
+_BUILDING = ".tmp-"
+"""Follows the key in the name of a directory that is being built."""
 
 
 def cache_root(configured: str | None) -> Path:
@@ -62,6 +68,8 @@ def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable
                 return entry
             if locked:
                 _remove_leftovers(root, key)
+                if entry.exists():
+                    logger.warning("%s is damaged or of an earlier version; it is made again", entry)
             else:
                 logger.warning(
                     "%s is on storage without file locks; several processes may tokenize the same data", root
@@ -76,7 +84,7 @@ def cached_directory(root: Path, key: str, build: Callable[[Path], None], usable
 
 
 def _build_entry(entry: Path, build: Callable[[Path], None], usable: Callable[[Path], bool]) -> None:
-    building = Path(tempfile.mkdtemp(prefix=f"{entry.name}.tmp-", dir=entry.parent))
+    building = Path(tempfile.mkdtemp(prefix=f"{entry.name}{_BUILDING}", dir=entry.parent))
     try:
         build(building)
         building.chmod(0o755)
@@ -92,7 +100,16 @@ def _build_entry(entry: Path, build: Callable[[Path], None], usable: Callable[[P
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _remove_leftovers(root: Path, key: str) -> None:
-    """What a killed builder left behind; only its own lock's holder may look."""
-    for leftover in root.glob(f"{key}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _remove_leftovers(root: Path, own: str) -> None:
+    """What killed builders left behind: of the key whose lock is held, and of all others that nobody holds.
+
+    Where the data changed, nothing else would ever ask for the other keys again.
+    """
+    for leftover in root.glob(f"*{_BUILDING}*"):
+        key = leftover.name.rpartition(_BUILDING)[0]
+        if key == own:
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        with contextlib.suppress(Timeout), file_lock(root / f"{key}.lock", timeout=0) as locked:
+            if locked:
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -233,8 +233,14 @@ def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str
             num_workers=config.num_workers,
         )
 
-    entry = cached_directory(cache / "pairs", key, build, usable=lambda path: read_store(path) is not None)
-    store = read_store(entry)
+    opened: list[Store | None] = [None]
+
+    def usable(directory: Path) -> bool:
+        opened[0] = read_store(directory)
+        return opened[0] is not None
+
+    entry = cached_directory(cache / "pairs", key, build, usable)
+    store = opened[0] or read_store(entry)
     if store is None:
         raise DataError(f"the cached data in {entry} cannot be read; delete that directory")
     meta = store.meta

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from nemo_lmpo.runtime.files import file_checksum
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +55,10 @@ class StoreMeta:
     """How many prompts, chosen and rejected responses have 0, 1, 2, ... tokens."""
     bytes: dict[str, int] = field(default_factory=dict)
     """Size of each other file."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of each other file's content, compared when it is opened."""
+    checksum: str = ""
+    """Of all the rest."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,16 @@ def summarize_store(directory: Path) -> None:
     np.save(directory / LENGTHS_FILE, found)
     np.save(directory / REPEATED_FILE, _repeated(np.concatenate(hashes)))
     meta.bytes = {path.name: path.stat().st_size for path in _files(directory)}
+    meta.checksums = {path.name: file_checksum(path) for path in _files(directory)}
+    meta.checksum = _own_checksum(meta)
     (directory / META_FILE).write_text(json.dumps(asdict(meta)), encoding="utf-8")
+
+
+def _own_checksum(meta: StoreMeta) -> str:
+    """Of what the file holds besides, as it is written."""
+    import xxhash
+
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(asdict(replace(meta, checksum="")), sort_keys=True).encode()))
 
 
 def _counted(table: pa.Table) -> StoreMeta:
@@ -196,7 +211,7 @@ def _read_table(directory: Path) -> pa.Table:
 
 
 def read_store(directory: Path) -> Store | None:
-    """Open what tokenizing left in ``directory``.
+    """Open what tokenizing left in ``directory``; all of it is read once, to compare it with its checksums.
 
     Returns:
         None if the directory is not there, damaged or incomplete.
@@ -205,7 +220,11 @@ def read_store(directory: Path) -> Store | None:
 
     try:
         meta = StoreMeta(**json.loads((directory / META_FILE).read_text(encoding="utf-8")))
+        if meta.checksum != _own_checksum(meta):
+            return None
         if meta.bytes != {path.name: path.stat().st_size for path in _files(directory)}:
+            return None
+        if meta.checksums != {path.name: file_checksum(path) for path in _files(directory)}:
             return None
         table = _read_table(directory)
         rows, lengths, repeated = (

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from filelock import FileLock, Timeout
 
 from nemo_lmpo.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from nemo_lmpo.runtime import run_files
 
 # A run that was killed holds its lock until its helpers are gone, too.
 _PATIENCE_SECONDS = 5.0
+_BLOCK = 8 * 2**20
 
 GIB = 2**30
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -155,6 +157,19 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file's bytes, 128 bits: as fast as they are read, against damage and not against forgery.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def file_stamp(path: Path) -> list[list[Any]]:

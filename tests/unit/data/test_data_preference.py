@@ -14,6 +14,7 @@ from nemo_lmpo.data.cache import cache_root
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.runtime.files import file_lock
 
 GOOD = [message_row(f"sort b a {'cdefghij'[i]}", "a b", "b a", prompt_id=f"p{i}") for i in range(8)]
 
@@ -121,6 +122,38 @@ def test_damaged_cache_is_built_again(data_config, tiny, write_jsonl, tmp_path, 
         meta.write_text(json.dumps({**json.loads(meta.read_text()), "pairs": 7}))
     again = load(config, tiny)
     assert [again[i] for i in range(8)] == first
+
+
+@pytest.mark.parametrize("name", ["pairs.arrow", "rows.npy", "lengths.npy", "repeated.npy", "meta.json"])
+def test_a_flipped_bit_anywhere_is_noticed(data_config, tiny, write_jsonl, tmp_path, name, caplog):
+    config = data_config(write_jsonl([*GOOD, *GOOD]))  # some ids are there twice
+    data = load(config, tiny)
+    first, hashed = [data[i] for i in range(16)], data.token_hash()
+    del data  # it maps the file that is about to be damaged
+    (path,) = (tmp_path / "cache").rglob(name)
+    whole = path.read_bytes()
+    # Not outside of what a JSON value is, which would be no JSON any more.
+    places = [whole.index(b'"pairs"') + 9] if name == "meta.json" else range(0, len(whole), max(1, len(whole) // 25))
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        caplog.clear()
+        again = load(config, tiny)
+        assert "is damaged or of an earlier version; it is made again" in caplog.text, place
+        assert ([again[i] for i in range(16)], again.token_hash()) == (first, hashed)
+        del again
+
+
+def test_leftovers_of_a_process_killed_over_other_data_are_removed(data_config, tiny, write_jsonl, tmp_path):
+    pairs = tmp_path / "cache" / "pairs"
+    for key in ("gone", "working"):
+        (pairs / f"{key}.tmp-abc").mkdir(parents=True)
+        (pairs / f"{key}.tmp-abc" / "pairs.arrow").touch()
+    with file_lock(pairs / "working.lock"):
+        load(data_config(write_jsonl(GOOD)), tiny)
+        assert not (pairs / "gone.tmp-abc").exists()
+        assert (pairs / "working.tmp-abc" / "pairs.arrow").exists()
 
 
 def test_leftovers_of_a_killed_process_are_removed(data_config, tiny, write_jsonl, tmp_path):
