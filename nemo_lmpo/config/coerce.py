@@ -168,6 +168,8 @@ def _as_type(value: Any, option: Any) -> tuple[Any] | None:
         # Hydra and YAML read the choice `32` as a number.
         matching = [choice for choice in _choices(option) if str(choice) == str(value)]
         return (matching[0],) if matching and not isinstance(value, bool) else None
+    if origin is list and isinstance(value, str) and typing.get_args(option) == (str,):
+        return ([value],)  # one name, as PEFT takes `all-linear`
     if origin is list:
         items = [_as_type(item, typing.get_args(option)[0]) for item in value] if isinstance(value, list) else [None]
         return None if None in items else ([item[0] for item in items if item is not None],)

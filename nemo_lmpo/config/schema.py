@@ -195,7 +195,7 @@ class TrainerConfig:
     """How long and how to train."""
 
     max_epochs: int = setting(1, may_change=True, minimum=1)
-    """Passes over the pairs; `max_steps` overrides."""
+    """Passes over the pairs; beside `max_steps` it must be left out."""
     max_steps: int | None = setting(None, may_change=True, minimum=1, remedy="unset it to train max_epochs")
     """Optimizer steps of the whole run; unset: `max_epochs` passes."""
     devices: int = setting(1, may_change=True, minimum=1, maximum=1024)

@@ -65,7 +65,12 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, parts: Sequence[_Part], tokenizer: PreTrainedTokenizerBase, name: str, dropped: dict[str, int]
+        self,
+        parts: Sequence[_Part],
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        dropped: dict[str, int],
+        max_length: int,
     ) -> None:
         self._parts = list(parts)
         self._epoch = Epoch([part.share for part in parts])
@@ -77,7 +82,7 @@ class PreferenceDataset:
         self._reference: np.ndarray | None = None
         self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
         """Changes whenever any pair's tokens or the pairs' order would; the same in every process."""
-        self.summary = _summarise(parts, name, dropped)
+        self.summary = _summarise(parts, name, dropped, max_length)
         """What there is to say of the data at start."""
 
     def __len__(self) -> int:
@@ -187,7 +192,7 @@ def load_preference_dataset(
     if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
-    return PreferenceDataset(parts, tokenizer, name, dropped)
+    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length)
 
 
 def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
@@ -302,7 +307,7 @@ def source_names(short_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int]) -> DataSummary:
+def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int], max_length: int) -> DataSummary:
     metas = [part.share.store.meta for part in parts]
     return DataSummary(
         name=name,
@@ -312,6 +317,7 @@ def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int]) -> Da
             for part, meta in zip(parts, metas, strict=True)
         ],
         dropped=dropped,
+        max_length=max_length,
         prompts_cut=sum(meta.prompts_cut for meta in metas),
         responses_cut=sum(meta.responses_cut for meta in metas),
         special_tokens=sum(meta.special_tokens for meta in metas),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PERCENTILES = (50, 90, 99, 100)
+MOST_CUT = 0.05
+"""Part of the pairs that may be cut to length before it is a warning: more than outliers."""
 MOST_COLUMNS = 12
 """Unused columns that are named at most."""
 
@@ -33,6 +35,8 @@ class DataSummary:
     sources: list[SourceSummary]
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
+    max_length: int = 0
+    """Most tokens of prompt and response together."""
     prompts_cut: int = 0
     """Pairs whose prompt lost its beginning."""
     responses_cut: int = 0
@@ -55,8 +59,7 @@ class DataSummary:
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
             lines.append(f"  dropped: {reasons}")
-        if self.prompts_cut or self.responses_cut:
-            lines.append(f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} pairs")
+        lines += self._cut()
         if self.special_tokens:
             lines.append(
                 f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
@@ -71,6 +74,23 @@ class DataSummary:
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
         return "\n".join(lines)
+
+    def _cut(self) -> list[str]:
+        """What lost text to `data.max_length`: counts, and a warning where it is not only outliers."""
+        if not (self.prompts_cut or self.responses_cut):
+            return []
+        lines = [f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} pairs"]
+        pairs = sum(source.pairs for source in self.sources)
+        for count, what in (
+            (self.responses_cut, "the end of a response"),
+            (self.prompts_cut, "the prompt's beginning"),
+        ):
+            if count > MOST_CUT * pairs:
+                lines.append(
+                    f"  warning: {count / pairs:.0%} of the pairs ({count} of {pairs}) lose {what}; raise "
+                    f"data.max_length={self.max_length}"
+                )
+        return lines
 
 
 def shown_names(names: Iterable[str]) -> str:

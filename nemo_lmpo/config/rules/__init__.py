@@ -26,6 +26,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.lengths,
     settings.template_date,
     settings.schedule,
+    settings.amount,
     settings.duration,
     settings.monitor,
     settings.early_stopping,

@@ -96,6 +96,16 @@ def schedule(config: Config) -> Iterator[str]:
         yield f"optim.betas={optim.betas} must be two numbers from 0 to below 1, as [0.9, 0.999]"
 
 
+def amount(config: Config) -> Iterator[str]:
+    """Training is counted in steps or in epochs."""
+    epochs, steps = config.trainer.max_epochs, config.trainer.max_steps
+    if steps is not None and epochs != 1:
+        yield (
+            f"trainer.max_epochs={epochs} has no effect beside trainer.max_steps={steps}; set trainer.max_steps=null "
+            f"to train by epochs, or leave trainer.max_epochs out"
+        )
+
+
 def duration(config: Config) -> Iterator[str]:
     """Time limits can be read."""
     try:

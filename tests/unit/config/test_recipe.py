@@ -93,6 +93,16 @@ def test_values_take_their_types() -> None:
     assert config.loss.lam == 1.0
 
 
+def test_one_text_is_a_list_of_one() -> None:
+    """PEFT's spelling is `target_modules: all-linear`."""
+    overrides = ["model.peft.target_modules=all-linear", "checkpoint.allow_changes=optim.lr"]
+    config = load_recipe("lmpo_tiny", overrides)
+    assert config.model.peft.target_modules == ["all-linear"]
+    assert config.checkpoint.allow_changes == ["optim.lr"]
+    with pytest.raises(ConfigError, match=r"target_modules names '\.\*_proj', which no layer has"):
+        load_recipe("lmpo_tiny", ["model.peft.target_modules='.*_proj'"])
+
+
 def test_own_recipes_extend_the_packages(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [lmpo_tiny, _self_]\nname: mine\noptim: {lr: 3.0e-4}\n")
     config = load_recipe("mine", ["trainer.max_steps=7"], config_dir=tmp_path)

@@ -158,6 +158,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "warmup_takes_all": (("optim.sched.warmup_fraction=1",), 1, ("warmup_fraction=1.0", "less than 1")),
     "floor_above_rate": (("optim.lr=1e-4", "optim.sched.min_lr=1e-3"), 1, ("min_lr=0.001", "optim.lr=0.0001", "lower")),
+    "epochs_beside_steps": (
+        ("trainer.max_epochs=3",),
+        1,
+        ("trainer.max_epochs=3", "trainer.max_steps=100", "set trainer.max_steps=null"),
+    ),
     "three_betas": (("optim.betas=[0.9,0.99,0.999]",), 1, ("optim.betas=[0.9, 0.99, 0.999]", "two numbers")),
     "beta_one": (("optim.betas=[0.9,1.0]",), 1, ("optim.betas=[0.9, 1.0]", "less than 1")),
     "no_epsilon": (("optim.eps=0",), 1, ("optim.eps=0.0", "greater than 0")),

@@ -13,6 +13,7 @@ from nemo_lmpo.data import preference
 from nemo_lmpo.data.cache import cache_root
 from nemo_lmpo.data.pack import pair_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.data.summary import DataSummary, SourceSummary
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.runtime.files import file_lock
 
@@ -323,10 +324,28 @@ def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
     assert lengths[:, 1:].tolist() == np.minimum(whole[:, 1:], 384 - prompts[:, None]).tolist()
     assert data.summary.prompts_cut == (prompts < whole[:, 0]).sum() > 0
     assert data.summary.responses_cut == (lengths[:, 1:] < whole[:, 1:]).any(axis=1).sum() > 0
+    cut = data.summary.responses_cut
+    assert (
+        f"  warning: {cut / len(data):.0%} of the pairs ({cut} of {len(data)}) lose the end of a response; "
+        f"raise data.max_length=384"
+    ) in str(data.summary).splitlines()
     uncut = next(i for i in range(len(data)) if lengths[i].sum() < 384)
     pair, row = data[uncut], real_pairs[uncut]
     assert smollm2.decode(pair.chosen_ids) == row["chosen"][-1]["content"] + "<|im_end|>"
     assert pair.pair_id == row["prompt_id"]
+
+
+@pytest.mark.parametrize(("cut", "warnings"), [(0, 0), (5, 0), (6, 1), (100, 1)])
+def test_more_than_outliers_cut_is_a_warning(cut, warnings):
+    summary = DataSummary("train", 100, [SourceSummary("pairs.jsonl", 120, 100, 100)], responses_cut=cut, max_length=64)
+    lines = str(summary).splitlines()
+    assert sum("warning: " in line for line in lines) == warnings
+    assert sum(f"cut to length: 0 prompts, responses of {cut} pairs" in line for line in lines) == (cut > 0)
+    if warnings:
+        warning = f"  warning: {cut}% of the pairs ({cut} of 100) lose the end of a response; raise data.max_length=64"
+        assert warning in lines
+    prompts = str(DataSummary("train", 100, summary.sources, prompts_cut=10, max_length=64))
+    assert "warning: 10% of the pairs (10 of 100) lose the prompt's beginning; raise data.max_length=64" in prompts
 
 
 def test_the_environment_is_left_alone(data_config, tiny):
