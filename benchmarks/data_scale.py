@@ -100,7 +100,7 @@ def child(path: str, cache: str, workers: int, synthesize: bool) -> dict[str, fl
     load_preference_dataset(config, config.train, tokenizer)  # loads the libraries
     config.train = DatasetConfig(path=path)
     if synthesize:
-        preference.tokenize_source = write_store
+        preference.tokenize_source = write_store  # type: ignore[attr-defined]
     before = own_mib()
     started = time.perf_counter()
     data = load_preference_dataset(config, config.train, tokenizer)

@@ -65,4 +65,5 @@ def model_logits(model: PackedGPTModel, ids: list[int], first_position: int = 0)
     spans = attention_spans(segments, length, cp_rank=0, cp_size=1)
     positions = torch.arange(first_position, first_position + length)[None]
     hidden = model(torch.tensor([ids]), positions, plan_attention(spans, length, cp_size=1))
-    return hidden[:, 0].float() @ model.output_weight().float().T
+    logits: Tensor = hidden[:, 0].float() @ model.output_weight().float().T
+    return logits

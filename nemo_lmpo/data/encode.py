@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.data.chat import CONVERSATION, ChatFormat
+from nemo_lmpo.data.chat import ChatFormat
+from nemo_lmpo.data.layout import CONVERSATION
 from nemo_lmpo.data.messages import Inputs, Message, RowError
 from nemo_lmpo.data.render import TemplateRefusal
 from nemo_lmpo.data.schema import PreferenceRow

@@ -25,7 +25,8 @@ def pair_tokens(lengths: np.ndarray, share_prompt: bool) -> np.ndarray:
     The last token of a response is only ever a target, so it is not fed.
     """
     prompts = lengths[:, 0] * (1 if share_prompt else 2)
-    return prompts + lengths[:, 1] + lengths[:, 2] - 2
+    tokens: np.ndarray = prompts + lengths[:, 1] + lengths[:, 2] - 2
+    return tokens
 
 
 def plan_micro_batches(

@@ -48,7 +48,7 @@ class TemplateRenderer:
 
         def render() -> list[str]:
             # one call for many conversations is several times faster than a call each
-            return self.tokenizer.apply_chat_template(
+            texts: list[str] = self.tokenizer.apply_chat_template(
                 list(conversations),
                 chat_template=self.template,
                 tokenize=False,
@@ -56,6 +56,7 @@ class TemplateRenderer:
                 tools=inputs.tools,
                 **inputs.options,
             )
+            return texts
 
         try:
             return list(within_limits(render))

@@ -89,9 +89,9 @@ class SpecialTokens:
         if not texts:
             return []
         if self._renamed is None:
-            return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids: list[list[int]] = encoded["input_ids"]
+            return ids
         renamed = [self._unnamed(self._marked(text, _REAL)) for text in texts]
         return [encoding.ids for encoding in self._renamed.encode_batch(renamed, add_special_tokens=False)]
 

@@ -80,7 +80,7 @@ class Store:
         name, place = self.table.column("pair_id")[row].as_py(), np.searchsorted(self.repeated, row)
         if place < len(self.repeated) and self.repeated[place] == row:
             return f"{name}#{self.table.column('number')[row].as_py()}"
-        return name
+        return str(name)
 
     def ids(self, row: int) -> tuple[list[int], list[int], list[int]]:
         """Token ids of prompt, chosen and rejected in a row of the table."""

@@ -81,7 +81,7 @@ def chat_template_text(
     names = list(own) if isinstance(own, dict) else []
     if choice is None and tokenizer is not None:
         try:
-            return tokenizer.get_chat_template()
+            return str(tokenizer.get_chat_template())
         except ValueError:
             pass
     if choice is None and names:

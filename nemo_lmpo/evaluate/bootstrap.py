@@ -29,8 +29,11 @@ def weighted_means(values: np.ndarray, weights: np.ndarray | None = None, *, str
     Which instructions a resample has is a function of their number and the ``stream`` alone.
     """
     chosen = np.random.default_rng(SEED + stream).integers(0, len(values), size=(ROUNDS, len(values)))
+    means: np.ndarray
     if weights is None:
-        return values[chosen].mean(axis=1)
+        means = values[chosen].mean(axis=1)
+        return means
     total = weights[chosen].sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (values * weights)[chosen].sum(axis=1) / total
+        means = (values * weights)[chosen].sum(axis=1) / total
+    return means

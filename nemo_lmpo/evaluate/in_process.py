@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from nemo_lmpo.answers.engine import Generator, Prompting, Sampling
+from nemo_lmpo.answers.engine import Generator, Prompting
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.evaluate.answers import Answer, Progress, room
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.suites import GenerationSettings

@@ -137,7 +137,7 @@ def push(directory: Path, repository: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     # The base of all that the hub's HTTP library raises: requests, httpx or httpx2, by its version.
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         api = HfApi()

@@ -74,7 +74,8 @@ class HuggingFaceSource(TensorSource):
         # Opened for each tensor: a mapping that lives on keeps every page it was read through resident.
         path, stored = self._places[name]
         with _open(path) as file:
-            return file.get_tensor(stored)
+            tensor: Tensor = file.get_tensor(stored)
+            return tensor
 
     def _nothing_found(self) -> str:
         if not self._directory.is_dir():

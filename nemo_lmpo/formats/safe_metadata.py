@@ -85,7 +85,8 @@ def read_metadata(stream: IO[bytes], origin: str) -> records.Metadata:
         ) from None
     if not _is_whole(metadata):
         raise CheckpointError(f"{origin} is no checkpoint metadata; copy the checkpoint again")
-    return metadata
+    whole: records.Metadata = metadata
+    return whole
 
 
 def _is_whole(metadata: Any) -> bool:

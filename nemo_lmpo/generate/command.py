@@ -14,8 +14,9 @@ from nemo_lmpo.runtime.files import content_hash, file_stamp
 from nemo_lmpo.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
-    from nemo_lmpo.answers.engine import Generator, Prompting, Response, Sampling
+    from nemo_lmpo.answers.engine import Generator, Prompting, Response
     from nemo_lmpo.answers.prompts import Prompt
+    from nemo_lmpo.answers.sampling import Sampling
     from nemo_lmpo.generate.kept import Keeper
 
 
@@ -59,7 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     output = None if options.output is None else checked_output(options.output, options.prompts)
     _check_text("--system-prompt", options.system_prompt or "")
     # Imported here, so that what was wrong above is answered at once.
-    from nemo_lmpo.answers.engine import Sampling, choose_device, default_dtype, open_prompting
+    from nemo_lmpo.answers.engine import choose_device, default_dtype, open_prompting
+    from nemo_lmpo.answers.sampling import Sampling
 
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed, options.batch_size

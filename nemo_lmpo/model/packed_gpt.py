@@ -74,9 +74,10 @@ class PackedGPTModel(GPTModel):
         """
         self.rotary_pos_emb.position_ids = position_ids
         # megatron-core hands a bias on to core attention as it is, also when a layer is computed again.
-        return super().forward(
+        hidden: Tensor = super().forward(
             input_ids, position_ids, None, extra_block_kwargs={"attention_bias": attention_plan}, **kwargs
         )
+        return hidden
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
@@ -84,8 +85,10 @@ class PackedGPTModel(GPTModel):
     def output_weight(self) -> Tensor:
         """This rank's rows of the output matrix, ``[padded vocabulary / tp, hidden_size]``."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            shared: Tensor = self.shared_embedding_or_output_weight()
+            return shared
+        own: Tensor = self.output_layer.weight
+        return own
 
     def vocabulary_part(self) -> VocabularyPart:
         """Which rows of the padded vocabulary :meth:`output_weight` holds."""
@@ -100,11 +103,12 @@ class PackedGPTModel(GPTModel):
         """
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(hidden_states, group=group)
+            whole: Tensor = gather_from_sequence_parallel_region(hidden_states, group=group)
             return whole.squeeze(1).index_select(0, positions)
         # Select before the copy, so that backward adds up only the selected rows over the group.
         selected = hidden_states.squeeze(1).index_select(0, positions)
-        return copy_to_tensor_model_parallel_region(selected, group=group)
+        copied: Tensor = copy_to_tensor_model_parallel_region(selected, group=group)
+        return copied
 
     def logprobs(self, hidden_states: Tensor, positions: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
         """Natural log-probabilities ``[P]`` float32 of ``targets`` (last stage only).

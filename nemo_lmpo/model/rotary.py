@@ -20,7 +20,7 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
 
     settings = architecture_to_hf(architecture)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    frequencies, _ = ROPE_INIT_FUNCTIONS[architecture.rope_scaling.kind](config, device=torch.device("cpu"))
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[architecture.rope_scaling.kind](config, device=torch.device("cpu"))[0]
     return frequencies
 
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -81,12 +81,12 @@ class Console:
         self._marks: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=_WINDOW_STEPS + 1)
         self._last_line: float | None = None
         self._stack = ExitStack()
-        self._bar: tqdm | None = None
+        self._bar: tqdm[NoReturn] | None = None
         target = stream if stream is not None else sys.stderr
         if config.progress_bar and target.isatty():
             self._bar = self._open_bar(target, start_step)
 
-    def _open_bar(self, stream: TextIO, start_step: int) -> tqdm:
+    def _open_bar(self, stream: TextIO, start_step: int) -> tqdm[NoReturn]:
         bar = tqdm(
             total=self._total,
             initial=start_step,

@@ -67,4 +67,7 @@ class _SumForward(torch.autograd.Function):
 
 def sum_over_group(partial: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """Sum of ``partial`` over ``group`` (one all-reduce); the gradient goes to each rank's part unchanged."""
-    return partial if group.size() == 1 else _SumForward.apply(partial, group)
+    if group.size() == 1:
+        return partial
+    whole: Tensor = _SumForward.apply(partial, group)  # type: ignore[no-untyped-call]  # torch's
+    return whole

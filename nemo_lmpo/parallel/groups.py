@@ -24,9 +24,9 @@ def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: 
         options["device_id"] = device  # barriers need not guess, and a broken NCCL says so here
     backend = "nccl" if use_cuda else "gloo"
     if launch.world_size == 1:
-        options["store"] = dist.HashStore()
+        options["store"] = dist.HashStore()  # type: ignore[attr-defined]
     elif launch.store_path is not None:
-        options["store"] = dist.FileStore(launch.store_path, launch.world_size)
+        options["store"] = dist.FileStore(launch.store_path, launch.world_size)  # type: ignore[attr-defined]
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)  # type: ignore[arg-type]
 
 

@@ -198,4 +198,7 @@ def vocab_parallel_logprobs(
         ``[P]`` float32. The gradient for ``hidden`` is this rank's share only: the caller's copy into the
         tensor-parallel region adds the shares up.
     """
-    return _VocabParallelLogprobs.apply(hidden, weight, targets, part, group, chunk_tokens, used_elsewhere)
+    logprobs: Tensor = _VocabParallelLogprobs.apply(  # type: ignore[no-untyped-call]  # torch's
+        hidden, weight, targets, part, group, chunk_tokens, used_elsewhere
+    )
+    return logprobs

@@ -124,7 +124,7 @@ def logprob_chunk(model: ModelConfig, architecture: Architecture) -> int:
     if model.logprob_chunk_tokens is not None:
         return model.logprob_chunk_tokens
     fitting = max(LOGIT_BYTES / (4 * vocabulary_rows(model, architecture)), 1)
-    return min(max(2 ** math.floor(math.log2(fitting)), 256), 8192)
+    return min(max(int(2 ** math.floor(math.log2(fitting))), 256), 8192)
 
 
 def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:

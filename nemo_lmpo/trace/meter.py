@@ -69,7 +69,7 @@ class Meter(TorchDispatchMode):
     """Measures while it is entered; enter it inside of a :class:`FakeTensorMode`."""
 
     def __init__(self, group_names: dict[str, str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         """The one mode of all tensors: those of another would be taken for new ones."""
         self.group_names = group_names or {}

@@ -115,10 +115,10 @@ def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
     """Forms that only GPUs have, and that fake tensors of the CPU must not take apart."""
 
     def rms_norm(hidden: Tensor, shape: Sequence[int], weight: Tensor, eps: float) -> Any:
-        return _FusedRMSNorm.apply(hidden, weight, meter)
+        return _FusedRMSNorm.apply(hidden, weight, meter)  # type: ignore[no-untyped-call]  # torch's
 
     def rotary(states: Tensor, angles: Tensor, *_: object, **__: object) -> Any:
-        return _FusedRotary.apply(states, angles, meter)
+        return _FusedRotary.apply(states, angles, meter)  # type: ignore[no-untyped-call]  # torch's
 
     patches: list[Patch] = [
         # Nothing moves, and parameters cannot be exchanged for fake ones.

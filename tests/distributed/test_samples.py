@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.answers.engine import Sampling, load_generator
+from nemo_lmpo.answers.engine import load_generator
+from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.training_runs import metrics_of, train, weights_of
 from tests.distributed.workers import run_workers

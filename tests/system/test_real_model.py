@@ -119,7 +119,8 @@ def sampled(launch: LaunchInfo, overrides: tuple[str, ...]) -> tuple[list[list[i
 
 @pytest.mark.slow
 def test_sampled_answers_to_real_prompts(smollm2_dir: Path, shared_dir: Path, tmp_path: Path) -> None:
-    from nemo_lmpo.answers.engine import Sampling, load_generator
+    from nemo_lmpo.answers.engine import load_generator
+    from nemo_lmpo.answers.sampling import Sampling
 
     pairs = shared_dir / "data" / "alpaca_pairs_train.jsonl.gz"
     overrides = (

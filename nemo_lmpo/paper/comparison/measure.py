@@ -51,7 +51,8 @@ def _answers(run: Path, scale: Scale) -> tuple[dict[str, float], list[dict[str, 
     """Greedy answers of the last checkpoint to held-out prompts."""
     import torch
 
-    from nemo_lmpo.answers.engine import Sampling, load_generator
+    from nemo_lmpo.answers.engine import load_generator
+    from nemo_lmpo.answers.sampling import Sampling
 
     config = read_config(run)
     if not torch.cuda.is_available() and config["trainer"]["num_threads"]:

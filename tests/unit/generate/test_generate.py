@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_lmpo.answers.engine import Sampling, load_generator
+from nemo_lmpo.answers.engine import load_generator
 from nemo_lmpo.answers.prompts import Prompt, encode_prompts, read_prompts
+from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError
