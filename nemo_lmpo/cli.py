@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_lmpo import __version__
 from nemo_lmpo.errors import nearest
-from nemo_lmpo.runtime.command import run_parser
+from nemo_lmpo.runtime.command import leave_out_working_directory, run_parser
 
 PROGRAM = "nemo-lmpo"
 
@@ -69,6 +69,8 @@ def _find(place: str) -> Callable[..., Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    if arguments is None:
+        leave_out_working_directory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "_ARGCOMPLETE" in os.environ:
         complete()
@@ -95,6 +97,8 @@ class ModuleMain:
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command; returns the exit status."""
+        if arguments is None:
+            leave_out_working_directory()
         return run_parser(_BY_NAME[self._name].build_parser(f"python -m nemo_lmpo.{self._name}"), arguments)
 
 

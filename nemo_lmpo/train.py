@@ -22,7 +22,7 @@ from nemo_lmpo.monitor.observer import any_failed
 from nemo_lmpo.monitor.watchdog import go_on, watched
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
-from nemo_lmpo.runtime.command import RESUME, run_parser
+from nemo_lmpo.runtime.command import RESUME, leave_out_working_directory, run_parser
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def _complete_setting(prefix: str, parsed_args: argparse.Namespace, **_: Any) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m nemo_lmpo.train`; returns the exit status."""
+    if arguments is None:
+        leave_out_working_directory()
     return run_parser(train_parser("python -m nemo_lmpo.train"), arguments)
 
 

@@ -61,7 +61,8 @@ def packages() -> dict[str, str]:
     """Versions of the scoring environment's packages that decide numbers."""
     names = ("alpaca_eval", "lm_eval", "scikit-learn", "tiktoken", "transformers", "torch")
     code = (
-        "import importlib.metadata as m, json, sys\n"
+        "import sys; del sys.path[0]  # the working directory\n"
+        "import importlib.metadata as m, json\n"
         "found = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: found[n.replace('-', '_')] for n in sys.argv[1:] if n.replace('-', '_') in found}))"
     )

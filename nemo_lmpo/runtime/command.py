@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
 
 from nemo_lmpo.errors import TrainingError, UserError, without_secrets
 from nemo_lmpo.runtime.credentials import hide_credentials
@@ -76,6 +77,18 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def leave_out_working_directory() -> None:
+    """Import nothing more from the working directory, where `python -m` looks first: a folder of data holds no code.
+
+    Hydra, for one, imports whatever is called `hydra_plugins`. A checkout that is the working directory stays, and so
+    does what `PYTHONPATH` names.
+    """
+    here, checkout = os.path.realpath(os.curdir), os.path.realpath(Path(__file__).parents[2])
+    named = [os.path.realpath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if sys.path and os.path.realpath(sys.path[0]) == here and here not in (checkout, *named):
+        del sys.path[0]
 
 
 def start_logging() -> None:
