@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the templates share: the cluster's settings, rendezvous, starting processes, and what happens when they end.
-# Sourced by the *.sbatch files; it runs on the job's first node. Every word of the log that begins with "slurm:"
-# is explained in docs/slurm.md.
+# Sourced by the *.sbatch files; it runs on the job's first node. docs/slurm.md explains every line of the log that
+# begins with "slurm:".
 
 MAX_ATTEMPTS=3 # in a row without a new checkpoint
 
@@ -20,12 +20,12 @@ setup_job() {
     local settings=${NEMO_LMPO_CLUSTER_ENV:-$slurm_dir/cluster.env}
     if [ -f "$settings" ]; then
         # shellcheck source=/dev/null
-        . "$settings" || die "$settings ends with an error; it is a bash file"
+        . "$settings" 2> >(hide_lines >&2) || die "$settings ends with an error; it is a bash file"
     elif [ -n "${NEMO_LMPO_CLUSTER_ENV:-}" ]; then
         die "NEMO_LMPO_CLUSTER_ENV=$settings does not exist; copy slurm/cluster.env.example there"
     fi
     if [ -n "${NEMO_LMPO_SETUP:-}" ]; then
-        eval "$NEMO_LMPO_SETUP" || die "NEMO_LMPO_SETUP='$NEMO_LMPO_SETUP' failed; correct it in $settings"
+        eval "$NEMO_LMPO_SETUP" 2> >(hide_lines >&2) || die "NEMO_LMPO_SETUP failed; correct it in $settings"
     fi
     check_settings
     jobs_dir=${NEMO_LMPO_JOBS_DIR:-$SLURM_SUBMIT_DIR/runs/slurm}
@@ -38,6 +38,9 @@ setup_job() {
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 }
+
+# Settings may hold keys, and bash's errors quote the line: the log gets its number only.
+hide_lines() { sed -u -E 's/^(.*: line [0-9]+: ).*/\1bash reports an error here/'; }
 
 check_settings() {
     case ${NEMO_LMPO_LAUNCHER:=srun} in
@@ -53,7 +56,7 @@ check_settings() {
     esac
     if [ -z "${NEMO_LMPO_PYTHON:-}" ] && [ "$NEMO_LMPO_CONTAINER" = none ] && [ -n "${NEMO_LMPO_VENV:-}" ]; then
         NEMO_LMPO_PYTHON=$NEMO_LMPO_VENV/bin/python
-        [ -x "$NEMO_LMPO_PYTHON" ] || die "NEMO_LMPO_VENV=$NEMO_LMPO_VENV holds no bin/python; correct it"
+        [ -x "$NEMO_LMPO_PYTHON" ] || die "NEMO_LMPO_VENV=$NEMO_LMPO_VENV has no bin/python; correct it"
     fi
     export NEMO_LMPO_PYTHON=${NEMO_LMPO_PYTHON:-python}
     if [ -n "${NEMO_LMPO_INTERFACE:-}" ]; then
@@ -156,7 +159,7 @@ container_command() {
     esac
 }
 
-# Starts a module as one process a task, in the background: step_pid. Rank 0's output goes to the job's log.
+# Starts a module as one process per task, in the background: step_pid. Rank 0's output goes to the job's log.
 start_ranks() { # TASKS MODULE ARGUMENT...
     local tasks=$1 nodes=${SLURM_JOB_NUM_NODES:-1} kind=rank
     shift
@@ -176,7 +179,7 @@ start_ranks() { # TASKS MODULE ARGUMENT...
         "${step_options[@]}" "${inside[@]}" bash "$slurm_dir/task.sh" "$kind" "$NEMO_LMPO_PYTHON" -m "$@" &
     step_pid=$!
     (
-        trap '' TERM USR1 INT # it shows the run's last words after a signal, too
+        trap '' TERM USR1 INT # it shows the run's last lines after a signal, too
         exec tail --follow=name --retry --sleep-interval=0.25 --pid="$step_pid" --bytes="+$((size + 1))" "$log" 2>/dev/null
     ) &
     tail_pid=$!
@@ -195,7 +198,7 @@ wait_for_ranks() {
     return "$status"
 }
 
-# For jobs that are no training: one command, no requeueing.
+# For jobs that do not train: one command, no requeueing.
 run_command() { # MODULE ARGUMENT...
     setup_job
     announce 1
@@ -221,7 +224,7 @@ announce() { # TASKS
 
 # ---- training
 
-# Trains until the recipe's steps are done, over as many restarts of the job as that needs.
+# Trains until all steps are done, with as many restarts of the job as that needs.
 run_training() { # RECIPE [OVERRIDE...]
     [ $# -ge 1 ] || die "give a recipe, and overrides if you like: sbatch slurm/train.sbatch lmpo_llama3_8b KEY=VALUE"
     local recipe=$1 status=0
@@ -244,7 +247,7 @@ run_sweep() { # RECIPE [KEY=VALUE,VALUE,...] [OVERRIDE...]
     find_job
     local recipe=$1 index=${SLURM_ARRAY_TASK_ID:-} fixed=() swept=() chosen=() name='' count=1 argument key values
     local several='^[A-Za-z_][A-Za-z0-9_.]*=[^]["'"'"'{}]*,[^]["'"'"'{}]*$'
-    [ -n "$index" ] || die "this is a template for job arrays; submit it with --array"
+    [[ $index =~ ^[0-9]+$ ]] || die "this is a template for job arrays; submit it with --array"
     shift
     for argument; do
         # Several values are separated by commas; lists in brackets are one value.
@@ -253,23 +256,29 @@ run_sweep() { # RECIPE [KEY=VALUE,VALUE,...] [OVERRIDE...]
     [ ${#swept[@]} -gt 0 ] || swept=('loss.lam=0.05,0.2,1.0' 'model.seed=1,2,3')
     for argument in "${swept[@]}"; do
         key=${argument%%=*}
+        if [[ $argument = *$'\n'* || ,${argument#*=}, = *,,* ]]; then
+            die "$key has an empty value or a line break among its values; correct it"
+        fi
         IFS=, read -ra values <<<"${argument#*=}"
         chosen+=("$key=${values[index / count % ${#values[@]}]}")
         name+=${name:+_}$key-${values[index / count % ${#values[@]}]}
         count=$((count * ${#values[@]}))
     done
     if [ "$index" -ge "$count" ]; then
-        say "there are only $count combinations, numbered from 0; nothing to do for task $index"
+        say "there are only $count combinations, with indices from 0; nothing to do for task $index"
         exit 0
     fi
     say "combination $index of $count: ${chosen[*]}"
     local stem=${recipe##*/}  # of a recipe that is given as a path
-    run_training "$recipe" "run_dir=runs/${stem%.yaml}_sweep/$name" "${chosen[@]}" "${fixed[@]}"
+    # A directory's name, whatever the values are: no slash, nothing that Hydra would read.
+    stem=${stem%.yaml}
+    name=${stem//[^A-Za-z0-9._+-]/_}_sweep/${name//[^A-Za-z0-9._+-]/_}
+    run_training "$recipe" "run_dir=runs/$name" "${chosen[@]}" "${fixed[@]}"
 }
 
 # Slurm sends USR1 some minutes before the time limit (--signal in the templates).
 on_usr1() {
-    say "USR1: the time limit is near, or somebody asked; saving, then the job is requeued"
+    say "USR1: the time limit is near, or a user sent it; saving, then the job is requeued"
     scancel --signal=USR1 "${job_name:?}" # the processes, not this script
 }
 
@@ -294,8 +303,8 @@ time_is_over() {
     [ "$(job_field Reason)" = TimeLimit ]
 }
 
-# The trainer leaves in `outcome` how it ended: "done", "stopped REASON", "refused" (an error that a repetition would
-# meet again) or nothing (it crashed, or was killed).
+# The trainer writes to `outcome` how it ended: "done", "stopped REASON", "refused" (an error that would occur again)
+# or nothing (it crashed, or was killed).
 conclude() { # STATUS
     local status=$1 outcome state
     outcome=$(cat "$job_dir/outcome" 2>/dev/null)
@@ -306,7 +315,7 @@ conclude() { # STATUS
             rm -f -- "${job_dir:?}"/rank-*.log
             exit 0 ;;
         refused)
-            say "failed with status $status; a repetition would fail again, so the job is not requeued"
+            say "failed with status $status; it would fail again, so the job is not requeued"
             last_error
             exit 1 ;;
     esac
@@ -369,8 +378,8 @@ has_new_checkpoint() {
 # The lines of a rank's newest attempt.
 newest_attempt() { awk '/^=== /{ text = "" } { text = text $0 "\n" } END { printf "%s", text }' "$1"; }
 
-# A rank other than 0 may have met the cause, whose message is then in its own file. The first to fall silent was
-# the first to fail; the others complain of a lost connection.
+# The cause may be in the log of a rank other than 0. The rank whose log ends first failed first; the others report a
+# lost connection.
 show_failed_rank() { # STATUS
     local log
     say "failed with status $1; every rank's output is in $job_dir/rank-*.log"

@@ -45,13 +45,14 @@ in_step() {
 # Exports the model if need be, starts the server on all GPUs of the job, and waits until it is ready: server_port.
 start_server() { # MODEL
     local served serve=${NEMO_LMPO_SERVE:-vllm serve --generation-config vllm} seconds=${NEMO_LMPO_SERVE_SECONDS:-1800} log=$job_dir/server.log
+    [[ $seconds =~ ^[0-9]+$ ]] || die "NEMO_LMPO_SERVE_SECONDS=$seconds is not a whole number of seconds"
     served=$(in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.evaluate export --model "$1" --output "$job_dir/huggingface") ||
         die "the model cannot be exported; see above"
     local port=$((30000 + SLURM_JOB_ID % 20000))
     until port_is_free "$port"; do port=$((port + 1)); done
     server_port=$port
-    say "server: $serve $served --port $port (its words are in $log)"
-    # NEMO_LMPO_SERVE is a shell command of the site: words, variables and all.
+    say "server: starting on port $port for $served (its output: $log)" # not its command, which may hold a key
+    # NEMO_LMPO_SERVE is a shell command of the site, variables included.
     srun --overlap --nodes=1 --ntasks=1 bash -c "exec $serve \"\$@\"" serve "$served" --host 127.0.0.1 --port "$port" \
         >"$log" 2>&1 &
     server_pid=$!
@@ -59,7 +60,7 @@ start_server() { # MODEL
     until (exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 && grep -q ' 200 ' <&3) 2>/dev/null; do
         if ! kill -0 "${server_pid:?}" 2>/dev/null; then
             tail -n 20 "$log"
-            die "the server ended before it was ready; its last words stand above"
+            die "the server ended before it was ready; its last lines are above"
         fi
         [ "$waited" -lt "$seconds" ] || die "the server is not ready after $seconds seconds; see $log"
         sleep 2

@@ -20,8 +20,8 @@ if [ "$kind" = node ]; then
 fi
 
 log=$NEMO_LMPO_JOB_DIR/rank-${RANK:-${SLURM_PROCID:-0}}.log
-# Straight into the file, without a pipe in between: the last words of a killed process are not lost, and signals
-# reach the process itself.
+# Straight into the file, without a pipe: the last lines of a killed process are not lost, and signals reach the process
+# itself.
 exec >>"$log" 2>&1
 echo "=== rank ${RANK:-${SLURM_PROCID:-0}} on $(hostname), restart ${SLURM_RESTART_COUNT:-0}"
 exec "$@"

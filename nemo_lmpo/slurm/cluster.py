@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,9 @@ def read_settings(path: Path) -> dict[str, str]:
         ["bash", "-c", '. "$1" >&2 && env -0', "settings", str(path.resolve())], capture_output=True, check=False
     )
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it ends with an error"]
-        raise ConfigError(f"{path} cannot be read ({lines[-1]}); it is a bash file, see cluster.env.example")
+        # Bash's errors quote the line, which may hold a key.
+        place = re.search(r": (line \d+): ", done.stderr.decode(errors="replace"))
+        where = f"error in {place[1]}" if place is not None else "it ends with an error"
+        raise ConfigError(f"{path} cannot be read ({where}); it is a bash file, see cluster.env.example")
     pairs = (entry.split("=", 1) for entry in done.stdout.decode(errors="replace").split("\0") if "=" in entry)
     return {name: value for name, value in pairs if name.startswith(_PREFIXES)}

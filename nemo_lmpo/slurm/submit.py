@@ -35,10 +35,14 @@ class Submission:
     """Before submitting; without, only the job itself finds what is wrong."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for numbers below 1."""
+        """Raises ConfigError for numbers below 1, and for a sweep's values that are empty."""
         for name, number in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
             if number < 1:
                 raise ConfigError(f"{name}={number} must be at least 1")
+        for override in filter(_SEVERAL_VALUES.fullmatch, self.overrides):
+            key, _, values = override.partition("=")
+            if "\n" in values or "" in values.split(","):
+                raise ConfigError(f"{key} has an empty value or a line break among its values; correct it")
 
     def combinations(self) -> list[list[str]]:
         """The overrides of every run of a sweep, in the order of the array's tasks; one list without a sweep."""
@@ -133,6 +137,8 @@ def sbatch_command(request: Submission, templates: Path, variables: Mapping[str,
     here = Path("slurm")
     if not (here.exists() and here.samefile(templates)):
         # The job looks for the templates' common part in the folder that it was submitted from.
+        if "," in str(templates):
+            raise ConfigError(f"{templates}: sbatch takes no path with a comma; move the templates")
         options.append(f"--export=ALL,NEMO_LMPO_SLURM_DIR={templates}")
         here = templates
     from nemo_lmpo.config.recipe import recipe_file

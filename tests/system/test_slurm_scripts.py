@@ -57,7 +57,7 @@ class Job:
             "NEMO_LMPO_CLUSTER_ENV": str(self.settings("")),
             **variables,
         }
-        script = f'. "{SLURM}/common.sh"; "$@"'
+        script = f'. "{SLURM}/common.sh"; . "{SLURM}/serve.sh"; "$@"'
         done = subprocess.run(
             ["bash", "-c", script, "job", *command],
             cwd=self.folder,
@@ -187,9 +187,9 @@ def test_pyxis_gets_srun_options(job: Job) -> None:
         ({"NEMO_LMPO_LAUNCHER": "mpirun"}, "NEMO_LMPO_LAUNCHER=mpirun is unknown; choose srun or torchrun"),
         ({"NEMO_LMPO_CONTAINER": "docker"}, "NEMO_LMPO_CONTAINER=docker is unknown; choose none, pyxis or apptainer"),
         ({"NEMO_LMPO_CONTAINER": "pyxis"}, "needs NEMO_LMPO_IMAGE"),
-        ({"NEMO_LMPO_VENV": "/nowhere"}, "NEMO_LMPO_VENV=/nowhere holds no bin/python"),
+        ({"NEMO_LMPO_VENV": "/nowhere"}, "NEMO_LMPO_VENV=/nowhere has no bin/python"),
         ({"NEMO_LMPO_CLUSTER_ENV": "/nowhere"}, "NEMO_LMPO_CLUSTER_ENV=/nowhere does not exist"),
-        ({"NEMO_LMPO_SETUP": "false"}, "NEMO_LMPO_SETUP='false' failed"),
+        ({"NEMO_LMPO_SETUP": "false"}, "NEMO_LMPO_SETUP failed"),
         ({"SLURM_NTASKS": "7"}, "7 tasks do not divide by 2 nodes"),
     ],
 )
@@ -230,7 +230,7 @@ def test_variables_of_another_job_are_not_believed(job: Job) -> None:
 
 def test_a_refused_run_is_not_requeued(job: Job) -> None:
     said = job.run("run_training", "r", status=1, TEST_OUTCOME="refused", TEST_STATUS="1")
-    assert "a repetition would fail again" in said
+    assert "it would fail again, so the job is not requeued" in said
     assert not (job.folder / "requeue").exists()
 
 
