@@ -40,6 +40,7 @@ def setting(
     default: Any = dataclasses.MISSING,
     *,
     may_change: bool = False,
+    switch: bool = False,
     absent_means: Any = dataclasses.MISSING,
     **limits: Any,
 ) -> Any:
@@ -49,10 +50,11 @@ def setting(
         default: the default; a list or a dataclass type is made anew for every configuration.
         may_change: a resumed run may have another value than before: it changes cost, length or display, not what is
             learned from which pairs. Of a group: all of its settings.
+        switch: its group is off while this is unset, so the group's other settings have no effect then.
         absent_means: the value of a run of an earlier version that does not have the field, where not the default.
         limits: of :class:`Limits`.
     """
-    metadata: dict[str, Any] = {"may_change": may_change, "limits": Limits(**limits)}
+    metadata: dict[str, Any] = {"may_change": may_change, "switch": switch, "limits": Limits(**limits)}
     if absent_means is not dataclasses.MISSING:
         metadata["absent_means"] = absent_means
     if isinstance(default, list):

@@ -171,6 +171,8 @@ def _as_type(value: Any, option: Any) -> tuple[Any] | None:
     if origin is list and isinstance(value, str) and typing.get_args(option) == (str,):
         return ([value],)  # one name, as PEFT takes `all-linear`
     if origin is list:
+        if isinstance(value, str) and typing.get_args(option)[0] is str:
+            value = [value]  # `all-linear`, as PEFT writes it
         items = [_as_type(item, typing.get_args(option)[0]) for item in value] if isinstance(value, list) else [None]
         return None if None in items else ([item[0] for item in items if item is not None],)
     if origin is dict:

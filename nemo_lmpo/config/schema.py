@@ -22,7 +22,7 @@ from nemo_lmpo.settings import setting
 class PeftConfig:
     """Adapters instead of full training; off unless `name` is set."""
 
-    name: Literal["lora"] | None = None
+    name: Literal["lora"] | None = setting(None, switch=True)
     """`lora`: the base is frozen, checkpoints hold the adapters only."""
     rank: int = setting(32, minimum=1, maximum=4096)
     alpha: float = setting(32.0, above=0, maximum=1e6)
@@ -258,7 +258,7 @@ class CheckpointConfig:
 class WandbConfig:
     """Weights & Biases; off unless `project` is set."""
 
-    project: str | None = None
+    project: str | None = setting(None, switch=True)
     name: str | None = None
     entity: str | None = None
 
@@ -267,7 +267,7 @@ class WandbConfig:
 class MlflowConfig:
     """MLflow; off unless `experiment` is set."""
 
-    experiment: str | None = None
+    experiment: str | None = setting(None, switch=True)
     name: str | None = None
     """The run's name there; unset: that of the run directory."""
     tracking_uri: str | None = None

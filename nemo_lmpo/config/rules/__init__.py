@@ -33,6 +33,8 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.samples,
     settings.reference,
     settings.adapters,
+    settings.groups_that_are_off,
+    settings.released_layout,
     settings.parallelism,
     settings.fully_sharded,
     settings.allowed_changes,

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from datetime import date
+from operator import attrgetter
 
 from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, nearest, shown
@@ -188,6 +189,31 @@ def adapters(config: Config) -> Iterator[str]:
             yield f"model.peft.target_modules names {shown(name)}, which no layer has; choose of {', '.join(known)}"
     if not targets:
         yield "model.peft.target_modules=[] names no projection; give at least one, or [all-linear]"
+
+
+def groups_that_are_off(config: Config) -> Iterator[str]:
+    """A group that is off has no settings of its own: they would be ignored."""
+    for switch in (key for key, of in all_settings() if of.metadata.get("switch", False)):
+        group_name, _, name = switch.rpartition(".")
+        group = attrgetter(group_name)(config)
+        if getattr(group, name) is not None:
+            continue
+        plain = type(group)()
+        for other in dataclasses.fields(group):
+            value, default = getattr(group, other.name), getattr(plain, other.name)
+            if other.name != name and value != default:
+                key = f"{group_name}.{other.name}"
+                yield (
+                    f"{key}={shown(value)} has no effect while {switch} is unset; set {switch} too, or leave {key} at "
+                    f"{shown(default)}"
+                )
+
+
+def released_layout(config: Config) -> Iterator[str]:
+    """The released code's layout knows one way to lay a prompt."""
+    data = config.data
+    if data.compat == "released_code" and data.prompt_from != "conversation":
+        yield f"data.prompt_from={data.prompt_from} has no effect with data.compat=released_code; remove one of them"
 
 
 def parallelism(config: Config) -> Iterator[str]:

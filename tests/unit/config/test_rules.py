@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import typing
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_lmpo.config.coerce import as_far_as_known, collect, types_of
+from nemo_lmpo.config.coerce import alternatives, as_far_as_known, collect, types_of
 from nemo_lmpo.config.loss_section import collect_loss
 from nemo_lmpo.config.recipe import compose, load_recipe
 from nemo_lmpo.config.rules import LAYOUT_RULES, SETTING_RULES, ParallelLayout, check_settings, validate
@@ -54,6 +55,12 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "data.max_prompt_length",
         )
     },
+    "group_off": (("model.peft.rank=8",), 1, ("model.peft.rank=8 has no effect while model.peft.name is unset", "set")),
+    "released_prompt": (
+        ("data.compat=released_code", "data.prompt_from=generation_prompt"),
+        1,
+        ("data.prompt_from=generation_prompt has no effect", "remove"),
+    ),
     "template_date": (
         ("data.template_date=26.7.2024",),
         1,
@@ -312,3 +319,42 @@ def test_a_good_layout_knows_its_replicas() -> None:
     layout = validate(load_recipe("lmpo_tiny", overrides), architecture_from_hf(SHAPE), 24)
     assert layout.model_parallel_size == 6
     assert layout.data_parallel_size == 4
+
+
+def groups() -> dict[str, type]:
+    """The configuration's groups by dotted name."""
+    found, waiting = {}, [("", Config)]
+    while waiting:
+        prefix, cls = waiting.pop()
+        for name, kind in types_of(cls).items():
+            if dataclasses.is_dataclass(kind):
+                found[f"{prefix}{name}"] = kind
+                waiting.append((f"{prefix}{name}.", kind))
+    return found
+
+
+def test_no_setting_of_a_group_that_is_off_is_ignored() -> None:
+    other = {int: 3, float: 0.25, str: "x", list[str]: ["q_proj"], bool: True}
+    switched = {
+        group: next((of.name for of in dataclasses.fields(kind) if of.metadata.get("switch")), None)
+        for group, kind in groups().items()
+    }
+    # a recipe's validation is turned off by its path alone, and nothing of it reaches what is trained
+    off = {group for group, kind in groups().items() if "off unless" in (kind.__doc__ or "").lower()}
+    assert off == {group for group, switch in switched.items() if switch} == {
+        "model.peft", "logging.wandb", "logging.mlflow"
+    }  # fmt: skip
+    for group in off:
+        for name, kind in types_of(groups()[group]).items():
+            if name == switched[group]:
+                continue
+            value = next(other[option] for option in alternatives(kind) if option in other)
+            with pytest.raises(
+                ConfigError, match=f"{group}.{name}=.* has no effect while {group}.{switched[group]} is"
+            ):
+                recipe("lmpo_tiny", f"{group}.{name}={value}".replace("'", ""))
+
+
+def test_one_name_may_stand_for_a_list_of_one() -> None:
+    config = recipe("lmpo_tiny", "model.peft.name=lora", "model.peft.target_modules=all-linear")
+    assert config.model.peft.target_modules == ["all-linear"]
