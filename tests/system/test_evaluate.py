@@ -16,6 +16,7 @@ from nemo_lmpo.evaluate.environment import VARIABLE
 from nemo_lmpo.evaluate.suites import TASKS
 from tests.system.stub_server import ANSWERED_AS, Stub, quality, serving
 from tests.system.task_rows import write_task_rows
+from tests.system.test_credentials import BASIC, TOKEN, assert_nothing_left, with_credentials
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"set {VARIABLE} (make eval-env)"),
@@ -229,11 +230,14 @@ def ten(smollm2_dir: Path, harness: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("ten")
     write_task_rows(folder / "rows", harness)
     with serving() as stub:
-        arguments = ["leaderboard", "--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", stub.url]
+        url = with_credentials(stub.url, query=True)
+        arguments = ["leaderboard", "--model", str(smollm2_dir), "--row", "tiny/LMPO", "--endpoint", url]
         arguments += ["--task-data", str(folder / "rows"), "--output", str(folder / "out"), "--quiet"]
         assert main([*arguments, "--tasks", "v1"]) == 0
         first = len(stub.requests)
         assert main(arguments) == 0
+        assert set(stub.credentials) == {(BASIC, f"api_key={TOKEN}")}
+    assert_nothing_left(folder / "out")
     return Ten(folder, stub.requests, first)
 
 

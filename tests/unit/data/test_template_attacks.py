@@ -17,6 +17,7 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats import template_limits
 from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
 
+LIMITS = f"{template_limits.MAX_SECONDS:g} seconds for a call, {template_limits.MAX_BYTES >> 30} GiB of memory"
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 HANGS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -163,6 +164,11 @@ def test_an_ordinary_template_renders_as_without_limits() -> None:
     plain = Environment(trim_blocks=True, lstrip_blocks=True)
     plain.filters["tojson"] = lambda value, indent=None: __import__("json").dumps(value, indent=indent)
     assert limited == plain.from_string(template).render(messages=messages)
+
+
+def test_the_policy_names_the_limits() -> None:
+    policy = (Path(__file__).resolve().parents[3] / "SECURITY.md").read_text()
+    assert LIMITS in " ".join(policy.split())
 
 
 def test_the_watchdog_leaves_others_alone() -> None:
