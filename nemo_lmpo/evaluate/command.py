@@ -147,7 +147,7 @@ def _pairwise(options: argparse.Namespace) -> int:
         raise ConfigError(f"give one of --model, --answers and --anchor, not {told}")
     from nemo_lmpo.evaluate.pairwise import run
 
-    _quiet_retries()
+    _quiet_http()
     _logger.info("result: %s", run(options, options.command_line))
     return 0
 
@@ -155,7 +155,7 @@ def _pairwise(options: argparse.Namespace) -> int:
 def _leaderboard(options: argparse.Namespace) -> int:
     from nemo_lmpo.evaluate.leaderboard import run
 
-    _quiet_retries()
+    _quiet_http()
     _logger.info("result: %s", run(options, options.command_line))
     return 0
 
@@ -170,10 +170,10 @@ def _export(options: argparse.Namespace) -> int:
 def _fetch(options: argparse.Namespace) -> int:
     from nemo_lmpo.evaluate.fetch import fetch
 
-    _quiet_retries()
+    _quiet_http()
     _logger.info("data: %s", fetch(options))
     return 0
 
 
-def _quiet_retries() -> None:
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it reports every retry
+def _quiet_http() -> None:
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it shows odd headers of servers with a traceback

@@ -42,6 +42,8 @@ class Faults:
     """Share of judgments with neither label."""
     strange_answers: bool = False
     empty: bool = False
+    refuse: str = ""
+    """Decline to judge prompts with this text."""
 
 
 @dataclass
@@ -102,6 +104,9 @@ def _echo(index: int, ids: Sequence[int]) -> dict[str, Any]:
 
 def chat(stub: Stub, body: dict[str, Any]) -> dict[str, Any]:
     text = body["messages"][-1]["content"]
+    if stub.faults.refuse and stub.faults.refuse in text:
+        message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+        return {"model": ANSWERED_AS, "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
     neither = stub.faults.no_label and (len(text) % 100) / 100 < stub.faults.no_label
     choice: dict[str, Any]
     if body.get("logprobs"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_lmpo.evaluate.__main__ import main
+from nemo_lmpo.evaluate.data_files import load_set
 from nemo_lmpo.evaluate.environment import VARIABLE
 from nemo_lmpo.evaluate.suites import TASKS
 from tests.system.stub_server import ANSWERED_AS, Stub, quality, serving
@@ -147,12 +148,16 @@ def test_more_instructions_go_on_from_fewer(command: Command, stub: Stub, smollm
     assert result_of("arena_hard")["n"] == 5
 
 
-def test_arena_hard_of_an_anchor(command: Command, stub: Stub) -> None:
+def test_arena_hard_of_an_anchor(command: Command, stub: Stub, data: Path) -> None:
+    question = load_set("arena_hard", data).instructions[17].text
+    stub.faults.refuse = f"{question}\n<|The Start"  # one refused question ends nothing
     assert command("arena_hard", "--anchor", "gpt-3.5-turbo-0125", limit=500) == 0
     found = result_of("arena_hard")
     assert found["values"]["length"]["value"] == pytest.approx(329.728)  # cl100k tokens, as published
     assert found["model"]["published"]["wr"] == 23.34
     assert sum(found["details"]["verdicts"].values()) == 1000
+    assert (found["unparsed"], found["judge"]["refused"], found["details"]["verdicts"]["None"]) == (2, 2, 2)
+    assert found["judge"]["answered"] == {ANSWERED_AS: 998}
     assert len(found["values"]["wr"]["intervals"]) == 2
     assert main(["tables", "out", "--output", "page"]) == 0
     assert "gpt-3.5-turbo-0125" in Path("page/tables.html").read_text()
@@ -185,8 +190,10 @@ def test_judges_that_cannot_be_used(
     assert "returns no top_logprobs" in capsys.readouterr().err
     stub.faults.no_logprobs = False
     stub.faults.no_label = 2.0
+    (_, refused) = next(request for request in stub.requests if "chat" in request[0])
+    stub.faults.refuse = refused["messages"][-1]["content"]
     assert command("alpaca_eval", *arguments) == 1
-    assert "gave no verdict in 10 of 10 answers, more than 1 %" in capsys.readouterr().err
+    assert "gave no verdict in 10 of 10 answers (1 of them it declined to give), more than" in capsys.readouterr().err
     assert not Path("out/alpaca_eval/result.json").exists()
     assert command("arena_hard", *arguments) == 1
     assert "gave no verdict in 20 of 20" in capsys.readouterr().err
