@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.fields import Fields
-from nemo_lmpo.formats.sidecars import fast_tokenizer, special_token_ids
+from nemo_lmpo.formats.sidecars import special_token_ids
 from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
 from nemo_lmpo.runtime.chat_record import ChatRecord
 
@@ -51,27 +51,27 @@ def renders_with_default(record: ChatRecord) -> bool:
     """Whether the template with a default system text renders as the plain one with a system message."""
     if record.system_prompt is None:
         return True
-    exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
     system = {"role": "system", "content": record.system_prompt}
-    try:
-        text = _default_system(record.system_prompt) + record.template
-        return all(
-            _render(text, messages) == _render(record.template, [system, *messages])
-            for messages in (exchange[:1], exchange, [*exchange, exchange[0]])
-        )
-    except TemplateFailed:
-        return False
+    text = _default_system(record.system_prompt) + record.template
+    conversations = ([question], [question, answer], [question, answer, question])
+    wanted = [_render(record.template, [system, *messages]) for messages in conversations]
+    # Some templates take one question only.
+    return any(wanted) and wanted == [_render(text, messages) for messages in conversations]
 
 
-def _render(template: str, messages: list[dict[str, str]]) -> str:
-    """As `transformers` renders, with special tokens that no tokenizer has."""
+def _render(template: str, messages: list[dict[str, str]]) -> str | None:
+    """As `transformers` renders, with special tokens that no tokenizer has; None if the template refuses."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    asked = messages[-1]["role"] == "user"
-    rendered, _ = within_limits(
-        lambda: render_jinja_template([messages], chat_template=template, add_generation_prompt=asked, **tokens)
-    )
+    asks = messages[-1]["role"] == "user"
+    try:
+        rendered, _ = within_limits(
+            lambda: render_jinja_template([messages], chat_template=template, add_generation_prompt=asks, **tokens)
+        )
+    except TemplateFailed:
+        return None
     return str(rendered[0])
 
 
@@ -153,15 +153,12 @@ def _may_be_eos(
         return False
     if "tokenizer.json" not in files:
         return False
-    if record.end_of_turn not in {str(token) for token in _added_tokens(files, origin)}:
+    tokenizer = _read(files, "tokenizer.json", origin)
+    added = tokenizer.get("added_tokens")
+    if record.end_of_turn not in {_token(token) for token in (added if isinstance(added, list) else ())}:
         return False
     # A tokenizer that ends texts with its EOS would end them with another token then.
-    processor = parse_json(files["tokenizer.json"], f"{origin}: tokenizer.json").get("post_processor")
-    return own not in json.dumps(processor, ensure_ascii=False)
-
-
-def _added_tokens(files: Mapping[str, bytes], origin: str) -> list[str]:
-    return [token.content for token in fast_tokenizer(files, origin).get_added_tokens_decoder().values()]
+    return own not in json.dumps(tokenizer.get("post_processor"), ensure_ascii=False)
 
 
 def _token(value: Any) -> str | None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LogitsProcessor, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from nemo_lmpo.answers.engine import open_prompting
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
@@ -27,8 +29,11 @@ from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.evaluate.leaderboard import export as evaluate_export
 from nemo_lmpo.export import write
+from nemo_lmpo.formats import chat_files
+from nemo_lmpo.formats.chat_files import renders_with_default, served_template
 from nemo_lmpo.formats.conversion import plan, write_nemo
 from nemo_lmpo.formats.model_files import open_model
+from nemo_lmpo.runtime.chat_record import ChatRecord
 from nemo_lmpo.training.preflight import preflight
 from nemo_lmpo.training.start_model import find_start_model
 from tests.unit.checkpoint.runs import TINY, one_process, open_session
@@ -342,3 +347,45 @@ def test_a_run_goes_on_with_the_day_it_began_on(
     assert not [record.message for record in caplog.records if "data.chat_template" in record.message]
     ids = open_prompting(tmp_path / "run").encoder.encode_prompts([(QUESTION, PLAIN_INPUTS)])[0]
     assert session.data.tokenizer.decode(ids).removeprefix("<s>").startswith("2026-12-01 user: hello")
+
+
+def test_every_template_takes_a_default_system_text_and_a_bos() -> None:
+    """Those that TRL brings along: the text of training, from messages that have no system message."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    rendered = 0
+    for path in sorted(folder.glob("*.jinja"))[::4]:
+        record = ChatRecord(path.read_text(), SYSTEM, adds_bos=True, end_of_turn="<e>", end_of_turn_id=1)
+        for messages in (turns[:1], turns, [*turns, turns[0]], [{"role": "system", "content": "Own."}, turns[0]]):
+            own = messages[0]["role"] == "system"
+            given = messages if own else [{"role": "system", "content": SYSTEM}, *messages]
+            try:
+                wanted = "<b>" + rendered_by(record.template, given)
+            except (TemplateError, TypeError):
+                continue  # it knows no system messages
+            assert renders_with_default(record), path.name
+            assert rendered_by(served_template(record), messages) == wanted, path.name
+            rendered += 1
+    assert rendered > 40
+
+
+def rendered_by(template: str, messages: list[dict[str, str]]) -> str:
+    asks = messages[-1]["role"] == "user"
+    tokens = {"bos_token": "<b>", "eos_token": "<e>"}
+    texts, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=asks, **tokens)
+    return str(texts[0])
+
+
+def test_a_system_prompt_that_the_template_cannot_take_is_named(
+    starts: dict[str, Path], state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the card; the checkpoint's own answers have it all the same."""
+    monkeypatch.setattr(chat_files, "_default_system", lambda prompt: "{{ broken")
+    trained(tmp_path / "run", state, starts["none"], "chatml", SYSTEM)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    write.export_run(tmp_path / "run", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "which the chat template does not write. Give it as the first message" in card
+    assert f"\n{SYSTEM}\n" in card
+    assert "briefly" not in (tmp_path / "hf" / "chat_template.jinja").read_text()
+    assert open_prompting(tmp_path / "run").encoder.system_prompt == SYSTEM
