@@ -1,0 +1,87 @@
+"""Figures of the documentation that a command prints are what it prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import nemo_lmpo
+from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.formats.architecture import architecture_from_hf
+from nemo_lmpo.sizing import describe_plan
+from nemo_lmpo.sizing.cards import read_gpus
+from nemo_lmpo.train import main
+
+DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "together")
+
+
+def table(page: str, header: str) -> list[list[str]]:
+    """The rows of the table whose header line begins so."""
+    lines = (DOCS / page).read_text().split(header, 1)[1].splitlines()[2:]
+    rows = lines[: next(place for place, line in enumerate(lines) if not line.startswith("|"))]
+    assert rows
+    return [[cell.strip(" *") for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    assert main(["--config-name", "lmpo_llama3_8b", *overrides, "dry_run=true"]) == 0
+    return capsys.readouterr().out
+
+
+def memory(text: str) -> dict[str, str]:
+    """GiB of a rank as the dry run prints them, to a decimal."""
+    found = dict(re.findall(r"^  (\w+) +(\d+\.\d\d)$", text, re.MULTILINE))
+    return {part: f"{float(found[part]):.1f}" for part in PARTS}
+
+
+def test_the_dry_runs_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpus, overrides, layout, *figures in table("slurm.md", "| GPUs | overrides | layout |"):
+        nodes, devices = gpus.split(" x ")
+        given = [] if overrides == "none" else overrides.strip("`").split()
+        text = dry_run(capsys, f"trainer.num_nodes={nodes}", f"trainer.devices={devices}", *given)
+        assert dict(zip(PARTS, figures, strict=True)) == memory(text), overrides
+        printed = re.search(r"^layout +(.*)$", text, re.MULTILINE)
+        assert printed is not None
+        for size in layout.partition(",")[0].split(" x "):
+            assert size in printed[1].partition(",")[0].split(" x "), (layout, printed[1])
+
+
+def test_the_a40_line_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.search(r"\*\*A40.*?`([^`]+)` takes ([\d.]+) GiB", (DOCS / "slurm.md").read_text(), re.DOTALL)
+    assert found is not None
+    assert memory(dry_run(capsys, *found[1].split()))["together"] == found[2]
+
+
+def test_the_figures_of_the_lora_page(capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.search(
+        r"takes ([\d.]+) GiB of one GPU.*?`lmpo_llama3_8b ([^`]+)`\), ([\d.]+) GiB with full\s+recomputation; "
+        r"full training takes ([\d.]+) GiB",
+        (DOCS / "lora.md").read_text(),
+        re.DOTALL,
+    )
+    assert found is not None
+    plain, overrides, recomputed, full = found.groups()
+    given = overrides.split()
+    assert memory(dry_run(capsys, *given))["together"] == plain
+    assert memory(dry_run(capsys, *given, "model.activations_checkpoint_granularity=full"))["together"] == recomputed
+    without = [override for override in given if not override.startswith("model.peft")]
+    assert memory(dry_run(capsys, *without))["together"] == full
+
+
+def test_the_plans_of_the_performance_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(*overrides: str) -> list[list[str]]:
+        config = load_recipe("lmpo_llama3_8b", overrides)
+        assert config.model.architecture is not None
+        text = describe_plan.describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus("4"))
+        return [re.findall(r"[\d.]+", line[36:])[:6] for line in text.splitlines() if "kernels" in line]
+
+    monkeypatch.setattr(describe_plan, "SHOWN", 1000)
+    printed = [[row, gib, step, pairs, mfu] for row, _, gib, step, pairs, mfu in lines()]
+    for _, *figures in table("performance.md", "| 4 x A100 | row | GiB |"):
+        assert [figure.removesuffix(" %") for figure in figures] in printed, figures
+    for overrides, _, step, pairs in table("performance.md", "| | forward passes more |"):
+        assert lines(*overrides.strip("`").split())[0][3:5] == [step, pairs], overrides
