@@ -25,10 +25,10 @@ from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, file_checksum, find_damage, inspect, write_manifest
 from nemo_lmpo.checkpoint.progress import DamageError, Progress
 from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
-from nemo_lmpo.checkpoint.state_reader import reading_safely
 from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import CheckpointConfig
 from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
+from nemo_lmpo.formats.distributed_reader import reading_safely
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_forks
 from nemo_lmpo.runtime.files import format_bytes, replace_file, set_aside

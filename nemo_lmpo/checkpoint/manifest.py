@@ -8,12 +8,10 @@ their data files are checked by the checksums that torch puts into each tensor's
 from __future__ import annotations
 
 import errno
-import io
 import json
 import pickle
 import re
 import stat
-import zipfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +21,13 @@ import xxhash
 
 from nemo_lmpo.checkpoint.progress import FORMAT_VERSION, DamageError, Progress, check_version, read_train_state
 from nemo_lmpo.errors import CheckpointError, first_line, printable, shown
-from nemo_lmpo.formats.safe_metadata import read_metadata
+from nemo_lmpo.formats.distributed_reader import (
+    METADATA_FILE,
+    as_saved,
+    read_piece,
+    state_metadata,
+    stored_pieces,
+)
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.files import file_checksum, read_small, replace_file
 
@@ -31,7 +35,7 @@ ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
 """Under this name the state's own `common.pt` tells its step, so that a state of another step is noticed."""
 
-METADATA = f"{run_files.STATE}/.metadata"
+METADATA = f"{run_files.STATE}/{METADATA_FILE}"
 COMMON = f"{run_files.STATE}/{run_files.COMMON}"
 _REQUIRED = (run_files.PROGRESS, METADATA, COMMON)
 _MOST_MANIFEST_BYTES = 2**26
@@ -190,11 +194,7 @@ def _check_checksums(directory: Path, checksums: Sequence[tuple[str, str]]) -> N
 def _data_entries(directory: Path, files: Container[str]) -> list[tuple[str, int, int]]:
     """File, offset and length of every tensor and object, by the state's metadata, which is read safely."""
     try:
-        with (directory / METADATA).open("rb") as stream:
-            metadata = read_metadata(stream, METADATA)
-        entries = sorted(
-            (str(entry.relative_path), int(entry.offset), int(entry.length)) for entry in metadata.storage_data.values()
-        )
+        entries = stored_pieces(state_metadata(directory / run_files.STATE, METADATA))
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise DamageError(first_line(error)) from None
     for name, _, _ in entries:
@@ -206,19 +206,9 @@ def _data_entries(directory: Path, files: Container[str]) -> list[tuple[str, int
 def _check_entries(directory: Path, entries: Sequence[tuple[str, int, int]]) -> None:
     for name, offset, length in entries:
         with (directory / run_files.STATE / name).open("rb") as file:
-            file.seek(offset)
-            block = file.read(length)
-        if len(block) != length or _broken_records(block):
+            block = read_piece(file, offset, length)
+        if len(block) != length or not as_saved(block):
             raise DamageError(f"{run_files.STATE}/{name} is damaged at byte {offset}")
-
-
-def _broken_records(block: bytes) -> bool:
-    """Whether torch's own checksums in a saved tensor do not fit its content."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(block)) as archive:
-            return archive.testzip() is not None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, UnicodeDecodeError):
-        return True
 
 
 def _step_of_state(directory: Path) -> Any:

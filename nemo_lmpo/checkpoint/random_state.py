@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nemo_lmpo.checkpoint.state_reader import read_object
+from nemo_lmpo.formats.distributed_reader import read_object
 
 
 def seed_everything(seed: int) -> None:

@@ -1,17 +1,32 @@
-"""Read megatron-core distributed checkpoints tensor by tensor, in one process and without a model."""
+"""Read megatron-core distributed checkpoints without unpickling anything freely.
+
+megatron-core and torch unpickle a checkpoint's `.metadata` and every object in it, which can run code that someone put
+there. Here metadata goes through the allow-list of :mod:`nemo_lmpo.formats.safe_metadata`, and objects through torch's
+own ("weights only"): tensor by tensor, in one process and without a model (:class:`DistributedCheckpoint`), or by
+megatron-core itself, into the layout of a run (:func:`reading_safely`).
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import zipfile
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import parse_json
@@ -21,6 +36,7 @@ from nemo_lmpo.formats.safe_metadata import read_metadata
 CHECKSUMS_FILE = "checksums.json"
 """Checksums of `.metadata`, and of every stored chunk by data file and offset; archives of this project have them."""
 CHECKSUM = "xxh3_64"
+METADATA_FILE = ".metadata"
 
 
 class DistributedCheckpoint:
@@ -38,14 +54,14 @@ class DistributedCheckpoint:
         self._at = f"{folder}/" if folder else ""
         self._names = set(files.names())
         self._check_backend()
-        content = files.read(f"{self._at}.metadata")
+        content = files.read(f"{self._at}{METADATA_FILE}")
         catalog, self._checksums = self._read_checksums()
         if catalog is not None and xxhash.xxh3_64_hexdigest(content) != catalog:
             raise CheckpointError(
                 f"{self.origin}: .metadata was changed after it was written (its checksum differs); "
                 "copy the checkpoint again"
             )
-        self._metadata = read_metadata(io.BytesIO(content), f"{files.origin}: {self._at}.metadata")
+        self._metadata = read_metadata(io.BytesIO(content), f"{files.origin}: {self._at}{METADATA_FILE}")
         self._check_data_files()
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -83,10 +99,9 @@ class DistributedCheckpoint:
         if info is None:
             raise self._unreadable(key, "its place is not recorded")
         with self._files.open(self._at + info.relative_path) as stream:
-            stream.seek(info.offset)
-            content = stream.read(info.length)
+            content = read_piece(stream, info.offset, info.length)
         name, expected = info.relative_path, self._checksums.get((info.relative_path, info.offset))
-        if not (_as_saved(content) if expected is None else xxhash.xxh3_64_hexdigest(content) == expected):
+        if not (as_saved(content) if expected is None else xxhash.xxh3_64_hexdigest(content) == expected):
             raise self._unreadable(key, f"{name} was changed after it was written: its checksum differs")
         try:
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -103,7 +118,7 @@ class DistributedCheckpoint:
         return CheckpointError(f"{self.origin}: {key} cannot be read ({reason}); copy the checkpoint again")
 
     def _check_backend(self) -> None:
-        if f"{self._at}.metadata" in self._names:
+        if f"{self._at}{METADATA_FILE}" in self._names:
             return
         if any(name.startswith(self._at) and name.endswith(".zarray") for name in self._names):
             raise CheckpointError(
@@ -149,7 +164,13 @@ class DistributedCheckpoint:
         return parse_json(self._files.read(self._at + name), f"{self.origin}/{name}")
 
 
-def _as_saved(content: bytes) -> bool:
+def read_piece(stream: IO[bytes], offset: int, length: int) -> bytes:
+    """A saved tensor or object of a data file; less than ``length`` bytes where the file ends before."""
+    stream.seek(offset)
+    return stream.read(length)
+
+
+def as_saved(content: bytes) -> bool:
     """Whether a saved tensor agrees with the checksums of its own records, which torch writes but does not compare."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -170,3 +191,64 @@ def _overlap(
         here.append(slice(begin - at, end - at))
         there.append(slice(begin - start, end - start))
     return tuple(here), tuple(there)
+
+
+def state_metadata(state: Path, origin: str | None = None) -> Metadata:
+    """The description of a directory's tensors, objects and files; ``origin`` names the file in errors.
+
+    Raises:
+        CheckpointError: damaged, or with content that does not belong there.
+        OSError: it cannot be read.
+    """
+    with (state / METADATA_FILE).open("rb") as stream:
+        return read_metadata(stream, origin or str(state / METADATA_FILE))
+
+
+def stored_pieces(metadata: Metadata) -> list[tuple[str, int, int]]:
+    """File, offset and length of every tensor and object."""
+    places = metadata.storage_data.values()
+    return sorted((str(place.relative_path), int(place.offset), int(place.length)) for place in places)
+
+
+def read_object(state: Path, key: str) -> Any:
+    """An object that is not a tensor, as megatron-core keeps it: a list of what was saved under ``key``.
+
+    Raises:
+        CheckpointError: there is none, or it holds what does not belong there.
+        OSError: the file cannot be read.
+    """
+    places = [place for index, place in state_metadata(state).storage_data.items() if index.fqn == key]
+    if len(places) != 1:
+        raise CheckpointError(f"{state} holds no {key}; copy the checkpoint again, or resume from an older one")
+    with (state / places[0].relative_path).open("rb") as file:
+        content = read_piece(file, places[0].offset, places[0].length)
+    with torch.serialization.safe_globals(_numpy_names()):
+        return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def _numpy_names() -> list[Any]:
+    """What checkpoints of version 1 need for NumPy's random state."""
+    multiarray = getattr(np, "_core", None) or np.core  # NumPy 1 has the latter
+    return [multiarray.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+class _SafeReader(FileSystemReader):
+    """torch's reader, but for metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return state_metadata(Path(self.path))
+
+
+@contextmanager
+def reading_safely() -> Iterator[None]:
+    """Within the block, megatron-core reads the metadata of checkpoints through the allow-list."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
+
+    name = "_get_filesystem_reader"
+    with ExitStack() as undo:
+        for module in (strategy, serialization):
+            if hasattr(module, name):  # from 0.19 on, what is no tensor is read by a reference of its own
+                undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, lambda directory, *args, **kwargs: _SafeReader(directory))
+        yield

@@ -23,8 +23,8 @@ from nemo_lmpo.checkpoint import manager as manager_module
 from nemo_lmpo.checkpoint.manifest import find_damage, write_manifest
 from nemo_lmpo.checkpoint.progress import Progress
 from nemo_lmpo.checkpoint.random_state import random_state, restore_random_state, seed_everything
-from nemo_lmpo.checkpoint.state_reader import state_metadata
 from nemo_lmpo.errors import CheckpointError, DataError, TrainingError
+from nemo_lmpo.formats.distributed_reader import state_metadata
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 from nemo_lmpo.training.session import TrainingSession
 from tests.unit.checkpoint.runs import content, fingerprint, one_process, open_session, train

@@ -105,12 +105,12 @@ def test_odd_small_files(checkpoint: Path, name: str, kind: str) -> None:
 def test_a_state_that_names_files_elsewhere(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nemo_lmpo.checkpoint.manifest as module
 
-    read = module.read_metadata
+    read = module.state_metadata
 
     def elsewhere(*arguments: Any) -> Any:
         metadata = read(*arguments)
         next(iter(metadata.storage_data.values())).relative_path = "../../../etc/passwd"
         return metadata
 
-    monkeypatch.setattr(module, "read_metadata", elsewhere)
+    monkeypatch.setattr(module, "state_metadata", elsewhere)
     assert find_damage(checkpoint) == ("state/.metadata names '../../../etc/passwd', which manifest.json does not list")
