@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.hub import cache_only_without_network, downloaded_dataset
 from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.progress import on_terminal, progress_bars
 from nemo_lmpo.data.text import (
     CSV_SUFFIXES,
     FILE_SUFFIXES,
@@ -85,7 +86,8 @@ class Source:
         import tempfile
 
         with tempfile.TemporaryDirectory() as directory:
-            rows = self.rows(directory)
+            with progress_bars(show=False):
+                rows = self.rows(directory)
             for start in range(0, len(rows), _READ_ROWS):
                 table = rows[start : start + _READ_ROWS]
                 yield from raw_rows(table, range(start, start + table.num_rows))
@@ -132,6 +134,11 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     """
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path, split, limit)
+    with progress_bars(show=on_terminal()):
+        return _found(path, split, limit)
+
+
+def _found(path: str, split: str, limit: int | None) -> Source:
     try:
         file = Path(path).expanduser()
         if file.is_dir():
@@ -139,6 +146,8 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
         if file.is_file():
             return _file(path, file, limit)
         special = file.exists()
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, no permission, a NUL in it, no home
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{_printable(path)} cannot be looked for ({reason}); correct the path") from None

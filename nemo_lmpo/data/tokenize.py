@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.progress import on_terminal, progress_bars
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
 from nemo_lmpo.data.schema import PreferenceRow, parse_row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
@@ -104,7 +104,7 @@ def tokenize_source(
     job = RowsToPairs(encoder, schema, source.short_name, stop_at, on_unused_fields)
     rows_directory = directory / "rows"
     try:
-        with _progress_bar(shows=False):
+        with progress_bars(show=False):
             rows = source.rows(str(rows_directory))
         if len(rows):
             _map(rows, job, directory, num_workers)
@@ -141,7 +141,7 @@ def _map(rows: datasets.Dataset, job: RowsToPairs, directory: Path, num_workers:
         num_workers = min(_cpu_cores(), MOST_WORKERS) if large else 1
     num_workers = min(num_workers, len(rows))
     try:
-        with _progress_bar(shows=large and sys.stderr.isatty()), _spawned_workers():
+        with progress_bars(show=large and on_terminal()), _spawned_workers():
             rows.map(
                 job,
                 with_indices=True,
@@ -181,16 +181,3 @@ def _spawned_workers() -> Iterator[None]:
         yield
     finally:
         multiprocess.set_start_method(before, force=True)
-
-
-@contextlib.contextmanager
-def _progress_bar(*, shows: bool) -> Iterator[None]:
-    """Inside, `datasets` shows its progress bars or not."""
-    import datasets
-
-    before = datasets.are_progress_bars_disabled()
-    (datasets.enable_progress_bars if shows else datasets.disable_progress_bars)()
-    try:
-        yield
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()

@@ -275,3 +275,31 @@ def test_hub_datasets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"owner/name \(split 'dev'\).*Unknown split .* local file"):
         open_source("owner/name", "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty.jsonl", "{path} is empty; give a file with preference pairs"),
+        ("pairs.doc", "{path} has an unknown ending; give "),
+        ("saved", "{path} has no split 'tset'; its splits are: train"),
+    ],
+)
+def test_what_is_wrong_with_a_path_is_said_once(tmp_path, name, message):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "pairs.doc").write_text("x")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "q"}])}).save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / name)
+    with pytest.raises(DataError) as error:
+        open_source(path, "tset")
+    assert str(error.value).startswith(message.format(path=path))
+
+
+def test_libraries_write_no_progress_into_a_log(tmp_path, capfd, write_jsonl):
+    """Their bars are one endless line there, of carriage returns."""
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    capfd.readouterr()
+    for path in (write_jsonl(rows), str(tmp_path / "pairs.parquet")):
+        assert len(list(open_source(path, "train").read())) == 1
+    assert capfd.readouterr() == ("", "")

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -116,3 +117,13 @@ def test_fingerprint_follows_what_decides_ids(tiny, tmp_path):
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(load_tokenizer(str(tmp_path)))
     again.add_tokens(["new"])
     assert tokenizer_fingerprint(again) != tokenizer_fingerprint(load_tokenizer(str(tmp_path)))
+
+
+def test_a_tokenizer_with_several_templates(tiny):
+    tokenizer = copy.deepcopy(tiny)
+    tokenizer.chat_template = {"rag": "R", "tool_use": "T"}
+    with pytest.raises(ConfigError, match="several chat templates and none called default; .* one of rag, tool_use"):
+        chat_template_text(None, tokenizer)
+    assert chat_template_text("tool_use", tokenizer) == "T"
+    tokenizer.chat_template = {"default": "D", "tool_use": "T"}
+    assert chat_template_text(None, tokenizer) == "D"
