@@ -108,7 +108,7 @@ def refused_parameters(endpoint: Endpoint, body: Mapping[str, Any], refusal: Ref
         raise ConfigError(
             f"{endpoint.option} {endpoint.shown} refuses {', '.join(needed)} (it says {refusal.status}: "
             f"{refusal.said.message}); it must take them in /v1/completions, as vllm serve does: without them, answers "
-            "are sampled or end otherwise than is asked for"
+            "would be sampled or end in another way"
         )
     if refused:
         _logger.warning(

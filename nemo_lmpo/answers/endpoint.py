@@ -166,7 +166,7 @@ class Endpoint:
             ) from None
 
     def _failed(self, error: ExchangeError) -> UserError:
-        remedy = "look whether it runs and can be reached" if error.passing else "correct that, or use another server"
+        remedy = "check that it runs and can be reached" if error.passing else "correct that, or use another server"
         kind = ItemError if "sends more than" in str(error) else UserError
         return kind(f"{self.option} {self.shown} {error}; {remedy}")
 
@@ -177,17 +177,17 @@ class Endpoint:
             return RefusedError(f"{what}; it declines this prompt", said, status)
         if 300 <= status < 400:
             target = without_secrets(reply.headers.get("Location", ""))[:200]
-            to = f"to {target}, " if target.isprintable() and target else ""
-            return UserError(f"{what} and redirects {to}where no prompt is sent; name that server if you trust it")
+            to = f" to {target}" if target.isprintable() and target else ""
+            return UserError(f"{what} and redirects{to}; no prompt is sent there: give that address if you trust it")
         if status in (401, 403):
             return UserError(f"{what}; set {self._key_variable or 'its key'}")
         if status in (404, 405, 501):
             return UserError(f"{what}; it must serve /v1/{path}, and the model by the name that is asked for")
         if status in RETRIED:
-            remedy = "ask less with --concurrency or --requests-per-minute" if status == 429 else "look into its log"
+            remedy = "lower --concurrency, or set --requests-per-minute" if status == 429 else "check its log"
             message = f"{what} after {self.limits.retries} retries; {remedy}"
             return UserError(message) if status == 429 else RefusedError(message, said, status)
-        return RefusedError(f"{what}; look into its log for what it does not take", said, status)
+        return RefusedError(f"{what}; check its log for what it does not accept", said, status)
 
 
 def _read_address(option: str, url: str) -> Address:

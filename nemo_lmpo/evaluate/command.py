@@ -16,8 +16,8 @@ from nemo_lmpo.runtime.command import RESUME
 _logger = logging.getLogger("nemo_lmpo")
 
 _ABOUT = (
-    "Evaluate models as the paper does, and lay the numbers beside its tables. Every command goes on where an earlier "
-    "one was stopped. Keys of servers are read from the environment."
+    "Evaluate models as the paper does, and lay the numbers beside its tables. An interrupted command, "
+    "repeated, resumes. Keys of servers are read from the environment."
 )
 
 

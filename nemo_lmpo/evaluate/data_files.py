@@ -200,7 +200,7 @@ def answers_of_file(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """What Arena-Hard's judge is told."""
+    """The prompt of Arena-Hard's judge."""
 
     system: str
     template: str

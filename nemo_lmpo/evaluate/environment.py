@@ -90,7 +90,7 @@ def run_program(
 
     Args:
         name: file name of the program without its ending.
-        request: what it is told.
+        request: its input.
         log: where what it prints on standard error goes; kept for the reader of a failure.
         environment: variables besides :func:`inherited_environment`.
         on_line: is called with each line that it prints on standard output.

@@ -87,7 +87,7 @@ def _identity(options: argparse.Namespace, model: Model, generation: Mapping[str
 def _harness_model(
     options: argparse.Namespace, prompting: Prompting, folder: Path
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What the harness is told of the model, and what of that decides numbers; a server is relayed meanwhile."""
+    """The harness's description of the model, and what of it decides numbers; a server is relayed meanwhile."""
     bos = prompting.tokenizer.bos_token_id
     chat = prompting.encoder.chat
     told = {

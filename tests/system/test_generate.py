@@ -43,7 +43,7 @@ def test_kills_and_signals_cost_no_answer(arguments: list[str], tmp_path: Path) 
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     before = 0
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         log = f"log.{before}"
         with training([*arguments, "--output", str(output)], tmp_path, command=COMMAND, output=log) as process:
             deadline = time.monotonic() + 120
