@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.runtime.files import read_small
+
+_MOST_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def read_chat_record(path: Path) -> ChatRecord:
         CheckpointError: the file is not what this project writes.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_small(path, _MOST_BYTES))
         stored = values.pop("template_sha256")
         record = ChatRecord(**values)
         usable = all(

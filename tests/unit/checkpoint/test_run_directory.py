@@ -210,6 +210,11 @@ def test_a_damaged_record_of_the_chat_is_named(content: str, tmp_path: Path) -> 
     path.write_text(content)
     with pytest.raises(CheckpointError, match=r"chat\.json .*; restore the file"):
         read_chat_record(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"chat\.json is not readable .*; restore the file"):
+        read_chat_record(path)
+    path.unlink()
     path.write_text(chat_json(CHAT))
     assert read_chat_record(path) == CHAT
 
@@ -225,7 +230,7 @@ def test_only_what_is_named_is_admitted(tmp_path: Path) -> None:
 def test_what_is_no_setting_cannot_be_admitted() -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("lmpo_tiny", ["checkpoint.allow_changes=[optim.lrr,model.architecture.rope_theta,loss.beta]"])
-    assert "checkpoint.allow_changes names 'optim.lrr', which is no setting; did you mean optim.lr?" in str(
+    assert "checkpoint.allow_changes names 'optim.lrr', which is not a setting; did you mean optim.lr?" in str(
         caught.value
     )
     assert "\n" not in str(caught.value)
