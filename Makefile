@@ -16,9 +16,9 @@ OLDER := .venv-transformers-4
 TE_PYTHON ?= .te-python
 TE_STAMP := $(TE_PYTHON)/.installed
 
-.PHONY: help install eval-env transformers-4 te-python demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
+.PHONY: api help install eval-env transformers-4 te-python demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -95,6 +95,9 @@ format: $(STAMP)  ## rewrite to the project's style
 
 benchmark: $(STAMP)  ## packed training against a padded transformers loop (set MODEL and DATA)
 	$(BIN)/python benchmarks/train_throughput.py --model $(MODEL) --data $(DATA)
+
+api: $(STAMP)  ## write docs/api.md from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
