@@ -169,3 +169,23 @@ def test_tasks_that_cannot_meet_are_refused(missing: str) -> None:
     environ = {name: value for name, value in SRUN.items() if name != missing}
     with pytest.raises(ConfigError, match=f"srun started 4 tasks, but {missing} is not set; submit"):
         read_launch_info(environ)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (0, "stopped by time limit before the first step; nothing to save yet"),
+        (4, "stopped by time limit after step 4, saved; run the same command to resume"),
+    ],
+)
+def test_what_is_not_saved_is_not_called_saved(
+    step: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nemo_lmpo import training
+    from nemo_lmpo.train import main
+    from nemo_lmpo.training.trainer import FitResult
+
+    monkeypatch.setattr(training, "run", lambda *_, **__: FitResult(step, "time limit"))
+    with caplog.at_level("INFO", logger="nemo_lmpo"):
+        assert main(["--config-name", "lmpo_tiny", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert caplog.messages[-1] == said
