@@ -1,7 +1,7 @@
 """A setting: a dataclass field that states its default and what its values may be, and the check of values against it.
 
-The configuration (:mod:`nemo_lmpo.config.schema`) and the options of losses (:mod:`nemo_lmpo.loss.options`) are made of
-these. This module imports nothing but the errors.
+The configuration (:mod:`nemo_lmpo.config.schema`), the options of losses (:mod:`nemo_lmpo.loss.options`) and of answers
+(:mod:`nemo_lmpo.answers.sampling`) are made of these. This module imports nothing but the errors.
 """
 
 from __future__ import annotations
@@ -84,10 +84,24 @@ def all_out_of_bounds(group: Any, prefix: str = "") -> Iterator[str]:
 
 def out_of_bounds(key: str, value: Any, limits: Limits) -> str | None:
     """A sentence about a value, or an item of a list, that is not allowed; None where all is well."""
+    wrong = _wrong(value, limits)
+    return None if wrong is None else f"{key}={shown(value)} {wrong}"
+
+
+def options_out_of_bounds(options: Any) -> Iterator[str]:
+    """As :func:`all_out_of_bounds`, for a dataclass of a command's options: `--top-p 2.0 must be ...`."""
+    for of in dataclasses.fields(options):
+        value = getattr(options, of.name)
+        wrong = _wrong(value, limits_of(of))
+        if wrong is not None:
+            yield f"--{of.name.replace('_', '-')} {shown(value)} {wrong}"
+
+
+def _wrong(value: Any, limits: Limits) -> str | None:
     for item in value if isinstance(value, list) else [value]:
         wrong = _text(item, limits) if isinstance(item, str) else _number(item, limits)
         if wrong is not None:
-            return f"{key}={shown(value)} {wrong}"
+            return wrong
     return None
 
 
@@ -109,9 +123,7 @@ def _is_unicode(text: str) -> bool:
 def _number(value: Any, limits: Limits) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
-        return f"must be at most {LARGEST_WHOLE_NUMBER} in size"
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     within = (
         (limits.minimum is None or value >= limits.minimum)
@@ -121,6 +133,8 @@ def _number(value: Any, limits: Limits) -> str | None:
     )
     if not within:
         return f"must be {_range(limits)}" + (f"; {limits.remedy}" if limits.remedy else "")
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+        return f"must be at most {LARGEST_WHOLE_NUMBER} in size"
     has_both = limits.maximum is not None and (limits.minimum is not None or limits.above is not None)
     if isinstance(value, float) and not has_both and abs(value) > LARGEST_NUMBER:
         return f"must be at most {_plain(LARGEST_NUMBER)} in size"
@@ -139,4 +153,4 @@ def _range(limits: Limits) -> str:
 
 
 def _plain(number: float) -> str:
-    return f"{number:.0f}" if float(number).is_integer() else f"{number:g}"
+    return str(int(number)) if number == int(number) else f"{number:g}"

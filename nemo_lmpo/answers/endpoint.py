@@ -14,6 +14,7 @@ from nemo_lmpo.answers.replies import ReplyError, ServerError, decode, parse_err
 from nemo_lmpo.answers.workers import ItemError
 from nemo_lmpo.errors import ConfigError, UserError, remember_secret, without_secrets
 from nemo_lmpo.runtime.credentials import Address
+from nemo_lmpo.settings import options_out_of_bounds, setting
 
 _MODELS_DEADLINE = 30.0
 _NEVER = threading.Event()
@@ -32,9 +33,9 @@ class RefusedError(ItemError):
 class Limits:
     """How hard a server may be asked."""
 
-    concurrency: int = 16
-    requests_per_minute: float | None = None
-    retries: int = 8
+    concurrency: int = setting(16, minimum=1)
+    requests_per_minute: float | None = setting(None, above=0)
+    retries: int = setting(8, minimum=0)
     backoff: float = 1.0
     """Seconds before the second retry; doubles up to a minute. A server's Retry-After wins."""
     timeout: float = 900.0
@@ -44,14 +45,11 @@ class Limits:
         """Refuse values that mean nothing.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: naming each option, one a line.
         """
-        if self.concurrency < 1:
-            raise ConfigError(f"--concurrency {self.concurrency} must be at least 1")
-        if self.requests_per_minute is not None and not 0 < self.requests_per_minute < float("inf"):
-            raise ConfigError(f"--requests-per-minute {self.requests_per_minute} must be above 0")
-        if self.retries < 0:
-            raise ConfigError(f"--retries {self.retries} must be 0 or more")
+        problems = list(options_out_of_bounds(self))
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 class _Pace:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.settings import options_out_of_bounds, setting
 
 DEFAULT_NEW_TOKENS = 512
 MAX_SEED = 2**63 - 1
@@ -31,35 +32,29 @@ with values of their own: llama.cpp with top-k 40 and min-p 0.05, vLLM with a mo
 class Sampling:
     """How tokens are chosen."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = setting(None, minimum=1)
     """None: `DEFAULT_NEW_TOKENS`, or as many as the model has positions for."""
-    temperature: float = 0.0
+    temperature: float = setting(0.0, minimum=0)
     """0: greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float = setting(1.0, above=0, maximum=1)
+    top_k: int = setting(0, minimum=0, remedy="0 takes all tokens")
     """0: all tokens."""
-    seed: int = 42
-    batch_size: int = 8
+    seed: int = setting(42, minimum=0, maximum=MAX_SEED)
+    batch_size: int = setting(8, minimum=1)
 
     def validate(self) -> None:
         """Refuse values that mean nothing.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: naming each option, one a line.
         """
-        for name, value in (("max-new-tokens", self.max_new_tokens), ("batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value} must be at least 1")
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature} must be 0 (greedy), or at least {MIN_TEMPERATURE}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"--seed {self.seed} must be from 0 to {MAX_SEED}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p} must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k {self.top_k} must be 0 (all tokens) or more")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
-            raise ConfigError("--top-p and --top-k have no effect without --temperature; set it, for example to 0.7")
+        problems = list(options_out_of_bounds(self))
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            problems.append(f"--temperature {self.temperature} must be 0 (greedy), or at least {MIN_TEMPERATURE}")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            problems.append("--top-p and --top-k have no effect without --temperature; set it, for example to 0.7")
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 def named_in(text: str, names: Collection[str]) -> set[str]:

@@ -199,8 +199,8 @@ def test_bad_prompts_file(tmp_path):
         ({"temperature": 1e-40}, "--temperature 1e-40"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"temperature": float("inf")}, "--temperature inf"),
-        ({"seed": 2**70}, f"--seed {2**70} must be from 0"),
-        ({"seed": -1}, "--seed -1 must be from 0"),
+        ({"seed": 2**70}, f"--seed {2**70} must be at least 0 and at most {2**63 - 1}"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
     ],
 )
 def test_bad_sampling_names_the_option(values, option):
