@@ -15,6 +15,7 @@ from nemo_lmpo.evaluate.answers import stored_answers
 from nemo_lmpo.evaluate.data_files import (
     EvaluationSet,
     Instruction,
+    answers_of_file,
     arena_answers,
     data_folder,
     load_judge_prompt,
@@ -167,3 +168,23 @@ def test_own_questions(tmp_path: Path) -> None:
     path.write_text(json.dumps({**rows[0], "baseline_answer": " "}) + "\n")
     with pytest.raises(DataError, match="line 1 needs texts in `id`, `question` and `baseline_answer`"):
         load_own_questions(path)
+
+
+def test_half_surrogates_are_refused_where_they_are_read(tmp_path: Path) -> None:
+    """Tokenizers and files cannot hold them, so they would end an evaluation later."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.json"
+    questions.write_text('{"id": "0", "question": "a", "baseline_answer": "b"}\n{"id": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"questions.jsonl, line 2 holds half a surrogate pair"):
+        load_own_questions(questions)
+    answers.write_text('[{"instruction": "a", "output": "\\udc00"}]')
+    with pytest.raises(DataError, match=r"answers.json holds half a surrogate pair"):
+        answers_of_file(answers)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{"])
+def test_what_is_not_json_is_refused_in_a_sentence(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text(content)
+    for read in (load_own_questions, answers_of_file):
+        with pytest.raises(DataError, match="is not JSON"):
+            read(path)
