@@ -184,11 +184,11 @@ class CheckpointManager:
         keep = {published, *steps[-max(self.config.keep_last, 1) :], *self._best(steps)}
         for step in steps:
             if step not in keep:
-                doomed = step_directory(self.root, step)
+                expired = step_directory(self.root, step)
                 # Out of sight first, so that a kill while files go leaves no half-deleted checkpoint in view.
-                grave = doomed.with_suffix(run_files.DELETED)
-                doomed.replace(grave)
-                shutil.rmtree(grave, ignore_errors=True)
+                trash = expired.with_suffix(run_files.DELETED)
+                expired.replace(trash)
+                shutil.rmtree(trash, ignore_errors=True)
 
     def _best(self, steps: list[int]) -> list[int]:
         sign = 1 if self.config.mode == "min" else -1

@@ -1,7 +1,7 @@
-"""The batch job that a process runs in, as Slurm and the templates in `slurm/` tell it. Light: imports no torch.
+"""The batch job that a process runs in, from the variables of Slurm and of the templates in `slurm/`. Imports no torch.
 
-The batch script decides by a small file what follows a run's end: whether it is done, was stopped and is to go on, or
-was refused and would be so again. Exit statuses cannot tell: launchers replace them by their own.
+A small file tells the batch script how the run ended: it is done, it was stopped and is to be resumed, or it was
+refused and would be refused again. Exit statuses cannot tell: launchers replace them with their own.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ _PREFIXES = ("SBATCH_", "NEMO_LMPO_")
 
 
 def templates_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the templates lie: inside an installed wheel, beside the package in a checkout, or as told.
+    """Where the templates are: NEMO_LMPO_SLURM_DIR, inside an installed wheel, or beside the package in a checkout.
 
     Raises:
-        ConfigError: nowhere.
+        ConfigError: they are in none of these.
     """
     package = Path(__file__).resolve().parent
     places = [package / "templates", package.parent.parent / "slurm"]

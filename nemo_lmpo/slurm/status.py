@@ -1,4 +1,4 @@
-"""How runs do, from what they leave in their directories and what Slurm says of their jobs."""
+"""The state of runs, from the files in their directories and from Slurm's queue."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class QueueEntry(NamedTuple):
 
 
 def show_status(run_dirs: list[Path]) -> str:
-    """A table, one line a run.
+    """A table, one line per run.
 
     Raises:
-        ConfigError: a directory that holds no run, or none at all.
+        ConfigError: a directory is not a run's, or there are no runs.
     """
     found = run_dirs or find_runs(Path("runs"))
     if not found:
@@ -59,7 +59,7 @@ def _is_run(path: Path) -> bool:
 def describe_run(path: Path) -> list[str]:
     """The cells of a run's line."""
     if not _is_run(path):
-        raise ConfigError(f"{path} holds no run that has started; give the directory of a run, such as runs/RECIPE")
+        raise ConfigError(f"{path} is not the directory of a run that has started; give one, such as runs/RECIPE")
     job = read_record(path)
     try:
         run: Run | None = read_run(path)

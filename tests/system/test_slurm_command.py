@@ -279,4 +279,4 @@ def test_status_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["status"]) == 1
     assert "there are no runs in ./runs" in capsys.readouterr().err
     assert main(["status", "nowhere"]) == 1
-    assert "nowhere holds no run that has started" in capsys.readouterr().err
+    assert "nowhere is not the directory of a run that has started" in capsys.readouterr().err
