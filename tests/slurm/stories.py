@@ -216,9 +216,16 @@ class Stories:
             self.wait_for(lambda: time.time() > end - 20, "the time at which the run stops by itself")
         self.wait_for(lambda: "slurm: USR1" in self.log(job_id), "Slurm's signal")
         hold.unlink()
+        # One turn with a limit is enough; on a slow machine the second would meet it, too.
+        self.wait_for(lambda: self._has_more_time(job_id), "the job in the queue again, with more time")
         job = self.finish(job_id, status=status)
         job.notes["status at the end"] = self.module("nemo_lmpo.slurm", "status", "runs/limit")
         return job
+
+    def _has_more_time(self, job_id: str) -> bool:
+        if self.cluster.job(job_id).get("JobState") == "PENDING":
+            self.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=60", check=False)
+        return self.cluster.job(job_id).get("TimeLimit") == "01:00:00"
 
     def _sweep(self) -> Job:
         """Two values of lambda as a job array; the second is the recipe's own, and keeps all its checkpoints."""
