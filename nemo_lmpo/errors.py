@@ -14,10 +14,14 @@ from urllib.parse import unquote, urlsplit
 HIDDEN = "***"
 """Stands in messages for a credential."""
 _SECRET_VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
+_ADDRESS_VARIABLE = re.compile(r"(?:PROXY|UR[IL]|DSN|ENDPOINT|HOST|SERVER|ADDRESS)$", re.IGNORECASE)
 _SHORTEST_SECRET, _SHORTEST_IN_ENVIRONMENT = 6, 8
 """Shorter values are not looked for: they stand in ordinary text, too."""
-_USER_INFO = re.compile(r"""(?<=://)[^\s/?#]*@|(?<![\w/@.:-])[^\s/:@"'=]+:[^\s/@]+@(?=[\w.-]+(?::\d|/|$))""")
-_QUERY_VALUE = re.compile(r"""(?<=[?&;])([\w.~%\[\]-]+=)[^\s&;#"'<>)]+""")
+# Lengths are bounded, so that no text takes more than linear time.
+_USER_INFO = re.compile(
+    r"""(?<=://)[^\s/?#]{0,999}@|(?<![\w/@.:-])[^\s/:@"'=]{1,99}:[^\s/@]{1,500}@(?=[\w.-]{1,255}(?::\d|/|$))"""
+)
+_QUERY_VALUE = re.compile(r"""(?<=[?&;])([\w.~%\[\]-]{1,99}=)[^\s&;#"'<>)]+""")
 _AUTHORIZATION = re.compile(r"""\b((?:Bearer|Basic)\s+)[^\s"',;]+""", re.IGNORECASE)
 _MOST_LOOKED_AT = 10_000
 """Characters and values that are written out to be cut then."""
@@ -43,9 +47,11 @@ def without_secrets(text: str) -> str:
 
 
 def _secrets_of_environment() -> set[str]:
-    found = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    for value in os.environ.values():
-        if "://" in value and "@" in value:
+    found: set[str] = set()
+    for name in list(os.environ):
+        if _SECRET_VARIABLE.search(name):
+            found.add(os.environ.get(name, ""))
+        elif _ADDRESS_VARIABLE.search(name) and "@" in (value := os.environ.get(name, "")):
             found |= _passwords(value)
     return {value for value in found if len(value) >= _SHORTEST_IN_ENVIRONMENT}
 

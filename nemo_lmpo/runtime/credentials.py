@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from nemo_lmpo.errors import ConfigError, remember_secret, without_secrets
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+_NAMES_A_SECRET = re.compile(r"key|token|secret|pass|sig|auth|code|credential", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -54,7 +55,8 @@ class Address:
         shown = f"{parts.scheme}://{place}{f':{port}' if port else ''}{parts.path}"
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        remember_secret(parts.password, password, *query.values())
+        remember_secret(parts.password, password)
+        remember_secret(*(value for name, value in query.items() if _NAMES_A_SECRET.search(name)))
         return cls(shown, text, user, password, query)
 
     def headers(self) -> dict[str, str]:
