@@ -150,7 +150,7 @@ def _require_choice(override: str, groups: Set[str], folders: Sequence[Path]) ->
     group, choice, known = found["group"], found["choice"], _choices(found["group"], folders)
     if "/" not in choice and choice not in known:
         hint = did_you_mean(choice, known)
-        raise ConfigError(f"{group}={choice} is no file of the group {group}{hint} Known: {', '.join(known)}")
+        raise ConfigError(f"{group}={choice} is not a file of the group {group}{hint} Known: {', '.join(known)}")
 
 
 def _require_readable(overrides: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ for name in (
     "datasets",
 ):
     importlib.import_module(name)
-load_recipe("lmpo_tiny", ["trainer.max_steps=1"])  # brings Hydra, the parser's tables and the losses
+load_recipe("lmpo_tiny", ["trainer.max_steps=1"])  # brings Hydra and the parser's tables
 # A full pass over what was imported takes a rank half a second, and a copy of every page that the server shares.
 gc.collect()
 gc.freeze()

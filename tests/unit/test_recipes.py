@@ -246,9 +246,9 @@ def test_a_loss_for_an_own_recipe_that_names_none(tmp_path):
 
 
 def test_unknown_loss_file_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"loss=simpoo is no file of the group loss; did you mean simpo\?"):
+    with pytest.raises(ConfigError, match=r"loss=simpoo is not a file of the group loss; did you mean simpo\?"):
         compose("lmpo_tiny", ["loss=simpoo"])
-    with pytest.raises(ConfigError, match=r"setting=llama_8b is no file of the group.*mean llama3_8b\?"):
+    with pytest.raises(ConfigError, match=r"setting=llama_8b is not a file of the group.*mean llama3_8b\?"):
         compose("lmpo_tiny", ["setting=llama_8b"])
 
 

@@ -149,7 +149,7 @@ def monitor(config: Config) -> Iterator[str]:
     known = metric in VALIDATION_METRICS or metric.startswith(f"{config.loss.name}/")
     if not wanted.startswith("val/") or not known:
         choices = ", ".join(f"val/{name}" for name in VALIDATION_METRICS)
-        yield f"checkpoint.monitor={shown(wanted)} is no metric of validation; choose {choices}"
+        yield f"checkpoint.monitor={shown(wanted)} is not a validation metric; choose {choices}"
 
 
 def early_stopping(config: Config) -> Iterator[str]:
