@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError, shown
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.token_files import SETTINGS, TOKEN_FILES, AddedToken, read_token_files
 
@@ -44,7 +44,11 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
         settings = Fields(files.settings, str(directory / SETTINGS))
         after_special = not settings.has("legacy") or settings.flag("legacy")
         front, end = (_flag(settings, f"add_{kind}_token", kind == "bos") for kind in ("bos", "eos"))
-        prefix = _flag(settings, "add_prefix_space", True)
+        prefix = not settings.has("add_prefix_space") or settings.flag("add_prefix_space")
+        template = _chat_template(directory, settings)
+        settings.require({"split_special_tokens": (False, None)}, "special tokens are found in texts")
+        if files.duties.get("unk_token") != usual["unk_token"]:
+            raise settings.error("unk_token", f"is not the model's own; set it to {usual['unk_token']}")
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     build = partial(_build_backend, pieces, _merges(pieces))
@@ -59,7 +63,7 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
     further = {"additional_special_tokens": list(files.further)} if files.further else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=_chat_template(directory, files.settings),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **files.duties,
         **further,
@@ -67,7 +71,7 @@ def load_sentencepiece_directory(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _flag(settings: Fields, name: str, absent: bool) -> bool:
-    return settings.flag(name) if settings.has(name) else absent
+    return settings.flag(name) if name in settings.values else absent
 
 
 def _add_ends(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -142,7 +146,7 @@ def _build_backend(
     size = pieces.GetPieceSize()
     vocabulary = {pieces.IdToPiece(i): i for i in range(size)}
     control = [i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i)]
-    merges = _place(vocabulary, merges, added)
+    _place(vocabulary, added, set(control) - {pieces.unk_id(), pieces.bos_id(), pieces.eos_id()})
     backend = Tokenizer(
         BPE(
             vocab=vocabulary,
@@ -169,27 +173,40 @@ def _build_backend(
     return backend
 
 
-def _place(
-    vocabulary: dict[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken]
-) -> list[tuple[str, str]]:
-    """Give added tokens their ids; one with the id of a piece takes its place. The merges that are left.
+def _place(vocabulary: dict[str, int], added: Mapping[int, AddedToken], free: set[int]) -> None:
+    """Give added tokens their ids; one may take the place of a piece that is ``free`` to be renamed.
 
     Raises:
-        ConfigError: other pieces are made of that piece.
+        ConfigError: an id belongs to another piece, or the model has the token under another id.
     """
     texts = {number: piece for piece, number in vocabulary.items()}
-    gone = {texts[i] for i, token in added.items() if i in texts and texts[i] != token.content}
-    if parts := sorted(gone & {part for merge in merges for part in merge}):
-        raise ConfigError(
-            f"an added token has the id of the piece {parts[0]!r} ({vocabulary[parts[0]]}), which others are made "
-            "of; correct the ids of added tokens in the tokenizer's files"
-        )
-    for piece in gone:
-        del vocabulary[piece]
-    vocabulary.update({token.content: number for number, token in added.items()})
-    return [merge for merge in merges if "".join(merge) not in gone] if gone else merges
+    for number, token in added.items():
+        piece, known = texts.get(number, token.content), vocabulary.get(token.content, number)
+        if (piece != token.content and number not in free) or known != number:
+            belongs = f"which belongs to {shown(piece)}" if known == number else f"but is {known} in tokenizer.model"
+            raise ConfigError(
+                f"the added token {shown(token.content)} has the id {number}, {belongs}; correct the ids of added "
+                "tokens in the tokenizer's files"
+            )
+        vocabulary.pop(piece, None)
+        vocabulary[token.content] = number
 
 
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> Any:
+def _chat_template(directory: Path, settings: Fields) -> Any:
+    """The template, or several with their names.
+
+    Raises:
+        CheckpointError: neither.
+    """
     file = directory / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not a text ({error}); restore the file") from None
+    template = settings.values.get("chat_template")
+    named = template if isinstance(template, list) else []
+    texts = [one.get(part) if isinstance(one, Mapping) else None for one in named for part in ("name", "template")]
+    if not isinstance(template, str | list | None) or not all(isinstance(text, str) for text in texts):
+        raise settings.error("chat_template", "is neither a template nor a list of named ones; correct it")
+    return template

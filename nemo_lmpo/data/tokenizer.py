@@ -45,7 +45,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         with contextlib.nullcontext() if directory.is_dir() else cache_only_without_network():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        if tokenizer is not None and len(tokenizer):
+            tokenizer("a")  # some settings are looked at only now
+    # Damaged files make these libraries raise errors of any kind: TypeError, AttributeError, bare Exception.
+    except Exception as error:
         raise ConfigError(
             f"model.tokenizer={name} cannot be loaded ({first_line(error)}); "
             "give a directory with tokenizer.json or a hub name"

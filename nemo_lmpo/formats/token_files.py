@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, shown
 from nemo_lmpo.formats.architecture import parse_json
-from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.fields import LARGEST_SIZE, Fields
 
 SETTINGS = "tokenizer_config.json"
 DUTIES_FILE = "special_tokens_map.json"
@@ -84,6 +84,7 @@ def read_token_files(
     special = (*found.values(), *further)
     if settings.get("added_tokens_decoder") is None:
         for text, number in _fields(files, ADDED_FILE, origin).items():
+            _text(text, "a token", f"{origin}: {ADDED_FILE}")
             added[_id(number, f"{origin}: {ADDED_FILE}")] = AddedToken(text, special=text in special)
     known = {*pieces, *(token.content for token in added.values())}
     for text in dict.fromkeys(special):
@@ -104,9 +105,8 @@ def _decoder(fields: Fields) -> dict[int, AddedToken]:
     for number, token in fields.values.items():
         described = Fields(token, f"{fields.origin}: {shown(number)}")
         flags = {name: described.flag(name) for name in _FLAGS}
-        text = _text(token, "the token", described.origin)
-        if text is None:
-            raise described.error("content", "is not the text of a token; correct it")
+        text = _text(described.values, "this", described.origin)
+        assert text is not None
         added[_id(number, fields.origin)] = AddedToken(text, **flags)
     return added
 
@@ -114,7 +114,7 @@ def _decoder(fields: Fields) -> dict[int, AddedToken]:
 def _id(number: object, origin: str) -> int:
     """An id, which JSON keeps as text where it names a field."""
     text = str(number)
-    if isinstance(number, bool | float) or not text.isdecimal():
+    if isinstance(number, bool | float) or not text.isdecimal() or int(text) > LARGEST_SIZE:
         raise CheckpointError(f"{origin}: {shown(number)} is not the id of a token; correct it")
     return int(text)
 
@@ -130,7 +130,9 @@ def _list(fields: Mapping[str, Any], name: str, origin: str) -> list[Any]:
 
 def _text(token: object, what: str, origin: str) -> str | None:
     """The text of a token, which may be described by its text alone."""
+    if token is None:
+        return None
     text = token.get("content") if isinstance(token, Mapping) else token
-    if text is not None and not isinstance(text, str):
+    if not isinstance(text, str) or not text:
         raise CheckpointError(f"{origin}: {what} is {shown(token)}, which is not a token; correct it")
-    return text or None
+    return text
