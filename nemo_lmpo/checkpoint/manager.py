@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from nemo_lmpo.checkpoint.agreement import disk_is_full, from_all_ranks, on_main_rank, reason_of, storage_errors
 from nemo_lmpo.checkpoint.finite import find_not_finite
-from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, file_checksum, find_damage, inspect, write_manifest
+from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, find_damage, inspect, write_manifest
 from nemo_lmpo.checkpoint.progress import DamageError, Progress
 from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
 from nemo_lmpo.checkpoint.writers import write_state
@@ -31,7 +31,7 @@ from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
 from nemo_lmpo.formats.distributed_reader import reading_safely
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_forks
-from nemo_lmpo.runtime.files import format_bytes, replace_file, set_aside
+from nemo_lmpo.runtime.files import file_checksum, format_bytes, replace_file, set_aside
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 _logger = logging.getLogger(__name__)

@@ -122,7 +122,7 @@ def test_fingerprint_follows_what_decides_ids(tiny, tmp_path):
 def test_a_tokenizer_with_several_templates(tiny):
     tokenizer = copy.deepcopy(tiny)
     tokenizer.chat_template = {"rag": "R", "tool_use": "T"}
-    with pytest.raises(ConfigError, match="several chat templates and none called default; .* one of rag, tool_use"):
+    with pytest.raises(ConfigError, match=r"several chat templates and none called default; .* one of rag, tool_use"):
         chat_template_text(None, tokenizer)
     assert chat_template_text("tool_use", tokenizer) == "T"
     tokenizer.chat_template = {"default": "D", "tool_use": "T"}
