@@ -20,7 +20,7 @@ def progress_bars(*, show: bool) -> Iterator[None]:
 
     bars = (
         (datasets.are_progress_bars_disabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (hub.are_progress_bars_disabled, hub.disable_progress_bars, hub.enable_progress_bars),
+        (hub.are_progress_bars_disabled, hub.disable_progress_bars, hub.enable_progress_bars),  # type: ignore[attr-defined]
     )
     before = [are_off() for are_off, _, _ in bars]
     for _, disable, enable in bars:

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nemo_lmpo.evaluate.bootstrap import Interval
 from nemo_lmpo.paper.comparison.suites import START, Claim, Variant
+from nemo_lmpo.paper.verdicts import NO_DIFFERENCE, NOT_MEASURED, UNDECIDED, verdict_of
 
 Values = Mapping[tuple[Variant, int], Mapping[str, float]]
 """Measured numbers of each variant and seed that is finished."""
@@ -47,7 +49,7 @@ class Judgement:
 
     claim: Claim
     verdict: str
-    """`shown`, `contradicted`, `undecided`, `no difference`, or `not measured`."""
+    """One of :mod:`nemo_lmpo.paper.verdicts`."""
     high: Estimate | None = None
     low: Estimate | None = None
     difference: Estimate | None = None
@@ -70,18 +72,16 @@ def judge(claim: Claim, values: Values) -> Judgement:
     seeds = sorted(high.keys() & low.keys())
     difference = estimate([high[seed] - low[seed] for seed in seeds])
     if difference is None:
-        return Judgement(claim, "not measured")
+        return Judgement(claim, NOT_MEASURED)
     return Judgement(claim, _verdict(difference), *estimates, difference)
 
 
 def _verdict(difference: Estimate) -> str:
     if difference.mean == 0:
-        return "no difference"
+        return NO_DIFFERENCE
     if difference.error is None:
-        return "undecided"
+        return UNDECIDED
     from scipy.stats import t as student
 
-    quantile = float(student.ppf(0.975, difference.count - 1))
-    if abs(difference.mean) <= quantile * difference.error:
-        return "undecided"
-    return "shown" if difference.mean > 0 else "contradicted"
+    half = float(student.ppf(0.975, difference.count - 1)) * difference.error
+    return verdict_of(Interval(difference.mean - half, difference.mean + half))

@@ -11,8 +11,7 @@ import numpy as np
 from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
 from nemo_lmpo.evaluate.result import Result, read_units
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, COLUMNS, TASKS
-
-SHOWN, CONTRADICTED, UNDECIDED, NOT_MEASURED = "shown", "contradicted", "undecided", "not measured"
+from nemo_lmpo.paper.verdicts import verdict_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Whether the first is larger: the 95 % interval lies above zero, below it, or holds it."""
-        if self.interval is None:
-            return NOT_MEASURED
-        if self.interval.low > 0:
-            return SHOWN
-        return CONTRADICTED if self.interval.high < 0 else UNDECIDED
+        return verdict_of(self.interval)
 
 
 def compare(first: Result | None, second: Result | None, value: str) -> Difference:

@@ -11,15 +11,8 @@ import pytest
 from nemo_lmpo.evaluate.result import Judge, Model, Result, Value, read_result, write_result
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, COLUMNS, LEADERBOARD, TASKS
 from nemo_lmpo.paper.tables.claims import Results, claims_of, judge
-from nemo_lmpo.paper.tables.differences import (
-    CONTRADICTED,
-    NOT_MEASURED,
-    SHOWN,
-    UNDECIDED,
-    average_ranks,
-    compare,
-    compare_ranks,
-)
+from nemo_lmpo.paper.tables.differences import average_ranks, compare, compare_ranks
+from nemo_lmpo.paper.verdicts import CONTRADICTED, NOT_MEASURED, SHOWN, UNDECIDED
 
 JUDGE = Judge("judge", {"judge-1": 10}, "http://localhost/v1", "prompt")
 
