@@ -53,15 +53,36 @@ def whole_row(rng: random.Random, number: int) -> dict[str, Any]:
     """A good row in one of the schemas."""
     user, good, bad = f"question {number}", f"answer {number}", f"other {rng.randrange(99)}"
     sides = {"chosen": good, "rejected": bad}
-    kind = rng.randrange(4)
+    kind = rng.randrange(8)
     if kind == 0:
         return {"prompt": user, **sides, "id": number}
     if kind == 1:
         return {name: f"\n\nHuman: {user}\n\nAssistant: {text}" for name, text in sides.items()}
     turns = [{"role": "user", "content": user}]
+    if kind >= 4:
+        return _row_with_fields(rng, kind, turns, good, bad)
     if kind == 2:
         return {"prompt": turns, **sides, "prompt_id": f"p{number}"}
     return {name: [*turns, {"role": "assistant", "content": text}] for name, text in sides.items()}
+
+
+def _row_with_fields(rng: random.Random, kind: int, turns: list[Any], good: str, bad: str) -> dict[str, Any]:
+    """A row whose messages have more than texts, or that is one in another form."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": rng.randrange(9)}}}
+    chosen: dict[str, Any] = {"role": "assistant", "content": good}
+    rejected = {"role": "assistant", "content": bad}
+    if kind == 4:
+        chosen |= rng.choice([{"tool_calls": [call]}, {"reasoning_content": "hm"}, {"name": "Ann", "content": None}])
+        return {"prompt": turns, "chosen": [chosen], "rejected": rejected, "tools": [{"name": "f"}]}
+    if kind == 5:
+        write = rng.choice([json.dumps, repr])
+        return {"chosen": write([*turns, chosen]), "rejected": write([*turns, rejected])}
+    if kind == 6:
+        prompt = f"\n\nHuman: {turns[0]['content']}\n\nAssistant:"
+        return {"prompt": prompt, "chosen": good, "rejected": bad, "chat_template_kwargs": {"mood": "calm"}}
+    more = {"system": "Be kind.", "history": [["q", "a"]], "images": ["x.png"], "score": 3}
+    parts = [{"type": "text", "text": turns[0]["content"]}]
+    return {"prompt": [{"role": "user", "content": parts}], "chosen": good, "rejected": bad, **more}
 
 
 def mutated_row(rng: random.Random, number: int) -> bytes:
