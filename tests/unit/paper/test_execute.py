@@ -31,7 +31,9 @@ class Run:
     def start(self) -> None:
         self.events.append(f"start {self.name}")
         if len(self.events) == 2:  # SIGTERM comes once both work
-            threading.Timer(0.1, signal.raise_signal, [signal.SIGTERM]).start()
+            # To the thread that waits: raised in another one, it would not wake it.
+            main = threading.main_thread().ident
+            threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGTERM]).start()
 
     def terminate(self) -> None:
         self.events.append(f"terminate {self.name}")
