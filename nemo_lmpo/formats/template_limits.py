@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -68,6 +68,7 @@ class _Watchdog:
         self._changed = threading.Condition()
         self._watched: int | None = None
         """The thread that renders."""
+        self._raised = False
         self._until = 0.0
         self._size = 0
         threading.Thread(target=self._watch, name="template-watchdog", daemon=True).start()
@@ -79,7 +80,7 @@ class _Watchdog:
             if self._watched is not None:
                 inner = True
             else:
-                inner, self._watched = False, threading.get_ident()
+                inner, self._watched, self._raised = False, threading.get_ident(), False
                 self._until, self._size = time.monotonic() + MAX_SECONDS, _resident_bytes()
                 self._changed.notify()
         if inner:
@@ -90,7 +91,8 @@ class _Watchdog:
         finally:
             with self._changed:
                 thread, self._watched = self._watched, None
-                _raise_in(thread, None)  # what was raised too late to arrive
+                if self._raised:
+                    _take_what_was_raised(thread)
 
     def _watch(self) -> None:
         while True:
@@ -100,12 +102,23 @@ class _Watchdog:
             with self._changed:
                 beyond = time.monotonic() > self._until or _resident_bytes() - self._size > MAX_BYTES
                 if self._watched is not None and beyond:
+                    self._raised = True
                     _raise_in(self._watched, _LimitReachedError)
 
 
-def _raise_in(thread: int | None, error: type[BaseException] | None) -> None:
-    raised = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), raised)
+def _raise_in(thread: int | None, error: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(error))
+
+
+def _take_what_was_raised(thread: int | None) -> None:
+    """Let an error that was raised too late to arrive in the render arrive here.
+
+    It is not taken back: CPython 3.11 would look for it from then on, and hang under a profiler or debugger.
+    """
+    with suppress(_LimitReachedError):
+        _raise_in(thread, _LimitReachedError)  # in place of one that is under way
+        while True:
+            pass
 
 
 def _resident_bytes() -> int:

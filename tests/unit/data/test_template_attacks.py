@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
 import threading
 import time
@@ -190,3 +191,14 @@ def test_the_watchdog_leaves_others_alone() -> None:
     time.sleep(0.2)
     other.join()
     assert len(counted) > 50
+
+
+def test_a_profiler_may_look_at_rendering() -> None:
+    """It hung where a render that ended in time left the mark of an error behind that never came."""
+    within_limits(lambda: None)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        assert within_limits(lambda: sum(range(3))) == 3
+    finally:
+        profiler.disable()
