@@ -23,6 +23,7 @@ _USER_INFO = re.compile(
 )
 _QUERY_VALUE = re.compile(r"""(?<=[?&;])([\w.~%\[\]-]{1,99}=)[^\s&;#"'<>)]+""")
 _AUTHORIZATION = re.compile(r"""\b((?:Bearer|Basic)\s+)[^\s"',;]+""", re.IGNORECASE)
+_LONGEST_LINE = 100_000
 _MOST_LOOKED_AT = 10_000
 """Characters and values that are written out to be cut then."""
 _remembered: set[str] = set()
@@ -65,12 +66,43 @@ def _passwords(url: str) -> set[str]:
     return {password, unquote(password)}
 
 
-class UserError(ValueError):
-    """Something the user gave is wrong; the message names it, its value and the remedy."""
+class Lines(str):
+    """A text of several lines that our own code laid out; values from outside in it are lines already."""
 
-    def __str__(self) -> str:
+
+def one_per_line(texts: Iterable[str]) -> Lines:
+    """Texts under each other, each printable and on a line of its own; :class:`Lines` stay as many as they are."""
+    return Lines("\n".join(_printable_message(text) for text in texts))
+
+
+def printable_lines(text: str, indent: str = "") -> str:
+    """The text with everything spelled out that is not printable but line feeds and tabs.
+
+    Args:
+        text: of any number of lines.
+        indent: before each line, as before those of data, which then cannot be taken for ours.
+    """
+    lines = (printable(line.expandtabs(), _LONGEST_LINE) for line in text.split("\n"))
+    return "\n".join(indent + line for line in lines)
+
+
+def _printable_message(message: object) -> Lines:
+    text = str(message)
+    return Lines(printable_lines(text) if isinstance(message, Lines) else printable(text, _LONGEST_LINE))
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message names it, its value and the remedy.
+
+    The message is one printable line, whatever values stand in it, unless it is of :class:`Lines`.
+    """
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(_printable_message(message), *more)
+
+    def __str__(self) -> Lines:
         """The message, without credentials."""
-        return without_secrets(super().__str__())
+        return Lines(without_secrets(self.args[0]))
 
 
 class ConfigError(UserError):
@@ -86,11 +118,14 @@ class CheckpointError(UserError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, for example because a loss is not finite."""
+    """Training cannot go on, for example because a loss is not finite; one printable line, as :class:`UserError`."""
 
-    def __str__(self) -> str:
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(_printable_message(message), *more)
+
+    def __str__(self) -> Lines:
         """The message, without credentials."""
-        return without_secrets(super().__str__())
+        return Lines(without_secrets(self.args[0]))
 
 
 def first_line(error: BaseException) -> str:

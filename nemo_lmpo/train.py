@@ -22,7 +22,7 @@ from nemo_lmpo.monitor.observer import any_failed
 from nemo_lmpo.monitor.watchdog import go_on, watched
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
-from nemo_lmpo.runtime.command import RESUME, leave_out_working_directory, run_parser
+from nemo_lmpo.runtime.command import RESUME, answer, leave_out_working_directory, run_parser
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _run(options: argparse.Namespace, mode: Mode, started: float) -> int:
     from nemo_lmpo.errors import ConfigError
 
     if options.list:
-        print("\n".join(recipe_names(options.config_dir)))  # noqa: T201
+        answer("\n".join(recipe_names(options.config_dir)))
         return 0
     if options.config_name is None and options.overrides and "=" not in options.overrides[0]:
         options.config_name, *options.overrides = options.overrides
@@ -222,11 +222,11 @@ def _dry_run(config: Config, mode: Mode) -> int:
     if mode.dry_run == "trace":
         from nemo_lmpo.trace.describe import describe_trace
 
-        print(describe_trace(checked.layout))  # noqa: T201
+        answer(describe_trace(checked.layout))
         return 0
     from nemo_lmpo.sizing.describe_run import describe
 
-    print(describe(checked.layout, unseen=checked.unseen, rows=checked.rows))  # noqa: T201
+    answer(describe(checked.layout, unseen=checked.unseen, rows=checked.rows))
     return 0
 
 
@@ -240,7 +240,7 @@ def _plan(config: Config, gpus: str | None) -> int:
     check_settings(config)
     base = find_start_model(config.model, fetch=False)
     machine = read_gpus(gpus or f"{config.trainer.num_nodes}x{config.trainer.devices}xA100")
-    print(describe_plan(config, base.architecture, machine))  # noqa: T201
+    answer(describe_plan(config, base.architecture, machine))
     return 0
 
 

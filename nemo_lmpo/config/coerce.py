@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import ConfigError, one_per_line, shown
 from nemo_lmpo.runtime.credentials import stripped
 from nemo_lmpo.settings import limits_of, out_of_bounds
 
@@ -80,7 +80,7 @@ def raise_all(problems: Sequence[str]) -> None:
         ConfigError: with all of them, one a line.
     """
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(one_per_line(problems))
 
 
 class UsesRefusedValueError(Exception):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.errors import CheckpointError, ConfigError, shown
 from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
-from nemo_lmpo.runtime.command import run_parser
+from nemo_lmpo.runtime.command import answer, run_parser
 
 if TYPE_CHECKING:
     from nemo_lmpo.formats.conversion import Plan
@@ -264,5 +264,5 @@ def _progress(total: int, quiet: bool, what: str) -> Iterator[Callable[[str], No
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    answer(line)
     sys.stdout.flush()

@@ -29,7 +29,7 @@ from nemo_lmpo.data.template_day import with_day
 from nemo_lmpo.data.text import FILE_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
-from nemo_lmpo.errors import ConfigError, DataError, shown
+from nemo_lmpo.errors import ConfigError, DataError, printable, printable_lines, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,10 +143,10 @@ class PreferenceDataset:
             for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         )
         return (
-            f"pair {pair.pair_id} (responses stand between >>> and <<<)\n"
-            f"prompt, {len(pair.prompt_ids)} tokens:\n{prompt}\n"
-            f"chosen, {len(pair.chosen_ids)} tokens:\n>>>{chosen}<<<\n"
-            f"rejected, {len(pair.rejected_ids)} tokens:\n>>>{rejected}<<<"
+            f"pair {printable(pair.pair_id, 80)} (responses stand between >>> and <<<)\n"
+            f"prompt, {len(pair.prompt_ids)} tokens:\n{printable_lines(prompt, indent='  ')}\n"
+            f"chosen, {len(pair.chosen_ids)} tokens:\n{printable_lines(f'>>>{chosen}<<<', indent='  ')}\n"
+            f"rejected, {len(pair.rejected_ids)} tokens:\n{printable_lines(f'>>>{rejected}<<<', indent='  ')}"
         )
 
 

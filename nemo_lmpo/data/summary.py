@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nemo_lmpo.errors import printable
+
 PERCENTILES = (50, 90, 99, 100)
 MOST_CUT = 0.05
 """Part of the pairs that may be cut to length before it is a warning: more than outliers."""
@@ -55,21 +57,21 @@ class DataSummary:
     def __str__(self) -> str:
         """A few lines for the console."""
         lines = [f"{self.name}: {self.pairs} pairs"]
-        lines += [f"  {s.path}: {s.rows} rows, {s.pairs} usable, {s.used} in an epoch" for s in self.sources]
+        lines += [f"  {printable(s.path)}: {s.rows} rows, {s.pairs} usable, {s.used} in an epoch" for s in self.sources]
         if self.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in sorted(self.dropped.items()))
             lines.append(f"  dropped: {reasons}")
         lines += self._cut()
         if self.special_tokens:
             lines.append(
                 f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
             )
-        lines += [f"  warning: {count} pairs lose {name}" for name, count in sorted(self.lost.items())]
+        lines += [f"  warning: {count} pairs lose {printable(name)}" for name, count in sorted(self.lost.items())]
         if self.lost:
             lines.append("    (not in what is trained; data.on_unused_fields=error makes such rows unusable)")
         if self.columns:
             lines.append(f"  columns that nothing uses: {shown_names(self.columns)}")
-        lines += [f"  {count} pairs: {note}" for note, count in sorted(self.notes.items())]
+        lines += [f"  {count} pairs: {printable(note)}" for note, count in sorted(self.notes.items())]
         lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
@@ -97,7 +99,7 @@ def shown_names(names: Iterable[str]) -> str:
     """Names of columns as a message may show them."""
     listed = sorted(names)
     more = f" and {len(listed) - MOST_COLUMNS} more" if len(listed) > MOST_COLUMNS else ""
-    return ", ".join(listed[:MOST_COLUMNS]) + more
+    return ", ".join(printable(name, 80) for name in listed[:MOST_COLUMNS]) + more
 
 
 def length_percentiles(histograms: Sequence[Sequence[np.ndarray]]) -> dict[str, dict[int, int]]:

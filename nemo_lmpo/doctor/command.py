@@ -31,6 +31,7 @@ def _run(options: argparse.Namespace) -> int:
     from nemo_lmpo.doctor.findings import page
     from nemo_lmpo.doctor.network import network
     from nemo_lmpo.doctor.parity import parity
+    from nemo_lmpo.runtime.command import answer
     from nemo_lmpo.runtime.launch import read_launch_info
     from nemo_lmpo.training.process import distributed_session
 
@@ -47,5 +48,5 @@ def _run(options: argparse.Namespace) -> int:
         dist.all_gather_object(everybody, [found for found in findings if found.kind == "problem"])
     others = [found for rank, problems in enumerate(everybody) if rank != launch.rank for found in problems]
     if launch.is_main:
-        print(page([*findings, *others]))  # type: ignore[list-item]  # noqa: T201
+        answer(page([*findings, *others]))  # type: ignore[list-item]
     return 1 if any(everybody) else 0

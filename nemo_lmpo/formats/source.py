@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, Lines, printable
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT, hf_shapes
 
@@ -101,7 +101,10 @@ def raise_if_any(
         if items
     ]
     if problems:
-        raise CheckpointError(f"{origin} does not fit the model; {remedy}\n  " + "\n  ".join(problems))
+        first, *details = (
+            printable(line, 10_000) for line in (f"{origin} does not fit the model; {remedy}", *problems)
+        )
+        raise CheckpointError(Lines("\n  ".join([first, *details])))
 
 
 class RandomSource(TensorSource):

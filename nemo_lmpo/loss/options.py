@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import ConfigError, one_per_line, shown
 from nemo_lmpo.settings import all_out_of_bounds, setting
 
 DEFAULT_LOSS = "lmpo"
@@ -55,7 +55,7 @@ class LossOptions:
         problems = [*all_out_of_bounds(self, "loss."), *self._unknown_choices()]
         problems = problems or list(self.combinations())
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(one_per_line(problems))
 
     def _unknown_choices(self) -> Iterator[str]:
         choices = _choices(typing.cast(Any, type(self)))

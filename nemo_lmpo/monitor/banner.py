@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.config.rules.layout import layout_line
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import printable
 from nemo_lmpo.runtime.transformer_engine import installed_version
 
 if TYPE_CHECKING:
@@ -176,6 +177,6 @@ def render_banner(facts: BannerFacts, width: int = 100) -> str:
     lines = []
     for label, values in rows:
         for index, value in enumerate(values):
-            lines.append(f"  {label if index == 0 else '':<{label_width}}{value}")
+            lines.append(f"  {label if index == 0 else '':<{label_width}}{printable(value)}")
     rule = "-" * min(width, max(len(line) for line in lines) + 2)
     return "\n".join([rule, *lines, rule])

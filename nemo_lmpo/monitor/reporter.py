@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_lmpo.config.recipe import config_as_dict
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.errors import UserError
+from nemo_lmpo.errors import Lines, UserError
 from nemo_lmpo.monitor.banner import BannerFacts, render_banner
 from nemo_lmpo.monitor.console import Console
 from nemo_lmpo.monitor.metrics_log import MetricsLog
@@ -42,7 +42,7 @@ class Reporter:
             total_steps=facts.total_steps,
         )
         for text in (render_banner(facts), *summaries):
-            _logger.info("%s", text)
+            _logger.info("%s", Lines(text))
         self.console = Console(config.logging, total_steps=facts.total_steps, start_step=facts.start_step)
         self._showing = Harmless("the display of progress", instead="metrics.jsonl has every step")
 

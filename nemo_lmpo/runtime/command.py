@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
-from nemo_lmpo.errors import TrainingError, UserError, without_secrets
+from nemo_lmpo.errors import Lines, TrainingError, UserError, printable, printable_lines, without_secrets
 from nemo_lmpo.runtime.credentials import hide_credentials
 from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
 
@@ -73,7 +73,7 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
             if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
     finally:
-        sys.stderr.write(without_secrets(said.getvalue()))
+        sys.stderr.write(without_secrets(printable_lines(said.getvalue())))
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -111,14 +111,14 @@ def _guarded(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        message, caught = os_error_message(error), error
+        message, caught = without_secrets(os_error_message(error)), error
     except KeyboardInterrupt as error:
         notes = getattr(error, "__notes__", None) or [getattr(options, "when_interrupted", "")]
         _say(": ".join(["interrupted", *filter(None, notes)]))
         return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
     if options.traceback:
-        sys.stderr.write(without_secrets("".join(traceback.format_exception(caught))))
-    for line in without_secrets(message).splitlines():
+        sys.stderr.write(without_secrets(printable_lines("".join(traceback.format_exception(caught)))))
+    for line in (message if isinstance(message, Lines) else printable(message)).split("\n"):
         _say(line if line.startswith(" ") else f"error: {line}")  # indented lines are details of the one above
     return 1
 
@@ -137,3 +137,8 @@ def _say(line: str) -> None:
         sys.stderr.flush()
     except BrokenPipeError:
         pass
+
+
+def answer(text: str) -> None:
+    """Write a page for people to standard output: in it too, text from outside cannot act on the terminal."""
+    sys.stdout.write(f"{printable_lines(text)}\n")

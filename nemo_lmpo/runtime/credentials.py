@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from nemo_lmpo.errors import ConfigError, remember_secret, without_secrets
+from nemo_lmpo.errors import ConfigError, printable_lines, remember_secret, without_secrets
+from nemo_lmpo.runtime.terminal import printable_record
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _NAMES_A_SECRET = re.compile(r"key|token|secret|pass|sig|auth|code|credential", re.IGNORECASE)
@@ -107,7 +108,10 @@ def require_variable_name(option: str, given: str) -> str:
 
 
 def hide_credentials() -> None:
-    """From now on no log line and no traceback of this process shows credentials, those of libraries included."""
+    """From now on no log line and no traceback of this process shows credentials, those of libraries included.
+
+    Nor do they show anything that is not printable (:mod:`nemo_lmpo.runtime.terminal`).
+    """
     factory = logging.getLogRecordFactory()
     if not isinstance(factory, _Records):
         logging.setLogRecordFactory(_Records(factory))
@@ -118,7 +122,7 @@ def hide_credentials() -> None:
 
 
 class _Records:
-    """Makes log records whose text is complete and without credentials."""
+    """Makes log records whose text is complete, printable, and without credentials."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -126,18 +130,17 @@ class _Records:
     def __call__(self, *arguments: Any, **names: Any) -> logging.LogRecord:
         record: logging.LogRecord = self._make(*arguments, **names)
         try:
-            text = record.getMessage()
+            text = printable_record(record)
         except (TypeError, ValueError, KeyError):  # its arguments do not fit: `logging` itself tells so
             return record
-        shown = without_secrets(text)
-        if shown != text:
-            record.msg, record.args = shown, ()
+        record.msg, record.args = without_secrets(text), ()
         if record.exc_info and record.exc_info[1] is not None:
-            record.exc_text = without_secrets("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
+            traced = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+            record.exc_text = without_secrets(printable_lines(traced))
         return record
 
 
 def _show_error(kind: type[BaseException], error: BaseException | None, place: TracebackType | None) -> None:
     if issubclass(kind, SystemExit):
         return
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, place))))
+    sys.stderr.write(without_secrets(printable_lines("".join(traceback.format_exception(kind, error, place)))))

@@ -45,9 +45,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from nemo_lmpo.runtime.command import answer
     from nemo_lmpo.slurm.status import show_status
 
-    print(show_status(options.runs))  # noqa: T201  (the answer)
+    answer(show_status(options.runs))
     return 0
 
 

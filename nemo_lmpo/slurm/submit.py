@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.runtime.command import answer
 from nemo_lmpo.slurm.cluster import read_settings, settings_file, templates_dir
 
 # As in slurm/common.sh: values separated by commas, without brackets or quotes.
@@ -67,12 +68,12 @@ def submit(request: Submission, *, print_only: bool = False) -> int:
     templates = templates_dir()
     settings = settings_file(templates)
     variables = read_settings(settings) if settings is not None else {}
-    print(check(request) if request.validate else "Not validated.")  # noqa: T201  (the answer)
+    answer(check(request) if request.validate else "Not validated.")
     command = sbatch_command(request, templates, variables)
     shown = shlex.join(command)
     if settings is not None:
         shown = f". {shlex.quote(str(settings))} && {shown}"
-    print(shown)  # noqa: T201
+    answer(shown)
     if print_only:
         return 0
     job_id = _run_sbatch(command, variables)

@@ -12,9 +12,25 @@ from nemo_lmpo.config.coerce import alternatives, types_of
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.loss.registry import LOSSES
 
+FORGED = "\x1b[31m\r\nerror: forged\u2028error: forged"
 VALUES: tuple[Any, ...] = (
     *(-1, 0, -0.5, 1e30, -1e30, 10**30, math.inf, -math.inf, math.nan, True, None),
-    *("odd", "", "   ", "a\0b", "\ud800", "x" * 5000, "1e999", [], ["odd"], [-1, "x"], [None], {}, {"odd": 1}),
+    *(
+        "odd",
+        "",
+        "   ",
+        "a\0b",
+        "\ud800",
+        FORGED,
+        "x" * 5000,
+        "1e999",
+        [],
+        ["odd"],
+        [-1, "x"],
+        [None],
+        {},
+        {"odd": 1},
+    ),
 )
 NEVER_NUMBERS = (1e30, -1e30, 10**30, math.inf, -math.inf)
 MAY_BE_NEGATIVE = {"loss.log_h", "loss.alpha", "loss.gamma", "loss.gap"}
