@@ -157,7 +157,7 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
         rope_scaling=scaling,
         sliding_window=window_from_hf(fields, family.window, family.absent.get("sliding_window", 0), layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        initializer_range=_initializer_range(fields),
+        initializer_range=start_deviation(fields, "initializer_range"),
     )
 
 
@@ -187,10 +187,15 @@ def _model_type(fields: Fields) -> str:
     return name
 
 
-def _initializer_range(fields: Fields) -> float:
-    value = fields.number("initializer_range", 0.02, zero=True)
+def start_deviation(fields: Fields, name: str) -> float:
+    """The standard deviation of start weights.
+
+    Raises:
+        CheckpointError: it is not a number from 0 to 1.
+    """
+    value = fields.number(name, 0.02, zero=True)
     if value > 1:
-        raise fields.error("initializer_range", "is not a standard deviation between 0 and 1; correct it")
+        raise fields.error(name, "is not a standard deviation between 0 and 1; correct it")
     return value
 
 

@@ -14,6 +14,7 @@ from nemo_lmpo.formats.architecture import (
     RopeScaling,
     even_head_dim,
     llama3_scaling,
+    start_deviation,
 )
 from nemo_lmpo.formats.fields import Fields
 
@@ -336,5 +337,5 @@ def _architecture(
         rope_scaling=scaling,
         sliding_window=_window(model),
         tie_word_embeddings=model.flag("share_embeddings_and_output_weights"),
-        initializer_range=model.number("init_method_std", 0.02),
+        initializer_range=start_deviation(model, "init_method_std"),
     )
