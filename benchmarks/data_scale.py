@@ -153,7 +153,7 @@ def report(results: list[dict[str, Any]]) -> str:
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; "
         f"global batch {GLOBAL_BATCH}.",
         "",
-        "| pairs | start | load s | order of an epoch s | plan and read a step ms | own memory MiB | bytes a pair |",
+        "| pairs | start | load s | order of an epoch s | plan and read a step ms | own memory MiB | bytes per pair |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results:

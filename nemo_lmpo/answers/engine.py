@@ -72,7 +72,7 @@ class Generator(Prompting):
         Args:
             prompts: token ids, each up to where the response begins.
             sampling: how tokens are chosen. Sampled responses depend on the batch size, too.
-            progress: told how many more prompts are done.
+            progress: called with how many more prompts are done.
 
         Raises:
             DataError: a prompt leaves no room within the model's positions.

@@ -81,13 +81,13 @@ class Journal:
             if self._failure is not None:
                 raise self._failure
             if self._closed:  # a thread that an interruption left behind
-                raise DataError(f"{self.path} is closed; repeat the command")
+                raise DataError(f"{self.path} is closed; run the same command again")
             try:
                 self._write(content)
             except OSError as error:
                 self._failure = DataError(
                     f"{self.path} cannot be written ({error.strerror}); correct that, for example make room on the "
-                    f"disk, then repeat the command: the {len(self.rows)} rows before are kept"
+                    f"disk, then run the same command again: the {len(self.rows)} rows before are kept"
                 )
                 raise self._failure from None
             self.rows.update((str(row[self.key]), row) for row in added)

@@ -62,7 +62,7 @@ class ChatReply:
     finish_reason: str | None
     model: str
     top_tokens: tuple[TopToken, ...]
-    """The likeliest first tokens; empty where they were not asked for or not sent."""
+    """The most likely first tokens; empty where they were not asked for or not sent."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _message_text(message: Mapping[str, Any]) -> tuple[str | None, str | None]:
             texts.append(_field(part, name, "text", str))
         elif kind == "refusal":
             refusals.append(_field(part, name, "refusal", str))
-        # Thoughts are no part of the answer: `thinking`, `reasoning`, and others that services name as they like.
+        # Thoughts are not part of the answer: `thinking`, `reasoning`, and others that services name as they like.
     return (text("".join(texts)) if texts else None), ("".join(refusals) or None)
 
 

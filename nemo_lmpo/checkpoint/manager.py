@@ -2,7 +2,7 @@
 
 What a run's `checkpoints/` holds is told in :mod:`nemo_lmpo.runtime.run_files`. A checkpoint is looked at before
 anything of it is loaded: damage in its files makes a resume fall back to the one before, which all ranks decide
-together. Whatever goes wrong after that is no damage and ends the run, so nothing that was loaded in part ever trains.
+together. Whatever goes wrong after that is not damage and ends the run, so nothing that was loaded in part ever trains.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class CheckpointManager:
         if not steps:
             return f"{what}, and there is no earlier checkpoint: start again with a lower optim.lr"
         return (
-            f"{what}, and {step_directory(self.root, steps[-1])} is kept: repeat the command to go on from there; if "
-            f"it happens again, lower optim.lr with checkpoint.allow_changes=[optim.lr], or look at these steps' pairs"
+            f"{what}, and {step_directory(self.root, steps[-1])} is kept: run the same command to resume from there; "
+            f"if it happens again, lower optim.lr with checkpoint.allow_changes=[optim.lr], or look at the pairs of "
+            f"these steps"
         )
 
     def _prepare(self, temporary: Path, final: Path) -> None:
@@ -121,7 +122,7 @@ class CheckpointManager:
             raise TrainingError(
                 f"checkpoint {final} could not be written: it needs {format_bytes(self.state_bytes)}, and {self.root} "
                 f"has {format_bytes(free)} free; older ones are untouched: free the disk or lower "
-                f"checkpoint.keep_last={self.config.keep_last}, and repeat the command to resume"
+                f"checkpoint.keep_last={self.config.keep_last}, and run the same command to resume"
             )
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
@@ -256,7 +257,7 @@ class CheckpointManager:
         except UserError as error:
             found = error
         except OSError as error:
-            found = TrainingError(f"{directory} could not be looked at ({error.strerror}); repeat the command")
+            found = TrainingError(f"{directory} could not be looked at ({error.strerror}); run the same command again")
         findings = [finding for finding in from_all_ranks(found) if finding is not None]
         for finding in findings:
             if isinstance(finding, Exception):
@@ -291,7 +292,7 @@ class CheckpointManager:
             if (broken := find_not_finite(state, None)) is not None:
                 raise CheckpointError(
                     f"checkpoint {directory} holds NaN or infinity in {broken}; nothing was changed: remove it, and "
-                    f"repeat the command with a lower optim.lr and checkpoint.allow_changes=[optim.lr]"
+                    f"run the same command again with a lower optim.lr and checkpoint.allow_changes=[optim.lr]"
                 )
             if progress.layout == self.layout:
                 state["random_state"] = read_random_state(directory / run_files.STATE)
@@ -301,7 +302,7 @@ class CheckpointManager:
         except storage_errors() as error:
             raise TrainingError(
                 f"checkpoint {directory} could not be loaded ({type(error).__name__}: {reason_of(error)}); nothing was "
-                f"changed: remove the cause and repeat the command{_HINT[self.config.verify]}"
+                f"changed: remove the cause and run the same command again{_HINT[self.config.verify]}"
             ) from error
 
 

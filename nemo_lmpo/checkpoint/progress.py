@@ -103,7 +103,7 @@ def find_missing_statistics(own: RunningStatistics | None, state: Progress) -> s
         return f"{run_files.PROGRESS} has no margin statistics"
     numbers = [value for name, value in state.statistics.items() if name != "kind"]
     if not numbers or not all(_is_number(value) and math.isfinite(value) for value in numbers):
-        return f"{run_files.PROGRESS} has margin statistics that are no numbers"
+        return f"{run_files.PROGRESS} has margin statistics that are not numbers"
     RunningStatistics(own.config).load_state_dict(state.statistics)
     return None
 

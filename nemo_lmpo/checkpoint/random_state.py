@@ -63,7 +63,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def sharded_random_state() -> Any:
-    """This rank's state as one object of a distributed checkpoint that has an object a rank."""
+    """This rank's state as one object of a distributed checkpoint that has an object per rank."""
     return _sharded_object(random_state())
 
 

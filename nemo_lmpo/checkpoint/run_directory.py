@@ -135,7 +135,7 @@ class RunDirectory:
         return read_chat_record(path).template if path.is_file() and self._has_begun() else None
 
     def begin(self, step: int, chat: ChatRecord) -> None:
-        """Save the resolved configuration once the run goes on from ``step``, and note what it changes on purpose.
+        """Save the resolved configuration once the run resumes from ``step``, and note what it changes on purpose.
 
         Raises:
             ConfigError: it cannot be written.
@@ -150,7 +150,7 @@ class RunDirectory:
         except OSError as error:
             raise self._not_writable(error) from None
         if self.changes:
-            _logger.info("goes on after step %d with other settings on purpose: %s", step, _told(self.changes))
+            _logger.info("resumes after step %d with other settings on purpose: %s", step, _told(self.changes))
 
     def _not_writable(self, error: OSError) -> ConfigError:
         return ConfigError(f"run_dir={self.path} cannot be written ({error.strerror}); choose another one")

@@ -22,7 +22,7 @@ class WriteResults:
     """What forked writers found, in memory that they share with this process.
 
     megatron-core's own queue is a server process, which imports torch and megatron-core to hold such values (two
-    seconds and 200 MiB a rank), and outlives a killed run.
+    seconds and 200 MiB per rank), and outlives a killed run.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ def _writers(state: dict[str, Any]) -> int:
 
 
 def _write_common(state: dict[str, Any], file: Path) -> None:
-    """Write what is no rank's own, plain values beside the sharded ones, where megatron-core did not.
+    """Write what belongs to no rank, plain values beside the sharded ones, where megatron-core did not.
 
     From 0.19 on it puts them among the tensors only. In a file of their own as well, every version reads them, and a
     checkpoint's step can be compared without megatron-core.

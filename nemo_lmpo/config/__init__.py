@@ -1,1 +1,1 @@
-"""What a run is told, and whether it can work: schema, recipes, rules, memory. Imports no torch by itself."""
+"""Run configuration and validation: schema, recipes, coercion, rules. Imports no torch by itself."""

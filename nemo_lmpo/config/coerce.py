@@ -32,7 +32,7 @@ def coerce(cls: type[Any], raw: Any, *, prefix: str = "", unknown: UnknownKey) -
         cls: a dataclass.
         raw: values by name; what is absent keeps its default.
         prefix: what messages put before a name, as `loss.`.
-        unknown: says what is wrong with a name that is no field.
+        unknown: says what is wrong with a name that is not a field.
 
     Raises:
         ConfigError: with every unknown name, wrong type, unknown choice and value out of bounds, one a line.

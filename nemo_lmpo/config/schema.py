@@ -218,7 +218,7 @@ class TrainerConfig:
     num_threads: int | None = setting(
         None, may_change=True, minimum=1, maximum=1024, remedy="unset it to share the cores"
     )
-    """CPU threads a process; unset: the cores shared equally by the node's processes."""
+    """CPU threads per process; unset: the cores shared equally by the node's processes."""
     deterministic: bool = setting(False, may_change=True)
     """The same bits from the same state on GPUs too, at some cost in speed; CPU runs are so anyway."""
     profile: list[int] | None = setting(None, may_change=True)
@@ -243,7 +243,7 @@ class CheckpointConfig:
     mode: Literal["min", "max"] = "min"
     """`min` or `max`: which end of `monitor` is best."""
     async_save: bool = False
-    """Write while training goes on, where the backend can."""
+    """Write while training continues, where the backend can."""
     resume: bool = True
     """Go on from the newest whole checkpoint of the run directory; `false` moves what is there aside."""
     verify: Literal["full", "size"] = "full"

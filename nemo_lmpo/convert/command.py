@@ -167,7 +167,7 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.conversion import plan, write_huggingface
 
     if not 0 < options.max_shard_gb < float("inf"):
-        raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is no size; give for example 5")
+        raise ConfigError(f"--max-shard-gb {options.max_shard_gb} is not a size; give for example 5")
     path = find_model(options.input).path
     model = open_trained(path, config=options.config, tokenizer=options.tokenizer)
     if model.kind == "huggingface":

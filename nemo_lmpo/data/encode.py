@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Texts to put in front of a response, so that a tokenizer that begins every text with a space begins these with it.
 _ANCHORS = ("\n", "a", ".")
-_LETTERS_A_TOKEN = 16
+_CHARACTERS_PER_TOKEN = 16
 """Letters of a long text that are tokenized for each token it may keep; more if these turn out not to suffice."""
 _SPARE_TOKENS = 64
 """Tokens beyond those kept, so that a text's cut end does not show in them."""
@@ -202,7 +202,7 @@ class PairEncoder(Encoder):
 
     def _in_bulk(self, texts: list[str], alone: Callable[[int], list[int]]) -> list[list[int]]:
         """Ids of texts, in one call but for those much longer than may be kept: ``alone`` gives one's, by its place."""
-        fits = [len(text) <= self._kept * _LETTERS_A_TOKEN for text in texts]
+        fits = [len(text) <= self._kept * _CHARACTERS_PER_TOKEN for text in texts]
         short = iter(self._tokenize([text for text, whole in zip(texts, fits, strict=True) if whole]))
         return [next(short) if whole else alone(place) for place, whole in enumerate(fits)]
 
@@ -211,13 +211,13 @@ class PairEncoder(Encoder):
         return self._in_bulk(texts, lambda place: self._end_of(texts[place]))
 
     def _end_of(self, text: str) -> list[int]:
-        letters = self._kept * _LETTERS_A_TOKEN
-        while letters < len(text):
-            ids = self._tokenize([text[-letters:]])[0][_SPARE_TOKENS:]
+        characters = self._kept * _CHARACTERS_PER_TOKEN
+        while characters < len(text):
+            ids = self._tokenize([text[-characters:]])[0][_SPARE_TOKENS:]
             if len(ids) >= self._kept:
                 starts_with_bos = self._bos is not None and text.startswith(str(self.tokenizer.bos_token))
                 return [self._bos, *ids] if starts_with_bos else ids
-            letters *= 4
+            characters *= 4
         return self._tokenize([text])[0]
 
     def _tails(self, prompts: list[str], ids: list[list[int]]) -> list[tuple[str, list[int]]]:
@@ -231,10 +231,10 @@ class PairEncoder(Encoder):
         ]
 
     def _tail_start(self, prompt: str) -> int:
-        """A place where a token begins whatever follows the prompt: a turn's mark, or a word some letters back.
+        """A place where a token begins whatever follows the prompt: a turn's mark, or a word some characters back.
 
-        Marks are no part of what is merged, so that both sides of one are tokenized on their own. Elsewhere, merges
-        do not reach back through so many letters.
+        Marks are not part of what is merged, so that both sides of one are tokenized on their own. Elsewhere, merges
+        do not reach back through so many characters.
         """
         window = max(len(prompt) - 2 * _TAIL_LETTERS, 0)
         if self._turn_marks is not None:
@@ -261,12 +261,12 @@ class PairEncoder(Encoder):
 
     def _beginning_of(self, text: str, wanted: int) -> list[int]:
         """The first ``wanted`` ids at least, if the text has as many."""
-        letters = wanted * _LETTERS_A_TOKEN
-        while letters < len(text):
-            ids = self._tokenize([text[:letters]])[0][:-_SPARE_TOKENS]
+        characters = wanted * _CHARACTERS_PER_TOKEN
+        while characters < len(text):
+            ids = self._tokenize([text[:characters]])[0][:-_SPARE_TOKENS]
             if len(ids) >= wanted:
                 return ids
-            letters *= 4
+            characters *= 4
         return self._tokenize([text])[0]
 
     def _alone(self, response: str) -> list[int]:

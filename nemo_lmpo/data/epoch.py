@@ -22,17 +22,17 @@ class Share:
     """Which of the usable ones come once more, sorted int32."""
 
     @property
-    def pairs_a_copy(self) -> int:
+    def pairs_per_copy(self) -> int:
         """Usable pairs of the source."""
         return self.store.meta.pairs if self.usable is None else len(self.usable)
 
     def __len__(self) -> int:
-        return self.copies * self.pairs_a_copy + len(self.part)
+        return self.copies * self.pairs_per_copy + len(self.part)
 
     def places(self, indices: np.ndarray) -> np.ndarray:
         """Places in the store's ``rows`` of ``indices`` (from 0) of this share."""
-        copied = self.copies * self.pairs_a_copy
-        places = indices % max(self.pairs_a_copy, 1)
+        copied = self.copies * self.pairs_per_copy
+        places = indices % max(self.pairs_per_copy, 1)
         more = indices >= copied
         places[more] = self.part[indices[more] - copied]
         return places if self.usable is None else self.usable[places]

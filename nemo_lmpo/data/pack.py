@@ -47,7 +47,7 @@ def plan_micro_batches(
     Args:
         lengths: ``[B, 3]`` tokens of prompt, chosen and rejected.
         dp_size: data-parallel ranks.
-        row_tokens: most tokens of a row (before it is padded to a multiple).
+        row_tokens: maximum number of tokens of a row (before it is padded to a multiple).
         max_pairs_per_row: most pairs of a row; None: as many as fit.
         share_prompt: whether the prompt stands in the row once.
         multiple_of_rows: the rows of a rank are a multiple of this (interleaved pipeline schedule).

@@ -279,7 +279,7 @@ def _hash(value: Any) -> str:
 def _within_budget(source: Source, store: Store, config: DataConfig, dropped: dict[str, int]) -> np.ndarray | None:
     """Places in the store's rows whose pairs fit a packed row on their own; None: all."""
     budget = config.row_budget
-    if store.meta.most_tokens[0 if config.share_prompt else 1] <= budget:
+    if store.meta.max_tokens[0 if config.share_prompt else 1] <= budget:
         return None
     costs = pair_tokens(store.lengths, config.share_prompt)
     too_long = np.flatnonzero(costs > budget)

@@ -169,7 +169,7 @@ def is_hub_dataset(path: str) -> bool:
 
 
 def _printable(path: str) -> str:
-    """How messages name a path: as it is, unless that is no line of reasonable length."""
+    """How messages name a path: as it is, unless that is not a line of reasonable length."""
     return path if path.isprintable() and len(path) <= _LONGEST_NAME else shown(path, _LONGEST_NAME)
 
 

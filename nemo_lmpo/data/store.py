@@ -47,7 +47,7 @@ class StoreMeta:
     """Rows not used, by reason."""
     first_bad: list[Any] | None = None
     """Number, reason and detail of the first row not used."""
-    most_tokens: list[int] = field(default_factory=lambda: [0, 0])
+    max_tokens: list[int] = field(default_factory=lambda: [0, 0])
     """Row tokens of the longest pair with its prompt once, and twice."""
     token_hash: str = ""
     """Of the token ids of all pairs in their order."""
@@ -133,7 +133,7 @@ def summarize_store(directory: Path) -> None:
     found = np.concatenate(lengths)
     meta.pairs = len(found)
     meta.token_hash = "".join(digest.hexdigest() for digest in tokens)
-    meta.most_tokens = [int(pair_tokens(found, share).max(initial=0)) for share in (True, False)]
+    meta.max_tokens = [int(pair_tokens(found, share).max(initial=0)) for share in (True, False)]
     meta.histograms = [np.bincount(found[:, part]).tolist() for part in range(3)]
     np.save(directory / ROWS_FILE, np.concatenate(rows))
     np.save(directory / LENGTHS_FILE, found)

@@ -130,7 +130,7 @@ def _document(path: str) -> list[Any] | None:
     with _open(path) as stream:
         content = stream.read(MOST_DOCUMENT_BYTES + 1)
     if len(content) > MOST_DOCUMENT_BYTES:
-        raise DataError(f"{path} is one large JSON document; write one object a line, e.g. with: jq -c '.[]'")
+        raise DataError(f"{path} is one large JSON document; write one object per line, e.g. with: jq -c '.[]'")
     try:
         text = content.decode("utf-8-sig").strip()
         decoder = json.JSONDecoder()

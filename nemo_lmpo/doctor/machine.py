@@ -87,7 +87,7 @@ def disk(directory: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(place).free
     few = free < LEAST_DISK
-    remedy = "; a checkpoint takes 14 bytes a parameter" if few else ""
+    remedy = "; a checkpoint takes 14 bytes per parameter" if few else ""
     yield Finding("room", str(directory), f"{free / GIB:.0f} GiB free{remedy}", "note" if few else "fact")
 
 

@@ -28,7 +28,7 @@ OUTPUT_TOKENS = 1
 
 
 def check_logprobs(reply: ChatReply) -> None:
-    """Refuse an answer without the likeliest tokens, of which the preference is made.
+    """Refuse an answer without the most likely tokens, of which the preference is made.
 
     Raises:
         ItemError: there are none.

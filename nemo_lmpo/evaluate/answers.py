@@ -23,7 +23,7 @@ from nemo_lmpo.runtime.files import file_hash
 ANSWERS_FILE = "answers.jsonl"
 _MOST_EMPTY = 0.01
 Progress = Callable[[int], object]
-"""Is told how many more are done."""
+"""Called with how many more are done."""
 
 
 @dataclass(frozen=True)

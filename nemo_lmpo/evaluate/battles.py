@@ -1,4 +1,4 @@
-"""Arena-Hard's verdicts as numbers: win rate, its published interval and the honest one.
+"""Arena-Hard's verdicts as numbers: win rate, its published interval, and one over instructions.
 
 Each question is judged twice, with the answers in both orders. Every verdict is a battle against the baseline, and a
 verdict of ``>>`` counts as three. Source: the arena-hard-auto repository's scripts and paper (arXiv 2406.11939).

@@ -69,7 +69,9 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="without a server (default: 16)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: 42")
-    parser.add_argument("--limit", type=int, metavar="N", help="try with N instructions; goes on with more later")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="try with N instructions; a later command with more continues"
+    )
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
     parser.add_argument("--requests-per-minute", type=float, metavar="N", help="at most (default: no limit)")
     parser.add_argument("--retries", type=int, default=8, metavar="N", help="of a request (default: 8)")
@@ -112,8 +114,8 @@ def _add_pairwise(parser: argparse.ArgumentParser, suite: str) -> None:
         parser.add_argument("--questions", type=Path, metavar="FILE", help=own)
     more = parser.add_argument_group("generation (default: the paper's settings)")
     more.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
-    more.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of P")
-    more.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer")
+    more.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens of P")
+    more.add_argument("--max-new-tokens", type=int, metavar="N", help="maximum number of tokens of an answer")
     more.add_argument("--chat-template", metavar="NAME", help="a file or built-in name (default: as trained)")
     more.add_argument("--system-prompt", metavar="TEXT", help="default: as trained")
     more.add_argument("--allow-empty", action="store_true", help="score although more than 1 %% of answers are empty")

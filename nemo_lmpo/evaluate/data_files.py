@@ -66,7 +66,7 @@ def data_folder(given: Path | None) -> Path:
     """The folder named, or by the environment, or in the user's cache."""
     if given is not None:
         if not given.is_dir():
-            raise ConfigError(f"--data {given} is no directory; make it with python -m nemo_lmpo.evaluate fetch")
+            raise ConfigError(f"--data {given} is not a directory; make it with python -m nemo_lmpo.evaluate fetch")
         return given
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
@@ -111,7 +111,7 @@ def _arena_hard(folder: Path) -> EvaluationSet:
     try:
         questions = [arena_question(row) for row in rows]
     except (KeyError, IndexError, TypeError):
-        raise DataError(f"{path} is no list of Arena-Hard's questions; fetch it again") from None
+        raise DataError(f"{path} is not a list of Arena-Hard's questions; fetch it again") from None
     found = content_hash([[name, text] for name, text in questions])
     _check(path, found, SET_HASHES[ARENA_HARD], len(rows), ARENA_HARD_QUESTIONS)
     path = find_file(folder, f"arena_hard_v0.1_{BASELINES[ARENA_HARD]}.jsonl")
@@ -172,7 +172,7 @@ def arena_answers(path: Path) -> dict[str, str]:
             else:
                 answers[str(row["question_id"])] = str(row["choices"][0]["turns"][0]["content"])
         except (KeyError, IndexError, TypeError):
-            raise DataError(f"{path}, line {number} is no answer in the form of Arena-Hard") from None
+            raise DataError(f"{path}, line {number} is not an answer in the form of Arena-Hard") from None
     return answers
 
 
@@ -194,7 +194,9 @@ def answers_of_file(path: Path) -> list[dict[str, Any]]:
         for row in rows
     )
     if not fine:
-        raise DataError(f"{path} is no list of objects with `instruction` and `output`, which AlpacaEval's answers are")
+        raise DataError(
+            f"{path} is not a list of objects with `instruction` and `output`, which AlpacaEval's answers are"
+        )
     return list(rows)
 
 
@@ -239,7 +241,7 @@ def load_judge_prompt(folder: Path, given: Path | None) -> JudgePrompt:
         fine = False
     if not fine:
         raise DataError(
-            f"{path} is no judge prompt: a JSON object with `system` and `template`, which has {{QUESTION}}, "
+            f"{path} is not a judge prompt: a JSON object with `system` and `template`, which has {{QUESTION}}, "
             "{ANSWER_A} and {ANSWER_B} once each"
         )
     if given is None and not prompt.published:

@@ -53,7 +53,7 @@ def scoring_python() -> Path:
         )
     path = Path(named).expanduser()
     if not (path.is_file() and os.access(path, os.X_OK)):
-        raise ConfigError(f"{VARIABLE}={named} is no interpreter; make it with `make eval-env`")
+        raise ConfigError(f"{VARIABLE}={named} is not an interpreter; make it with `make eval-env`")
     return path.absolute()
 
 

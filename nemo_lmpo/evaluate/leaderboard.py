@@ -61,7 +61,9 @@ def run(options: argparse.Namespace, command: str) -> Path:
     tasks = find_tasks(options.tasks)
     versions = all_packages()
     if options.task_data is not None and not options.task_data.is_dir():
-        raise ConfigError(f"--task-data {options.task_data} is no directory; give one with a TASK.jsonl for each task")
+        raise ConfigError(
+            f"--task-data {options.task_data} is not a directory; give one with a TASK.jsonl for each task"
+        )
     path = find_model(options.model).path
     from nemo_lmpo.answers.engine import open_prompting
 
@@ -214,7 +216,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
             ]
             found[task.name] = {**content, "ids": [row[0] for row in rows], "values": [100 * row[1] for row in rows]}
         except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path} is damaged; remove it and repeat the command") from None
+            raise DataError(f"{path} is damaged; remove it and run the same command again") from None
     return found
 
 

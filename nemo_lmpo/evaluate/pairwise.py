@@ -320,5 +320,9 @@ def _write(
     )
     write_result(plan.folder, result, units)
     for name, value in result.values.items():
-        shown = f" ({value.honest[0]:.1f} to {value.honest[1]:.1f})" if value.honest else ""
+        shown = (
+            f" ({value.bootstrap_interval[0]:.1f} to {value.bootstrap_interval[1]:.1f})"
+            if value.bootstrap_interval
+            else ""
+        )
         _logger.info("%s %.2f%s", name, value.value, shown)

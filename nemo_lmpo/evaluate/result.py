@@ -28,7 +28,7 @@ class Value:
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
-    def honest(self) -> Interval | None:
+    def bootstrap_interval(self) -> Interval | None:
         """The interval of resampling instructions."""
         return self.intervals.get(BY_INSTRUCTION)
 
@@ -36,8 +36,8 @@ class Value:
     def mean(cls, values: np.ndarray, *, stream: int = 0) -> Value:
         """Mean over instructions; no standard error of a single one."""
         error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-        honest = Interval.of(weighted_means(values, stream=stream))
-        return cls(float(values.mean()), error, {BY_INSTRUCTION: honest})
+        interval = Interval.of(weighted_means(values, stream=stream))
+        return cls(float(values.mean()), error, {BY_INSTRUCTION: interval})
 
 
 BY_INSTRUCTION = "bootstrap over instructions, 95 %"

@@ -72,7 +72,9 @@ def evaluation_rows(results: Sequence[Result]) -> list[list[str]]:
             TITLES[result.suite],
             _METRICS.get(name, name),
             f"{value.value:.2f}",
-            f"{value.honest[0]:.2f} to {value.honest[1]:.2f}" if value.honest else "",
+            f"{value.bootstrap_interval[0]:.2f} to {value.bootstrap_interval[1]:.2f}"
+            if value.bootstrap_interval
+            else "",
             str(result.n) if result.whole else f"{result.n} (a trial)",
             ", ".join(result.judge.answered) if result.judge else "none",
             result.date[:10],

@@ -164,4 +164,6 @@ def _why_not_pushed(error: BaseException, endpoint: str) -> str:
         return f"the token may not write there ({said}); take one that may, or another name"
     if isinstance(error, ValueError) or (status is not None and status < 500):
         return f"{endpoint} refuses ({said}); check the name"
-    return f"{endpoint} cannot be reached or broke off ({said}); repeat the command, which sends what is missing"
+    return (
+        f"{endpoint} cannot be reached or broke off ({said}); run the same command again, which sends what is missing"
+    )

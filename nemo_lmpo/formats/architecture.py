@@ -129,7 +129,7 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     """Read a Hugging Face config; ``origin`` names it in errors. Absent fields mean what they mean in transformers.
 
     Raises:
-        CheckpointError: another family, an unsupported variant, a missing field, or a value that is none.
+        CheckpointError: another family, an unsupported variant, a missing field, or an invalid value.
     """
     fields = Fields(config, origin)
     model_type = _model_type(fields)
@@ -282,11 +282,11 @@ def parse_json(content: bytes, origin: str) -> Any:
     """
 
     def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is no number there")
+        raise ValueError(f"{constant} is not a number there")
 
     try:
         return json.loads(content, parse_constant=refuse)
-    # Besides JSONDecodeError: text that is no UTF-8, numbers of thousands of digits.
+    # Besides JSONDecodeError: text that is not UTF-8, numbers of thousands of digits.
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise CheckpointError(f"{origin} is not valid JSON ({reason}); restore the file") from None

@@ -97,7 +97,7 @@ class TarFiles(CheckpointFiles):
             self._archive = tarfile.open(path, "r:")  # noqa: SIM115 - members are read as long as this lives
             for member in self._archive:
                 self._add(member)
-        # A damaged header can hold numbers that are none, or that no file has.
+        # A damaged header can hold invalid numbers, or such that no file has.
         except (tarfile.TarError, ValueError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -124,7 +124,7 @@ class TarFiles(CheckpointFiles):
             return
         if not member.isreg() or member.sparse is not None:
             raise CheckpointError(
-                f"{self._path} holds '{member.name}', which is no plain file (a link or device); do not use it"
+                f"{self._path} holds '{member.name}', which is not a plain file (a link or device); do not use it"
             )
         if path.as_posix() in self._members:
             raise CheckpointError(f"{self._path} holds '{member.name}' twice; do not use it")
@@ -137,4 +137,4 @@ class TarFiles(CheckpointFiles):
             return f"{self._path} is a gzip-compressed archive; decompress it first: gzip -dc FILE > OTHER.nemo"
         if "unexpected end" in str(error):
             return f"{self._path} is cut off in the middle of a member; copy it again"
-        return f"{self._path} is not a NeMo file: it is no readable tar archive ({error})"
+        return f"{self._path} is not a NeMo file: it is not a readable tar archive ({error})"

@@ -248,7 +248,7 @@ def reading_safely() -> Iterator[None]:
     name = "_get_filesystem_reader"
     with ExitStack() as undo:
         for module in (strategy, serialization):
-            if hasattr(module, name):  # from 0.19 on, what is no tensor is read by a reference of its own
+            if hasattr(module, name):  # from 0.19 on, what is not a tensor is read by a reference of its own
                 undo.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, lambda directory, *args, **kwargs: _SafeReader(directory))
         yield

@@ -22,7 +22,7 @@ class Fields:
         text_numbers: YAML reads `1e-5` as text; take such text for the number that it is.
 
     Raises:
-        CheckpointError: ``values`` have no names; so does every method for a value that is none.
+        CheckpointError: ``values`` have no names; so does every method for an invalid value.
     """
 
     def __init__(self, values: object, origin: str, *, text_numbers: bool = False) -> None:
@@ -94,5 +94,5 @@ _MISSING = object()
 
 
 def _same(value: object, allowed: object) -> bool:
-    """Equal, where a number is no truth value."""
+    """Equal, where a number is not a truth value."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)

@@ -14,7 +14,7 @@ from nemo_lmpo.formats.find_model import find_model
 def weights_fingerprint(path: Path | None, architecture: Architecture, seed: int = 0) -> str:
     """A hash over the content of a model's weight files; without a path, of what random weights are made from.
 
-    The path is no part of it: a copied model is the same model.
+    The path is not part of it: a copied model is the same model.
     """
     digest = hashlib.sha256(repr(architecture).encode())
     if path is None:

@@ -90,7 +90,7 @@ class HuggingFaceSource(TensorSource):
 
     def _add_file(self, path: Path) -> None:
         with _open(path) as file:
-            for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = file.get_slice(stored)
                 kind = view.get_dtype()
                 if kind not in DTYPES:

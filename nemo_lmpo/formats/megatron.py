@@ -142,7 +142,7 @@ def stored_rows(checkpoint: DistributedCheckpoint) -> int:
     """Vocabulary rows of the embedding as stored, padding included.
 
     Raises:
-        CheckpointError: it is no matrix, or larger than any.
+        CheckpointError: it is not a matrix, or larger than any.
     """
     size = checkpoint.tensors[find_prefix(checkpoint) + EMBEDDING].size
     if len(size) != 2 or not 0 < size[0] <= LARGEST_SIZE:

@@ -200,7 +200,7 @@ def architecture_from_nemo(config: Mapping[str, Any], vocab_size: int, origin: s
     """Read the `model_config.yaml` of a `.nemo` file; it does not hold the vocabulary's size.
 
     Raises:
-        CheckpointError: another model than the families here, a missing field, or a value that is none.
+        CheckpointError: another model than the families here, a missing field, or an invalid value.
     """
     model = nemo_fields(config, origin)
     _refuse_experts(model)
@@ -257,7 +257,7 @@ def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: 
     """Read the `context/model.yaml` of a NeMo 2 checkpoint; ``vocab_size`` stands in where it has none.
 
     Raises:
-        CheckpointError: another model than the families here, a missing field, or a value that is none.
+        CheckpointError: another model than the families here, a missing field, or an invalid value.
     """
     target = str(config.get("_target_", ""))[:80]
     by_class = {family.nemo2_class: name for name, family in FAMILIES.items()}
@@ -314,7 +314,7 @@ def _window(model: Fields) -> int | None:
         past, future = window
         if past >= 1 and future == 0:
             return int(past)
-    raise model.error("window_size", "is no window over past positions such as [4096, 0]; correct it")
+    raise model.error("window_size", "is not a window over past positions such as [4096, 0]; correct it")
 
 
 def _architecture(

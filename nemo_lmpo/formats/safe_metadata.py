@@ -84,7 +84,7 @@ def read_metadata(stream: IO[bytes], origin: str) -> records.Metadata:
             f"{origin} is damaged or no checkpoint metadata ({type(error).__name__}: {error}); copy it again"
         ) from None
     if not _is_whole(metadata):
-        raise CheckpointError(f"{origin} is no checkpoint metadata; copy the checkpoint again")
+        raise CheckpointError(f"{origin} is not checkpoint metadata; copy the checkpoint again")
     whole: records.Metadata = metadata
     return whole
 

@@ -79,7 +79,7 @@ def sentencepiece_files(content: bytes, origin: str) -> dict[str, SideFile]:
     """
     processor = sentencepiece_model(content)
     if processor is None:
-        raise CheckpointError(f"{origin} is no SentencePiece model; give the tokenizer with --tokenizer DIR")
+        raise CheckpointError(f"{origin} is not a SentencePiece model; give the tokenizer with --tokenizer DIR")
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     tokens = {name: processor.id_to_piece(number) for name, number in ids.items() if number >= 0}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}

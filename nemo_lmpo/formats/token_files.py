@@ -62,7 +62,7 @@ def read_token_files(
     `added_tokens_decoder` of `tokenizer_config.json` counts, and only without it the two older files.
 
     Args:
-        files: content by name; files that are not there are no fault.
+        files: content by name; files that are not there are not an error.
         pieces: the model's own tokens, by id.
         usual: the tokens of duties that the files leave open.
         origin: what errors call the directory.

@@ -37,7 +37,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: greedy)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling threshold")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts per batch (default: 8)")
     parser.add_argument("--limit", type=int, metavar="N", help="answer the first N prompts only")

@@ -277,7 +277,7 @@ class CPOConfig(PreferenceOptions):
     trainer (TRL's, pull request 1382)."""
     nll: Literal["mean", "token_mean", "sum"] = setting("mean", absent_means="sum")
     """How that likelihood is taken. `mean` per token of the response, for which 0.01 and 1.0 are published: the CPO
-    author's trainer does so (with one pair a micro-batch; with more it is `token_mean`, over all chosen tokens of
+    author's trainer does so (with one pair per micro-batch; with more it is `token_mean`, over all chosen tokens of
     the batch). `sum` is what the CPO and SimPO papers print; the preference is then about 1 % of the gradient."""
 
 

@@ -34,7 +34,7 @@ class ShardedDataParallel(TorchFullyShardedDataParallel):
     micro-batch, from its forward to the end of its backward, because the head reads them outside of any forward. All
     ranks have to run equally many micro-batches.
 
-    Communicates over ``group``: an all-gather a layer forward and backward, a reduce-scatter backward.
+    Communicates over ``group``: an all-gather per layer forward and backward, a reduce-scatter backward.
     """
 
     def __init__(self, chunk: PackedGPTModel, group: dist.ProcessGroup, device: torch.device) -> None:

@@ -46,7 +46,7 @@ class BannerFacts:
     config: Config
     run_dir: str
     devices: str
-    """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 2 threads a process`."""
+    """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 2 threads per process`."""
     world_size: int
     parameters: int
     """Of the whole model."""
@@ -107,7 +107,7 @@ def detect_kernels() -> DetectedKernels:
 def kernels_in_use(detected: DetectedKernels, kernels: Kernels) -> dict[str, str]:
     """What layers, attention and optimizer of the chosen ``kernels`` run on, given those that are installed."""
     te = f"Transformer Engine {detected.transformer_engine}"
-    attention = "torch flash, one call a layer" if kernels.attention == "flash" else "torch SDPA"
+    attention = "torch flash, one call per layer" if kernels.attention == "flash" else "torch SDPA"
     if kernels.attention == "te":
         flash = f", flash-attention {detected.flash_attention}" if detected.flash_attention else ""
         attention = f"{te} (cuDNN{flash})"

@@ -1,6 +1,6 @@
 """Where a run's metrics and sampled answers go: `metrics.jsonl` (every step), `samples.jsonl`, and trackers.
 
-`metrics.jsonl` holds one JSON object a line: `step` (finished optimizer steps, from 1), `time` (unix seconds)
+`metrics.jsonl` holds one JSON object per line: `step` (finished optimizer steps, from 1), `time` (unix seconds)
 and the metrics in the order given. Validation writes its own line with the same step and the prefix `val/`.
 JSON has no number for values that are not finite; they are written as the strings "NaN", "Infinity" and
 "-Infinity", which Python's `float()` and JavaScript's `Number()` turn back.

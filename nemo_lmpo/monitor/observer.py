@@ -68,7 +68,7 @@ class Harmless:
         if not isinstance(error, WHATEVER):  # Ctrl-C passes
             return False
         if not self.failed:
-            _logger.warning("%s failed (%s); training goes on: %s", self.what, reason(error), self.instead)
+            _logger.warning("%s failed (%s); training continues: %s", self.what, reason(error), self.instead)
         self.failed = True
         return True
 
@@ -167,5 +167,5 @@ class Observer:
         _FAILED.add(self.name)
         if not warned:
             _logger.warning(
-                "%s does not take all values (%s); training goes on, and metrics.jsonl has them all", self.name, why
+                "%s does not take all values (%s); training continues, and metrics.jsonl has them all", self.name, why
             )

@@ -182,7 +182,7 @@ def _limits(panel: Panel, lines: Sequence[_Line]) -> tuple[float, float, list[fl
     low, high = np.percentile(train or validation, [1, 99])
     low, high = min([low, *validation]), max([high, *validation])
     spread = high - low or abs(high) or 1.0
-    # A steep start of a long run is no outlier; what lies further off than this would flatten all the rest.
+    # A steep start of a long run is not an outlier; what lies further off than this would flatten all the rest.
     spread *= _EXTREME_SPREADS
     low = min([low, *(value for value in train if value >= low - spread)])
     high = max([high, *(value for value in train if value <= high + spread)])

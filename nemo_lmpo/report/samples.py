@@ -20,7 +20,8 @@ MOST_COLUMNS = 8
 CHART = Chart(
     "samples",
     "Length of sampled answers",
-    "Tokens of the policy's greedy answers: a faint line a prompt, the strong one their mean. Rings: cut by the limit.",
+    "Tokens of the policy's greedy answers: a faint line per prompt, the strong one their mean. "
+    "Rings: cut by the limit.",
     (),
 )
 

@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); remove it and repeat the command") from None
+        raise DataError(f"{path} is not JSON ({error}); remove it and run the same command again") from None
 
 
 def read_text(path: Path) -> str:
@@ -128,7 +128,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON Lines file that is whole.
 
     Raises:
-        DataError: names the line that is none.
+        DataError: names the invalid line.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -142,7 +142,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}); fetch or write the file again") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object; fetch or write the file again")
+            raise DataError(f"{path}, line {number} is not a JSON object; fetch or write the file again")
         rows.append(row)
     return rows
 

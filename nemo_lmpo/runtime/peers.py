@@ -67,12 +67,12 @@ class Peers:
         if found is None:
             return None
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not (told := self._told()) and time.monotonic() < deadline:
+        while not (message := self._reported()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        told = told or self._unknown(found)
-        return TrainingError(f"{told}; nothing more was saved: remove the cause and repeat the command to resume")
+        message = message or self._unknown(found)
+        return TrainingError(f"{message}; nothing more was saved: remove the cause and run the same command to resume")
 
-    def _told(self) -> str:
+    def _reported(self) -> str:
         """What can be said of ranks that ended or are stopped."""
         reasons = {peer.rank: _reason(peer.rank) for peer in self._others()}
         failed = [f"{peer} has ended: {reasons[peer.rank]}" for peer in self._others() if reasons[peer.rank]]

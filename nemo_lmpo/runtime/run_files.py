@@ -7,7 +7,7 @@ A run directory (``runs/<recipe>`` unless set)::
 
     config.yaml        the resolved configuration
     chat.json          the text of the chat template that the run began with, and what else decides its token ids
-    metrics.jsonl      a line a step
+    metrics.jsonl      a line per step
     samples.jsonl      a line an answer that was sampled (`logging.samples`)
     run.json           what the report cannot see in the metrics
     changes.jsonl      settings that a resume changed on purpose

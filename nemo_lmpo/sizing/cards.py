@@ -132,11 +132,11 @@ def read_gpus(text: str) -> Machine:
     if nodes is not None:
         return _machine(text, replace(card, node=count), int(nodes))
     if count > card.node and count % card.node:
-        raise ConfigError(f"GPUS={text} is no whole number of nodes of {card.node}; write NODESxGPUSxCARD")
+        raise ConfigError(f"GPUS={text} is not a whole number of nodes of {card.node}; write NODESxGPUSxCARD")
     return _machine(text, replace(card, node=min(count, card.node)), max(1, count // card.node))
 
 
 def _machine(text: str, card: Card, nodes: int) -> Machine:
     if nodes < 1 or card.node < 1:
-        raise ConfigError(f"GPUS={text} is no GPU at all; give at least 1")
+        raise ConfigError(f"GPUS={text} means no GPU; give at least 1")
     return Machine(card, nodes)

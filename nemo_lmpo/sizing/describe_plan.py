@@ -19,8 +19,8 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
     card = machine.card
     lines = [
         f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters on {machine.gpus} x {card.name}, "
-        f"{machine.nodes} node(s) of {card.node}; {config.model.global_batch_size} pairs a step, {LENGTHS}",
-        *(f"with a forward pass more a step, for {what}" for what in further_passes(config)),
+        f"{machine.nodes} node(s) of {card.node}; {config.model.global_batch_size} pairs per step, {LENGTHS}",
+        *(f"with a forward pass more per step, for {what}" for what in further_passes(config)),
         "",
         f"  {'layout':<34} {'row':>6} {'rows':>5} {'GiB':>6} {'step s':>8} {'pairs/s':>8} {'MFU':>5}  time goes to",
     ]

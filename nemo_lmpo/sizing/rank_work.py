@@ -20,7 +20,7 @@ SIZE = 2
 HEAD = 128
 """Head dimension of published runs."""
 FORWARD_OF_LOGITS, BACKWARD_OF_LOGITS = 28, 38
-"""Bytes moved a logit: maximum, exponentials and their sum; and exponentials again, their gradient and its cast."""
+"""Bytes moved per logit: maximum, exponentials and their sum; and exponentials again, their gradient and its cast."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Split:
     fused: bool = True
     """With Transformer Engine's fused rotary embedding and optimizer."""
     accumulate: int = 10
-    """Bytes moved a weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
+    """Bytes moved per weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
     of the product."""
     shared_copies: bool = False
-    """Weights that ranks share are gathered through one buffer a layer, and so are gradients shared out, as torch's
+    """Weights that ranks share are gathered through one buffer per layer, and so are gradients shared out, as torch's
     FSDP2 does. Not counted for published runs, most of which kept a layer's weights in one piece."""
     chunk: int = 1024
     """Positions whose logits exist at a time."""
@@ -61,12 +61,12 @@ class Split:
 
     @property
     def gathering(self) -> float:
-        """Bytes moved a weight to gather it: this rank's part cast and put in the buffer, the whole taken out."""
+        """Bytes moved per weight to gather it: this rank's part cast and put in the buffer, the whole taken out."""
         return 4 + 12 / self.replicas if self.shared_copies else 0.0
 
     @property
     def sharing_out(self) -> float:
-        """Bytes moved a weight to share its gradient out: put in the buffer in float32, this rank's part added up."""
+        """Bytes moved per weight to share its gradient out: put in the buffer in float32, this rank's part added up."""
         return 6 + 12 / self.replicas if self.shared_copies else float(self.accumulate)
 
 

@@ -8,7 +8,7 @@ from nemo_lmpo.sizing.rank_work import Row
 
 TYPICAL = (150, 280, 243)
 """Tokens of prompt, chosen and rejected of UltraFeedback-binarized: from the byte counts of its dataset card at 4.65
-characters a token; the rejected answers' share is an assumption."""
+characters per token; the rejected answers' share is an assumption."""
 LENGTHS = "pairs of {} + {} + {} tokens (prompt, chosen, rejected; UltraFeedback's means)".format(*TYPICAL)
 
 

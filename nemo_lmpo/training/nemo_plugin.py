@@ -174,7 +174,7 @@ class MegatronGPTLMPOModel(ModelPT):
                 are always checked, and go where the layout says.
 
         Raises:
-            UserError: the path is no model that this project reads.
+            UserError: the path is not a model that this project reads.
         """
         if override_config_path is None:
             cfg = nemo_config(_defaults_for(str(restore_path)))

@@ -37,7 +37,7 @@ OF_EACH_SOURCE = (
 )
 """Metrics that validation tells of every source of a mixture, too: how long answers are differs by source."""
 NO_METRICS = (CHOSEN_SHARED, REJECTED_SHARED, STATISTIC)
-"""Columns that are no metrics of their own."""
+"""Columns that are not metrics of their own."""
 
 
 def pair_columns(loss: PreferenceLoss, *, shared_logps: bool = False) -> tuple[str, ...]:

@@ -39,20 +39,20 @@ class GreedyAnswers:
     It draws no random numbers, and leaves weights, gradients and statistics alone.
     """
 
-    def __init__(self, policy: Policy, batches: BatchBuilder, *, ends: Sequence[int], most_tokens: int) -> None:
+    def __init__(self, policy: Policy, batches: BatchBuilder, *, ends: Sequence[int], max_tokens: int) -> None:
         """Take what answering needs.
 
         Args:
             policy: answers with its present weights.
             batches: lays rows as those of training.
             ends: tokens that end an answer.
-            most_tokens: of an answer; fewer where a row, or the model's positions, have no room for as many.
+            max_tokens: of an answer; fewer where a row, or the model's positions, have no room for as many.
         """
         self.policy = policy
         self.batches = copy.copy(batches)
         self.batches.share_prompt = True  # the two unknown responses must not double the sequence
         self.ends = frozenset(ends)
-        self.most_tokens = most_tokens
+        self.max_tokens = max_tokens
         self.room = min(batches.row_tokens, policy.architecture.max_position_embeddings)
 
     def __call__(self, prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -77,7 +77,7 @@ class GreedyAnswers:
         return answer[-1] in self.ends
 
     def _ended(self, prompt: list[int], answer: list[int]) -> bool:
-        return self.finished(answer) or len(answer) >= min(self.most_tokens, self.room - len(prompt))
+        return self.finished(answer) or len(answer) >= min(self.max_tokens, self.room - len(prompt))
 
     def _next_tokens(self, sequences: Sequence[list[int]]) -> list[int]:
         """The token after each sequence.
@@ -175,5 +175,5 @@ def answer_samples(policy: Policy, base: StartModel, steps: StepBatches) -> Answ
     path = None if base.sidecars is None else base.sidecars / "generation_config.json"
     generation_config = path.read_bytes() if path is not None and path.is_file() else None
     ends = stop_ids(chat, generation_config, str(base.sidecars))
-    answers = GreedyAnswers(policy, steps.builder, ends=ends, most_tokens=config.logging.sample_tokens)
+    answers = GreedyAnswers(policy, steps.builder, ends=ends, max_tokens=config.logging.sample_tokens)
     return AnswerSamples(answers, distinct_prompts(pairs, config.logging.samples), tokenizer)

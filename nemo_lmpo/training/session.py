@@ -67,14 +67,14 @@ class TrainingSession:
         self.checkpoints = self._checkpoints()
 
     def _checkpoints(self) -> CheckpointManager:
-        bytes_a_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12
+        bytes_per_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12
         return CheckpointManager(
             self.run.checkpoints,
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
             write_sidecars=self.files.write_sidecars,
-            state_bytes=bytes_a_parameter * self.base.architecture.num_parameters(),
+            state_bytes=bytes_per_parameter * self.base.architecture.num_parameters(),
             layout=self.layout(),
             find_missing=self.find_missing,
             data=self.fingerprints,

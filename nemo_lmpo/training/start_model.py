@@ -39,7 +39,7 @@ def find_start_model(model: ModelConfig, *, fetch: bool = True) -> StartModel:
 
     Raises:
         ConfigError: neither a path nor an architecture is given, no tokenizer, or another model than expected.
-        CheckpointError: the path is no model, or one that is not supported.
+        CheckpointError: the path is not a model, or one that is not supported.
     """
     if model.restore_from_path is None:
         return _random_start_model(model)

@@ -309,7 +309,7 @@ def _converted(case: Case, output: Path, models: dict[str, Path]) -> str | None:
     content = found.side_file("config.json")
     assert content is not None
     if b"NaN" in content or b"Infinity" in content:
-        return f"a config that is no JSON: {content!r}"
+        return f"a config that is not JSON: {content!r}"
     expected = load_file(models["hf"] / "model.safetensors")
     if case.must_be_right:
         wrong = [name for name, tensor in expected.items() if not torch.equal(found.source.get(name), tensor)]

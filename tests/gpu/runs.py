@@ -67,5 +67,5 @@ def first_batch(opened: TrainingSession) -> tuple[torch.Tensor, Gradients]:
     policy.prepare_for_training_step()
     pairs = policy.run_batch(batch, forward_only=False)
     sums = torch.stack([pairs.column("logps/chosen_sum"), pairs.column("logps/rejected_sum")]).cpu()
-    statistics.load_state_dict(before)  # a look is no step
+    statistics.load_state_dict(before)  # a look is not a step
     return sums, gradients_by_name(policy.models[0])

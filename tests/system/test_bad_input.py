@@ -94,7 +94,7 @@ def test_weights_of_another_architecture(llama: Path, workplace: Path, capsys: p
 
 
 def test_a_model_directory_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "./nowhere is no local path" in refused(capsys, "model.restore_from_path=./nowhere")
+    assert "./nowhere does not exist" in refused(capsys, "model.restore_from_path=./nowhere")
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_folders_are_not_mixed(
     assert "choose another --output" in capsys.readouterr().err
     assert command("arena_hard", "--anchor", "gpt-3.5-turbo-0125", limit=2) == 1
     assert "choose another --output" in capsys.readouterr().err
-    # Another name or row is no other evaluation.
+    # Another name or row is not an other evaluation.
     assert command("arena_hard", *arguments, "--row", "tiny/SimPO", limit=2) == 0
     assert result_of("arena_hard")["model"]["method"] == "SimPO"
 

@@ -70,7 +70,7 @@ def test_a_killed_rank_is_named(killed: int, layout: str, tmp_path: Path) -> Non
         assert ranks[1 - killed].exitcode == 1
     message = the_message(tmp_path, 1 - killed)
     assert f"rank {killed} (process {pid} on {socket.gethostname()}) has ended without a word" in message
-    assert "repeat the command to resume" in message
+    assert "run the same command to resume" in message
     assert saved_steps(tmp_path / "run" / "checkpoints")
 
 

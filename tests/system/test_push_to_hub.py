@@ -60,7 +60,9 @@ def test_the_command_pushes_every_byte(run: Path, hub: Hub, capsys: pytest.Captu
     assert export(arguments) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: --push-to-hub {NAME}: {hub.url} cannot be reached or broke off (")
-    assert last.endswith(f"repeat the command, which sends what is missing. The export is kept in {run}/huggingface")
+    assert last.endswith(
+        f"run the same command again, which sends what is missing. The export is kept in {run}/huggingface"
+    )
     assert not hub.files
 
     uploads = len(hub.uploads)
@@ -88,7 +90,7 @@ def test_a_hub_that_goes_away(run: Path, hub: Hub, capsys: pytest.CaptureFixture
     status, said = pushes(run, NAME, capsys)
     assert status == 1
     assert "broke off (Error while uploading '" in said
-    assert "repeat the command, which sends what is missing" in said
+    assert "run the same command again, which sends what is missing" in said
     assert not hub.files
     hub.cut_uploads = 0
     assert pushes(run, NAME, capsys)[0] == 0

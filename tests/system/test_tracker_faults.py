@@ -1,4 +1,4 @@
-"""Trackers that fail or hang at any moment: training goes on to its end, saves, and says so in one line."""
+"""Trackers that fail or hang at any moment: training continues to its end, saves, and says so in one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What takes minutes takes a moment; and what failed here is no matter of later tests."""
+    """What takes minutes takes a moment; and what failed here is not a matter of later tests."""
     monkeypatch.setattr(observer, "START_SECONDS", 3.0)
     monkeypatch.setattr(observer, "CLOSE_SECONDS", 2.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -177,7 +177,7 @@ CARD_FIELDS = {"library_name", "pipeline_tag", "tags", "model_name", "model-inde
 
 @pytest.fixture
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are no part of these pages' markup, and take most of the time."""
+    """Pictures are not part of these pages' markup, and take most of the time."""
     monkeypatch.setattr("nemo_lmpo.report.plots.draw_all", lambda runs, *charts: [Picture(CHART, b"png")])
     monkeypatch.setattr("nemo_lmpo.report.samples.draw_samples", lambda samples, run: Picture(CHART, b"png"))
     monkeypatch.setattr(

@@ -1,8 +1,8 @@
 """Tasks of the Open LLM Leaderboard by `lm_eval`. Runs in the scoring environment.
 
 Request: ``model`` (``kind`` hf or endpoint, ``arguments`` of the harness's class for it, and its template), ``tasks``,
-``folder`` for a file a task, ``data`` (a folder with rows instead of the Hub) and ``limit``. A task whose file is there
-is not run again. The model is loaded once, when the first task is missing. Answer: nothing.
+``folder`` for a file per task, ``data`` (a folder with rows instead of the Hub) and ``limit``. A task whose file is
+there is not run again. The model is loaded once, when the first task is missing. Answer: nothing.
 """
 
 from __future__ import annotations

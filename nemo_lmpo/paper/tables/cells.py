@@ -47,7 +47,11 @@ def format_value(value: Value | None, digits: int = 1) -> str:
     if value is None:
         return ""
     text = f"{value.value:.{digits}f}"
-    return f"{text}\n[{value.honest[0]:.{digits}f},\u00a0{value.honest[1]:.{digits}f}]" if value.honest else text
+    return (
+        f"{text}\n[{value.bootstrap_interval[0]:.{digits}f},\u00a0{value.bootstrap_interval[1]:.{digits}f}]"
+        if value.bootstrap_interval
+        else text
+    )
 
 
 def digits_of(column: str) -> int:

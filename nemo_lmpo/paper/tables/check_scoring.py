@@ -98,7 +98,7 @@ def check_alpaca_eval(folder: Path) -> list[Row]:
 
 def check_paper_rows(folder: Path) -> list[Row]:
     """LC of models of the paper from published GLM weights and difficulties: mean sigmoid(w_base + w_diff d)."""
-    # Published in a file of its own, and in df_gamed.csv, twice an instruction.
+    # Published in a file of its own, and in df_gamed.csv, twice per instruction.
     table = read_table(find_file(folder, "alpaca_eval2_instruction_difficulty.csv", "alpaca_eval2_df_gamed.csv"))
     difficulty = {row["index"]: float(row["instruction_difficulty"]) for row in table}.values()
     weights = {row[""]: row for row in read_table(find_file(folder, "alpaca_eval2_glm_weights.csv"))}

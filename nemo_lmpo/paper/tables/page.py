@@ -45,7 +45,7 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
         if folder.is_file():
             continue  # `evals/*` has the page itself
         if not folder.is_dir():
-            raise DataError(f"{folder} is no directory; give folders of evaluations")
+            raise DataError(f"{folder} is not a directory; give folders of evaluations")
         places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
         found += [place for place in places if (place / RESULT_FILE).exists()]
     if not found:

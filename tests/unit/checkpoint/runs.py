@@ -65,7 +65,7 @@ def train(place: tuple[Any, torch.device], run_dir: Path, *overrides: str) -> Tr
 
 
 def fingerprint(session: TrainingSession, *, counts: bool = True) -> str:
-    """A hash of all that training goes on from: weights, moments, step counts, margin statistics, random state."""
+    """A hash of all that training continues from: weights, moments, step counts, margin statistics, random state."""
     digest = hashlib.sha256()
     for name, tensor in sorted(session.policy.models[0].state_dict().items()):
         if isinstance(tensor, torch.Tensor) and not name.endswith("_extra_state"):

@@ -84,7 +84,7 @@ def test_half_a_file_is_refused(data: Path, tmp_path: Path) -> None:
 def test_missing_data_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"evaluate fetch --data {tmp_path}"):
         load_set(ARENA_HARD, tmp_path)
-    with pytest.raises(ConfigError, match=r"--data .*gone is no directory"):
+    with pytest.raises(ConfigError, match=r"--data .*gone is not a directory"):
         data_folder(tmp_path / "gone")
 
 
@@ -103,7 +103,7 @@ def test_answers_must_be_complete(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="`instruction` and `output`"):
         stored_answers(path, small_set(ALPACA_EVAL))
     path.write_text('{"uid": "0", "messages": []}\n')
-    with pytest.raises(DataError, match="line 1 is no answer in the form of Arena-Hard"):
+    with pytest.raises(DataError, match="line 1 is not an answer in the form of Arena-Hard"):
         arena_answers(path)
 
 
@@ -113,7 +113,7 @@ def test_answers_must_be_complete(tmp_path: Path) -> None:
 def test_judge_prompts_need_their_places(tmp_path: Path, content: str) -> None:
     path = tmp_path / "prompt.json"
     path.write_text(content)
-    with pytest.raises(DataError, match="is no judge prompt"):
+    with pytest.raises(DataError, match="is not a judge prompt"):
         load_judge_prompt(tmp_path, path)
 
 

@@ -55,7 +55,7 @@ def _prompt_text(session):
 
 
 def greedy_by_hand(generator, prompt, most):
-    """The definition: the likeliest next token, one at a time, no cache and no padding."""
+    """The definition: the most likely next token, one at a time, no cache and no padding."""
     ids = list(prompt)
     for _ in range(most):
         with torch.inference_mode():

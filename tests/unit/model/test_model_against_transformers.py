@@ -145,7 +145,7 @@ def test_log_probabilities_and_gradients(directory: Path, share_prompt: bool, on
 
 
 def test_margins_matter_in_the_gradient() -> None:
-    """Guards the test above: with lambda 0.2 and these statistics the margin is no rounding error."""
+    """Guards the test above: with lambda 0.2 and these statistics the margin is not a rounding error."""
     s_w, s_l = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True), torch.tensor(-5.0, dtype=torch.float64)
     value = margin(s_w, s_l, 4, 6, Settings())
     (gradient,) = torch.autograd.grad(value, s_w)

@@ -221,7 +221,7 @@ def test_samples_that_cannot_be_written_are_one_warning(tmp_path, caplog):
         for step in (2, 4):
             log.log_samples(step, SAMPLES)
     (record,) = caplog.records
-    assert re.search(r"writing .*samples\.jsonl failed.*training goes on: free the disk", record.getMessage())
+    assert re.search(r"writing .*samples\.jsonl failed.*training continues: free the disk", record.getMessage())
 
 
 def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tmp_path):

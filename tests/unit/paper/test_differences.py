@@ -150,7 +150,7 @@ def test_claims_follow_the_papers_numbers() -> None:
         setting: claims_of(setting) for setting in ("llama3_8b_instruct", "llama3_8b_base", "mistral_7b_base", "tiny")
     }
     texts = {setting: [claim.text for claim in claims] for setting, claims in every.items()}
-    # 1788 characters of SimPO are not more than LMPO's 1791, and 4.4 is no better rank than 3.7.
+    # 1788 characters of SimPO are not more than LMPO's 1791, and 4.4 is not a better rank than 3.7.
     assert "LMPO answers shorter than SimPO" not in texts["llama3_8b_instruct"]
     assert not any("ranks before" in text for text in texts["llama3_8b_instruct"])
     assert "LMPO answers shorter than SimPO" in texts["mistral_7b_base"]

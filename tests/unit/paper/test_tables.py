@@ -137,7 +137,7 @@ def test_nothing_to_show_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no result.json in .*evaluate a model first"):
         read_results([tmp_path / "empty"])
-    with pytest.raises(DataError, match="is no directory"):
+    with pytest.raises(DataError, match="is not a directory"):
         read_results([tmp_path / "gone"])
 
 

@@ -28,7 +28,7 @@ def test_memory_is_what_is_alive(meter: Meter) -> None:
     first = torch.empty(KILO)
     assert (meter.now, meter.peak) == (4 * KILO, 4 * KILO)
     view = first.view(10, 100)
-    assert meter.now == 4 * KILO, "a view is no memory of its own"
+    assert meter.now == 4 * KILO, "a view is not a memory of its own"
     second = torch.empty(KILO, dtype=torch.bfloat16)
     del second
     assert (meter.now, meter.peak) == (4 * KILO, 6 * KILO)
