@@ -41,8 +41,8 @@ TINY = Scale(
     "tiny",
     "A Llama of 0.9 million parameters on the generated sorting task, one CPU thread per run. The start model is "
     "trained by this project's SFT loss on the builtin set tiny_sft, whose answers are right and padded with filler "
-    "words; the pairs are the builtin set tiny_long, whose chosen answers are right and longer than the rejected ones more often "
-    "than not.",
+    "words; the pairs are the builtin set tiny_long, whose chosen answers are right and longer than the rejected ones "
+    "more often than not.",
     "tiny",
     (
         *_ONE_THREAD,
