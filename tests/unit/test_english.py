@@ -51,14 +51,9 @@ def test_phrases_stay_out(pattern: str) -> None:
 
 def test_the_patterns_find_what_they_are_for() -> None:
     wrong = (
-        *("runs/x is not a directory; give one", "names the invalid line", "stop it and run the same command again"),
-        *(
-            "it goes on where it was",
-            "the most likely tokens",
-            "maximum number of tokens of an answer",
-            "128 pairs a step, one epoch",
-        ),
-        *("one file a rank", "once a step over the global batch", "stopped; run the same command to resume"),
+        *("runs/x is no directory; give one", "names the line that is none", "stop it and repeat the command"),
+        *("it goes on where it was", "the likeliest tokens", "most tokens of an answer", "128 pairs a step, one epoch"),
+        *("one file a rank", "once a step over the global batch", "stopped; repeat the command to go on"),
     )
     for text in wrong:
         assert any(re.search(pattern, text) for pattern in PATTERNS), text
