@@ -164,6 +164,13 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as `1 process` and `2 processes`."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"
+
+
 def nearest(given: str, known: Iterable[str], likeness: float = 0.7) -> str | None:
     """The known name that is most like the given one; None where none is.
 

@@ -218,7 +218,7 @@ announce() { # TASKS
     local end
     end=$(job_end)
     export NEMO_LMPO_JOB_END=$end
-    echo "=== job $job_name, restart $SLURM_RESTART_COUNT, $1 process(es) on $SLURM_JOB_NODELIST," \
+    echo "=== job $job_name, restart $SLURM_RESTART_COUNT, $1 $(if [ "$1" = 1 ]; then echo process; else echo processes; fi) on $SLURM_JOB_NODELIST," \
         "$(if [ -n "$end" ]; then date -d "@$end" '+ends %F %T'; else echo 'no time limit'; fi)"
 }
 

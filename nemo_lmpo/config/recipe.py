@@ -19,7 +19,7 @@ from nemo_lmpo.config.mode import without_mode
 from nemo_lmpo.config.rules import problems_together
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.config.unknown_keys import about_unknown_key
-from nemo_lmpo.errors import ConfigError, did_you_mean, first_line
+from nemo_lmpo.errors import ConfigError, did_you_mean, first_line, nearest, printable
 
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
 
@@ -89,8 +89,9 @@ def compose(name: str, overrides: Sequence[str] = (), *, config_dir: Path | None
     folders = _folders(config_dir, file)
     known = _names(folders)
     if name not in known:
-        hint = did_you_mean(name, known)
-        raise ConfigError(f"--config-name {name} is not a recipe{hint} Known: {', '.join(known)}")
+        near = nearest(name, known)
+        remedy = "`nemo-lmpo train --list` shows the recipes" if near is None else f"did you mean {near}?"
+        raise ConfigError(f"{printable(name)} is not a recipe; {remedy}")
     _require_readable(overrides)
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     with_groups = [_choose_loss_by_name(override, folders) for override in overrides]

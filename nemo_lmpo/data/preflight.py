@@ -17,6 +17,7 @@ from nemo_lmpo.data.hub import cache_only, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
 from nemo_lmpo.data.schema import PreferenceRow, parse_row
+from nemo_lmpo.data.summary import shown_names
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
 
@@ -68,6 +69,8 @@ class _SourceLook:
         self.config = config
         self.which = which
         self.encoder = encoder
+        self._columns: set[str] = set()
+        """Columns of usable rows that nothing uses."""
 
     def lines(self, path: str) -> list[str]:
         """What there is to say of the source's first rows."""
@@ -88,10 +91,12 @@ class _SourceLook:
             row = parse_row(raw.value, self.which.schema)
         except RowError as error:
             return error
-        if self.encoder is None:
-            return row
-        (encoded,) = self.encoder.encode([row])
-        return encoded
+        result: _Laid = row
+        if self.encoder is not None:
+            (result,) = self.encoder.encode([row])
+        if not isinstance(result, RowError):
+            self._columns.update(row.columns)
+        return result
 
     def _refuse_bad(self, source: Source, results: list[tuple[RawRow, _Laid]]) -> None:
         for row, result in results:
@@ -130,6 +135,8 @@ class _SourceLook:
                 counts["a response cut to data.max_length"] += result.response_cut
                 counts["special tokens in their texts"] += result.special_tokens
         found = [f"    {count:>2}  {what}" for what, count in sorted(counts.items()) if count]
+        if self._columns:
+            found.append(f"    columns that nothing uses: {shown_names(self._columns)}")
         return [f"  {path}: of the first {len(results)} rows", *found] if found else []
 
 

@@ -14,7 +14,7 @@ import torch
 
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.doctor.findings import Finding
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, counted
 from nemo_lmpo.model.kernels import Kernels, choose_kernels, this_device
 from nemo_lmpo.monitor.banner import detect_kernels, kernels_in_use, package_versions
 from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
@@ -58,7 +58,7 @@ def devices(launch: LaunchInfo) -> Iterator[Finding]:
         text = f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{speed}"
         yield Finding("devices", f"GPU {index}", text, kind)  # type: ignore[arg-type]
     if launch.local_world_size > count:
-        text = f"{launch.local_world_size} processes on this node, but {count} GPU(s); start one a GPU"
+        text = f"{launch.local_world_size} processes on this node, but {counted(count, 'GPU')}; start one per GPU"
         yield Finding("devices", "processes", text, "problem")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         text = "none; torch.compile, which fuses activations, needs one (or set TORCH_COMPILE_DISABLE=1)"

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, counted
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.archive import CheckpointFiles
 from nemo_lmpo.formats.safe_metadata import read_metadata
@@ -138,7 +138,8 @@ class DistributedCheckpoint:
         missing = sorted(name for name in needed if self._at + name not in self._names)
         if missing:
             raise CheckpointError(
-                f"{self.origin} lacks {len(missing)} data file(s): {', '.join(missing)}; copy the checkpoint again"
+                f"{self.origin} lacks {counted(len(missing), 'data file')}: {', '.join(missing)}; "
+                "copy the checkpoint again"
             )
 
     def _read_checksums(self) -> tuple[str | None, dict[tuple[str, int], str]]:

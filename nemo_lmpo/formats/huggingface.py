@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, counted
 from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT
 from nemo_lmpo.formats.source import TensorSource, get_fitting
@@ -131,7 +131,7 @@ def _indexed_files(index: Path) -> list[Path]:
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
         raise CheckpointError(
-            f"{index} names {len(absent)} file(s) that are missing: {', '.join(absent)}; download them again"
+            f"{index} names {counted(len(absent), 'missing file')}: {', '.join(absent)}; download the model again"
         )
     return [index.parent / file for file in files]
 

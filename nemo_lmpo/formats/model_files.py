@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.errors import CheckpointError, counted
 from nemo_lmpo.formats.adapters import PEFT_CONFIG, AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.architecture import (
     Architecture,
@@ -142,7 +142,8 @@ def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
 def _no_model(path: Path) -> str:
     steps = sorted(found.name for found in path.glob("*_*") if _STEP.fullmatch(found.name) and found.is_dir())
     if steps:
-        return f"{path} holds the checkpoints of {len(steps)} step(s); give one of them, for example {path / steps[-1]}"
+        held = f"the checkpoints of {counted(len(steps), 'step')}"
+        return f"{path} holds {held}; give one of them, for example {path / steps[-1]}"
     return (
         f"{path} is not a model: it holds neither config.json ({SINGLE_FILE}), nor {NEMO_CONFIG}, "
         f"nor {NEMO2_CONFIG}, nor {run_files.ARCHITECTURE}, nor .metadata; give the directory of a model"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lmpo.errors import ConfigError, shown
+from nemo_lmpo.errors import ConfigError, counted, shown
 from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
 from nemo_lmpo.runtime.files import content_hash, file_stamp
 from nemo_lmpo.runtime.interruption import Interrupted
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from nemo_lmpo.answers.prompts import Prompt
     from nemo_lmpo.answers.sampling import Sampling
     from nemo_lmpo.generate.kept import Keeper
+
+_logger = logging.getLogger("nemo_lmpo")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -84,6 +87,8 @@ def _run(options: argparse.Namespace) -> int:
             error.add_note(keeper.interrupted())
             raise
         keeper.finish()
+    if output is not None:
+        _logger.info("wrote %s: %s", options.output, counted(len(ids), "answer"))
     return 0
 
 

@@ -46,7 +46,7 @@ class BannerFacts:
     config: Config
     run_dir: str
     devices: str
-    """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 2 threads per process`."""
+    """For example `4 x NVIDIA A100-SXM4-80GB` or `CPU, 1 process of 2 threads`."""
     world_size: int
     parameters: int
     """Of the whole model."""
@@ -146,18 +146,23 @@ def _layout(facts: BannerFacts) -> str:
     return f"{layout_line(model, facts.data_parallel)} = {facts.world_size} {noun}{more}"
 
 
+def _lines(text: str, width: int) -> list[str]:
+    """Lines of whole words."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [text]
+
+
 def _wrap(items: list[str], width: int) -> list[str]:
     """Lines of whole items."""
     text = ", ".join(item.replace(" ", "\xa0") for item in items)  # not a place to break
     return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width, break_on_hyphens=False)]
 
 
-def render_banner(facts: BannerFacts, width: int = 100) -> str:
+def render_banner(facts: BannerFacts, width: int = 80) -> str:
     """The banner as aligned lines, without a trailing newline."""
     steps = f"{facts.total_steps:,} of {facts.config.model.global_batch_size:,} pairs"
     if facts.start_step:
         steps += f", resumed after step {facts.start_step:,}"
-    per_rank = f"{format_count(facts.parameters_per_rank)} a process"
+    per_rank = f"{format_count(facts.parameters_per_rank)} per process"
     rows: list[tuple[str, list[str]]] = [
         ("recipe", [facts.config.name]),
         ("run directory", [facts.run_dir]),
@@ -170,8 +175,10 @@ def render_banner(facts: BannerFacts, width: int = 100) -> str:
     rows += [(name, [value]) for name, value in facts.kernels.items()]
     label_width = max(len(label) for label, _ in rows) + 2
     room = width - label_width - 2
+    # Not a path, which must stay whole to be copied.
+    rows = [(name, values if name == "run directory" else _lines(values[0], room)) for name, values in rows]
     if facts.reasons:
-        rows.append(("why", [line for reason in facts.reasons for line in textwrap.wrap(reason, room)]))
+        rows.append(("why", [line for reason in facts.reasons for line in _lines(reason, room)]))
     if facts.versions:
         rows.append(("versions", _wrap([f"{name} {version}" for name, version in facts.versions.items()], room)))
     lines = []

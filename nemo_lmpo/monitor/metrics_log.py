@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.config.schema import LoggingConfig
-from nemo_lmpo.errors import TrainingError
+from nemo_lmpo.errors import TrainingError, counted
 from nemo_lmpo.monitor.observer import Harmless
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.trackers import Trackers
@@ -73,7 +73,7 @@ def cut_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
             if entry["step"] == last_step:
                 last.append(entry)
     if broken:
-        _logger.warning("%s: removed %d broken line(s), as an interrupted write leaves them", path, broken)
+        _logger.warning("%s: removed %s, as an interrupted write leaves them", path, counted(broken, "broken line"))
     remaining = b"".join(kept)
     if remaining != content:
         replace_file(path, remaining)

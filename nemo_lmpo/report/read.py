@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import UserError, first_line
+from nemo_lmpo.errors import UserError, counted, first_line
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.files import read_small
 
@@ -131,7 +131,7 @@ def read_metrics(path: Path) -> Metrics:
                 if number is not None:
                     columns.setdefault(name, {})[step] = number
     if broken:
-        _logger.warning("%s: passed over %d broken line(s)", path, broken)
+        _logger.warning("%s: passed over %s", path, counted(broken, "broken line"))
     if not columns:
         raise UserError(f"{path} has no metrics; a report needs a run that has finished a step")
     series = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import counted
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.sizing.cards import Machine
@@ -19,8 +20,8 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
     card = machine.card
     lines = [
         f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters on {machine.gpus} x {card.name}, "
-        f"{machine.nodes} node(s) of {card.node}; {config.model.global_batch_size} pairs per step, {LENGTHS}",
-        *(f"with a forward pass more per step, for {what}" for what in further_passes(config)),
+        f"{counted(machine.nodes, 'node')} of {card.node}; {config.model.global_batch_size} pairs per step, {LENGTHS}",
+        *(f"with one more forward pass per step, for {what}" for what in further_passes(config)),
         "",
         f"  {'layout':<34} {'row':>6} {'rows':>5} {'GiB':>6} {'step s':>8} {'pairs/s':>8} {'MFU':>5}  time goes to",
     ]

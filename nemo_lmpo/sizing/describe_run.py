@@ -1,4 +1,4 @@
-"""What a run would look like and need, told without running it: layout, batches, memory a rank in GiB."""
+"""What a run would look like and need, without running it: layout, batches, memory per rank in GiB."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import counted
 from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.sizing.memory import checkpoint_host_bytes, estimate_memory
 
@@ -16,11 +17,11 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
     Args:
         layout: the run.
         unseen: hub names that only a start can look at.
-        rows: lines on how the first rows are laid.
+        rows: lines on the first rows of the data.
     """
     config, model = layout.config, layout.config.model
     memory = estimate_memory(layout)
-    nodes = f"{config.trainer.num_nodes} node(s) x {config.trainer.devices} device(s)"
+    nodes = f"{counted(config.trainer.num_nodes, 'node')} x {counted(config.trainer.devices, 'device')}"
     facts = [
         ("recipe", config.name),
         ("loss", config.loss.name),
@@ -34,13 +35,13 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
         ("parameters", f"{layout.architecture.num_parameters():,}"),
         (
             "global batch",
-            f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} a replica",
+            f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} per replica",
         ),
         ("row", f"at most {config.data.row_budget} tokens"),
     ]
     kept = ["parameters", "gradients", "optimizer", "activations", "logits"]
     kept += [name for name in ("gathered", "reference") if getattr(memory, name)]
-    table = [*((name, getattr(memory, name)) for name in kept), ("together", memory.total)]
+    table = [*((name, getattr(memory, name)) for name in kept), ("total", memory.total)]
     lines = [f"{name:<13} {value}" for name, value in facts]
     lines += ["", "memory expected on the busiest rank, GiB"]
     lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
@@ -50,7 +51,7 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
         f"host memory of a node while a checkpoint is written: {host:.1f} GiB, up to twice that with async_save",
     ]
     if rows:
-        lines += ["", "how the chat template lays the data", *rows]
+        lines += ["", "the first rows of the data, as the chat template renders them", *rows]
     lines += ["", "The configuration is valid. Nothing was started."]
     if unseen:
         lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")

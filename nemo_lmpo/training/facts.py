@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nemo_lmpo.errors import counted
 from nemo_lmpo.monitor.banner import BannerFacts, detect_kernels, kernels_in_use, package_versions
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
     if policy.device.type == "cuda":
         devices = f"{world_size} x {torch.cuda.get_device_name()}"
     else:
-        devices = f"CPU, {world_size} process(es) of {torch.get_num_threads()} thread(s)"
+        devices = f"CPU, {counted(world_size, 'process')} of {counted(torch.get_num_threads(), 'thread')}"
     return BannerFacts(
         config=policy.config,
         run_dir=str(run_dir),

@@ -16,7 +16,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.template_day import without_day
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
-from nemo_lmpo.errors import CheckpointError, ConfigError
+from nemo_lmpo.errors import CheckpointError, ConfigError, counted
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
@@ -117,7 +117,7 @@ def _why_not_finite(source: TensorSource, broken: str) -> str:
             f"the start model {source.origin} holds numbers that trainer.precision=bf16 cannot hold (they became "
             f"infinite in {broken}); give a start model with smaller weights"
         )
-    more = f" and {len(own) - 1} other tensor(s)" if len(own) > 1 else ""
+    more = f" and {counted(len(own) - 1, 'other tensor')}" if len(own) > 1 else ""
     return (
         f"the start model {source.origin} holds NaN or infinity in {own[0]}{more}; give a start model whose weights "
         "are finite"

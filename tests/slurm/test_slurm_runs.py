@@ -53,7 +53,7 @@ def last_line(job: Job) -> str:
 def test_two_tasks_on_a_node_learn_the_same_as_without_slurm(stories: Stories) -> None:
     job = stories["one_node"]
     assert job.succeeded, job.log[-3000:]
-    assert "2 process(es) on node" in job.log
+    assert "2 processes on node" in job.log
     assert "layout         TP 2 x PP 1 x CP 1 x DP 1 = 2 processes" in job.log
     assert last_line(job) == "slurm: all steps are done"
     assert not list(job.folder.glob("rank-*.log"))
@@ -74,7 +74,7 @@ def test_two_nodes_of_which_one_fails(stories: Stories) -> None:
     job = stories["two_nodes"]
     assert job.succeeded, job.log[-3000:]
     assert job.ending["Restarts"] == "1"
-    assert job.log.count("4 process(es) on node[3-4]") == 2
+    assert job.log.count("4 processes on node[3-4]") == 2
     assert (stories.folder / "launchers").read_text().split() == ["torchrun"] * 4 + ["srun"] * 4
     run = run_of(stories, "two_nodes")
     assert restarts(run)[0] == 0

@@ -44,7 +44,7 @@ def sbatch_line(said: str) -> list[str]:
 def test_print_shows_layout_memory_and_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "lmpo_tiny", "--nodes", "2", "optim.lr=0.1", "--print", "model.seed=3"]) == 0
     said = capsys.readouterr().out
-    assert "8 (2 node(s) x 4 device(s))" in said
+    assert "8 (2 nodes x 4 devices)" in said
     assert "memory expected" in said
     assert sbatch_line(said) == [
         "sbatch",
@@ -88,7 +88,7 @@ def test_own_recipes_are_given_by_their_whole_path(tmp_path: Path, capsys: pytes
         (["lmpo_tiny", "--nodes=3"], "model.global_batch_size=64 does not divide by the data-parallel size 12"),
         (["lmpo_tiny", "--nodes=0"], "--nodes=0 must be at least 1"),
         (["lmpo_tiny", "--gpus-per-node=0"], "--gpus-per-node=0 must be at least 1"),
-        (["lmpo_tiney"], "--config-name lmpo_tiney is not a recipe; did you mean lmpo_tiny?"),
+        (["lmpo_tiney"], "lmpo_tiney is not a recipe; did you mean lmpo_tiny?"),
         (["lmpo_tiny", "model.sed=1"], "unknown key model.sed; did you mean model.seed?"),
         (["lmpo_tiny", "model.tensor_model_parallel_size=2,3"], "4 processes do not divide by"),
         (["lmpo_tiny"], "sbatch is not on this machine"),

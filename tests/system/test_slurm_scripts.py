@@ -94,7 +94,7 @@ def job(tmp_path: Path) -> Job:
 
 def test_one_process_a_gpu_with_a_rendezvous(job: Job) -> None:
     said = job.run("run_training", "lmpo_tiny", "a.b=c d")
-    assert f"=== job 7, restart 0, 8 process(es) on node[1-2], ends {LIMIT.replace('T', ' ')}" in said
+    assert f"=== job 7, restart 0, 8 processes on node[1-2], ends {LIMIT.replace('T', ' ')}" in said
     assert said.splitlines()[-1] == "slurm: all steps are done"
     assert job.srun[:4] == ["--kill-on-bad-exit=1", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"]
     assert job.srun[4:] == [
@@ -222,7 +222,7 @@ def test_variables_of_another_job_are_not_believed(job: Job) -> None:
         "run_training", "r", TEST_OUTCOME="stopped SIGUSR1", TEST_JOB="7", SLURM_RESTART_COUNT="3",
         SLURM_JOB_END_TIME="1", **stale,
     )  # fmt: skip
-    assert f"=== job 7, restart 0, 8 process(es) on node[1-2], ends {LIMIT.replace('T', ' ')}" in said
+    assert f"=== job 7, restart 0, 8 processes on node[1-2], ends {LIMIT.replace('T', ' ')}" in said
     assert (job.folder / "requeue").read_text() == "requeue 7\n"
     assert not any(name.startswith("SLURM_ARRAY_") for name in job.environment)
     assert job.environment["SLURM_RESTART_COUNT"] == "0"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.errors import counted
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("nemo_lmpo", "docs", "conversion", "recipes", "slurm")
 ENDINGS = {".py", ".md", ".sh", ".sbatch", ".yaml", ".j2", ".example"}
@@ -25,6 +27,8 @@ PATTERNS = {
     r"\blikeliest\b": "most likely",
     r"\bmost tokens\b": "maximum number of tokens",
     rf"\b{_AMOUNT} an? {_THING}\b(?! {_VERB}\b)": "... per ...",
+    r"\} an? (?:process|replica|rank|node)\b": "{number} per ...",
+    r"[a-z]\(e?s\)": "1 file, 2 files (nemo_lmpo.errors.counted)",
     r"\b(?:doomed|grave|pairs_a_copy|bytes_a_parameter|give_back)\b": "expired, trash, ..._per_..., restore",
     r"\ban honest\b|\bthe honest one\b": "bootstrap interval",
     r"\bstopped; \w+ the command\b": "interrupted: run the same command to resume",
@@ -54,9 +58,18 @@ def test_the_patterns_find_what_they_are_for() -> None:
         *("runs/x is no directory; give one", "names the line that is none", "stop it and repeat the command"),
         *("it goes on where it was", "the likeliest tokens", "most tokens of an answer", "128 pairs a step, one epoch"),
         *("one file a rank", "once a step over the global batch", "stopped; repeat the command to go on"),
+        *("{size} a process", "lacks 2 data file(s)", "8 process(es)"),
     )
     for text in wrong:
         assert any(re.search(pattern, text) for pattern in PATTERNS), text
     right = ("there is no GPU", "is no longer served", "the pairs of a step", "threads a process group starts")
     for text in right:
         assert not any(re.search(pattern, text) for pattern in PATTERNS), text
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"),
+    [(1, "process", "1 process"), (2, "process", "2 processes"), (0, "data file", "0 data files")],
+)
+def test_a_number_stands_with_its_noun(number: int, noun: str, said: str) -> None:
+    assert counted(number, noun) == said

@@ -63,7 +63,7 @@ def test_wrong_overrides(case: str) -> None:
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="--config-name lmpo_tinny is not a recipe; did you mean lmpo_tiny"):
+    with pytest.raises(ConfigError, match="lmpo_tinny is not a recipe; did you mean lmpo_tiny"):
         load_recipe("lmpo_tinny")
 
 
@@ -137,7 +137,7 @@ def test_a_file_in_the_working_directory_is_a_path(mine: Path, monkeypatch: pyte
     (mine / "other" / "mine.yaml").write_text("trainer: {max_steps: 3}\n")
     assert load_recipe("mine.yaml", config_dir=mine / "other").trainer.max_steps == 3, "--config-dir comes first"
     assert load_recipe("./mine.yaml", config_dir=mine / "other").trainer.max_steps == 7
-    with pytest.raises(ConfigError, match="--config-name mine is not a recipe"):
+    with pytest.raises(ConfigError, match="mine is not a recipe"):
         load_recipe("mine")
 
 
@@ -156,7 +156,7 @@ def test_the_packages_recipes_may_be_paths() -> None:
     ("written", "said"),
     [
         ("own/nowhere.yaml", "--config own/nowhere.yaml does not exist; give the file"),
-        ("own", "--config-name own is not a recipe"),
+        ("own", "own is not a recipe"),
         ("own/", "--config own/ is a directory; give a recipe's file in it, or --config-dir"),
         ("own/old.yml", "--config own/old.yml must end in .yaml; rename it"),
         ("own/notes.txt", "--config own/notes.txt must end in .yaml; rename it"),

@@ -244,7 +244,7 @@ def test_missing_and_damaged_data_file(nemo: Path, tmp_path: Path) -> None:
     data.write_bytes(content[: len(content) // 2])
     assert "cannot be read" in _error(nemo_to_hf, tree, tmp_path / "out")
     data.unlink()
-    assert "lacks 1 data file(s): __0_0.distcp" in _error(nemo_to_hf, tree, tmp_path / "out")
+    assert "lacks 1 data file: __0_0.distcp" in _error(nemo_to_hf, tree, tmp_path / "out")
 
 
 def test_config_that_does_not_fit_the_weights(nemo: Path, source: Path, tmp_path: Path) -> None:

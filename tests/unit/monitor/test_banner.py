@@ -86,7 +86,7 @@ def test_versions_hold_installed_packages_only():
         (DetectedKernels(), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
         (DetectedKernels("2.8", "0.1", None), False, False, "sdpa", "torch", "torch SDPA", "torch AdamW"),
         (DetectedKernels(None, "0.1", None), True, False, "sdpa", "torch", "torch SDPA", "apex 0.1 FusedAdam"),
-        (DetectedKernels(), True, False, "flash", "torch", "torch flash, one call a layer", "torch AdamW"),
+        (DetectedKernels(), True, False, "flash", "torch", "torch flash, one call per layer", "torch AdamW"),
         (
             DetectedKernels("2.8", "0.1", "2.7"),
             True,
@@ -113,7 +113,7 @@ def test_counts(number, text):
 def test_banner_says_that_weights_are_shared():
     config = Config(name="tiny", model=ModelConfig(sequence_parallel=True, fsdp=True))
     facts = BannerFacts(config, "runs/tiny", "CPU", 2, 10, 5, 3, data_parallel=2)
-    assert "DP 2 = 2 processes, sequence parallel, FSDP" in render_banner(facts)
+    assert "DP 2 = 2 processes, sequence parallel, FSDP" in render_banner(facts, width=100)
 
 
 def test_banner():
@@ -143,9 +143,10 @@ def test_banner():
         "  recipe         lmpo_llama3_8b",
         "  run directory  runs/lmpo_llama3_8b",
         "  devices        8 x NVIDIA A100-SXM4-80GB",
-        "  layout         TP 2 x PP 2 (VPP 4) x CP 1 x DP 2 = 8 processes, sequence parallel",
+        "  layout         TP 2 x PP 2 (VPP 4) x CP 1 x DP 2 = 8",
+        "                 processes, sequence parallel",
         "  precision      bf16",
-        "  parameters     8.03 B (8,030,261,248), 2.01 B a process",
+        "  parameters     8.03 B (8,030,261,248), 2.01 B per process",
         "  steps          1,478 of 128 pairs, resumed after step 100",
         "  attention      torch SDPA",
         "  why            attention without flash: its kernel takes",

@@ -16,7 +16,7 @@ from nemo_lmpo.train import main
 
 DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="an installed package has no docs folder")
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "together")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "total")
 
 
 def table(page: str, header: str) -> list[list[str]]:
@@ -53,7 +53,7 @@ def test_the_dry_runs_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_a40_line_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.search(r"\*\*A40.*?`([^`]+)` takes ([\d.]+) GiB", (DOCS / "slurm.md").read_text(), re.DOTALL)
     assert found is not None
-    assert memory(dry_run(capsys, *found[1].split()))["together"] == found[2]
+    assert memory(dry_run(capsys, *found[1].split()))["total"] == found[2]
 
 
 def test_the_figures_of_the_lora_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,10 +66,10 @@ def test_the_figures_of_the_lora_page(capsys: pytest.CaptureFixture[str]) -> Non
     assert found is not None
     plain, overrides, recomputed, full = found.groups()
     given = overrides.split()
-    assert memory(dry_run(capsys, *given))["together"] == plain
-    assert memory(dry_run(capsys, *given, "model.activations_checkpoint_granularity=full"))["together"] == recomputed
+    assert memory(dry_run(capsys, *given))["total"] == plain
+    assert memory(dry_run(capsys, *given, "model.activations_checkpoint_granularity=full"))["total"] == recomputed
     without = [override for override in given if not override.startswith("model.peft")]
-    assert memory(dry_run(capsys, *without))["together"] == full
+    assert memory(dry_run(capsys, *without))["total"] == full
 
 
 def test_the_plans_of_the_performance_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,4 +22,4 @@ def test_the_banner_says_why_kernels_were_passed_over(tmp_path: Path, monkeypatc
     run_dir = tmp_path / "run"
     with open_session(load_recipe("simpo_tiny", [*SMALL, f"run_dir={run_dir}"]), LaunchInfo()) as session:
         facts = banner_facts(session.policy, run_dir, total_steps=3, start_step=0)
-    assert f"  why            {reason}\n" in render_banner(facts)
+    assert f"  why            {reason}\n" in render_banner(facts, width=100)

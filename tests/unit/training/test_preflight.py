@@ -85,7 +85,7 @@ def test_a_usable_row_behind_many_bad_ones_suffices() -> None:
 
 def test_the_dry_run_shows_what_the_template_does_with_the_first_rows(capsys: pytest.CaptureFixture[str]) -> None:
     calls = [{"role": "assistant", "content": "a b", "tool_calls": [{"name": "f"}]}]
-    rows = [{**GOOD, "chosen": calls}] * 3 + [GOOD] * 20
+    rows = [{**GOOD, "chosen": calls}] * 3 + [{**GOOD, "score": 1, "id": "x"}] + [GOOD] * 20
     Path("calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("thinks.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }}{% endfor %}"
@@ -98,6 +98,7 @@ def test_the_dry_run_shows_what_the_template_does_with_the_first_rows(capsys: py
         "  calls.jsonl: of the first 16 rows\n"
         "    16  generation starts with '<think> ', training does not\n"
         "     3  lose `tool_calls`\n"
+        "    columns that nothing uses: score\n"
     ) in shown
     with pytest.raises(UserError, match=r"calls.jsonl line 1: `tool_calls`: not in what is trained"):
         preflight(load_recipe("lmpo_tiny", [*overrides, "data.on_unused_fields=error"]), 1, fetch=False)
