@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from nemo_lmpo.answers.http import RETRIED, Client, ExchangeError, Reply, Stopped
 from nemo_lmpo.answers.replies import ReplyError, ServerError, decode, parse_error, parse_models
 from nemo_lmpo.answers.workers import ItemError
-from nemo_lmpo.errors import ConfigError, UserError, remember_secret, without_secrets
+from nemo_lmpo.errors import ConfigError, UserError, one_per_line, remember_secret, without_secrets
 from nemo_lmpo.runtime.credentials import Address
 from nemo_lmpo.settings import options_out_of_bounds, setting
 
@@ -45,11 +45,11 @@ class Limits:
         """Refuse values that mean nothing.
 
         Raises:
-            ConfigError: naming each option, one a line.
+            ConfigError: naming each option, one per line.
         """
         problems = list(options_out_of_bounds(self))
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(one_per_line(problems))
 
 
 class _Pace:

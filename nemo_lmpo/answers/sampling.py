@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.errors import ConfigError, one_per_line
 from nemo_lmpo.settings import options_out_of_bounds, setting
 
 DEFAULT_NEW_TOKENS = 512
@@ -46,7 +46,7 @@ class Sampling:
         """Refuse values that mean nothing.
 
         Raises:
-            ConfigError: naming each option, one a line.
+            ConfigError: naming each option, one per line.
         """
         problems = list(options_out_of_bounds(self))
         if 0 < self.temperature < MIN_TEMPERATURE:
@@ -54,7 +54,7 @@ class Sampling:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             problems.append("--top-p and --top-k have no effect without --temperature; set it, for example to 0.7")
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(one_per_line(problems))
 
 
 def named_in(text: str, names: Collection[str]) -> set[str]:

@@ -314,6 +314,6 @@ def _save_error(final: Path, error: BaseException) -> TrainingError:
     remedy = "free the disk" if disk_is_full(error) else "remove the cause, often a full disk,"
     reason = "the disk is full or a limit on files was reached" if "unexpected pos" in str(error) else reason_of(error)
     return TrainingError(
-        f"checkpoint {final} could not be written ({reason}); older ones are untouched: {remedy} and repeat the "
-        f"command to resume"
+        f"checkpoint {final} could not be written ({reason}); older ones are untouched: {remedy} and run the "
+        f"same command to resume"
     )

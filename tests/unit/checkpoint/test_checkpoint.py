@@ -371,7 +371,7 @@ def test_too_little_disk_is_told_before_writing(place: Any, run: Path, monkeypat
     message = str(caught.value)
     assert "step_0000004 could not be written: it needs 5.0 MiB, and" in message
     assert "has 3.0 KiB free" in message
-    assert message.count("run the same command again") == 1
+    assert message.count("run the same command to resume") == 1
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{n:07d}" for n in (1, 2, 3)]
 
 
@@ -384,7 +384,7 @@ def test_a_disk_that_fills_while_sidecars_are_written(place: Any, run: Path) -> 
     with pytest.raises(TrainingError) as caught:
         save(session, 4)
     assert "No space left on device" in str(caught.value)
-    assert "older ones are untouched: free the disk and run the same command again" in str(caught.value)
+    assert "older ones are untouched: free the disk and run the same command to resume" in str(caught.value)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_{n:07d}" for n in (1, 2, 3)]
 
 
@@ -408,7 +408,9 @@ def test_a_disk_that_fills_while_tensors_are_written(
         with pytest.raises(TrainingError, match=r"step_0000002 could not be written") as caught:
             save(session, 2)
         message = str(caught.value)
-        assert re.search("older ones are untouched: .*(free the|full) disk,? and run the same command again", message)
+        assert re.search(
+            "older ones are untouched: .*(free the|full) disk,? and run the same command to resume", message
+        )
         assert "\n" not in message
         assert saved_steps(root / "checkpoints") == [1]
         assert not list((root / "checkpoints").glob("*.tmp"))

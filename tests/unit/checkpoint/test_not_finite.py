@@ -68,7 +68,7 @@ def test_the_last_good_checkpoint_is_kept_and_resumes(
 
     break_after(monkeypatch, 3, spoil)
     named = "decoder.layers.mlp.linear_fc2.weight" if where == "weight" else f"optimizer.state.{where}"
-    with pytest.raises(TrainingError, match=rf"(?s)after step 3 .*{named}.*step_0000002 is kept: repeat") as info:
+    with pytest.raises(TrainingError, match=rf"(?s)after step 3 .*{named}.*step_0000002 is kept: run the same") as info:
         session.train(0.0)
     assert str(info.value).isprintable()
     assert "(1 of " in str(info.value)

@@ -13,14 +13,14 @@ from nemo_lmpo.evaluate.pairwise import prepare, sampling
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--seed", str(2**70), "must be from 0 to"),
-        ("--seed", "-1", "must be from 0 to"),
+        ("--seed", str(2**70), "must be at least 0 and at most"),
+        ("--seed", "-1", "must be at least 0 and at most"),
         ("--batch-size", "0", "must be at least 1"),
         ("--max-new-tokens", "0", "must be at least 1"),
-        ("--temperature", "nan", "must be 0 [(]greedy[)], or at least"),
+        ("--temperature", "nan", "must be a finite number"),
         ("--temperature", "1e-40", "must be 0 [(]greedy[)], or at least"),
-        ("--top-p", "0", "must be above 0 and at most 1"),
-        ("--top-p", "nan", "must be above 0 and at most 1"),
+        ("--top-p", "0", "must be greater than 0 and at most 1"),
+        ("--top-p", "nan", "must be a finite number"),
     ],
 )
 def test_generation_options(suite: str, option: str, value: str, message: str) -> None:
