@@ -77,8 +77,8 @@ def test_which_losses_go_forward_more_often(settings: tuple[str, ...], passes: l
     assert further_passes(config) == passes
     assert config.model.architecture is not None
     text = describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus("4"))
-    assert [line for line in text.splitlines() if line.startswith("with a forward pass")] == [
-        f"with a forward pass more per step, for {what}" for what in passes
+    assert [line for line in text.splitlines() if line.startswith("with one more forward pass")] == [
+        f"with one more forward pass per step, for {what}" for what in passes
     ]
 
 
