@@ -14,7 +14,7 @@ from nemo_lmpo.formats.find_model import MODEL_HELP, find_model
 from nemo_lmpo.runtime.command import answer, run_parser
 
 if TYPE_CHECKING:
-    from nemo_lmpo.formats.conversion import Plan
+    from nemo_lmpo.formats.conversion import Conversion
     from nemo_lmpo.formats.model_files import ModelFiles
 
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -234,7 +234,7 @@ def _expect(model: ModelFiles, kind: str, remedy: str) -> None:
         raise CheckpointError(f"{model.origin} is a {model.kind} model, not a {kind} one; {remedy}")
 
 
-def _ready(work: Plan, inputs: list[Path], options: argparse.Namespace) -> bool:
+def _ready(work: Conversion, inputs: list[Path], options: argparse.Namespace) -> bool:
     """Check the output; with `--dry-run`, print what would be done and answer False."""
     from nemo_lmpo.formats.conversion import describe
     from nemo_lmpo.runtime.files import format_bytes

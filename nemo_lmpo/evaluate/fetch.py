@@ -30,7 +30,7 @@ _ARENA = "https://raw.githubusercontent.com/lmarena/arena-hard-auto/196f6b826783
 
 
 @dataclass(frozen=True)
-class Source:
+class RemoteFile:
     """One file."""
 
     name: str
@@ -48,53 +48,53 @@ _ANCHORS = {
 }
 """AlpacaEval answers of models near the paper's."""
 SOURCES = (
-    Source(
+    RemoteFile(
         "alpaca_eval2_eval_set.json",
         f"{_HUB}/alpaca_eval_gpt4_baseline.json",
         "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
     ),
-    Source("alpaca_eval2_df_gamed.csv", f"{_HUB}/df_gamed.csv", DF_GAMED_HASH),
-    Source(
+    RemoteFile("alpaca_eval2_df_gamed.csv", f"{_HUB}/df_gamed.csv", DF_GAMED_HASH),
+    RemoteFile(
         "alpaca_eval2_leaderboard.csv",
         f"{_ALPACA}/src/alpaca_eval/leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv",
         "fe32bf85c2f7429038faa4c9a884d1d131726454ff84a4b810a91c1c7a2aa0e9",
     ),
-    Source(
+    RemoteFile(
         "alpaca_eval2_glm_weights.csv",
         f"{_ALPACA}/src/alpaca_eval/metrics/weights/weighted_alpaca_eval_gpt4_turbo/"
         "length_controlled_v1/baseline_gpt4_1106_preview.csv",
         "3bd6d5a46327020f1b3eea79ac62d537f89a953d44ab0a6da83c954e36a23254",
     ),
     *(
-        Source(f"alpaca_eval2_answers_{name}.json", f"{_ALPACA}/results/{name}/model_outputs.json", digest)
+        RemoteFile(f"alpaca_eval2_answers_{name}.json", f"{_ALPACA}/results/{name}/model_outputs.json", digest)
         for name, digest in _ANCHORS.items()
     ),
-    Source(
+    RemoteFile(
         "arena_hard_v0.1_question.jsonl",
         f"{_ARENA}/data/arena-hard-v0.1/question.jsonl",
         "2650242d2883f22b2abd498f273b6a7e02253cce533f5c91a858e1d44aa3002f",
     ),
-    Source(
+    RemoteFile(
         "arena_hard_v0.1_gpt-4-0314.jsonl",
         f"{_ARENA}/data/arena-hard-v0.1/model_answer/gpt-4-0314.jsonl",
         "0f6abc84de4600fde987d9db70f838f4ecdbd27a2f1f4058c12aa322a6f791b2",
     ),
-    Source(
+    RemoteFile(
         "arena_hard_v0.1_gpt-3.5-turbo-0125.jsonl",
         f"{_ARENA}/data/arena-hard-v0.1/model_answer/gpt-3.5-turbo-0125.jsonl",
         "5cfec14570206ec251c3506d36951db87ca869757be75d6075a20120c3cbb616",
     ),
-    Source(
+    RemoteFile(
         "arena_hard_v0.1_leaderboard_20240731.csv",
         f"{_ARENA}/leaderboard/arena_hard_leaderboard_20240731.csv",
         "dcc532f251a307f9cb23cb9ac04711e142157f32b934ee752a5456d336a6fe33",
     ),
 )
 _JUDGE = "arena_hard_v0.1_judge.json"
-_JUDGE_PROMPT = Source(
+_JUDGE_PROMPT = RemoteFile(
     "", f"{_ARENA}/utils/judge_utils.py", "cbb093f4fc27408d8447e946392f26f98538b1e3950f574aca91a0f7595167b4"
 )
-_JUDGE_CONFIG = Source(
+_JUDGE_CONFIG = RemoteFile(
     "", f"{_ARENA}/config/arena-hard-v0.1.yaml", "87ac45a188421218349697b5eda95cc77f6e60b6f61495d67d8cfebba3210528"
 )
 Download = Callable[[str], bytes]
@@ -130,7 +130,7 @@ def fetch_files(folder: Path, download: Download, *, quiet: bool) -> None:
         bar.update(1)
 
 
-def verified(source: Source, download: Download) -> bytes:
+def verified(source: RemoteFile, download: Download) -> bytes:
     """A file's content.
 
     Raises:

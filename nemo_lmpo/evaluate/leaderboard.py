@@ -195,7 +195,7 @@ def _run_tasks(options: argparse.Namespace, tasks: Sequence[Task], folder: Path,
         # The harness takes a server's key from there, here the relay's token.
         variables = {"OPENAI_API_KEY": str(told.get("token", "none")), **NO_PROXY}
         log, hub = folder / "lm_eval.log", options.task_data is None
-        run_program("leaderboard", request, log=log, environment=variables, on_line=on_line, reads_hub=hub)
+        run_program("run_tasks", request, log=log, environment=variables, on_line=on_line, reads_hub=hub)
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,7 @@ _logger = logging.getLogger("nemo_lmpo")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedEvaluation:
     """What is to be done, all cheap checks passed."""
 
     options: argparse.Namespace
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
         return _run_alone(plan, command)
 
 
-def _run_alone(plan: Plan, command: str) -> Path:
+def _run_alone(plan: PreparedEvaluation, command: str) -> Path:
     options = plan.options
     claim_folder(plan.folder, SETTINGS_FILE, identity(plan))
     if (plan.folder / RESULT_FILE).exists() and _is_done(plan):
@@ -101,7 +101,7 @@ def _run_alone(plan: Plan, command: str) -> Path:
     return plan.folder
 
 
-def prepare(options: argparse.Namespace) -> Plan:
+def prepare(options: argparse.Namespace) -> PreparedEvaluation:
     """Check everything that costs little, the judge's server included.
 
     Raises:
@@ -121,7 +121,7 @@ def prepare(options: argparse.Namespace) -> Plan:
     judge = JudgeServer(judge_endpoint, choose_model(judge_endpoint, options.judge, "--judge"), extra)
     folder = (options.output or Path("evals") / _name(options)) / options.command
     model, source = describe_source(options, data, evaluation_set, chosen, folder)
-    return Plan(
+    return PreparedEvaluation(
         *(options, folder, data, evaluation_set, chosen, model, source),
         *(judge, prompt, versions),
     )
@@ -208,7 +208,7 @@ def sampling_of(settings: GenerationSettings, seed: int) -> Sampling:
     return Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=seed)
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: PreparedEvaluation) -> dict[str, Any]:
     """What answers are made of; the same in every command that goes on with a folder."""
     hashes = (plan.model.weights_sha256, plan.model.template_sha256, plan.model.tokenizer_sha256)
     return {"evaluation set": plan.set.sha256, "model": hashes, "generation": lasting(plan.source.generation())}
@@ -223,19 +223,19 @@ def lasting(generation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def judge_identity(plan: Plan) -> dict[str, Any]:
+def judge_identity(plan: PreparedEvaluation) -> dict[str, Any]:
     """What judgments are made of."""
     prompt = plan.judge_prompt.sha256 if plan.judge_prompt else alpaca_eval.PROMPT_NAME
     asked = {"judge max tokens": getattr(plan.options, "judge_max_tokens", None), "judge extra": plan.judge.extra}
     return {"judge": plan.judge.name, "judge prompt": prompt, **{name: value for name, value in asked.items() if value}}
 
 
-def _is_done(plan: Plan) -> bool:
+def _is_done(plan: PreparedEvaluation) -> bool:
     before = read_result(plan.folder)
     return before.n >= len(plan.chosen) and before.judge is not None and before.judge.asked == plan.judge.name
 
 
-def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
+def estimate(plan: PreparedEvaluation, answers: Mapping[str, Answer]) -> str:
     """Calls and tokens that judging takes at most, for the reader to stop in time."""
     options, arena = plan.options, plan.set.suite == ARENA_HARD
     texts = sum(len(one.text) + len(one.baseline_answer) + len(answers[one.id].output) for one in plan.chosen)
@@ -255,7 +255,7 @@ def estimate(plan: Plan, answers: Mapping[str, Answer]) -> str:
 
 
 def _judge_and_score(
-    plan: Plan, answers: Mapping[str, Answer]
+    plan: PreparedEvaluation, answers: Mapping[str, Answer]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, Judge]:
     """Values, details, numbers by instruction, judgments without a verdict, and who judged."""
     asked = (plan.chosen, answers, plan.folder, plan.judge)
@@ -288,7 +288,7 @@ def count_unparsed(verdicts: Iterable[object], judge: Judge) -> int:
 
 
 def _write(
-    plan: Plan,
+    plan: PreparedEvaluation,
     answers: Mapping[str, Answer],
     values: dict[str, Any],
     details: dict[str, Any],

@@ -40,7 +40,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What a conversion will do; nothing is written yet."""
 
     model: ModelFiles
@@ -68,7 +68,7 @@ class Plan:
         check_disk(self.output, self.num_bytes + side + _SLACK_BYTES)
 
 
-def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Plan:
+def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Conversion:
     """Settle the target dtype: the one named, or the widest that the model has.
 
     Raises:
@@ -77,11 +77,11 @@ def plan(model: ModelFiles, output: Path, dtype: str | None = None) -> Plan:
     if dtype is not None and dtype not in _DTYPES:
         raise CheckpointError(f"dtype '{dtype}' is not supported; supported: {', '.join(_DTYPES)}")
     if dtype is not None:
-        return Plan(model, output, _DTYPES[dtype])
+        return Conversion(model, output, _DTYPES[dtype])
     found = functools.reduce(torch.promote_types, {model.source.dtype(name) for name in tensor_names(model)})
     if found not in _PRECISION:
         raise CheckpointError(f"{model.origin} is stored as {found}; name a target with --dtype, for example bf16")
-    return Plan(model, output, found)
+    return Conversion(model, output, found)
 
 
 def tensor_names(model: ModelFiles) -> list[str]:
@@ -89,7 +89,7 @@ def tensor_names(model: ModelFiles) -> list[str]:
     return list(hf_shapes(model.architecture))
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(plan: Conversion) -> list[str]:
     """The mapping, one line for each stored tensor."""
     architecture = plan.model.architecture
     lines = []
@@ -104,7 +104,7 @@ def describe(plan: Plan) -> list[str]:
 
 
 def write_nemo(
-    plan: Plan, *, hub_name: str | None = None, overwrite: bool = False, progress: Progress = lambda name: None
+    plan: Conversion, *, hub_name: str | None = None, overwrite: bool = False, progress: Progress = lambda name: None
 ) -> None:
     """Write a `.nemo` archive, or the same tree as a directory if the output does not end in `.nemo`.
 
@@ -121,7 +121,7 @@ def write_nemo(
         sink.close()
 
 
-def _write_nemo_tree(sink: Sink, plan: Plan, hub_name: str | None, progress: Progress) -> None:
+def _write_nemo_tree(sink: Sink, plan: Conversion, hub_name: str | None, progress: Progress) -> None:
     model = plan.model
     section, artifacts = _nemo_tokenizer(model, hub_name)
     config = nemo_config(model.architecture, _PRECISION[plan.dtype], section)
@@ -173,7 +173,7 @@ def _nemo_tokenizer(model: ModelFiles, hub_name: str | None) -> tuple[dict[str, 
 
 
 def write_huggingface(
-    plan: Plan,
+    plan: Conversion,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -198,7 +198,7 @@ def write_huggingface(
         sink.close()
 
 
-def holds(plan: Plan) -> bool:
+def holds(plan: Conversion) -> bool:
     """Whether the output is a model with the very weights that would be written."""
     model, dtype = plan.model, plan.dtype
     try:
@@ -212,7 +212,7 @@ def holds(plan: Plan) -> bool:
     )
 
 
-def renew_side_files(plan: Plan) -> None:
+def renew_side_files(plan: Conversion) -> None:
     """Give an output that :func:`holds` the side files of today: an earlier version may have written other ones."""
     output, files = plan.output, hf_files(plan)
     halves = (*output.glob(".*.tmp"), *output.glob("*/.*.tmp"))  # of a process that was killed
@@ -225,7 +225,7 @@ def renew_side_files(plan: Plan) -> None:
             replace_file(output / name, content)
 
 
-def hf_files(plan: Plan) -> dict[str, bytes]:
+def hf_files(plan: Conversion) -> dict[str, bytes]:
     """Side files by name, as a Hugging Face directory gets them.
 
     A converted model's are unchanged, except for a config that says another dtype or is missing; a
@@ -238,7 +238,7 @@ def hf_files(plan: Plan) -> dict[str, bytes]:
     return files
 
 
-def _hf_config(plan: Plan, files: dict[str, bytes]) -> bytes:
+def _hf_config(plan: Conversion, files: dict[str, bytes]) -> bytes:
     dtype = str(plan.dtype).removeprefix("torch.")
     given = files.get("config.json")
     if given is None:

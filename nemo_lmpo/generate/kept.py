@@ -18,7 +18,7 @@ SUFFIX = ".partial"
 """The journal's name is the output's with this ending."""
 _KEY, _SETTINGS = "index", "settings"
 
-Row = Mapping[str, Any]
+OutputLine = Mapping[str, Any]
 """One line of the output: `prompt`, `response`, `tokens`, `finished`."""
 
 
@@ -28,7 +28,7 @@ class Keeper(Protocol):
     done: set[int]
     """Prompts that are answered, by index."""
 
-    def keep(self, rows: Mapping[int, Row]) -> None:
+    def keep(self, rows: Mapping[int, OutputLine]) -> None:
         """Take answers by the index of their prompts."""
 
     def finish(self) -> None:
@@ -110,7 +110,7 @@ class FileKeeper:
                 "repeat that command, choose another --output, or remove the file to start anew"
             )
 
-    def keep(self, rows: Mapping[int, Row]) -> None:
+    def keep(self, rows: Mapping[int, OutputLine]) -> None:
         """Append answers to the journal."""
         self._journal.extend({_KEY: index, **row} for index, row in rows.items())
         self.done.update(rows)
@@ -142,10 +142,10 @@ class Printer:
 
     def __init__(self, count: int) -> None:
         self.done: set[int] = set()
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, OutputLine] = {}
         self._count, self._printed = count, 0
 
-    def keep(self, rows: Mapping[int, Row]) -> None:
+    def keep(self, rows: Mapping[int, OutputLine]) -> None:
         """Print what is next."""
         self.done.update(rows)
         self._rows.update(rows)
@@ -172,11 +172,11 @@ class Printer:
         _print([self._rows[index] for index in sorted(self._rows)])
 
 
-def _line(row: Row, *, ascii_only: bool = False) -> str:
+def _line(row: OutputLine, *, ascii_only: bool = False) -> str:
     return json.dumps(row, ensure_ascii=ascii_only) + "\n"
 
 
-def _print(rows: Iterable[Row]) -> None:
+def _print(rows: Iterable[OutputLine]) -> None:
     """Write lines to standard output; what its encoding has no character for is written as JSON escapes."""
     for row in rows:
         line = _line(row)

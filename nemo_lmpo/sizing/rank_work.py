@@ -102,7 +102,7 @@ def further_passes(config: Config) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowSize:
     """A micro-batch."""
 
     tokens: int
@@ -112,7 +112,7 @@ class Row:
     """(Query, key) pairs."""
 
 
-def layer_work(shape: Shape, split: Split, row: Row) -> Work:
+def layer_work(shape: Shape, split: Split, row: RowSize) -> Work:
     """Forward and backward of a layer, on a rank."""
     work = Work()
     tokens, tensor = row.tokens // split.context, split.tensor
@@ -163,7 +163,7 @@ def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwar
         work.send("all-reduce", "tensor", whole, split.tensor, 2 * forwards + 2)
 
 
-def head_work(shape: Shape, split: Split, row: Row) -> Work:
+def head_work(shape: Shape, split: Split, row: RowSize) -> Work:
     """Log-probabilities and their gradient on the last stage.
 
     The logits are computed twice for training, and once in each further pass.
@@ -189,7 +189,7 @@ def head_work(shape: Shape, split: Split, row: Row) -> Work:
     return work
 
 
-def micro_batch_work(shape: Shape, split: Split, row: Row, *, last: bool) -> Work:
+def micro_batch_work(shape: Shape, split: Split, row: RowSize, *, last: bool) -> Work:
     """Forward and backward of a micro-batch on a stage; ``last``: with the head."""
     work = layer_work(shape, split, row).times(stage_layers(shape, split))
     if last:
@@ -200,7 +200,7 @@ def micro_batch_work(shape: Shape, split: Split, row: Row, *, last: bool) -> Wor
     return work
 
 
-def attention_flops(shape: Shape, split: Split, row: Row) -> float:
+def attention_flops(shape: Shape, split: Split, row: RowSize) -> float:
     """Of a micro-batch on a stage: ``q k`` and ``p v`` forward, and five products of that size backward."""
     forwards = (2 if split.recompute or split.dense_scores else 1) + split.passes
     of_layer = (4.0 * forwards + 10.0) * shape.query / split.tensor * row.attended / split.context

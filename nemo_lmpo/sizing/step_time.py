@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_lmpo.sizing.cards import Card, Machine
 from nemo_lmpo.sizing.flops import Shape
-from nemo_lmpo.sizing.rank_work import Row, Split, attention_flops, micro_batch_work, rank_weights, stage_layers
+from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, micro_batch_work, rank_weights, stage_layers
 from nemo_lmpo.sizing.work import Product, Work
 
 TILE_ROWS, TILE_COLUMNS, PROLOGUE = 128, 256, 128
@@ -118,13 +118,13 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     return MicroBatchTime(max(device, host), inside, host > device)
 
 
-def counted(shape: Shape, split: Split, row: Row, card: Card, *, last: bool) -> MicroBatchTime:
+def counted(shape: Shape, split: Split, row: RowSize, card: Card, *, last: bool) -> MicroBatchTime:
     """Time of a micro-batch by the formulas of :mod:`nemo_lmpo.sizing.rank_work`."""
     work = micro_batch_work(shape, split, row, last=last)
     return micro_batch_time(work, attention_flops(shape, split, row), split, card)
 
 
-def step_time(shape: Shape, split: Split, row: Row, micro_batches: int, machine: Machine) -> StepTime:
+def step_time(shape: Shape, split: Split, row: RowSize, micro_batches: int, machine: Machine) -> StepTime:
     """Seconds of an optimizer step.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.sizing.flops import causal_pairs
-from nemo_lmpo.sizing.rank_work import Row
+from nemo_lmpo.sizing.rank_work import RowSize
 
 TYPICAL = (150, 280, 243)
 """Tokens of prompt, chosen and rejected of UltraFeedback-binarized: from the byte counts of its dataset card at 4.65
@@ -25,7 +25,7 @@ def pairs_of_a_row(config: Config) -> int:
     return min(fitting, config.model.micro_batch_size or fitting)
 
 
-def step_rows(config: Config, data_parallel: int) -> tuple[int, Row]:
+def step_rows(config: Config, data_parallel: int) -> tuple[int, RowSize]:
     """Micro-batches of a replica in a step of typical pairs, and what one of them holds."""
     pairs = config.model.global_batch_size // data_parallel
     rows = -(-pairs // pairs_of_a_row(config))
@@ -35,12 +35,12 @@ def step_rows(config: Config, data_parallel: int) -> tuple[int, Row]:
     return rows, row_of(pairs / rows, share_prompt=config.data.share_prompt)
 
 
-def row_of(pairs: float, *, share_prompt: bool) -> Row:
+def row_of(pairs: float, *, share_prompt: bool) -> RowSize:
     """A micro-batch of so many typical pairs."""
     prompt, chosen, rejected = TYPICAL
     prompts = causal_pairs(prompt) * (1 if share_prompt else 2)
     answers = sum(causal_pairs(length - 1, prefix=prompt) for length in (chosen, rejected))
-    return Row(
+    return RowSize(
         tokens=round(pairs * pair_tokens(TYPICAL, share_prompt=share_prompt)),
         predicted=round(pairs * (chosen + rejected)),
         attended=round(pairs * (prompts + answers)),

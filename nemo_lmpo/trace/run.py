@@ -15,7 +15,7 @@ from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.pair import PairTokens
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
-from nemo_lmpo.sizing.rank_work import Row
+from nemo_lmpo.sizing.rank_work import RowSize
 from nemo_lmpo.sizing.typical_pairs import filling_lengths, pairs_of_a_row
 from nemo_lmpo.sizing.work import Work
 from nemo_lmpo.trace.meter import Meter
@@ -57,7 +57,7 @@ class Trace:
     transformer_engine: bool
     micro_batches: int
     """How many were executed; a real step has more, which need no more memory."""
-    row: Row = field(default_factory=lambda: Row(0, 0, 0))
+    row: RowSize = field(default_factory=lambda: RowSize(0, 0, 0))
     """A micro-batch, filled up to the budget."""
     phases: list[Phase] = field(default_factory=list)
     forward_backward: Work = field(default_factory=Work)
@@ -114,7 +114,7 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
     # Lengths and layouts are values, so the batch is a real one.
     batch = BatchBuilder(config, groups, device=CPU, pad_id=0).build(pairs, np.arange(len(pairs)))
     rows = trace.micro_batches * layout.data_parallel_size
-    trace.row = Row(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
+    trace.row = RowSize(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
     with measured(meter, transformer_engine=trace.transformer_engine):
         policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
         mark(MODEL)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.rules import ParallelLayout, check_settings, validate
-from nemo_lmpo.data.preflight import look_at_data, look_at_tokenizer
+from nemo_lmpo.data.first_look import look_at_data, look_at_tokenizer
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.training.start_model import find_start_model
 

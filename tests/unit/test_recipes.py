@@ -2,13 +2,10 @@
 
 import copy
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from nemo_lmpo.checkpoint.same_run import flatten
 from nemo_lmpo.config.recipe import compose, config_as_dict, load_recipe, recipe_names, recipes_dir
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
@@ -29,62 +26,6 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
 }
-
-
-# Written by the code of the time before recipes were put together from losses and settings: all defaults, each
-# setting's values that differ from them, and each recipe's that differ from its setting's.
-BEFORE = json.loads((Path(__file__).parent / "recipes_before.json").read_text())
-# It follows from the vocabulary now, unless a recipe sets it.
-BEFORE["defaults"]["model.logprob_chunk_tokens"] = None
-# Words of the command line now.
-del BEFORE["defaults"]["dry_run"], BEFORE["defaults"]["traceback"]
-CHANGED_ON_PURPOSE: dict[tuple[str, str], Any] = {
-    # The start model's own template, as the released code trains it.
-    ("mistral_7b_base", "data.chat_template"): "zephyr",
-    ("mistral_7b_base", "data.system_prompt"): "",
-    # Sixteen percent slower on an idle machine, several times faster on a busy one.
-    ("tiny", "trainer.num_threads"): 1,
-    # The floor of the margin's deviation protects now; unset is 0.01.
-    ("lmpo", "loss.std_floor"): None,
-    # Published in SimPO's README.
-    ("dpo_llama3_8b", "optim.lr"): 7e-7,
-    # The layout that the plan finds fastest on four GPUs: TP 2 x DP 2, rows of 8192 tokens.
-    **{(setting, "model.tensor_model_parallel_size"): 2 for setting in SETTINGS},
-    **{(setting, "data.row_tokens"): 8192 for setting in SETTINGS},
-    **{(setting, "optim.use_distributed_optimizer"): True for setting in SETTINGS},
-    **{(setting, "optim.overlap_grad_reduce"): True for setting in SETTINGS},
-}
-"""Of a setting, a loss (all of its recipes) or a recipe: key and today's value."""
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return found
-
-
-def before(name: str) -> tuple[str, dict[str, Any]]:
-    """A recipe's setting and values."""
-    settings = BEFORE["settings"]
-    setting = next(known for known in sorted(settings, key=len, reverse=True) if name.endswith(f"_{known}"))
-    return setting, {**BEFORE["defaults"], **settings[setting], **BEFORE["recipes"][name], "name": name}
-
-
-@pytest.mark.parametrize("name", BEFORE["recipes"])
-def test_composes_as_before(name: str) -> None:
-    setting, expected = before(name)
-    changed = {
-        key: value for (of, key), value in CHANGED_ON_PURPOSE.items() if of in (setting, expected["loss.name"], name)
-    }
-    for key, value in changed.items():
-        assert expected.get(key) != value, f"{key} is as before; take it out of the list"
-    found = flat(config_as_dict(recipe(name)))
-    differing = {
-        key: (value, found.get(key)) for key, value in {**expected, **changed}.items() if found.get(key) != value
-    }
-    assert not differing, "before, now"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -162,7 +103,7 @@ QWEN_PARAMETERS = {"qwen3_8b": 8_190_735_360, "qwen2_5_7b": 7_615_616_512}
 @pytest.mark.parametrize("setting", QWEN_PARAMETERS)
 def test_untuned_settings_are_llama3_instructs(setting):
     def rest(name):
-        values = flat(config_as_dict(recipe(name)))
+        values = dict(flatten(config_as_dict(recipe(name))))
         its_own = ("name", "run_dir", "model.restore_from_path", "model.architecture.", "data.chat_template")
         return {key: value for key, value in values.items() if not key.startswith(its_own)}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_lmpo.evaluate.result import Judge, Result, Value
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TITLES
-from nemo_lmpo.paper.tables.claims import PLACES, Row
+from nemo_lmpo.paper.tables.claims import PLACES, TableRow
 from nemo_lmpo.paper.tables.published import ERRATA
 from nemo_lmpo.report.blocks import Block, Details, Table, Text
 
@@ -124,7 +124,7 @@ def kept_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[i
     return [place for place in range(len(header)) if place not in dropped]
 
 
-def command_for(suite: str, row: Row) -> str:
+def command_for(suite: str, row: TableRow) -> str:
     """The command whose result fills a row."""
     setting, method, variant = row
     name = "_".join(filter(None, (method.lower(), setting, variant))).replace("=", "_")

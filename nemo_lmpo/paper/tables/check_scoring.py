@@ -32,7 +32,7 @@ PAPER_ROWS = ("Mistral-7B-Instruct-v0.2", "Llama-3-Instruct-8B-SimPO", "Meta-Lla
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """One line: a number computed here beside the published one."""
 
     kind: str
@@ -70,7 +70,7 @@ def alpaca_models(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def check_alpaca_eval(folder: Path) -> list[Row]:
+def check_alpaca_eval(folder: Path) -> list[CheckedRow]:
     """WR, LC and length of every stored model by `alpaca_eval`'s own function."""
     load_set(ALPACA_EVAL, folder)
     models = alpaca_models(folder)
@@ -92,11 +92,11 @@ def check_alpaca_eval(folder: Path) -> list[Row]:
         note = f"C {nearest:.3g}"
         if abs(chosen - there["lc"]) > LC_EXACT:
             note += f"; cross-validation chose {found['C']:.3g} here: LC {chosen:.4f}"
-        rows.append(Row("AlpacaEval 2", model["name"], values, note))
+        rows.append(CheckedRow("AlpacaEval 2", model["name"], values, note))
     return rows
 
 
-def check_paper_rows(folder: Path) -> list[Row]:
+def check_paper_rows(folder: Path) -> list[CheckedRow]:
     """LC of models of the paper from published GLM weights and difficulties: mean sigmoid(w_base + w_diff d)."""
     # Published in a file of its own, and in df_gamed.csv, twice per instruction.
     table = read_table(find_file(folder, "alpaca_eval2_instruction_difficulty.csv", "alpaca_eval2_df_gamed.csv"))
@@ -108,11 +108,11 @@ def check_paper_rows(folder: Path) -> list[Row]:
         slope = float(weights[name]["instruction_difficulty"])
         lc = 100 * statistics.fmean(1 / (1 + math.exp(-(base + slope * value))) for value in difficulty)
         published = published_scores(ALPACA_EVAL, folder, name)
-        rows.append(Row("GLM weights", name, (("LC", lc, published["lc"], LC_EXACT),)))
+        rows.append(CheckedRow("GLM weights", name, (("LC", lc, published["lc"], LC_EXACT),)))
     return rows
 
 
-def check_arena_hard(folder: Path) -> list[Row]:
+def check_arena_hard(folder: Path) -> list[CheckedRow]:
     """Lengths in tokens of the stored answers beside those published; the sets' hashes are checked on the way."""
     load_set(ARENA_HARD, folder)
     rows = []
@@ -121,17 +121,17 @@ def check_arena_hard(folder: Path) -> list[Row]:
         counts = run_program("count_tokens", {"texts": list(answers.values())})
         published = published_scores(ARENA_HARD, folder, name)["length"]
         # The leaderboard cuts the mean's decimals.
-        rows.append(Row("Arena-Hard", name, (("tokens", float(int(statistics.fmean(counts))), published, 0.0),)))
+        rows.append(CheckedRow("Arena-Hard", name, (("tokens", float(int(statistics.fmean(counts))), published, 0.0),)))
     return rows
 
 
-def check(folder: Path, say: Callable[[str], object]) -> Sequence[Row]:
+def check(folder: Path, say: Callable[[str], object]) -> Sequence[CheckedRow]:
     """All checks that the folder has data for; lines go to ``say`` as they come.
 
     Raises:
         DataError: something is damaged, or there is nothing to check.
     """
-    found: list[Row] = []
+    found: list[CheckedRow] = []
     for part in (check_alpaca_eval, check_paper_rows, check_arena_hard):
         try:
             rows = part(folder)

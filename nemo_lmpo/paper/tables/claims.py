@@ -10,7 +10,7 @@ from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, METH
 from nemo_lmpo.paper.tables.differences import Difference, Ranks, average_ranks, compare, compare_ranks, newest
 from nemo_lmpo.paper.tables.published import TABLE1, TABLE2, TABLE2_SETTING, TABLE3, TABLE3_SETTING, TABLE4
 
-Row = tuple[str, str, str | None]
+TableRow = tuple[str, str, str | None]
 """Setting, method, variant."""
 
 
@@ -41,8 +41,8 @@ class Claim:
     text: str
     suite: str
     value: str
-    larger: Row
-    smaller: Row
+    larger: TableRow
+    smaller: TableRow
     published: float | None
     """The difference in the paper's numbers; None: the setting is none of the paper's."""
 
@@ -52,7 +52,7 @@ class Results:
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.all = list(results)
-        self._rows: dict[tuple[str, Row], list[Result]] = {}
+        self._rows: dict[tuple[str, TableRow], list[Result]] = {}
         for result in self.all:
             model = result.model
             # Other instructions than the published do not belong beside the paper's numbers.
@@ -61,7 +61,7 @@ class Results:
                 key = (result.suite, (model.setting, model.method, model.variant))
                 self._rows.setdefault(key, []).append(result)
 
-    def row(self, suite: str, row: Row) -> Result | None:
+    def row(self, suite: str, row: TableRow) -> Result | None:
         """The newest of a row."""
         return newest(self._rows.get((suite, row), []))
 

@@ -18,7 +18,7 @@ from nemo_lmpo.paper.tables.cells import (
     pairs,
     published_cells,
 )
-from nemo_lmpo.paper.tables.claims import PLACES, Results, Row, claims_of, judge
+from nemo_lmpo.paper.tables.claims import PLACES, Results, TableRow, claims_of, judge
 from nemo_lmpo.paper.tables.differences import Difference, paper_tasks
 from nemo_lmpo.paper.tables.published import (
     TABLE1,
@@ -59,7 +59,7 @@ class Line(NamedTuple):
     """A line of a table: what it is called, which results fill it, and the published cells by column."""
 
     label: str
-    row: Row
+    row: TableRow
     published: Mapping[str, str]
 
 
@@ -143,7 +143,7 @@ def table4(results: Results, judges: Judges) -> list[Block]:
         footnotes, rows, missing = Footnotes(4), [], []
         ranks = results.ranks(setting)
         for method in METHODS:
-            row: Row = (setting, method, None)
+            row: TableRow = (setting, method, None)
             published = TABLE4.get((setting, method))
             result = results.row(LEADERBOARD, row)
             if published is not None:

@@ -6,8 +6,8 @@ import huggingface_hub.constants as constants
 import pytest
 
 from nemo_lmpo.config.schema import DataConfig
+from nemo_lmpo.data.first_look import look_at_data
 from nemo_lmpo.data.hub import cache_only_without_network, is_cached_dataset
-from nemo_lmpo.data.preflight import look_at_data
 from nemo_lmpo.data.read import open_source
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nemo_lmpo.sizing.cards import CARDS, Machine
 from nemo_lmpo.sizing.flops import Shape
-from nemo_lmpo.sizing.rank_work import Row, Split
+from nemo_lmpo.sizing.rank_work import RowSize, Split
 from nemo_lmpo.sizing.step_time import step_time
 
 
@@ -102,7 +102,7 @@ def computed_speed(run: Published) -> float:
     card = CARDS[run.card]
     machine = Machine(replace(card, node=min(card.node, run.gpus)), max(1, run.gpus // card.node))
     tokens = run.length * run.sequences
-    row = Row(tokens, tokens, run.sequences * run.length * (run.length + 1) // 2)
+    row = RowSize(tokens, tokens, run.sequences * run.length * (run.length + 1) // 2)
     if run.split.dense_scores:
         row = replace(row, attended=run.sequences * run.length**2)
     once, twice = (

@@ -17,14 +17,14 @@ from nemo_lmpo.sizing.cards import CARDS, Machine, read_gpus
 from nemo_lmpo.sizing.describe_plan import describe_plan
 from nemo_lmpo.sizing.flops import Shape
 from nemo_lmpo.sizing.memory import estimate_memory
-from nemo_lmpo.sizing.rank_work import Row, Split, attention_flops, further_passes, head_work, layer_work
+from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, further_passes, head_work, layer_work
 from nemo_lmpo.sizing.search import CONTEXT, FRAGMENTATION, rank_layouts
 from nemo_lmpo.sizing.step_time import MicroBatchTime, rate_of, step_of, step_time
 from nemo_lmpo.sizing.typical_pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
 from tests.unit.sizing.published import PUBLISHED, error, table
 
 SHAPE = Shape(layers=4, hidden=512, ffn=1024, query=512, key_value=256, vocabulary=4096)
-ROW = Row(tokens=256, predicted=128, attended=1000)
+ROW = RowSize(tokens=256, predicted=128, attended=1000)
 A100 = CARDS["a100"]
 DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs"
 
