@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -92,7 +93,12 @@ def leave_out_working_directory() -> None:
 
 
 def start_logging() -> None:
-    """The package's messages and everybody's warnings, as plain lines on standard error."""
+    """The package's messages and everybody's warnings, as plain lines on standard error.
+
+    Not what libraries say of each other's coming versions, which no user can change; `python -W default` shows it.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("nemo_lmpo").setLevel(logging.INFO)
 
