@@ -13,7 +13,7 @@ from nemo_lmpo.monitor.banner import BannerFacts, render_banner
 from nemo_lmpo.monitor.console import Console
 from nemo_lmpo.monitor.metrics_log import MetricsLog
 from nemo_lmpo.monitor.observer import Harmless
-from nemo_lmpo.runtime.batch_job import read_batch_job
+from nemo_lmpo.runtime.batch_job import BatchJob
 
 _logger = logging.getLogger("nemo_lmpo")
 
@@ -21,7 +21,9 @@ _logger = logging.getLogger("nemo_lmpo")
 class Reporter:
     """Prints the start of a run and passes every line of metrics on."""
 
-    def __init__(self, run_dir: Path, config: Config, facts: BannerFacts, summaries: Sequence[str]) -> None:
+    def __init__(
+        self, run_dir: Path, config: Config, facts: BannerFacts, summaries: Sequence[str], job: BatchJob | None
+    ) -> None:
         """Open the files and show the start.
 
         Args:
@@ -29,10 +31,10 @@ class Reporter:
             config: what is kept of it with the metrics, and how much is shown.
             facts: the banner's content.
             summaries: texts shown below the banner, of the data above all.
+            job: the batch job that the run belongs to.
         """
         self.run_dir = run_dir
         self.draw_report = config.logging.report
-        job = read_batch_job()
         self._job_metrics = {} if job is None else {"job/restarts": float(job.restarts)}
         self.log = MetricsLog(
             run_dir,

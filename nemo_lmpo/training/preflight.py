@@ -25,6 +25,8 @@ class Preflight:
 
     layout: ParallelLayout
     base: StartModel
+    run: RunDirectory | None
+    """None: the run will get a directory of its own."""
     unseen: tuple[str, ...]
     """Hub names that only a start can look at."""
     rows: tuple[str, ...] = ()
@@ -58,4 +60,4 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
     if run is not None:
         run.check_owner()
     names = (*unseen, *(() if encoder is not None else (base.tokenizer,)))
-    return Preflight(layout, base, names, tuple(rows))
+    return Preflight(layout, base, run, names, tuple(rows))

@@ -26,7 +26,7 @@ from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
-from nemo_lmpo.runtime.batch_job import expired_end, read_batch_job
+from nemo_lmpo.runtime.batch_job import BatchJob, expired_end, read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.facts import banner_facts
@@ -53,6 +53,8 @@ class TrainingSession:
     launch: LaunchInfo
     groups: ParallelGroups
     device: torch.device
+    job: BatchJob | None = None
+    """The batch job that this process belongs to."""
 
     def __post_init__(self) -> None:
         seed_everything(self.config.model.seed)
@@ -142,6 +144,7 @@ class TrainingSession:
             self.config,
             banner_facts(self.policy, self.run.path, total_steps=len(self.steps), start_step=start_step),
             [*map(str, data), self.data.train.example_text()],
+            self.job,
         )
 
     def train(self, started: float) -> FitResult:
@@ -153,7 +156,7 @@ class TrainingSession:
             on_main_rank(lambda: self.run.begin(start_step, self.data.chat))
         reporter = self._reporter(start_step) if self.launch.is_main else None
         limit = parse_duration(self.config.trainer.max_time_per_run)
-        job = read_batch_job()
+        job = self.job
         if self.launch.is_main and (expired := expired_end()) is not None:
             _logger.warning("%s is in the past and is ignored: this run knows no time limit of its job", expired)
         try:
@@ -184,12 +187,13 @@ def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None =
     Raises:
         UserError: as :func:`~nemo_lmpo.training.preflight.preflight`, and what does not fit this machine.
     """
-    base = (checked or preflight(config, launch.world_size, fetch=True)).base
+    checked = checked or preflight(config, launch.world_size, fetch=True)
+    base, run = checked.base, checked.run or RunDirectory(config)
     use_cuda = uses_gpu(config.trainer.accelerator, launch)
     kernels_for(config, base.architecture, use_cuda=use_cuda)  # refused before data is read
-    run = RunDirectory(config)
+    job = read_batch_job()
     with run.taken() if launch.is_main else nullcontext():
-        if launch.is_main and (job := read_batch_job()) is not None:
+        if launch.is_main and job is not None:
             job.record(run.path)
         with distributed_session(config, launch) as (groups, device):
-            yield TrainingSession(config, base, run, launch, groups, device)
+            yield TrainingSession(config, base, run, launch, groups, device, job)
