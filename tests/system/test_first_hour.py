@@ -71,7 +71,7 @@ class User:
         """Wait for the end of a command, and compare."""
         said, _ = process.communicate(timeout=300)
         assert process.returncode == status, said
-        assert re.fullmatch(last, said.splitlines()[-1]), said
+        assert re.fullmatch(last, (said.splitlines() or [""])[-1]), said
         assert not re.search(r"Traceback|Warning|warnings\.warn|site-packages", said), f"noise:\n{said}"
         return said
 
