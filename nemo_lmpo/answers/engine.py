@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.sampling import DEFAULT_NEW_TOKENS, MAX_SEED, Sampling
 from nemo_lmpo.answers.trained_model import open_trained, read_training_config, tokenizer_of
 from nemo_lmpo.data.chat import stop_ids
@@ -26,17 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a model answered."""
-
-    token_ids: list[int]
-    """The token that ended it included."""
-    text: str
-    finished: bool
-    """Whether the model ended it itself, and not the limit of tokens."""
 
 
 @dataclass
@@ -66,7 +56,7 @@ class Generator(Prompting):
 
     def respond(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Progress = lambda done: None
-    ) -> list[Response]:
+    ) -> list[Answer]:
         """Answer prompts given as token ids, in their order.
 
         Args:
@@ -77,7 +67,7 @@ class Generator(Prompting):
         Raises:
             DataError: a prompt leaves no room within the model's positions.
         """
-        responses: dict[int, Response] = {}
+        responses: dict[int, Answer] = {}
         for batch in self.batches(prompts, sampling):
             responses.update(batch)
             progress(len(batch))
@@ -85,7 +75,7 @@ class Generator(Prompting):
 
     def batches(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, done: Container[int] = ()
-    ) -> Iterator[dict[int, Response]]:
+    ) -> Iterator[dict[int, Answer]]:
         """Answer prompts batch by batch; each batch as responses by the index of their prompts.
 
         Which prompts share a batch follows from all prompts, and each batch has a seed of its own. So batches that are
@@ -149,11 +139,11 @@ class Generator(Prompting):
         output = self.model.generate(ids.to(device), attention_mask=mask.to(device))
         return [row[width:].tolist() for row in output]
 
-    def _response(self, ids: list[int]) -> Response:
+    def _response(self, ids: list[int]) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
         kept = ids if end is None else ids[: end + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Response(kept, text.strip(), end is not None)
+        return Answer(text.strip(), kept, finished=end is not None)
 
 
 def load_generator(

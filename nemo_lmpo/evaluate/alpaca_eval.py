@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.answers.replies import ChatReply
 from nemo_lmpo.answers.workers import ItemError
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
 from nemo_lmpo.evaluate.environment import NO_PROXY, run_program
@@ -49,7 +49,7 @@ def judge(
         UserError: the judge cannot be asked; what it said is kept.
     """
     rows = [
-        {"index": one.id, "instruction": one.text, "output_1": one.baseline_answer, "output_2": answers[one.id].output}
+        {"index": one.id, "instruction": one.text, "output_1": one.baseline_answer, "output_2": answers[one.id].text}
         for one in chosen
     ]
     with (
@@ -92,7 +92,7 @@ def score(
         model = {
             "index": [int(one.id) for one in chosen],
             "preferences": [preferences[one.id] for one in chosen],
-            "lengths": [len(answers[one.id].output) for one in chosen],
+            "lengths": [len(answers[one.id].text) for one in chosen],
             "baseline_lengths": [len(one.baseline_answer) for one in chosen],
         }
         request = {

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.completions import CompletionRequests, PromptCountError, complete, refused_parameters
 from nemo_lmpo.answers.endpoint import Endpoint, RefusedError
 from nemo_lmpo.answers.journal import Journal
@@ -26,16 +27,14 @@ Progress = Callable[[int], object]
 """Called with how many more are done."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was answered to one instruction."""
+def row_of(name: str, answer: Answer) -> dict[str, Any]:
+    """A line of `answers.jsonl`: the answer to the instruction ``name``."""
+    return {"id": name, "output": answer.text, "tokens": answer.tokens, "truncated": not answer.finished}
 
-    id: str
-    output: str
-    tokens: int | None = None
-    """The token that ended it included, where that is known."""
-    truncated: bool = False
-    """Whether the limit of tokens ended it, not the model."""
+
+def answer_of(row: Mapping[str, Any]) -> Answer:
+    """The answer in a line of `answers.jsonl`."""
+    return Answer(row["output"], finished=not row.get("truncated"), count=row.get("tokens"))
 
 
 class AnswerSource(Protocol):
@@ -85,9 +84,7 @@ def collect_answers(
             f"{folder / ANSWERS_FILE}: {len(empty)} of {len(rows)} answers are empty (the first to instruction "
             f"{empty[0]}); look at the prompts and the template, or say --allow-empty if the model does that"
         )
-    return {
-        name: Answer(name, row["output"], row.get("tokens"), bool(row.get("truncated"))) for name, row in rows.items()
-    }
+    return {name: answer_of(row) for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class EndpointSource:
         def keep_one(name: str, stop: threading.Event) -> None:
             body = {key: value for key, value in bodies[name].items() if key not in self.left_out}
             found = complete(self.endpoint, body, stop)
-            answer = Answer(name, found.text.strip(), found.completion_tokens, found.finish_reason == "length")
-            keep.append(asdict(answer))
+            finished = found.finish_reason != "length"
+            keep.append(row_of(name, Answer(found.text.strip(), finished=finished, count=found.completion_tokens)))
             progress(1)
 
         first, *others = bodies
@@ -180,7 +177,7 @@ class StoredSource:
 
     def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
         """Copy them."""
-        keep.extend(asdict(Answer(one.id, self.outputs[one.id])) for one in instructions)
+        keep.extend(row_of(one.id, Answer(self.outputs[one.id])) for one in instructions)
         progress(len(instructions))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.answers.workers import for_each
-from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.environment import run_program
@@ -52,7 +52,7 @@ def judge(
 
             def play(item: tuple[Instruction, int], stop: threading.Event) -> None:
                 one, game = item
-                made = judgment(server, request(server, prompt, one, answers[one.id].output, game, max_tokens), stop)
+                made = judgment(server, request(server, prompt, one, answers[one.id].text, game, max_tokens), stop)
                 journal.append({"game": _key(one, game), **made})
                 bar.update(1)
 
@@ -108,7 +108,7 @@ def score(
     """Values, details and numbers by question."""
     battles = collect_battles(verdicts)
     means, weights = battles.by_question()
-    tokens = run_program("count_tokens", {"texts": [answers[one.id].output for one in chosen]})
+    tokens = run_program("count_tokens", {"texts": [answers[one.id].text for one in chosen]})
     values = {
         "wr": Value(
             battles.win_rate,

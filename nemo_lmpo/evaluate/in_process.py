@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.engine import Generator, Prompting
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.answers.sampling import Sampling
-from nemo_lmpo.evaluate.answers import Answer, Progress, room
+from nemo_lmpo.evaluate.answers import Progress, room, row_of
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.suites import GenerationSettings
 
@@ -60,8 +61,8 @@ class InProcessSource:
             batch = order[start : start + self.batch_size]
             if missing.isdisjoint(batch):
                 continue
-            answers = self._batch(batch, self.seed + start)
-            fresh = [asdict(answer) for answer in answers if answer.id in missing]
+            answers = zip(batch, self._batch(batch, self.seed + start), strict=True)
+            fresh = [row_of(name, answer) for name, answer in answers if name in missing]
             keep.extend(fresh)
             progress(len(fresh))
 
@@ -71,11 +72,7 @@ class InProcessSource:
         longest = max(range(len(names)), key=lambda index: len(prompts[index]))
         limit = room(self.settings.max_new_tokens, len(prompts[longest]), positions, names[longest])
         sampling = Sampling(limit, self.settings.temperature, self.settings.top_p, seed=seed, batch_size=len(names))
-        responses = self._generator.respond(prompts, sampling)
-        return [
-            Answer(name, response.text, len(response.token_ids), not response.finished)
-            for name, response in zip(names, responses, strict=True)
-        ]
+        return self._generator.respond(prompts, sampling)
 
 
 def default_dtype(device: str) -> str:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.completions import CompletionRequests
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate import alpaca_eval, arena_hard
-from nemo_lmpo.evaluate.answers import Answer, AnswerSource, EndpointSource, StoredSource, choose, collect_answers
+from nemo_lmpo.evaluate.answers import AnswerSource, EndpointSource, StoredSource, choose, collect_answers
 from nemo_lmpo.evaluate.answers import stored_answers as read_stored_answers
 from nemo_lmpo.evaluate.data_files import (
     EvaluationSet,
@@ -238,7 +239,7 @@ def _is_done(plan: PreparedEvaluation) -> bool:
 def estimate(plan: PreparedEvaluation, answers: Mapping[str, Answer]) -> str:
     """Calls and tokens that judging takes at most, for the reader to stop in time."""
     options, arena = plan.options, plan.set.suite == ARENA_HARD
-    texts = sum(len(one.text) + len(one.baseline_answer) + len(answers[one.id].output) for one in plan.chosen)
+    texts = sum(len(one.text) + len(one.baseline_answer) + len(answers[one.id].text) for one in plan.chosen)
     # The instructions to the judge are about 2,000 characters.
     games = len(arena_hard.GAMES) if arena else 1
     calls = games * len(plan.chosen)
@@ -304,8 +305,8 @@ def _write(
         n=len(plan.chosen),
         of=len(plan.set.instructions),
         unparsed=unparsed,
-        truncated=sum(answer.truncated for answer in answers.values()),
-        empty=sum(not answer.output.strip() for answer in answers.values()),
+        truncated=sum(not answer.finished for answer in answers.values()),
+        empty=sum(not answer.text.strip() for answer in answers.values()),
         judge=judge,
         generation=dict(plan.source.generation()),
         packages=plan.packages,

@@ -15,7 +15,8 @@ from nemo_lmpo.runtime.files import content_hash, file_stamp
 from nemo_lmpo.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
-    from nemo_lmpo.answers.engine import Generator, Prompting, Response
+    from nemo_lmpo.answers.answer import Answer
+    from nemo_lmpo.answers.engine import Generator, Prompting
     from nemo_lmpo.answers.prompts import Prompt
     from nemo_lmpo.answers.sampling import Sampling
     from nemo_lmpo.generate.kept import Keeper
@@ -111,12 +112,12 @@ def _answer(
             bar.update(len(keeper.done) - bar.n)
 
 
-def output_row(prompt: Prompt, response: Response) -> dict[str, Any]:
+def output_row(prompt: Prompt, response: Answer) -> dict[str, Any]:
     """A line of the output."""
     return {
         "prompt": prompt.given,
         "response": response.text,
-        "tokens": len(response.token_ids),
+        "tokens": response.tokens,
         "finished": response.finished,
     }
 

@@ -27,8 +27,8 @@ CHART = Chart(
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A line of `samples.jsonl`."""
+class SampleLine:
+    """A line of `samples.jsonl`, which :mod:`nemo_lmpo.monitor.samples` describes."""
 
     step: int
     prompt: str
@@ -42,14 +42,14 @@ class SampledPrompt:
     """A prompt with its answers; None where it was not answered."""
 
     prompt: str
-    answers: list[Answer | None]
+    answers: list[SampleLine | None]
 
 
 @dataclass(frozen=True)
 class Samples:
     """All answers of a run."""
 
-    answers: list[Answer]
+    answers: list[SampleLine]
 
     @property
     def steps(self) -> list[int]:
@@ -82,10 +82,10 @@ def read_samples(run_dir: Path) -> Samples | None:
     return Samples(answers) if answers else None
 
 
-def _answer(line: str) -> Answer | None:
+def _answer(line: str) -> SampleLine | None:
     try:
         entry = json.loads(line)
-        answer = Answer(entry["step"], entry["prompt"], entry["answer"], entry["tokens"], entry["finished"])
+        answer = SampleLine(entry["step"], entry["prompt"], entry["answer"], entry["tokens"], entry["finished"])
     except (ValueError, KeyError, TypeError):
         return None
     kinds = ((answer.step, int), (answer.prompt, str), (answer.text, str), (answer.tokens, int))
@@ -100,7 +100,7 @@ def draw_samples(samples: Samples, run: Run) -> Picture:
 
 
 def _lines(axes: Any, samples: Samples) -> None:
-    by_prompt: dict[str, list[Answer]] = {}
+    by_prompt: dict[str, list[SampleLine]] = {}
     for answer in samples.answers:
         by_prompt.setdefault(answer.prompt, []).append(answer)
     for answers in by_prompt.values():
@@ -113,6 +113,6 @@ def _lines(axes: Any, samples: Samples) -> None:
     axes.plot(samples.steps, means, color=ROLES["margin"], linewidth=1.9, zorder=4, label="mean", **marks)
 
 
-def _curve(answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
+def _curve(answers: Sequence[SampleLine]) -> tuple[list[int], list[int]]:
     ordered = sorted(answers, key=lambda answer: answer.step)
     return [answer.step for answer in ordered], [answer.tokens for answer in ordered]

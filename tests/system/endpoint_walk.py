@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from nemo_lmpo.answers import http
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.completions import CompletionRequests, check_can_echo
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.answers import Answer, EndpointSource, collect_answers
+from nemo_lmpo.evaluate.answers import EndpointSource, collect_answers
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway
@@ -30,7 +31,7 @@ from tests.system.stub_server import MODEL
 
 LIMITS = Limits(concurrency=3, retries=1, backoff=0.001, timeout=0.3)
 INSTRUCTIONS = [Instruction(str(index), f"Say {index}", f"base {index} word word") for index in range(4)]
-ANSWERS = {one.id: Answer(one.id, f"answer {one.id} of some words") for one in INSTRUCTIONS}
+ANSWERS = {one.id: Answer(f"answer {one.id} of some words") for one in INSTRUCTIONS}
 PROMPT = JudgePrompt(
     "Judge.",
     "{QUESTION}<|The Start of Assistant A's Answer|>\n{ANSWER_A}\n<|The End"
@@ -65,7 +66,7 @@ def completions(server: FaultyServer, folder: Path) -> None:
     source = EndpointSource(endpoint, PROMPTS, requests, settings, 64)
     answers = collect_answers(INSTRUCTIONS, folder, source, allow_empty=True, quiet=True)
     assert list(answers) == [one.id for one in INSTRUCTIONS]
-    assert all(isinstance(answer.output, str) and answer.output != "None" for answer in answers.values())
+    assert all(isinstance(answer.text, str) and answer.text != "None" for answer in answers.values())
 
 
 def chat(server: FaultyServer, folder: Path) -> None:

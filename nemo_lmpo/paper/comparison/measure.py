@@ -65,7 +65,7 @@ def _answers(run: Path, scale: Scale) -> tuple[dict[str, float], list[dict[str, 
     responses = generator.respond(prompts, Sampling(max_new_tokens=scale.answer_tokens, batch_size=32))
     texts = [generator.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
     values = {
-        "length": statistics.fmean(len(response.token_ids) for response in responses),
+        "length": statistics.fmean(response.tokens or 0 for response in responses),
         "finished": 100 * statistics.fmean(response.finished for response in responses),
     }
     if str(data.validation.path).startswith("builtin:tiny"):

@@ -79,7 +79,7 @@ def refusing(*names: str, status: int = 400, say: bool = True) -> Callable[[dict
 def collect(source: EndpointSource, folder: Path) -> dict[str, str]:
     instructions = [Instruction(str(index), f"Say {index}", "base") for index in range(COUNT)]
     answers = collect_answers(instructions, folder, source, allow_empty=True, quiet=True)
-    return {name: answer.output for name, answer in answers.items()}
+    return {name: answer.text for name, answer in answers.items()}
 
 
 EXPECTED = {str(index): f"answer {7 + index}" for index in range(COUNT)}

@@ -68,7 +68,7 @@ def test_prompts_go_as_token_ids_with_the_settings(stub: Stub, tmp_path: Path) -
     assert (body["temperature"], body["max_tokens"], body["stop_token_ids"]) == (0.7, 20, [2, 9])
     assert len({body["seed"] for body in asked.values()}) == 7
     assert list(answers) == [str(index) for index in range(7)]
-    assert any(answer.truncated for answer in answers.values())
+    assert any(not answer.finished for answer in answers.values())
 
 
 def test_seeds_do_not_depend_on_the_order(stub: Stub, tmp_path: Path) -> None:

@@ -129,9 +129,9 @@ def test_fetch_takes_right_files_only(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = {"http://host/a": b"one", "http://host/b": b"two", "http://host/code": b'P = "judge"\n'}
     texts["http://host/config"] = yaml.safe_dump({"prompt_template": "{QUESTION}{ANSWER_A}{ANSWER_B}"}).encode()
     digests = {url: hashlib.sha256(text).hexdigest() for url, text in texts.items()}
-    monkeypatch.setattr(fetch, "SOURCES", [fetch.Source(url[-1], url, digests[url]) for url in list(texts)[:2]])
-    monkeypatch.setattr(fetch, "_JUDGE_PROMPT", fetch.Source("", "http://host/code", digests["http://host/code"]))
-    monkeypatch.setattr(fetch, "_JUDGE_CONFIG", fetch.Source("", "http://host/config", digests["http://host/config"]))
+    monkeypatch.setattr(fetch, "SOURCES", [fetch.RemoteFile(url[-1], url, digests[url]) for url in list(texts)[:2]])
+    monkeypatch.setattr(fetch, "_JUDGE_PROMPT", fetch.RemoteFile("", "http://host/code", digests["http://host/code"]))
+    monkeypatch.setattr(fetch, "_JUDGE_CONFIG", fetch.RemoteFile("", "http://host/config", digests["http://host/config"]))
     asked: list[str] = []
 
     def download(url: str) -> bytes:

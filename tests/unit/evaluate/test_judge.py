@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.endpoint import Endpoint, Limits
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.answers.sampling import NEUTRAL
 from nemo_lmpo.errors import ConfigError, DataError, UserError
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.answers import Answer
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
@@ -89,7 +89,7 @@ REFUSALS = {
 
 def instructions(count: int) -> tuple[list[Instruction], dict[str, Answer]]:
     every = [Instruction(str(index), f"Say {index}.", f"base {index}") for index in range(count)]
-    return every, {one.id: Answer(one.id, f"answer {one.id}") for one in every}
+    return every, {one.id: Answer(f"answer {one.id}") for one in every}
 
 
 def arena(server: Server, folder: Path, count: int = 4, **extra: Any) -> tuple[dict[str, list[str | None]], Judge]:

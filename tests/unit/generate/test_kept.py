@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nemo_lmpo.answers import engine
+from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.generate.kept import SUFFIX
@@ -133,7 +134,7 @@ def test_answers_do_not_depend_on_what_was_done_before(command: Command) -> None
     sampling = engine.Sampling(max_new_tokens=8, temperature=2.0, seed=3, batch_size=2)
     every = generator.respond(prompts, sampling)
     for done in (set(), {0, 2}, {0, 1, 2, 4}):
-        found: dict[int, engine.Response] = {}
+        found: dict[int, Answer] = {}
         for batch in generator.batches(prompts, sampling, done):
             found.update(batch)
         assert found
@@ -257,7 +258,7 @@ def test_a_link_is_followed(command: Command, tmp_path: Path) -> None:
 def test_any_terminal_shows_every_answer(command: Command, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     """What an encoding has no character for is a JSON escape, so that what is printed reads as what was answered."""
     answers = iter(["caf\u00e9", "\u4f60\u597d \U0001f600", "plain", "\u2028", "\x85", "a", "b"])
-    monkeypatch.setattr(engine.Generator, "_response", lambda self, ids: engine.Response(ids, next(answers), True))
+    monkeypatch.setattr(engine.Generator, "_response", lambda self, ids: Answer(next(answers), ids))
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
     arguments = ["--checkpoint", str(command.model), "--prompts", str(command.prompts), "--max-new-tokens", "2"]
