@@ -16,6 +16,7 @@ from tests.unit.report.runs import write_run
 
 PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
 COMMANDS = {
+    "nemo-lmpo": ["-m", "nemo_lmpo"],
     **{
         name: ["-m", f"nemo_lmpo.{name}"]
         for name in ("train", "generate", "compare", "report", "slurm", "evaluate", "export", "doctor")

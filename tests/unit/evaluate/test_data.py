@@ -131,7 +131,9 @@ def test_fetch_takes_right_files_only(tmp_path: Path, monkeypatch: pytest.Monkey
     digests = {url: hashlib.sha256(text).hexdigest() for url, text in texts.items()}
     monkeypatch.setattr(fetch, "SOURCES", [fetch.RemoteFile(url[-1], url, digests[url]) for url in list(texts)[:2]])
     monkeypatch.setattr(fetch, "_JUDGE_PROMPT", fetch.RemoteFile("", "http://host/code", digests["http://host/code"]))
-    monkeypatch.setattr(fetch, "_JUDGE_CONFIG", fetch.RemoteFile("", "http://host/config", digests["http://host/config"]))
+    monkeypatch.setattr(
+        fetch, "_JUDGE_CONFIG", fetch.RemoteFile("", "http://host/config", digests["http://host/config"])
+    )
     asked: list[str] = []
 
     def download(url: str) -> bytes:
