@@ -50,6 +50,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return ByFile(config, log)
 
 
+@pytest.fixture(autouse=True)
+def no_secrets_of_other_tests() -> None:
+    """What one test gives as a password is a word of another one's messages."""
+    from nemo_lmpo import errors
+
+    errors._remembered.clear()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder `shared` beside the checkout, with data that is not part of the project."""

@@ -114,6 +114,7 @@ def _run_sleeper(programs: str, pids: str, variables: str) -> None:
     environment._FOLDER = Path(programs)
     from nemo_lmpo.runtime.interruption import raising_when_interrupted
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may ignore it, as nohup does
     with raising_when_interrupted():
         environment.run_program("sleeper", {"pids": pids, "variables": variables})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lmpo.evaluate.gateway import JsonHandler, serve
+from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 from tests.unit.test_text_from_outside import PLANTED, comparison_pages, report_pages, tables_pages
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -197,7 +197,7 @@ def follow_with_wandb(launch: object, run_dir: str, phase: str, number: int) -> 
     """In a process of its own, as W&B's service is one per process; what was warned of."""
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
     os.environ.pop("WANDB_SERVICE", None)
-    observer.CLOSE_SECONDS = observer.START_SECONDS = 5.0
+    observer.CLOSE_SECONDS, observer.START_SECONDS = 5.0, 60.0
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ def test_parent_of_checkpoints(tmp_path: Path) -> None:
     for step in (100, 2000):
         (tmp_path / f"iter_{step:07}").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2000")
-    with pytest.raises(CheckpointError, match=r"checkpoints of 2 step\(s\); give one of them, .*/iter_0002000"):
+    with pytest.raises(CheckpointError, match=r"checkpoints of 2 steps; give one of them, .*/iter_0002000"):
         open_model(tmp_path)
 
 
