@@ -96,6 +96,16 @@ def test_commands_parse(path: Path) -> None:
             ), f"{names(path)}: {word}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_files_of_the_package_exist(path: Path) -> None:
+    """Paths such as `data/pack.py`, from the package, the checkout or the tests."""
+    for file in re.findall(r"`(?:nemo_lmpo/)?([a-z_]+/[a-z_/]+\.py)`", path.read_text()):
+        if path.name == "adding_a_loss.md" and file == "loss/cdpo.py":  # its example
+            continue
+        places = (ROOT / "nemo_lmpo", ROOT, ROOT / "tests")
+        assert any((place / file).exists() for place in places), f"{names(path)}: {file}"
+
+
 def test_readme_tells_the_papers_values() -> None:
     """The table of recipes is that of the recipes themselves."""
     from tests.unit.composed import recipe
