@@ -101,8 +101,9 @@ def _parser(prog: str, about: str, epilog: str, mode: Mode) -> argparse.Argument
         own_signals=True,
         when_interrupted=RESUME,
         mode=mode,
-        **dict.fromkeys(("gpus",)),
-        **dict.fromkeys(("list", "show_config"), False),
+        gpus=None,
+        list=False,
+        show_config=False,
     )
     return parser
 

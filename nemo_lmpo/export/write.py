@@ -51,7 +51,7 @@ def export_run(
     if found.run is None:
         raise CheckpointError(_not_of_a_run(found.path))
     directory, run = found.path, found.run
-    output = output or run / default_name(given, found)
+    output = output or run / export_name(given, found)
     prompting = open_prompting(directory)
     conversion = plan(prompting.files, output, dtype)
     # The same command again, after a push that failed or for new evaluations, has no weights to write.
@@ -70,7 +70,7 @@ def export_run(
     return output
 
 
-def default_name(given: str | Path, found: FoundModel) -> str:
+def export_name(given: str | Path, found: FoundModel) -> str:
     """The export's name in its run directory: a checkpoint that was named does not replace the newest one's export."""
     named = Path(given).expanduser().absolute() == found.path.absolute()
     return f"{run_files.HUGGINGFACE}_{found.path.name}" if named else run_files.HUGGINGFACE

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from nemo_lmpo.answers.sampling import NEUTRAL, Sampling
 from nemo_lmpo.errors import ConfigError, DataError, UserError
 from nemo_lmpo.evaluate.answers import EndpointSource, collect_answers
 from nemo_lmpo.evaluate.data_files import Instruction
-from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 from nemo_lmpo.evaluate.suites import GenerationSettings
+from tests.answering_server import serving_answers
 
 LIMITS = Limits(concurrency=3, retries=1, backoff=0.001)
 Reply = tuple[int, Any]
@@ -45,19 +44,8 @@ class Server:
         return EndpointSource(self.endpoint(), prompts, requests, settings, 64)
 
 
-@contextmanager
-def answering(answers: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
-    server = Server(answers)
-
-    class Handler(JsonHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.body())
-            server.asked.append(body)
-            self.send_json(*server.answers(body))
-
-    with serve(Handler) as url:
-        server.url = url
-        yield server
+def answering(answers: Callable[[dict[str, Any]], Reply]) -> AbstractContextManager[Server]:
+    return serving_answers(Server(answers))
 
 
 def good(body: dict[str, Any]) -> Reply:

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
 from nemo_lmpo.evaluate.judge import JudgeServer, parse_extra
-from nemo_lmpo.evaluate.local_server import JsonHandler, serve
+from nemo_lmpo.evaluate.local_server import JsonHandler
 from nemo_lmpo.evaluate.pairwise import count_unparsed
 from nemo_lmpo.evaluate.result import Judge
+from tests.answering_server import serving_answers
 
 LIMITS = Limits(concurrency=3, retries=1, backoff=0.001)
 NAME = "judge"
@@ -46,19 +47,8 @@ class Server:
         return JudgeServer(Endpoint("--judge-endpoint", self.url, LIMITS), NAME, extra)
 
 
-@contextmanager
-def answering(answers: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
-    server = Server(answers)
-
-    class Handler(JsonHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.body())
-            server.asked.append(body)
-            self.send_json(*server.answers(body))
-
-    with serve(Handler) as url:
-        server.url = url
-        yield server
+def answering(answers: Callable[[dict[str, Any]], Reply]) -> AbstractContextManager[Server]:
+    return serving_answers(Server(answers))
 
 
 def said(content: Any, **more: Any) -> Reply:
