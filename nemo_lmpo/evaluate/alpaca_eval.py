@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
 from nemo_lmpo.answers.replies import ChatReply
 from nemo_lmpo.answers.workers import ItemError
 from nemo_lmpo.errors import UserError
@@ -19,7 +20,6 @@ from nemo_lmpo.evaluate.bootstrap import SEED, Interval
 from nemo_lmpo.evaluate.data_files import Instruction, df_gamed_file
 from nemo_lmpo.evaluate.environment import NO_PROXY, run_program
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Value
 
 CALLS_FILE = "judge_calls.jsonl"

@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from nemo_lmpo.answers.answer import Answer
-from nemo_lmpo.answers.completions import CompletionRequests, PromptCountError, complete, refused_parameters
-from nemo_lmpo.answers.endpoint import Endpoint, RefusedError
 from nemo_lmpo.answers.journal import Journal
-from nemo_lmpo.answers.workers import ItemError, for_each
+from nemo_lmpo.answers.sources import AnswerSource, Progress, answer_of, row_of
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.data_files import EvaluationSet, Instruction, answers_of_file, arena_answers
-from nemo_lmpo.evaluate.suites import ALPACA_EVAL, GenerationSettings
+from nemo_lmpo.evaluate.suites import ALPACA_EVAL
 from nemo_lmpo.runtime.files import file_hash
 
 ANSWERS_FILE = "answers.jsonl"
 _MOST_EMPTY = 0.01
-Progress = Callable[[int], object]
-"""Called with how many more are done."""
-
-
-def row_of(name: str, answer: Answer) -> dict[str, Any]:
-    """A line of `answers.jsonl`: the answer to the instruction ``name``."""
-    return {"id": name, "output": answer.text, "tokens": answer.tokens, "truncated": not answer.finished}
-
-
-def answer_of(row: Mapping[str, Any]) -> Answer:
-    """The answer in a line of `answers.jsonl`."""
-    return Answer(row["output"], finished=not row.get("truncated"), count=row.get("tokens"))
-
-
-class AnswerSource(Protocol):
-    """Who answers."""
-
-    def generation(self) -> Mapping[str, Any]:
-        """What decides the answers besides the model: settings, seed, backend, dtype, versions."""
-
-    def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
-        """Answer each and append it to the journal as it comes."""
 
 
 def choose(instructions: Sequence[Instruction], limit: int | None) -> list[Instruction]:
@@ -76,7 +51,7 @@ def collect_answers(
         done, hidden = len(chosen) - len(missing), True if quiet else None
         with tqdm(total=len(chosen), initial=done, desc="generate", unit="answer", disable=hidden) as bar:
             if missing:
-                source.answer(missing, journal, bar.update)
+                source.answer([one.id for one in missing], journal, bar.update)
         rows = {instruction.id: journal.rows[instruction.id] for instruction in chosen}
     empty = [name for name, row in rows.items() if not row["output"].strip()]
     if len(empty) > _MOST_EMPTY * len(rows) and not allow_empty:
@@ -85,82 +60,6 @@ def collect_answers(
             f"{empty[0]}); look at the prompts and the template, or say --allow-empty if the model does that"
         )
     return {name: answer_of(row) for name, row in rows.items()}
-
-
-@dataclass(frozen=True)
-class EndpointSource:
-    """A server that completes token ids."""
-
-    endpoint: Endpoint
-    prompts: Mapping[str, list[int]]
-    """Token ids by instruction."""
-    requests: CompletionRequests
-    settings: GenerationSettings
-    max_positions: int
-    left_out: list[str] = field(default_factory=list)
-    """Parameters that the server refuses, once it was asked."""
-
-    def generation(self) -> Mapping[str, Any]:
-        """Its settings; which versions the server runs, it does not say."""
-        return {
-            **asdict(self.settings),
-            "seed": self.requests.sampling.seed,
-            "stop_token_ids": list(self.requests.stop_ids),
-            "backend": "endpoint",
-            "served_name": self.requests.model,
-            "endpoint": self.endpoint.shown,
-            "dtype": "the server's",
-            **({"left to the server": self.left_out} if self.left_out else {}),
-        }
-
-    def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
-        """Ask for one answer per request, several at a time; the first alone, to see what the server can do."""
-        bodies = {one.id: self._body(one.id) for one in instructions}
-
-        def keep_one(name: str, stop: threading.Event) -> None:
-            body = {key: value for key, value in bodies[name].items() if key not in self.left_out}
-            found = complete(self.endpoint, body, stop)
-            finished = found.finish_reason != "length"
-            keep.append(row_of(name, Answer(found.text.strip(), finished=finished, count=found.completion_tokens)))
-            progress(1)
-
-        first, *others = bodies
-        try:
-            keep_one(first, threading.Event())
-        except PromptCountError as error:
-            raise DataError(str(error)) from None  # it does so with all of them
-        except ItemError as error:
-            if isinstance(error, RefusedError) and error.status in (400, 422):
-                self.left_out.extend(refused_parameters(self.endpoint, bodies[first], error))
-            others.insert(0, first)
-
-        def work(name: str, stop: threading.Event) -> None:
-            try:
-                keep_one(name, stop)
-            except ItemError as error:
-                raise ItemError(f"instruction {name}: {error}") from None
-
-        for_each(others, work, self.endpoint.limits.concurrency)
-
-    def _body(self, name: str) -> dict[str, Any]:
-        prompt = self.prompts[name]
-        wanted = self.settings.max_new_tokens
-        return self.requests.body(name, prompt, room(wanted, len(prompt), self.max_positions, name))
-
-
-def room(wanted: int, prompt: int, positions: int, name: str) -> int:
-    """How many new tokens there is room for.
-
-    Raises:
-        DataError: none.
-    """
-    left = positions - prompt
-    if left < 1:
-        raise DataError(
-            f"the prompt of instruction {name} has {prompt} tokens, and the model {positions} positions: nothing can "
-            "be answered; this model cannot take the whole set"
-        )
-    return min(wanted, left)
 
 
 @dataclass(frozen=True)
@@ -175,10 +74,10 @@ class StoredSource:
         """Unknown but for the file."""
         return {"backend": "stored answers", "sha256": self.sha256}
 
-    def answer(self, instructions: Sequence[Instruction], keep: Journal, progress: Progress) -> None:
+    def answer(self, names: Sequence[str], keep: Journal, progress: Progress) -> None:
         """Copy them."""
-        keep.extend(row_of(one.id, Answer(self.outputs[one.id])) for one in instructions)
-        progress(len(instructions))
+        keep.extend(row_of(name, Answer(self.outputs[name])) for name in names)
+        progress(len(names))
 
 
 def stored_answers(path: Path, evaluation_set: EvaluationSet) -> StoredSource:

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
 from nemo_lmpo.answers.workers import for_each
 from nemo_lmpo.evaluate.battles import collect_battles, parse_verdict
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.environment import run_program
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.result import BY_BATTLE, BY_INSTRUCTION, Judge, Value
 
 JUDGMENTS_FILE = "judgments.jsonl"

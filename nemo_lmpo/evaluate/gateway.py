@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
 from nemo_lmpo.answers.replies import NOT_SAID, ChatReply, TopToken, parse_chat
 from nemo_lmpo.answers.workers import Failures, ItemError
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.local_server import TokenServer
 from nemo_lmpo.runtime.files import content_hash
 

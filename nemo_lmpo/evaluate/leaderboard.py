@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from nemo_lmpo.answers.completions import check_can_echo, refused_neutral
 from nemo_lmpo.answers.endpoint import choose_model
+from nemo_lmpo.answers.identity import claim_folder
 from nemo_lmpo.errors import CheckpointError, ConfigError, DataError, UserError
 from nemo_lmpo.evaluate.environment import NO_PROXY, all_packages, run_program
 from nemo_lmpo.evaluate.model import default_name, describe
 from nemo_lmpo.evaluate.pairwise import LOCK_SECONDS, lasting, open_endpoint
 from nemo_lmpo.evaluate.relay import Relay
-from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, claim_folder, write_result
+from nemo_lmpo.evaluate.result import RESULT_FILE, SETTINGS_FILE, Model, Result, Value, write_result
 from nemo_lmpo.evaluate.suites import LEADERBOARD, TASKS, Task
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.runtime.files import content_hash, directory_lock, read_json
@@ -126,7 +127,7 @@ def _harness_model(
 def _in_process(options: argparse.Namespace, exported: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The harness's arguments for its own `transformers`, and what of them decides numbers."""
     from nemo_lmpo.answers.engine import choose_device
-    from nemo_lmpo.evaluate.in_process import DTYPES, default_dtype
+    from nemo_lmpo.answers.in_process import DTYPES, default_dtype
 
     device = choose_device(options.device)
     dtype = options.dtype or default_dtype(device)

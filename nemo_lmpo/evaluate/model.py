@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.answers.identity import check_one_bos, weights_hash
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.evaluate.data_files import Instruction
 from nemo_lmpo.evaluate.result import Model
 from nemo_lmpo.evaluate.suites import METHOD_OF_LOSS, METHODS, PAPER_LAMBDA_ELSE, SETTING_OF_RECIPE, lambda_variant
-from nemo_lmpo.runtime.files import content_hash, file_stamp, read_json, write_json
+from nemo_lmpo.runtime.files import content_hash
 
 if TYPE_CHECKING:
     from nemo_lmpo.answers.engine import Prompting
-    from nemo_lmpo.formats.model_files import ModelFiles
 
 VARIANTS = ("no_z_score", "no_average_length", "log", "cube", "sigmoid")
 """Rows of Table 2 by the settings that make them."""
-_WEIGHTS_FILE = "weights.json"
 
 
 def parse_row(row: str) -> tuple[str, str, str | None]:
@@ -86,36 +84,6 @@ def describe(options: argparse.Namespace, prompting: Prompting, folder: Path) ->
     )
 
 
-def weights_hash(files: ModelFiles, path: Path, folder: Path, progress: Callable[[int], object]) -> str:
-    """SHA-256 of all tensors under their Hugging Face names, the same in whatever form the model is stored.
-
-    Kept in ``folder``, so that a command that goes on does not read the weights again unless they changed.
-    """
-    stamp = file_stamp(path)
-    kept = folder / _WEIGHTS_FILE
-    if kept.exists():
-        before = read_json(kept)
-        if before["files"] == stamp:
-            return str(before["sha256"])
-    digest = _hash_tensors(files, progress)
-    write_json(kept, {"files": stamp, "sha256": digest})
-    return digest
-
-
-def _hash_tensors(files: ModelFiles, progress: Callable[[int], object]) -> str:
-    import torch
-
-    from nemo_lmpo.formats.conversion import tensor_names
-
-    digest = hashlib.sha256()
-    for name in sorted(tensor_names(files)):
-        tensor = files.source.get(name).contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        progress(1)
-    return digest.hexdigest()
-
-
 def prompts_of(prompting: Prompting, instructions: Sequence[Instruction]) -> dict[str, list[int]]:
     """Token ids by instruction, rendered as in training, each with at most one BOS.
 
@@ -129,16 +97,5 @@ def prompts_of(prompting: Prompting, instructions: Sequence[Instruction]) -> dic
     ]
     ids = encode_prompts(prompts, prompting.encoder)
     found = dict(zip((one.id for one in instructions), ids, strict=True))
-    check_one_bos(found, prompting.tokenizer.bos_token_id)
+    check_one_bos(found, prompting.tokenizer.bos_token_id, "instruction")
     return found
-
-
-def check_one_bos(prompts: Mapping[str, Sequence[int]], bos: int | None) -> None:
-    """Refuse prompts with two BOS in front: models were not trained on that, and answer otherwise.
-
-    Raises:
-        DataError: names the first.
-    """
-    for name, ids in prompts.items():
-        if bos is not None and list(ids[:2]) == [bos, bos]:
-            raise DataError(f"the prompt of instruction {name} begins with two BOS tokens; correct the chat template")

@@ -14,10 +14,13 @@ from typing import Any
 from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.completions import CompletionRequests
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
+from nemo_lmpo.answers.identity import claim_folder
+from nemo_lmpo.answers.judge import JudgeServer, parse_extra
 from nemo_lmpo.answers.sampling import Sampling
+from nemo_lmpo.answers.sources import AnswerSource, EndpointSource
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate import alpaca_eval, arena_hard
-from nemo_lmpo.evaluate.answers import AnswerSource, EndpointSource, StoredSource, choose, collect_answers
+from nemo_lmpo.evaluate.answers import StoredSource, choose, collect_answers
 from nemo_lmpo.evaluate.answers import stored_answers as read_stored_answers
 from nemo_lmpo.evaluate.data_files import (
     EvaluationSet,
@@ -31,7 +34,6 @@ from nemo_lmpo.evaluate.data_files import (
     published_scores,
 )
 from nemo_lmpo.evaluate.environment import all_packages
-from nemo_lmpo.evaluate.judge import JudgeServer, parse_extra
 from nemo_lmpo.evaluate.model import default_name, describe, parse_row, prompts_of
 from nemo_lmpo.evaluate.result import (
     RESULT_FILE,
@@ -39,7 +41,6 @@ from nemo_lmpo.evaluate.result import (
     Judge,
     Model,
     Result,
-    claim_folder,
     read_result,
     relabel,
     write_result,
@@ -174,7 +175,7 @@ def trained_model(
     """A model on disk, answering through a server or in this process."""
     path = find_model(options.model).path
     from nemo_lmpo.answers.engine import choose_device, open_prompting
-    from nemo_lmpo.evaluate.in_process import InProcessSource, default_dtype
+    from nemo_lmpo.answers.in_process import InProcessSource, default_dtype
 
     prompting = open_prompting(path, chat_template=options.chat_template, system_prompt=options.system_prompt)
     model = describe(options, prompting, folder)
@@ -183,12 +184,13 @@ def trained_model(
     if options.endpoint is None:
         device = choose_device(options.device)
         dtype = options.dtype or default_dtype(device)
-        return model, InProcessSource(prompting, prompts, settings, options.seed, options.batch_size, device, dtype)
+        sampled = replace(sampling_of(settings, options.seed), batch_size=options.batch_size)
+        return model, InProcessSource(prompting, prompts, sampled, device, dtype)
     endpoint = open_endpoint("--endpoint", options.endpoint, options, options.key)
     served = choose_model(endpoint, options.served_name, "--served-name")
     positions = prompting.files.architecture.max_position_embeddings
     requests = CompletionRequests(served, prompting.stop_ids, sampling_of(settings, options.seed))
-    return model, EndpointSource(endpoint, prompts, requests, settings, positions)
+    return model, EndpointSource(endpoint, prompts, requests, positions)
 
 
 def sampling(options: argparse.Namespace, suite: str, setting: str | None) -> GenerationSettings:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.errors import DataError
 from nemo_lmpo.evaluate.bootstrap import Interval, weighted_means
 from nemo_lmpo.runtime.files import read_json, write_json
 
@@ -171,29 +171,3 @@ def read_units(result: Result) -> dict[str, Any]:
     assert result.folder is not None
     units: dict[str, Any] = read_json(result.folder / UNITS_FILE)
     return units
-
-
-def claim_folder(folder: Path, name: str, identity: Mapping[str, Any]) -> None:
-    """Note what a folder's stage is made of, or see that it is the same as before.
-
-    Raises:
-        ConfigError: another evaluation was begun there; names what differs.
-    """
-    path = folder / name
-    wanted: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists in files
-    if path.exists():
-        before = read_json(path)
-        differing = [key for key in sorted(before.keys() | wanted.keys()) if before.get(key) != wanted.get(key)]
-        if differing:
-            key = differing[0]
-            raise ConfigError(
-                f"{folder} holds an evaluation with {key} {_short(before.get(key))}, this one has "
-                f"{_short(wanted.get(key))}; choose another --output, or remove that folder to start anew"
-            )
-        return
-    write_json(path, wanted)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -32,7 +32,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_lmpo.export.write import export_run, push
+    from nemo_lmpo.export.write import export_run
+    from nemo_lmpo.runtime.push_to_hub import push
 
     output = export_run(
         options.model,

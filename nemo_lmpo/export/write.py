@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_lmpo.errors import CheckpointError, first_line
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.evaluate.result import RESULT_FILE, Result, read_result
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.files import replace_file
@@ -124,46 +124,3 @@ def read_evaluations(folders: Sequence[Path]) -> list[Result]:
     """
     places = [place for folder in folders for place in (folder, *sorted(folder.glob("*/")))]
     return [read_result(place) for place in places if (place / RESULT_FILE).exists()]
-
-
-def push(directory: Path, repository: str, *, private: bool) -> str:
-    """Push an exported directory to the hub in one commit; returns its address.
-
-    Repeated after a failure, it sends what the hub does not hold yet.
-
-    Raises:
-        CheckpointError: the hub refuses, or cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    # The base of all that the hub's HTTP library raises: requests, httpx or httpx2, by its version.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    try:
-        api = HfApi()
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload by nemo_lmpo")
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"--push-to-hub {repository}: {_why_not_pushed(error, api.endpoint)}. The export is kept in {directory}"
-        ) from None
-    return str(address)
-
-
-def _why_not_pushed(error: BaseException, endpoint: str) -> str:
-    """Who has to do what; threads that upload hide the reason behind another error."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    responses = [found for one in chain if (found := getattr(one, "response", None)) is not None]
-    status = responses[0].status_code if responses else None
-    said = ": ".join(dict.fromkeys(first_line(one).rstrip(".") for one in (chain if status is None else chain[:1])))
-    if status == 401:
-        return f"{endpoint} does not accept the token ({said}); log in with `hf auth login` or set HF_TOKEN"
-    if status == 403:
-        return f"the token may not write there ({said}); take one that may, or another name"
-    if isinstance(error, ValueError) or (status is not None and status < 500):
-        return f"{endpoint} refuses ({said}); check the name"
-    return (
-        f"{endpoint} cannot be reached or broke off ({said}); run the same command again, which sends what is missing"
-    )

@@ -17,13 +17,14 @@ from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.completions import CompletionRequests, check_can_echo
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
+from nemo_lmpo.answers.sources import EndpointSource
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.answers import EndpointSource, collect_answers
+from nemo_lmpo.evaluate.answers import collect_answers
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.pairwise import sampling_of
 from nemo_lmpo.evaluate.suites import GenerationSettings
 from tests.system.faulty_server import FAULTS, Fault, FaultyServer, damaged, good_reply
@@ -63,7 +64,7 @@ def completions(server: FaultyServer, folder: Path) -> None:
     settings = GenerationSettings(0.7, 20)
     requests = CompletionRequests(MODEL, [2, 9], sampling_of(settings, 42))
     endpoint = Endpoint("--endpoint", server.url, LIMITS)
-    source = EndpointSource(endpoint, PROMPTS, requests, settings, 64)
+    source = EndpointSource(endpoint, PROMPTS, requests, 64)
     answers = collect_answers(INSTRUCTIONS, folder, source, allow_empty=True, quiet=True)
     assert list(answers) == [one.id for one in INSTRUCTIONS]
     assert all(isinstance(answer.text, str) and answer.text != "None" for answer in answers.values())

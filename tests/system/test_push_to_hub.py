@@ -61,7 +61,7 @@ def test_the_command_pushes_every_byte(run: Path, hub: Hub, capsys: pytest.Captu
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: --push-to-hub {NAME}: {hub.url} cannot be reached or broke off (")
     assert last.endswith(
-        f"run the same command again, which sends what is missing. The export is kept in {run}/huggingface"
+        f"run the same command again, which sends what is missing. All of it is kept in {run}/huggingface"
     )
     assert not hub.files
 
@@ -109,7 +109,7 @@ def test_a_token_that_is_none(
     status, said = pushes(run, NAME, capsys)
     assert status == 1
     assert f"{hub.url} does not accept the token (" in said
-    assert "log in with `hf auth login` or set HF_TOKEN. The export is kept in" in said
+    assert "log in with `hf auth login` or set HF_TOKEN. All of it is kept in" in said
     assert not hub.repositories
 
 

@@ -14,10 +14,10 @@ import pytest
 from nemo_lmpo.answers.completions import CompletionRequests, check_can_echo, refused_neutral
 from nemo_lmpo.answers.endpoint import Endpoint, Limits
 from nemo_lmpo.answers.sampling import NEUTRAL, Sampling
+from nemo_lmpo.answers.sources import EndpointSource
 from nemo_lmpo.errors import ConfigError, DataError, UserError
-from nemo_lmpo.evaluate.answers import EndpointSource, collect_answers
+from nemo_lmpo.evaluate.answers import collect_answers
 from nemo_lmpo.evaluate.data_files import Instruction
-from nemo_lmpo.evaluate.suites import GenerationSettings
 from tests.answering_server import serving_answers
 
 LIMITS = Limits(concurrency=3, retries=1, backoff=0.001)
@@ -38,10 +38,9 @@ class Server:
         return Endpoint("--endpoint", self.url, LIMITS)
 
     def source(self) -> EndpointSource:
-        settings = GenerationSettings(0.7, 20, 0.9)
         requests = CompletionRequests("model", [2, 9], Sampling(20, 0.7, 0.9, seed=42))
         prompts = {str(index): [1, 5, 7 + index] for index in range(COUNT)}
-        return EndpointSource(self.endpoint(), prompts, requests, settings, 64)
+        return EndpointSource(self.endpoint(), prompts, requests, 64)
 
 
 def answering(answers: Callable[[dict[str, Any]], Reply]) -> AbstractContextManager[Server]:

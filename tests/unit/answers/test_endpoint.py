@@ -10,13 +10,14 @@ import pytest
 from nemo_lmpo.answers.completions import CompletionRequests
 from nemo_lmpo.answers.endpoint import Endpoint, Limits, choose_model
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
+from nemo_lmpo.answers.sources import EndpointSource
 from nemo_lmpo.errors import ConfigError, DataError, UserError
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
-from nemo_lmpo.evaluate.answers import EndpointSource, choose, collect_answers
+from nemo_lmpo.evaluate.answers import choose, collect_answers
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 from nemo_lmpo.evaluate.pairwise import sampling_of
 from nemo_lmpo.evaluate.suites import GenerationSettings
@@ -49,7 +50,7 @@ def source(stub: Stub, count: int, settings: GenerationSettings | None = None) -
 
 def make_source(endpoint: Endpoint, prompts: dict[str, list[int]], settings: GenerationSettings) -> EndpointSource:
     requests = CompletionRequests(MODEL, [2, 9], sampling_of(settings, 42))
-    return EndpointSource(endpoint, prompts, requests, settings, 64)
+    return EndpointSource(endpoint, prompts, requests, 64)
 
 
 def judge_of(stub: Stub, **extra: object) -> JudgeServer:

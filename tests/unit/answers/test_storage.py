@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.answers.identity import claim_folder
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.evaluate.result import (
@@ -15,7 +16,6 @@ from nemo_lmpo.evaluate.result import (
     Model,
     Result,
     Value,
-    claim_folder,
     read_result,
     read_units,
     relabel,

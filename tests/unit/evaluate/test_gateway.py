@@ -14,9 +14,9 @@ import pytest
 
 from nemo_lmpo.answers.endpoint import Endpoint, Limits
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
 from nemo_lmpo.evaluate.gateway import COMPLETIONS_PATH, Gateway
-from nemo_lmpo.evaluate.judge import JudgeServer
 from nemo_lmpo.evaluate.local_server import MAX_BODY_BYTES
 from tests.system.stub_server import MODEL, Stub, serving
 

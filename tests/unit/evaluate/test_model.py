@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.answers.identity import check_one_bos, weights_hash
 from nemo_lmpo.errors import ConfigError, DataError
-from nemo_lmpo.evaluate.model import check_one_bos, default_name, parse_row, trained_row, weights_hash
+from nemo_lmpo.evaluate.model import default_name, parse_row, trained_row
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, generation_settings
 from tests.unit.formats.tiny_models import save
 
@@ -58,10 +59,10 @@ def test_names() -> None:
 
 
 def test_two_bos_are_refused() -> None:
-    check_one_bos({"a": [1, 5], "b": [5, 1, 1], "c": [1]}, 1)
-    check_one_bos({"a": [1, 1]}, None)
+    check_one_bos({"a": [1, 5], "b": [5, 1, 1], "c": [1]}, 1, "instruction")
+    check_one_bos({"a": [1, 1]}, None, "instruction")
     with pytest.raises(DataError, match="instruction b begins with two BOS"):
-        check_one_bos({"a": [1, 5], "b": [1, 1, 5]}, 1)
+        check_one_bos({"a": [1, 5], "b": [1, 1, 5]}, 1, "instruction")
 
 
 def test_the_papers_settings() -> None:

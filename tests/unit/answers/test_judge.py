@@ -17,13 +17,13 @@ import pytest
 from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.endpoint import Endpoint, Limits
 from nemo_lmpo.answers.journal import Journal
+from nemo_lmpo.answers.judge import JudgeServer, parse_extra
 from nemo_lmpo.answers.sampling import NEUTRAL
 from nemo_lmpo.errors import ConfigError, DataError, UserError
 from nemo_lmpo.evaluate.alpaca_eval import check_logprobs
 from nemo_lmpo.evaluate.arena_hard import judge as arena_judge
 from nemo_lmpo.evaluate.data_files import Instruction, JudgePrompt
 from nemo_lmpo.evaluate.gateway import Gateway, answering_models
-from nemo_lmpo.evaluate.judge import JudgeServer, parse_extra
 from nemo_lmpo.evaluate.local_server import JsonHandler
 from nemo_lmpo.evaluate.pairwise import count_unparsed
 from nemo_lmpo.evaluate.result import Judge
