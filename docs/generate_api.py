@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import griffe
 
@@ -46,6 +47,10 @@ PUBLIC: dict[str, tuple[str, ...]] = {
 }
 
 
+Member = Any
+"""An object of griffe, or an alias that has the attributes of the object that it stands for."""
+
+
 def page() -> str:
     """The whole page."""
     package = griffe.load("nemo_lmpo", search_paths=[ROOT], submodules=True)
@@ -61,7 +66,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def entry(name: str, found: griffe.Object | griffe.Alias) -> list[str]:
+def entry(name: str, found: Member) -> list[str]:
     """One name: signature and docstring, and of a class its public methods."""
     lines = ["", f"### `{name}`", "", "```python", _signature(found), "```", "", _text(found)]
     if found.is_class:
@@ -71,7 +76,7 @@ def entry(name: str, found: griffe.Object | griffe.Alias) -> list[str]:
     return lines
 
 
-def _signature(found: griffe.Object | griffe.Alias) -> str:
+def _signature(found: Member) -> str:
     if found.is_class:
         constructor = found.members.get("__init__")
         given = _parameters(constructor) if constructor is not None else [_field(each) for each in _fields(found)]
@@ -80,7 +85,7 @@ def _signature(found: griffe.Object | griffe.Alias) -> str:
     return f"def {found.name}({', '.join(_parameters(found))}){returns}"
 
 
-def _parameters(function: griffe.Object | griffe.Alias) -> list[str]:
+def _parameters(function: Member) -> list[str]:
     text, keyword_only = [], False
     for parameter in function.parameters:
         if parameter.name == "self":
@@ -97,16 +102,16 @@ def _parameters(function: griffe.Object | griffe.Alias) -> list[str]:
     return text
 
 
-def _fields(found: griffe.Object | griffe.Alias) -> list[griffe.Object | griffe.Alias]:
+def _fields(found: Member) -> list[Member]:
     dataclass = any("dataclass" in str(decorator.value) for decorator in found.decorators)
     return [each for each in found.members.values() if each.is_attribute and each.annotation] if dataclass else []
 
 
-def _field(found: griffe.Object | griffe.Alias) -> str:
+def _field(found: Member) -> str:
     return f"{found.name}: {found.annotation}" + (f" = {found.value}" if found.value is not None else "")
 
 
-def _text(found: griffe.Object | griffe.Alias) -> str:
+def _text(found: Member) -> str:
     """The docstring as Markdown: roles as code, sections as bold lines with lists."""
     text = found.docstring.value if found.docstring else ""
     text = re.sub(r":\w+:`~?([^`]+)`", lambda role: f"`{role[1].rpartition('.')[2]}`", text).replace("``", "`")
