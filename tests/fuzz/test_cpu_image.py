@@ -47,7 +47,9 @@ class DebianRoot:
             if Path(file).is_file():
                 (self.folder / file[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, self.folder / file[1:])
-        shutil.copytree("/etc/ssl/certs", self.folder / "etc/ssl/certs", dirs_exist_ok=True)
+        if "PIP_CERT" in self.environment:  # not where the package of certificates would write over it
+            shutil.copyfile(self.environment["PIP_CERT"], self.folder / "certificates.crt")
+            self.environment["PIP_CERT"] = "/certificates.crt"
 
     def unmount(self) -> None:
         for place in reversed((Path("/proc"), Path("/dev"), *BOUND)):
