@@ -107,8 +107,9 @@ class DatasetConfig:
     """Split of hub datasets, saved dataset dictionaries and builtin tasks."""
     weights: list[float] | None = setting(None, minimum=0, maximum=1000)
     """One a path: the fraction of it that an epoch holds (1: all, 0.5: half, 2: twice)."""
-    schema: Literal["auto", "messages", "strings", "hh"] = "auto"
-    """`auto`, `messages` (UltraFeedback-binarized), `strings` (prompt/chosen/rejected) or `hh` (Anthropic HH)."""
+    schema: Literal["auto", "messages", "strings", "hh", "ranked", "conversation", "completion", "instruction"] = "auto"
+    """`auto`: found out row by row. Pairs: `messages` (UltraFeedback-binarized), `strings` (prompt/chosen/rejected),
+    `hh` (Anthropic HH), `ranked` (answers with scores). Else: `conversation`, `completion`, `instruction` (Alpaca)."""
     limit: int | None = setting(None, minimum=1, remedy="unset it for all rows")
     """Use the first N rows of each path."""
 

@@ -16,7 +16,8 @@ from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.hub import cache_only, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
-from nemo_lmpo.data.schema import PreferenceRow, parse_row
+from nemo_lmpo.data.rows.parse import parse_preference
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.summary import shown_names
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
@@ -88,7 +89,7 @@ class _SourceLook:
 
     def _laid(self, raw: RawRow) -> _Laid:
         try:
-            row = parse_row(raw.value, self.which.schema)
+            row = parse_preference(raw.value, self.which.schema)
         except RowError as error:
             return error
         result: _Laid = row

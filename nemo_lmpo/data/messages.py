@@ -12,6 +12,13 @@ from typing import Any
 from nemo_lmpo.errors import shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES_OF_SHAREGPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+"""Roles by what ShareGPT's `from` calls them."""
 METADATA = {
     *("id", "tool_call_id", "index", "timestamp", "date", "created", "score", "rating", "source", "model", "language"),
     "tokens",
@@ -113,6 +120,20 @@ def _plain(value: Any, where: str) -> Any:
     return text(str(value), where)  # dates
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is a message: `role` with whatever it has, or ShareGPT's `from` and `value`."""
+    return isinstance(value, Mapping) and ("role" in value or ("from" in value and "value" in value))
+
+
+def message_list(value: Any, name: str) -> list[Message]:
+    """A message, or a list of messages, as a list.
+
+    Raises:
+        RowError: it is neither.
+    """
+    return whole_messages([value] if is_message(value) else value, name)
+
+
 def whole_messages(value: Any, name: str) -> list[Message]:
     """A list of messages with all that they have, fields that are null left out.
 
@@ -131,6 +152,8 @@ def one_message(message: Any, where: str) -> Message:
     Raises:
         RowError: it has no known role, or no text where it needs one.
     """
+    if isinstance(message, Mapping) and message.get("role") is None and message.get("from") is not None:
+        message = _of_sharegpt(message, where)
     if not isinstance(message, Mapping) or message.get("role") is None:
         raise RowError("missing field", f"{where} is not an object with 'role' and 'content'")
     role = message["role"]
@@ -145,6 +168,17 @@ def one_message(message: Any, where: str) -> Message:
     if content is None and role == "assistant" and any(name not in METADATA for name in more):
         return {"role": role, **more}  # a call of tools needs no text
     return {"role": role, "content": _content(content, f"the content of {where}"), **more}
+
+
+def _of_sharegpt(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """ShareGPT's `from` and `value` as `role` and `content`."""
+    speaker = message["from"]
+    role = _ROLES_OF_SHAREGPT.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_ROLES_OF_SHAREGPT)
+        raise RowError("unknown role", f"{where} is from {shown(speaker)}; known: {known}")
+    more = {name: value for name, value in message.items() if name not in ("from", "value", "role", "content")}
+    return {"role": role, "content": message.get("value"), **more}
 
 
 def _content(value: Any, where: str) -> str:

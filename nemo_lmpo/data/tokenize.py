@@ -14,7 +14,8 @@ from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.progress import on_terminal, progress_bars
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
-from nemo_lmpo.data.schema import PreferenceRow, parse_row
+from nemo_lmpo.data.rows.parse import parse_preference
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
 
@@ -80,7 +81,7 @@ class RowsToPairs:
 
     def _parsed(self, value: Any) -> PreferenceRow | RowError:
         try:
-            return parse_row(value, self.schema)
+            return parse_preference(value, self.schema)
         except RowError as error:
             return error
 

@@ -16,7 +16,8 @@ from nemo_lmpo.config.recipe import compose, load_recipe
 from nemo_lmpo.config.rules import LAYOUT_RULES, SETTING_RULES, ParallelLayout, check_settings, validate
 from nemo_lmpo.config.rules.settings import VALIDATION_METRICS
 from nemo_lmpo.config.schema import Config, DatasetConfig
-from nemo_lmpo.data.schema import RowError, parse_row
+from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.formats.architecture import architecture_from_hf
 from nemo_lmpo.loss.registry import build_loss
@@ -301,7 +302,7 @@ def test_schemas_are_those_of_the_reader() -> None:
     (known,) = [of for key, of in types_of(DatasetConfig).items() if key == "schema"]
     for schema in typing.get_args(known):  # one that it does not know would be a KeyError
         with contextlib.suppress(RowError):
-            parse_row({"prompt": "Q", "chosen": "a", "rejected": "b"}, schema)
+            parse_preference({"prompt": "Q", "chosen": "a", "rejected": "b"}, schema)
 
 
 def test_heads_that_do_not_divide_into_groups() -> None:

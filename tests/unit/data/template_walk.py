@@ -13,7 +13,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from nemo_lmpo.data.encode import PairEncoder
-from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.schema import PreferenceRow
 
 USER = {"role": "user", "content": "What is it?"}
 SYSTEM = {"role": "system", "content": "Be kind."}

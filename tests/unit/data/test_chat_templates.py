@@ -7,7 +7,8 @@ import pytest
 from template_walk import DIFFERENT, REFUSED, RIGHT, WRONG, byte_tokenizer, judged, templates_in
 
 from nemo_lmpo.data.encode import PairEncoder
-from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.errors import ConfigError
 
 USER = {"role": "user", "content": "Hi"}

@@ -182,7 +182,7 @@ def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
         load(data_config(path), tiny)
     data = load(data_config(path, on_bad_row="skip"), tiny)
     assert pair_ids(data) == ["p0", "p1"]
-    assert data.summary.dropped == {"chosen equals rejected": 1, "broken JSON": 1, "missing field": 1}
+    assert data.summary.dropped == {"chosen equals rejected": 1, "broken JSON": 1, "unknown layout": 1}
     assert data.summary.sources[0].rows == 5
     assert "1 chosen equals rejected" in str(data.summary)
     with pytest.raises(DataError, match="line 2"):  # also when a skipping run has filled the cache

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from pair_rows import message_row
 
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import open_source
-from nemo_lmpo.data.schema import RowError
 from nemo_lmpo.errors import DataError
 
 ROWS = [message_row(f"Q{i}", f"good {i}", f"bad {i}", prompt_id=f"p{i}") for i in range(5)]

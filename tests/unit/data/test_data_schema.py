@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 from pair_rows import message_row
 
-from nemo_lmpo.data.schema import PreferenceRow, RowError, detect_schema, parse_row
+from nemo_lmpo.data.messages import RowError
+from nemo_lmpo.data.rows.pairs import pair_schema
+from nemo_lmpo.data.rows.parse import parse_preference
+from nemo_lmpo.data.schema import PreferenceRow
 
 USER = {"role": "user", "content": "Q"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -30,23 +33,23 @@ EXPECTED = PreferenceRow([USER], "good", "bad")
     ],
 )
 def test_every_schema_gives_the_same_row(row, schema):
-    assert detect_schema(row) == schema
-    assert parse_row(row) == parse_row(row, schema) == EXPECTED
+    assert pair_schema(row) == schema
+    assert parse_preference(row) == parse_preference(row, schema) == EXPECTED
 
 
 def test_longer_conversations():
     history = [SYSTEM, USER, said("A"), {"role": "user", "content": "Q2"}]
     row = {"prompt": "Q", "chosen": [*history, said("good")], "rejected": [*history, said("bad")]}
-    assert parse_row(row) == PreferenceRow(history, "good", "bad")
+    assert parse_preference(row) == PreferenceRow(history, "good", "bad")
     transcript = "\n\nHuman: Q\n\nAssistant: A: yes\n\nno\n\nHuman: Q2\n\nAssistant:"
     row = {"chosen": transcript + " good\n\ntext", "rejected": transcript + " bad"}
     turns = [USER, said("A: yes\n\nno"), {"role": "user", "content": "Q2"}]
-    assert parse_row(row) == PreferenceRow(turns, "good\n\ntext", "bad")
+    assert parse_preference(row) == PreferenceRow(turns, "good\n\ntext", "bad")
 
 
 def test_strings_are_left_as_they_are():
     row = {"prompt": " Human: Q ", "chosen": " good\n", "rejected": "bad "}
-    assert parse_row(row) == PreferenceRow([{"role": "user", "content": " Human: Q "}], " good\n", "bad ")
+    assert parse_preference(row) == PreferenceRow([{"role": "user", "content": " Human: Q "}], " good\n", "bad ")
 
 
 @pytest.mark.parametrize(
@@ -108,16 +111,16 @@ def test_strings_are_left_as_they_are():
 )
 def test_unusable_rows(row, reason, words):
     with pytest.raises(RowError, match=words) as error:
-        parse_row(row)
+        parse_preference(row)
     assert error.value.reason == reason
 
 
 def test_a_prompt_text_may_be_formatted_differently_than_the_message():
     row = {"prompt": "### Q ###", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}
-    assert parse_row(row).prompt == [USER]
+    assert parse_preference(row).prompt == [USER]
 
 
 def test_schema_can_be_forced():
     row = {"prompt": "Q", "chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
-    assert parse_row(row, "strings").chosen == row["chosen"]
-    assert parse_row(row, "hh").chosen == "a"
+    assert parse_preference(row, "strings").chosen == row["chosen"]
+    assert parse_preference(row, "hh").chosen == "a"

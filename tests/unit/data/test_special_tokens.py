@@ -5,8 +5,9 @@ import functools
 import pytest
 
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
+from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.data.schema import PreferenceRow, RowError
+from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.templates import TEMPLATES
 from nemo_lmpo.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.read import raw_rows
-from nemo_lmpo.data.schema import parse_row
+from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.errors import DataError
 
@@ -71,7 +71,7 @@ def encoder(template):
 def test_pairs_are_what_transformers_renders_of_whole_messages(templates, name, case):
     template, row = templates[name], ROWS[case]
     tokenizer, pairs = encoder(template)
-    (encoded,) = pairs.encode([parse_row(row)])
+    (encoded,) = pairs.encode([parse_preference(row)])
     if isinstance(encoded, RowError):  # Llama 3.1's template writes no text beside a call
         assert (name, case) == ("llama3_1", "text and call")
         assert "leaves out part of the chosen answer" in encoded.detail
@@ -107,14 +107,14 @@ def test_pairs_are_what_transformers_renders_of_whole_messages(templates, name, 
 )
 def test_what_the_template_does_not_render_is_named(templates, name, case, lost):
     _, pairs = encoder(templates[name])
-    (encoded,) = pairs.encode([parse_row(ROWS[case])])
+    (encoded,) = pairs.encode([parse_preference(ROWS[case])])
     assert isinstance(encoded, EncodedRow)
     assert encoded.lost == lost
 
 
 def test_answers_of_which_nothing_is_rendered(templates):
     _, pairs = encoder(templates["llama3"])
-    call, both = pairs.encode([parse_row(ROWS["call"]), parse_row(ROWS["text and call"])])
+    call, both = pairs.encode([parse_preference(ROWS["call"]), parse_preference(ROWS["text and call"])])
     assert call.reason == "empty response"
     assert "renders nothing of the chosen answer, which has `tool_calls`" in call.detail
     assert both.reason == "chosen equals rejected"
@@ -129,9 +129,9 @@ def test_thoughts_of_some_messages_and_of_texts(templates):
         "chosen": said("Yes", reasoning_content="New."),
         "rejected": said("No", reasoning_content="Ah."),
     }
-    assert pairs.encode([parse_row(row)])[0].lost == ("`reasoning_content` of some messages",)
+    assert pairs.encode([parse_preference(row)])[0].lost == ("`reasoning_content` of some messages",)
     earlier[1] = said("<think>\nEarlier.\n</think>\n\nYes")
-    assert pairs.encode([parse_row(row)])[0].lost == ("thoughts of earlier answers",)
+    assert pairs.encode([parse_preference(row)])[0].lost == ("thoughts of earlier answers",)
 
 
 def test_start_counts_what_is_lost_and_may_refuse_it(data_config, write_jsonl, tiny):
@@ -165,30 +165,30 @@ def test_pairs_that_differ_in_a_field_only_are_not_equal(templates):
         "rejected": said("Yes", reasoning_content="Hm."),
     }
     _, pairs = encoder(templates["qwen3"])
-    (encoded,) = pairs.encode([parse_row(row)])
+    (encoded,) = pairs.encode([parse_preference(row)])
     assert encoded.chosen_ids != encoded.rejected_ids
     with pytest.raises(RowError, match="equal"):
-        parse_row({**row, "rejected": row["chosen"]})
+        parse_preference({**row, "rejected": row["chosen"]})
 
 
 def test_system_and_history_columns_become_messages():
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "Be kind.", "history": [["Q1", "A1"], ["Q2", "A2"]]}
-    parsed = parse_row(row)
+    parsed = parse_preference(row)
     assert [message["role"] for message in parsed.prompt] == ["system", *["user", "assistant"] * 2, "user"]
     assert [message["content"] for message in parsed.prompt] == ["Be kind.", "Q1", "A1", "Q2", "A2", "Q"]
     with pytest.raises(RowError, match="differs from the system message"):
-        parse_row({**row, "prompt": [{"role": "system", "content": "Be rude."}, USER]})
+        parse_preference({**row, "prompt": [{"role": "system", "content": "Be rude."}, USER]})
     with pytest.raises(RowError, match="not a question and its answer"):
-        parse_row({**row, "history": ["Q1"]})
+        parse_preference({**row, "history": ["Q1"]})
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_messages_in_a_table_are_read_as_messages(write):
     row = {"chosen": [USER, said("Yes")], "rejected": [USER, said("No")]}
-    assert parse_row({name: write(value) for name, value in row.items()}) == parse_row(row)
+    assert parse_preference({name: write(value) for name, value in row.items()}) == parse_preference(row)
     row = {"prompt": [USER], "chosen": said("Yes"), "rejected": said("No"), "tools": [TOOL]}
     as_text = {name: write(value) for name, value in row.items()} | {"tools": json.dumps([TOOL])}
-    assert parse_row(as_text) == parse_row(row)
+    assert parse_preference(as_text) == parse_preference(row)
 
 
 @pytest.mark.parametrize(
@@ -209,25 +209,25 @@ def test_messages_in_a_table_are_read_as_messages(write):
 )  # fmt: skip
 def test_structure_that_cannot_be_read_is_refused(row, reason, words):
     with pytest.raises(RowError, match=words) as error:
-        parse_row({"prompt": "Q", "chosen": "a", "rejected": "b", **row})
+        parse_preference({"prompt": "Q", "chosen": "a", "rejected": "b", **row})
     assert error.value.reason == reason
 
 
 def test_transcripts_in_any_form_are_turns():
-    expected = parse_row(
+    expected = parse_preference(
         {"prompt": [USER, said("Yes"), {"role": "user", "content": "Sure?"}], "chosen": "a", "rejected": "b"}
     )
     turns = "\n\nHuman: Rome?\n\nAssistant: Yes\n\nHuman: Sure?\n\nAssistant:"
-    assert parse_row({"prompt": turns, "chosen": " a", "rejected": " b"}) == expected
+    assert parse_preference({"prompt": turns, "chosen": " a", "rejected": " b"}) == expected
     sides = {"chosen": turns + " a", "rejected": turns + " b"}
-    assert parse_row({"prompt": turns, **sides}) == parse_row(sides) == expected
-    assert parse_row({"prompt": turns, "chosen": "a", "rejected": "b"}, "strings").prompt[0]["content"] == turns
+    assert parse_preference({"prompt": turns, **sides}) == parse_preference(sides) == expected
+    assert parse_preference({"prompt": turns, "chosen": "a", "rejected": "b"}, "strings").prompt[0]["content"] == turns
 
 
 def test_content_in_parts_is_its_texts():
     parts = [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me?"}]
     row = {"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}
-    assert parse_row(row).prompt == [USER]
+    assert parse_preference(row).prompt == [USER]
 
 
 def test_fields_that_a_column_gives_to_all_messages_are_not_there():
@@ -241,6 +241,6 @@ def test_fields_that_a_column_gives_to_all_messages_are_not_there():
 
 def test_answers_with_fields_under_a_template_that_ends_every_message():
     tokenizer, pairs = encoder(CHATML)
-    (encoded,) = pairs.encode([parse_row({"prompt": "Q", "chosen": said("Yes", name="Ann"), "rejected": "No"})])
+    (encoded,) = pairs.encode([parse_preference({"prompt": "Q", "chosen": said("Yes", name="Ann"), "rejected": "No"})])
     assert tokenizer.decode(encoded.chosen_ids) == "Yes<|im_end|>"
     assert encoded.lost == ("`name`",)

@@ -1,0 +1,1 @@
+"""A row as people have it, in one of the forms of :mod:`nemo_lmpo.data.schema`."""
