@@ -10,7 +10,6 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 RUN_DIR ?= runs/lmpo_tiny
 
 EVAL_VENV ?= .venv-eval
-EVAL_STAMP := $(EVAL_VENV)/.installed
 OLDER := .venv-transformers-4
 
 TE_PYTHON ?= .te-python
@@ -36,16 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## make the environment
 
-$(EVAL_STAMP): constraints-eval.txt
-	$(PYTHON) -m venv $(EVAL_VENV)
-	$(EVAL_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(EVAL_VENV)/bin/python -m pip install --quiet -c constraints-eval.txt torch alpaca_eval 'lm_eval[hf,api,math,ifeval]' \
-		setuptools scikit-learn
-	@# Of litellm only the tables that count tokens are wanted, which tiktoken would download.
-	$(EVAL_VENV)/bin/python -m pip install --quiet --no-deps -c constraints-eval.txt litellm
-	@touch $@
-
-eval-env: $(EVAL_STAMP)  ## make the environment that scores evaluations (two minutes, 2 GB)
+eval-env: $(STAMP)  ## make the environment that scores evaluations (two minutes, 2 GB)
+	$(BIN)/python -m nemo_lmpo.evaluate environment --output $(EVAL_VENV) --python $(PYTHON)
 
 $(OLDER)/transformers:
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(OLDER) \

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.evaluate.make_environment import add_options, make_environment
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL, ARENA_HARD, LEADERBOARD, TASKS, TITLES
 from nemo_lmpo.runtime.command import RESUME
 
@@ -37,6 +38,9 @@ def build_parser(prog: str, extensions: Sequence[Callable[[Any], None]] = ()) ->
     fetch.add_argument("--tasks", action="store_true", help="also the datasets of the leaderboard's tasks (Hub cache)")
     fetch.add_argument("--quiet", action="store_true", help="no progress bar")
     fetch.set_defaults(run=_fetch)
+    environment = commands.add_parser("environment", help="make the environment that scores, once (2 GB)")
+    add_options(environment)
+    environment.set_defaults(run=_environment)
     for extend in extensions:
         extend(commands)
     for each in commands.choices.values():
@@ -174,6 +178,11 @@ def _fetch(options: argparse.Namespace) -> int:
 
     _quiet_http()
     _logger.info("data: %s", fetch(options))
+    return 0
+
+
+def _environment(options: argparse.Namespace) -> int:
+    sys.stdout.write(f"{make_environment(options.output, options.python)}\n")
     return 0
 
 

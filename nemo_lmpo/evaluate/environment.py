@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.runtime.files import user_cache
 
 VARIABLE = "NEMO_LMPO_EVAL_PYTHON"
 _FOLDER = Path(__file__).resolve().parent / "scoring"
@@ -39,21 +40,22 @@ _END_SECONDS = 2.0
 """That a program gets after SIGTERM."""
 
 
+def default_environment() -> Path:
+    """Where the scoring environment is made and looked for where nothing else is said."""
+    return user_cache() / "scoring-environment"
+
+
 def scoring_python() -> Path:
     """The interpreter of the scoring environment.
 
     Raises:
-        ConfigError: it is not set, or not there.
+        ConfigError: it is not there.
     """
     named = os.environ.get(VARIABLE)
-    if not named:
-        raise ConfigError(
-            f"{VARIABLE} is not set; make the scoring environment with `make eval-env` and set it to "
-            ".venv-eval/bin/python"
-        )
-    path = Path(named).expanduser()
+    path = Path(named).expanduser() if named else default_environment() / "bin" / "python"
     if not (path.is_file() and os.access(path, os.X_OK)):
-        raise ConfigError(f"{VARIABLE}={named} is not an interpreter; make it with `make eval-env`")
+        missing = f"{VARIABLE}={named} is not an interpreter" if named else "there is no scoring environment"
+        raise ConfigError(f"{missing}; make it with `nemo-lmpo evaluate environment`, once")
     return path.absolute()
 
 
