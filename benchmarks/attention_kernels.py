@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.data.pack import pack_pairs
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.attention_plan import plan_attention
 from nemo_lmpo.model.build import attention_module
@@ -44,8 +44,8 @@ def main() -> None:
         kv_channels=HEAD_DIM, bf16=True,
     )  # fmt: skip
     prompt, chosen, rejected = ([1] * length for length in TYPICAL)
-    pairs = [PairTokens(str(number), prompt, chosen, rejected) for number in range(options.pairs)]
-    row = pack_pairs(pairs, range(options.pairs), share_prompt=True)
+    pairs = [Example.pair(str(number), prompt, chosen, rejected) for number in range(options.pairs)]
+    row = pack_examples(pairs, range(options.pairs), share_prompt=True)
     spans = attention_spans(row.segments, row.num_tokens, cp_rank=0, cp_size=1)
     plan = plan_attention(spans, row.num_tokens, cp_size=1).map(lambda tensor: tensor.to(device))
     states = [

@@ -64,7 +64,7 @@ def write_store(source: Any, encoder: Any, schema: str, directory: Path, **setti
         for start in range(0, count, BATCH_ROWS):
             rows = min(BATCH_ROWS, count - start)
             numbers = np.arange(start + 1, start + rows + 1)
-            columns = {"number": numbers, "pair_id": [f"{source.short_name}:{number}" for number in numbers]}
+            columns = {"number": numbers, "example_id": [f"{source.short_name}:{number}" for number in numbers]}
             for part, tokens in (("prompt", 9), ("chosen", 4), ("rejected", 5)):
                 ids = pa.array(random.integers(10, 40, rows * tokens), pa.int32())
                 ends = pa.array(np.arange(0, rows * tokens + 1, tokens), pa.int32())
@@ -112,7 +112,9 @@ def child(path: str, cache: str, workers: int, synthesize: bool) -> dict[str, fl
     for step in range(1, min(STEPS, sampler.steps_per_epoch - 1) + 1):
         begun = time.perf_counter()
         indices = sampler.pairs_of_step(step)
-        plan_micro_batches(data.lengths[indices], dp_size=1, row_tokens=128, max_pairs_per_row=None, share_prompt=True)
+        plan_micro_batches(
+            data.lengths[indices], dp_size=1, row_tokens=128, max_examples_per_row=None, share_prompt=True
+        )
         for index in indices.tolist():
             data[index]
         seconds.append(time.perf_counter() - begun)

@@ -21,7 +21,7 @@ import torch
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
 from nemo_lmpo.monitor.throughput import peak_memory_gib
 from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.runtime.launch import LaunchInfo
@@ -51,13 +51,15 @@ class SpreadPairs:
         self.lengths = np.clip(lengths.astype(np.int64), 2, [config.data.max_prompt_length, limit, limit])
         self.vocabulary = vocabulary
 
+    num_responses = 2
+
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> PairTokens:
+    def __getitem__(self, index: int) -> Example:
         random = np.random.default_rng(index)
         prompt, chosen, rejected = (random.integers(0, self.vocabulary, size).tolist() for size in self.lengths[index])
-        return PairTokens(str(index), prompt, chosen, rejected)
+        return Example.pair(str(index), prompt, chosen, rejected)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -145,7 +145,9 @@ def run_transformers(options: argparse.Namespace) -> dict[str, float]:
         tokens = 0
         for first in range(0, len(chosen), options.micro_batch):
             part = chosen[first : first + options.micro_batch]
-            sequences = [(pair.prompt_ids, ids) for pair in part for ids in (pair.chosen_ids, pair.rejected_ids)]
+            sequences = [
+                (pair.prompt_ids, ids) for pair in part for ids in (response.ids for response in pair.responses)
+            ]
             sums = batch_logprobs(sequences)
             counts = torch.tensor([float(len(response)) for _, response in sequences])
             outputs = loss(LossInputs(sums[0::2], sums[1::2], counts[0::2], counts[1::2]))

@@ -18,8 +18,8 @@ from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import Encoder, PairEncoder
 from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
-from nemo_lmpo.data.pack import pair_tokens
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import example_tokens
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.special_tokens import SpecialTokens
@@ -78,6 +78,8 @@ class PreferenceDataset:
         """What metrics and pair ids call the sources."""
         self.lengths = Lengths(self._epoch)
         """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
+        self.num_responses = 2
+        """Responses of each example."""
         self._tokenizer = tokenizer
         self._reference: np.ndarray | None = None
         self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
@@ -88,20 +90,20 @@ class PreferenceDataset:
     def __len__(self) -> int:
         return len(self._epoch)
 
-    def __getitem__(self, index: int) -> PairTokens:
+    def __getitem__(self, index: int) -> Example:
         """The pair at ``index``."""
         source, row = self._epoch.locate(index)
         ids = self._epoch.shares[source].store.ids(row)
         sums = [None, None] if self._reference is None else self._reference[index].tolist()
-        return PairTokens(self.pair_id(index), *ids, sums[0], sums[1], tuple(sums[2:]) or None)
+        return Example.pair(self.example_id(index), *ids, sums[0], sums[1], tuple(sums[2:]) or None)
 
-    def pair_id(self, index: int) -> str:
+    def example_id(self, index: int) -> str:
         """The id of a pair, behind its source's name where there are several sources.
 
         Only a pair that an epoch holds several times occurs under one id twice.
         """
         source, row = self._epoch.locate(index)
-        name = self._epoch.shares[source].store.pair_id(row)
+        name = self._epoch.shares[source].store.example_id(row)
         return name if len(self.source_names) == 1 else f"{self.source_names[source]}:{name}"
 
     def sources(self, indices: np.ndarray) -> np.ndarray:
@@ -131,7 +133,7 @@ class PreferenceDataset:
         broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(broken):
             raise DataError(
-                f"the reference log-probability of pair {shown(self.pair_id(int(broken[0])))} is not finite"
+                f"the reference log-probability of pair {shown(self.example_id(int(broken[0])))} is not finite"
             )
         self._reference = values
 
@@ -140,13 +142,13 @@ class PreferenceDataset:
         pair = self[index]
         prompt, chosen, rejected = (
             self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+            for ids in (pair.prompt_ids, *(response.ids for response in pair.responses))
         )
         return (
-            f"pair {printable(pair.pair_id, 80)} (responses stand between >>> and <<<)\n"
+            f"pair {printable(pair.example_id, 80)} (responses stand between >>> and <<<)\n"
             f"prompt, {len(pair.prompt_ids)} tokens:\n{printable_lines(prompt, indent='  ')}\n"
-            f"chosen, {len(pair.chosen_ids)} tokens:\n{printable_lines(f'>>>{chosen}<<<', indent='  ')}\n"
-            f"rejected, {len(pair.rejected_ids)} tokens:\n{printable_lines(f'>>>{rejected}<<<', indent='  ')}"
+            f"chosen, {len(pair.responses[0].ids)} tokens:\n{printable_lines(f'>>>{chosen}<<<', indent='  ')}\n"
+            f"rejected, {len(pair.responses[1].ids)} tokens:\n{printable_lines(f'>>>{rejected}<<<', indent='  ')}"
         )
 
 
@@ -281,12 +283,12 @@ def _within_budget(source: Source, store: Store, config: DataConfig, dropped: di
     budget = config.row_budget
     if store.meta.max_tokens[0 if config.share_prompt else 1] <= budget:
         return None
-    costs = pair_tokens(store.lengths, config.share_prompt)
+    costs = example_tokens(store.lengths, config.share_prompt)
     too_long = np.flatnonzero(costs > budget)
     if config.on_bad_row == "error":
         first = int(too_long[0])
         raise DataError(
-            f"{source.name}: pair {shown(store.pair_id(int(store.rows[first])))} takes {int(costs[first])} tokens, "
+            f"{source.name}: pair {shown(store.example_id(int(store.rows[first])))} takes {int(costs[first])} tokens, "
             f"more than data.row_tokens={budget}; raise it (2 * data.max_length always suffices), "
             "lower data.max_length, or set data.on_bad_row=skip"
         )

@@ -75,9 +75,9 @@ class Store:
     """Sorted int32: rows of the table whose id an earlier row has, too."""
     meta: StoreMeta
 
-    def pair_id(self, row: int) -> str:
+    def example_id(self, row: int) -> str:
         """The id of the pair in a row of the table; the row's number behind it where an earlier pair has the same."""
-        name, place = self.table.column("pair_id")[row].as_py(), np.searchsorted(self.repeated, row)
+        name, place = self.table.column("example_id")[row].as_py(), np.searchsorted(self.repeated, row)
         if place < len(self.repeated) and self.repeated[place] == row:
             return f"{name}#{self.table.column('number')[row].as_py()}"
         return str(name)
@@ -96,7 +96,7 @@ def pairs_schema() -> pa.Schema:
     return pa.schema(
         [
             ("number", pa.int64()),
-            ("pair_id", text),
+            ("example_id", text),
             *((f"{part}_ids", ids) for part in PARTS),
             ("prompt_cut", flag),
             ("response_cut", flag),
@@ -113,7 +113,7 @@ def summarize_store(directory: Path) -> None:
     import xxhash
 
     # It brings torch, whose second of imports the processes that tokenize do without.
-    from nemo_lmpo.data.pack import pair_tokens
+    from nemo_lmpo.data.pack import example_tokens
 
     table = _read_table(directory)
     meta = _counted(table)
@@ -133,7 +133,7 @@ def summarize_store(directory: Path) -> None:
     found = np.concatenate(lengths)
     meta.pairs = len(found)
     meta.token_hash = "".join(digest.hexdigest() for digest in tokens)
-    meta.max_tokens = [int(pair_tokens(found, share).max(initial=0)) for share in (True, False)]
+    meta.max_tokens = [int(example_tokens(found, share).max(initial=0)) for share in (True, False)]
     meta.histograms = [np.bincount(found[:, part]).tolist() for part in range(3)]
     np.save(directory / ROWS_FILE, np.concatenate(rows))
     np.save(directory / LENGTHS_FILE, found)
@@ -185,8 +185,8 @@ def _hashes(batch: pa.RecordBatch) -> np.ndarray:
     """64 bits for each id: enough to find those that occur twice without holding texts."""
     import xxhash
 
-    ids = batch.column("pair_id").cast("binary").to_pylist()
-    return np.fromiter((xxhash.xxh3_64_intdigest(pair_id) for pair_id in ids), np.uint64, len(ids))
+    ids = batch.column("example_id").cast("binary").to_pylist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(example_id) for example_id in ids), np.uint64, len(ids))
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:

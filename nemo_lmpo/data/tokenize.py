@@ -63,12 +63,12 @@ class RowsToPairs:
         encoded = iter(self.encoder.encode([row for row in parsed if isinstance(row, PreferenceRow)]))
         for raw, result in zip(rows, parsed, strict=True):
             row = result if isinstance(result, RowError) else self._judged(next(encoded))
-            place = {"number": raw.number, "pair_id": pair_id(raw, self.short_name)}
+            place = {"number": raw.number, "example_id": example_id(raw, self.short_name)}
             if not isinstance(row, RowError) and not isinstance(result, RowError):
                 yield place | vars(row) | {"columns": result.columns}
                 continue
             assert isinstance(row, RowError)
-            detail = f"{row.detail} (pair {shown(place['pair_id'])})"
+            detail = f"{row.detail} (pair {shown(place['example_id'])})"
             if self.stop_at is not None:
                 raise bad_row_error(f"{self.stop_at} {raw.number}", detail)
             yield place | {"reason": row.reason, "detail": detail}
@@ -124,7 +124,7 @@ def bad_row_error(location: str, detail: str) -> DataError:
     return DataError(f"{location}: {detail}; correct the row, or set data.on_bad_row=skip to leave such rows out")
 
 
-def pair_id(raw: RawRow, short_name: str) -> str:
+def example_id(raw: RawRow, short_name: str) -> str:
     """A row's `prompt_id` or `id`, else its place."""
     if isinstance(raw.value, Mapping):
         for name in ("prompt_id", "id"):

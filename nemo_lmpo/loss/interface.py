@@ -1,8 +1,8 @@
-"""What goes into a preference loss and what comes out.
+"""What goes into a loss and what comes out.
 
-A loss is a pure function of :class:`LossInputs`: it keeps no state, reads no globals and communicates with
-nobody. Running statistics are kept by the caller (:class:`nemo_lmpo.loss.running_statistics.RunningStatistics`) and
-handed in as numbers.
+A loss is a pure function of :class:`LossInputs` (pairs) or of :class:`ResponseInputs` (single responses): it keeps no
+state, reads no globals and communicates with nobody. Running statistics are kept by the caller
+(:class:`nemo_lmpo.loss.running_statistics.RunningStatistics`) and handed in as numbers.
 """
 
 from __future__ import annotations
@@ -97,6 +97,23 @@ class LossInputs:
 
 
 @dataclass(frozen=True)
+class ResponseInputs:
+    """``B`` examples of one response each: conversations, or answers that are judged on their own.
+
+    Tensors are as in :class:`LossInputs`; of a response only what is predicted counts.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    mean_length: float | None = None
+    """Predicted tokens of an example of the whole global batch, for means over the batch's tokens."""
+    reference_logps: Tensor | None = None
+    desirable: Tensor | None = None
+    """``[B]`` bool: which responses are to be learnt rather than avoided; None where nothing says so."""
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+@dataclass(frozen=True)
 class LossOutputs:
     """Per-pair values, all ``[B]``. The caller sums ``losses`` and divides by the global number of pairs.
 
@@ -110,3 +127,13 @@ class LossOutputs:
     rejected_rewards: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further per-pair metrics; names as they appear in the logs (`lmpo/margin`)."""
+
+
+@dataclass(frozen=True)
+class ResponseOutputs:
+    """Values of single responses, all ``[B]``. The caller sums ``losses`` and divides by the global number of them."""
+
+    losses: Tensor
+    """With gradient."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Further values of each response; names as they appear in the logs."""

@@ -55,25 +55,30 @@ def _ratio(inputs: LossInputs, part: str) -> Tensor:
 
 
 def chosen_nll(inputs: LossInputs, reduction: str) -> Tensor:
-    """Negative log-likelihood of the chosen response, ``[B]``.
+    """:func:`nll` of the chosen response, ``[B]``."""
+    return nll(inputs.chosen_logps, inputs.chosen_lengths, inputs.mean_chosen_length, reduction)
 
-    - ``mean``: ``-S_w / n_w``; every response weighs the same in the batch mean, whatever its length.
-    - ``token_mean``: ``-S_w / mean n_w``; the batch mean is the mean over all chosen tokens of the global batch,
-      so every token weighs the same.
-    - ``sum``: ``-S_w``; every response weighs as much as it is long.
+
+def nll(logps: Tensor, lengths: Tensor, mean_length: float | None, reduction: str) -> Tensor:
+    """Negative log-likelihood of a response, ``[B]``, from its summed log-probability ``S`` and its length ``n``.
+
+    - ``mean``: ``-S / n``; every response weighs the same in the batch mean, whatever its length.
+    - ``token_mean``: ``-S / mean n``; the batch mean is the mean over all tokens of the global batch, so every token
+      weighs the same.
+    - ``sum``: ``-S``; every response weighs as much as it is long.
 
     Raises:
-        ConfigError: ``token_mean`` without ``inputs.mean_chosen_length``.
+        ConfigError: ``token_mean`` without ``mean_length``, the mean of the global batch.
     """
-    sum_w = upcast(inputs.chosen_logps)
+    total = upcast(logps)
     if reduction == "mean":
-        return -sum_w / inputs.chosen_lengths
+        return -total / lengths
     if reduction == "sum":
-        return -sum_w
+        return -total
     if reduction == "token_mean":
-        if inputs.mean_chosen_length is None:
-            raise ConfigError("mean_chosen_length is None: nll=token_mean needs the global batch's mean length.")
-        return -sum_w / inputs.mean_chosen_length
+        if mean_length is None:
+            raise ConfigError("the mean length is None: nll=token_mean needs that of the global batch.")
+        return -total / mean_length
     raise AssertionError(f"unvalidated nll {reduction!r}")
 
 

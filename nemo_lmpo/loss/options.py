@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class LossOptions:
     name: str = ""
     needs_reference: ClassVar[bool] = False
     """Whether the loss compares with a frozen reference model."""
+    takes: ClassVar[tuple[str, ...]] = ("pairs",)
+    """The forms of rows that it trains on: `pairs`, `conversations`."""
 
     def combinations(self) -> Iterator[str]:
         """A sentence for every combination of options that does not make sense; single options are valid here."""
@@ -64,14 +67,20 @@ class LossOptions:
             if of.name == "name" and value != of.default:  # another name would be another loss's options
                 yield f"loss.name={shown(value)}: these are the options of {of.default}; leave the name unset"
             elif value not in choices.get(of.name, (value,)):
-                yield f"loss.{of.name}={shown(value)} is unknown; choose {', '.join(choices[of.name])}"
+                yield f"loss.{of.name}={shown(value)} is unknown; choose {', '.join(filter(None, choices[of.name]))}"
 
 
 @functools.cache
-def _choices(options: Any) -> dict[str, tuple[str, ...]]:
+def _choices(options: Any) -> dict[str, tuple[Any, ...]]:
     """What the options of a class that are a choice may be, by name."""
     hints = typing.get_type_hints(options).items()
-    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is typing.Literal}
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, hint in hints:
+        arms = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+        values = [arm for arm in arms if typing.get_origin(arm) is typing.Literal]
+        if values:
+            found[name] = (*typing.get_args(values[0]), *((None,) if types.NoneType in arms else ()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,10 +196,12 @@ class LMPOConfig(PreferenceOptions):
 class SFTConfig(LossOptions):
     """Options of SFT."""
 
+    takes = ("pairs", "conversations")
     name: str = "sft"
-    nll: Literal["mean", "token_mean", "sum"] = "mean"
-    """How the likelihood is taken: the `mean` of a response, so that all responses weigh the same; `token_mean` over
-    all chosen tokens of the global batch, as TRL and other SFT trainers do; or the `sum`."""
+    nll: Literal["mean", "token_mean", "sum"] | None = None
+    """How the likelihood is taken: `token_mean` over all predicted tokens of the global batch, as TRL and other SFT
+    trainers do; the `mean` of a response, so that all responses weigh the same; or the `sum`. Unset: `token_mean` of
+    conversations, `mean` of the chosen responses of pairs."""
 
 
 @dataclass(frozen=True)

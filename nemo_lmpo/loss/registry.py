@@ -11,7 +11,13 @@ from torch import Tensor
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.cpo import cpo_loss
 from nemo_lmpo.loss.dpo import dpo_loss, dpo_needs_shared
-from nemo_lmpo.loss.interface import LossInputs, LossOutputs, StatisticsConfig
+from nemo_lmpo.loss.interface import (
+    LossInputs,
+    LossOutputs,
+    ResponseInputs,
+    ResponseOutputs,
+    StatisticsConfig,
+)
 from nemo_lmpo.loss.ipo import ipo_loss
 from nemo_lmpo.loss.kto import kto_loss, kto_observe, kto_statistics
 from nemo_lmpo.loss.lmpo import lmpo_loss, lmpo_observe, lmpo_statistics
@@ -33,7 +39,7 @@ from nemo_lmpo.loss.options import (
 from nemo_lmpo.loss.orpo import orpo_loss
 from nemo_lmpo.loss.rdpo import rdpo_loss
 from nemo_lmpo.loss.rrhf import rrhf_loss
-from nemo_lmpo.loss.sft import sft_loss
+from nemo_lmpo.loss.sft import sft_loss, sft_loss_of_responses
 from nemo_lmpo.loss.simpo import simpo_loss
 from nemo_lmpo.loss.slic import slic_loss
 
@@ -46,6 +52,10 @@ class LossEntry:
     """Its options: a dataclass of :mod:`nemo_lmpo.loss.options`."""
     function: Callable[[LossInputs, Any], LossOutputs]
     """Inputs and options to per-pair losses; pure."""
+    of_responses: Callable[[ResponseInputs, Any], ResponseOutputs] | None = None
+    """The same of examples with one response; None: the loss is one of pairs only."""
+    mean_over_tokens: Callable[[Any], bool] = lambda config: False
+    """Options to whether the mean over such examples is one over all their predicted tokens."""
     needs_shared_logps: Callable[[Any], bool] = lambda config: False
     """Options to whether it wants the log-probabilities of the two responses' common length, too."""
     statistics: Callable[[Any], StatisticsConfig | None] = lambda config: None
@@ -61,7 +71,9 @@ class LossEntry:
 
 LOSSES: dict[str, LossEntry] = {
     "lmpo": LossEntry(LMPOConfig, lmpo_loss, statistics=lmpo_statistics, observe=lmpo_observe),
-    "sft": LossEntry(SFTConfig, sft_loss),
+    "sft": LossEntry(
+        SFTConfig, sft_loss, sft_loss_of_responses, mean_over_tokens=lambda config: config.nll in (None, "token_mean")
+    ),
     "dpo": LossEntry(DPOConfig, dpo_loss, needs_shared_logps=dpo_needs_shared),
     "rdpo": LossEntry(RDPOConfig, rdpo_loss),
     "ipo": LossEntry(IPOConfig, ipo_loss),
@@ -99,6 +111,11 @@ class PreferenceLoss:
         """Whether ``*_shared_logps`` must be given, and those of the reference where it needs one."""
         return self.entry.needs_shared_logps(self.config)
 
+    @property
+    def mean_over_tokens(self) -> bool:
+        """Whether single responses weigh as much as they have predicted tokens."""
+        return self.entry.mean_over_tokens(self.config)
+
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """Per-pair losses, with gradient, and what is only looked at, without."""
         found = self.entry.function(inputs, self.config)
@@ -109,6 +126,17 @@ class PreferenceLoss:
             found.rejected_rewards.detach(),
             {name: values.detach() for name, values in found.metrics.items()},
         )
+
+    def of_responses(self, inputs: ResponseInputs) -> ResponseOutputs:
+        """Losses of examples with one response, with gradient, and what is only looked at, without.
+
+        Raises:
+            ConfigError: the loss is one of pairs.
+        """
+        if self.entry.of_responses is None:
+            raise ConfigError(f"loss={self.name} trains on pairs, and the data holds single responses; give pairs")
+        found = self.entry.of_responses(inputs, self.config)
+        return ResponseOutputs(found.losses, {name: values.detach() for name, values in found.metrics.items()})
 
     def observe(self, inputs: LossInputs) -> Tensor | None:
         """Detached ``[B]`` values that feed the running statistics; None where none are kept."""

@@ -16,7 +16,7 @@ from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.model.attention_plan import AttentionPlan
 from nemo_lmpo.model.rotary import PositionedRotaryEmbedding
 from nemo_lmpo.parallel.argmax import vocab_parallel_argmax
-from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_logprobs
+from nemo_lmpo.parallel.logprobs import VocabularyPart, vocab_parallel_scores
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PackedGPTModel(GPTModel):
     """A GPT model whose forward takes packed rows and gives the last hidden states of its stage.
 
-    Logits are left to :meth:`logprobs`, which computes them at chosen positions only.
+    Logits are left to :meth:`scores`, which computes them at chosen positions only.
     """
 
     def __init__(
@@ -110,18 +110,21 @@ class PackedGPTModel(GPTModel):
         copied: Tensor = copy_to_tensor_model_parallel_region(selected, group=group)
         return copied
 
-    def logprobs(self, hidden_states: Tensor, positions: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
-        """Natural log-probabilities ``[P]`` float32 of ``targets`` (last stage only).
+    def scores(
+        self, hidden_states: Tensor, positions: Tensor, targets: Tensor, *, chunk_tokens: int, correct: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Natural log-probabilities ``[P]`` float32 of ``targets``, and which are the most probable (last stage only).
 
         Args:
             hidden_states: what :meth:`forward` gave.
             positions: ``[P]`` int64, indices into this rank's part of the row.
             targets: ``[P]`` int64 token ids.
             chunk_tokens: positions whose logits exist at a time.
+            correct: whether to tell, as ``[P]`` bool, which targets are the most probable tokens.
         """
         weight = self.output_weight()
         selected = self.select_hidden(hidden_states, positions).to(weight.dtype)
-        return vocab_parallel_logprobs(
+        return vocab_parallel_scores(
             selected,
             weight,
             targets,
@@ -129,12 +132,13 @@ class PackedGPTModel(GPTModel):
             group=self.pg_collection.tp,
             chunk_tokens=chunk_tokens,
             used_elsewhere=self.share_embeddings_and_output_weights and self.pre_process,
+            correct=correct,
         )
 
     def most_probable(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """The token ``[P]`` int64 that is most probable behind each position (last stage only).
 
-        Communicates over the tensor-parallel group. Arguments are those of :meth:`logprobs`.
+        Communicates over the tensor-parallel group. Arguments are those of :meth:`scores`.
         """
         weight = self.output_weight()
         selected = self.select_hidden(hidden_states, positions).to(weight.dtype)

@@ -29,7 +29,7 @@ def attention_spans(segments: Tensor, num_tokens: int, *, cp_rank: int, cp_size:
     """The rank's part of every segment as runs of queries with the keys that they see.
 
     Args:
-        segments: ``[S, 4]`` int32 on the CPU (see :class:`nemo_lmpo.data.pair.PackedSequence`).
+        segments: ``[S, 4]`` int32 on the CPU (see :class:`nemo_lmpo.data.example.PackedSequence`).
         num_tokens: tokens of the whole row.
         cp_rank: rank in the context-parallel group.
         cp_size: its size.

@@ -121,7 +121,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
         used_elsewhere: bool,
-    ) -> Tensor:
+        correct: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         count = hidden.shape[0]
         maximum = torch.full((count,), float("-inf"), dtype=torch.float32, device=hidden.device)
         # Row 0: sum of exponentials relative to `maximum`; row 1: the target's logit, on the rank that has it.
@@ -147,7 +148,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, log_normaliser, owned, safe_targets)
         ctx.part, ctx.chunk_tokens, ctx.used_elsewhere = part, chunk_tokens, used_elsewhere
         ctx.output_weight = weight  # itself: what is saved comes back without its float32 gradient
-        return sums[1] - log_normaliser
+        if not correct:
+            return sums[1] - log_normaliser, None
+        most_probable = sums[1] >= maximum
+        ctx.mark_non_differentiable(most_probable)
+        return sums[1] - log_normaliser, most_probable
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,7 +175,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.add(grad_logits, hidden[chunk])
         of_weight = grad_weight.for_autograd() if grad_weight is not None else None
-        return grad_hidden, of_weight, None, None, None, None, None
+        return grad_hidden, of_weight, None, None, None, None, None, None
 
 
 def vocab_parallel_logprobs(
@@ -183,7 +188,31 @@ def vocab_parallel_logprobs(
     chunk_tokens: int = 1024,
     used_elsewhere: bool = False,
 ) -> Tensor:
-    """Natural log-probability of each target token.
+    """The first of :func:`vocab_parallel_scores`, which has the same arguments."""
+    return vocab_parallel_scores(
+        hidden,
+        weight,
+        targets,
+        part=part,
+        group=group,
+        chunk_tokens=chunk_tokens,
+        used_elsewhere=used_elsewhere,
+        correct=False,
+    )[0]
+
+
+def vocab_parallel_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    part: VocabularyPart,
+    group: dist.ProcessGroup | None,
+    chunk_tokens: int,
+    used_elsewhere: bool,
+    correct: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Natural log-probability of each target token, and whether no other token is more probable.
 
     Args:
         hidden: ``[P, hidden_size]`` states at predicting positions, the same on every rank of ``group``.
@@ -193,12 +222,13 @@ def vocab_parallel_logprobs(
         group: tensor-parallel group; communicates: all-reduces of the maximum and of two sums, ``3 P`` floats.
         chunk_tokens: positions whose logits exist at a time.
         used_elsewhere: whether this rank's embedding is the same weight.
+        correct: whether to tell which targets are the most probable tokens.
 
     Returns:
-        ``[P]`` float32. The gradient for ``hidden`` is this rank's share only: the caller's copy into the
-        tensor-parallel region adds the shares up.
+        ``[P]`` float32, and ``[P]`` bool if that is asked for. The gradient for ``hidden`` is this rank's share only:
+        the caller's copy into the tensor-parallel region adds the shares up.
     """
-    logprobs: Tensor = _VocabParallelLogprobs.apply(  # type: ignore[no-untyped-call]  # torch's
-        hidden, weight, targets, part, group, chunk_tokens, used_elsewhere
+    found: tuple[Tensor, Tensor | None] = _VocabParallelLogprobs.apply(  # type: ignore[no-untyped-call]  # torch's
+        hidden, weight, targets, part, group, chunk_tokens, used_elsewhere, correct
     )
-    return logprobs
+    return found

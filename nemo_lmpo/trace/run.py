@@ -13,7 +13,7 @@ import torch
 
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.sizing.rank_work import RowSize
 from nemo_lmpo.sizing.typical_pairs import filling_lengths, pairs_of_a_row
@@ -27,7 +27,7 @@ from nemo_lmpo.trace.world import (
     names_of_groups,
     use_gpu_form,
 )
-from nemo_lmpo.training.batches import BatchBuilder, PairList
+from nemo_lmpo.training.batches import BatchBuilder, ExampleList
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
 from nemo_lmpo.training.policy import Policy, build_frozen_chunks
 from nemo_lmpo.training.reference import ResponseSums
@@ -136,14 +136,14 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
         trace.end_of_step = meter.work.since(before)
 
 
-def filling_pairs(config: Config, micro_batches: int) -> PairList:
+def filling_pairs(config: Config, micro_batches: int) -> ExampleList:
     """As many pairs as fill ``micro_batches`` up to the row's budget, all of the same lengths.
 
     Their ids are of no consequence, and neither are the reference log-probabilities that some losses want.
     """
     prompt, chosen, rejected = filling_lengths(config)
-    pair = PairTokens("0", [1] * prompt, [1] * chosen, [1] * rejected, -1.0, -1.0, (-1.0, -1.0))
-    return PairList([pair] * (pairs_of_a_row(config) * micro_batches))
+    pair = Example.pair("0", [1] * prompt, [1] * chosen, [1] * rejected, -1.0, -1.0, (-1.0, -1.0))
+    return ExampleList([pair] * (pairs_of_a_row(config) * micro_batches))
 
 
 def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_lmpo.training.batches import BatchBuilder, Pairs, StepBatch
+from nemo_lmpo.training.batches import BatchBuilder, Examples, StepBatch
 
 
 @dataclass
@@ -21,7 +21,7 @@ class BatchesAhead:
 
     builder: BatchBuilder
     """Makes the batches, on its device."""
-    pairs: Pairs
+    pairs: Examples
     """What they are made of; only the thread reads it as long as there is a batch to come."""
     indices_of: Callable[[int], np.ndarray]
     """The pairs of batch ``number``."""

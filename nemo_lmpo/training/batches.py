@@ -1,4 +1,4 @@
-"""From pairs to this rank's micro-batches: which pairs make a step, and which part of them this process computes."""
+"""From examples to this rank's micro-batches: which make a step, and which part of them this process computes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.epoch import Lengths
-from nemo_lmpo.data.pack import imbalance, pack_pairs, pair_tokens, plan_micro_batches
-from nemo_lmpo.data.pair import PackedRow, PackedSequence, PairTokens
+from nemo_lmpo.data.example import Example, PackedRow, PackedSequence
+from nemo_lmpo.data.pack import example_tokens, imbalance, pack_examples, plan_micro_batches
 from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
@@ -24,25 +24,38 @@ GPU_TILE = 128
 """Lengths that matrix kernels like to work on."""
 
 
-class Pairs(Protocol):
+class Examples(Protocol):
     """What training needs of a dataset."""
 
     @property
+    def num_responses(self) -> int:
+        """Responses of each example."""
+
+    @property
     def lengths(self) -> np.ndarray | Lengths:
-        """``[N, 3]``: tokens of prompt, chosen and rejected."""
+        """``[N, 3]``: tokens of prompt, first response and second one, which is 0 where there is none."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> PairTokens: ...
+    def __getitem__(self, index: int) -> Example: ...
 
 
-class PairList(list[PairTokens]):
-    """Pairs in memory."""
+class ExampleList(list[Example]):
+    """Examples in memory, at least one."""
+
+    @property
+    def num_responses(self) -> int:
+        """As :attr:`Examples.num_responses`."""
+        return len(self[0].responses)
 
     @property
     def lengths(self) -> np.ndarray:
-        """As :attr:`Pairs.lengths`."""
-        return np.array([[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in self])
+        """As :attr:`Examples.lengths`."""
+        found = np.zeros((len(self), 3), dtype=np.int64)
+        for row, example in zip(found, self, strict=True):
+            row[0] = len(example.prompt_ids)
+            row[1 : 1 + len(example.responses)] = [len(response.ids) for response in example.responses]
+        return found
 
 
 @dataclass(kw_only=True)
@@ -52,14 +65,19 @@ class MicroBatch(PackedRow):
     attention_plan: AttentionPlan
     """Who attends to whom."""
     shared: Tensor
-    """``[P]`` bool: targets within the common length of the pair's responses."""
-    pair_count: Tensor
+    """``[P]`` bool: targets within the common length of a pair's responses."""
+    example_count: Tensor
     """``B`` as a scalar int32, which megatron-core wants where the loss is."""
 
     def map(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The micro-batch with every tensor replaced by ``move(tensor)``."""
         tensors: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, attention_plan=self.attention_plan.map(move), **tensors)
+
+
+def kind_of_examples(num_responses: int) -> str:
+    """What users call examples of so many responses."""
+    return "pairs" if num_responses == 2 else "conversations"
 
 
 def localize(row: PackedSequence, *, cp_rank: int, cp_size: int) -> MicroBatch:
@@ -77,25 +95,26 @@ def localize(row: PackedSequence, *, cp_rank: int, cp_size: int) -> MicroBatch:
         predict_positions=local[here],
         target_ids=row.target_ids[here],
         sequence_index=row.sequence_index[here],
-        pair_index=row.pair_index,
+        example_index=row.example_index,
         response_lengths=row.response_lengths,
         reference_logps=row.reference_logps,
+        desirable=row.desirable,
         shared=within_common_length(row.sequence_index, row.response_lengths)[here],
-        pair_count=torch.tensor(row.num_pairs, dtype=torch.int32),
+        example_count=torch.tensor(row.num_examples, dtype=torch.int32),
     )
 
 
 def within_common_length(sequence_index: Tensor, response_lengths: Tensor) -> Tensor:
-    """``[P]`` bool: which targets of a whole row have a counterpart in the pair's other response.
+    """``[P]`` bool: which targets of a whole row have a counterpart in the other responses of their example.
 
     Args:
         sequence_index: ``[P]``, targets of a response in their order, responses one behind the other.
-        response_lengths: ``[B, 2]``.
+        response_lengths: ``[B, R]``.
     """
     lengths = response_lengths.flatten().long()
     starts = lengths.cumsum(0) - lengths
     place = torch.arange(sequence_index.numel()) - starts[sequence_index]
-    return place < response_lengths.amin(dim=1).long()[sequence_index // 2]
+    return place < response_lengths.amin(dim=1).long()[sequence_index // response_lengths.shape[1]]
 
 
 @dataclass
@@ -103,23 +122,30 @@ class StepBatch:
     """What this process computes of one step, and what the step is as a whole."""
 
     micro_batches: list[MicroBatch]
-    pair_ids: list[str]
-    """All pairs of the global batch, in its order."""
+    example_ids: list[str]
+    """All examples of the global batch, in its order."""
+    num_responses: int
+    """Responses of each of them."""
     tokens: int
     """Tokens fed to the model over all ranks, without padding."""
     predicted: int
-    """Response tokens over all ranks: positions that meet the vocabulary matrix."""
+    """Predicted tokens over all ranks: positions that meet the vocabulary matrix."""
     attended: int
     """Query-key pairs that attention computes over all ranks (for the FLOP count)."""
-    mean_chosen_length: float
-    """Response tokens per chosen response of the global batch."""
+    mean_length: float
+    """Predicted tokens of an example's first response, a mean over the global batch."""
     imbalance: float
     """Tokens of the busiest data-parallel rank over the mean."""
 
     @property
-    def num_pairs(self) -> int:
-        """Pairs of the global batch."""
-        return len(self.pair_ids)
+    def num_examples(self) -> int:
+        """Examples of the global batch."""
+        return len(self.example_ids)
+
+    @property
+    def kind(self) -> str:
+        """What users call its examples."""
+        return kind_of_examples(self.num_responses)
 
     def to(self, device: torch.device) -> StepBatch:
         """The step with its tensors on ``device``: on GPUs one pinned, asynchronous copy a dtype."""
@@ -152,7 +178,7 @@ def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
 
 @dataclass
 class BatchBuilder:
-    """Packs chosen pairs into micro-batches. Every rank computes the same plan; nothing is communicated."""
+    """Packs examples into micro-batches. Every rank computes the same plan; nothing is communicated."""
 
     config: Config
     groups: ParallelGroups
@@ -164,7 +190,7 @@ class BatchBuilder:
         config, groups, device = self.config, self.groups, self.device
         self.share_prompt = config.data.share_prompt
         self.row_tokens = config.data.row_budget
-        self.max_pairs_per_row = config.model.micro_batch_size
+        self.max_examples_per_row = config.model.micro_batch_size
         interleaved = config.model.virtual_pipeline_model_parallel_size is not None
         self.multiple_of_rows = groups.pipeline.size() if interleaved else 1
         self.pad_to_multiple = math.lcm(
@@ -176,28 +202,29 @@ class BatchBuilder:
         # is compiled anew.
         self.equal_lengths = groups.pipeline.size() > 1 or device.type == "cuda"
 
-    def build(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
-        """The step that is made of ``pairs[indices]``, on the device."""
-        return self.build_on_host(pairs, indices).to(self.device)
+    def build(self, examples: Examples, indices: np.ndarray) -> StepBatch:
+        """The step that is made of ``examples[indices]``, on the device."""
+        return self.build_on_host(examples, indices).to(self.device)
 
-    def build_on_host(self, pairs: Pairs, indices: np.ndarray) -> StepBatch:
-        """The step that is made of ``pairs[indices]``, in main memory."""
-        lengths = pairs.lengths[indices]
+    def build_on_host(self, examples: Examples, indices: np.ndarray) -> StepBatch:
+        """The step that is made of ``examples[indices]``, in main memory."""
+        lengths = examples.lengths[indices]
         plan = plan_micro_batches(
             lengths,
             dp_size=self.groups.data.size(),
             row_tokens=self.row_tokens,
-            max_pairs_per_row=self.max_pairs_per_row,
+            max_examples_per_row=self.max_examples_per_row,
             share_prompt=self.share_prompt,
             multiple_of_rows=self.multiple_of_rows,
         )
-        chosen = [pairs[int(index)] for index in indices]
+        picked = [examples[int(index)] for index in indices]
         own = plan[self.groups.data.rank()]
         sequences = [
-            pack_pairs(
-                [chosen[position] for position in positions],
+            pack_examples(
+                [picked[position] for position in positions],
                 positions,
                 share_prompt=self.share_prompt,
+                responses=examples.num_responses,
                 pad_to_multiple=self._length(own, lengths) if self.equal_lengths else self.pad_to_multiple,
                 pad_id=self.pad_id,
             )
@@ -208,37 +235,39 @@ class BatchBuilder:
             micro_batches=[
                 localize(sequence, cp_rank=context.rank(), cp_size=context.size()) for sequence in sequences
             ],
-            pair_ids=[pair.pair_id for pair in chosen],
+            example_ids=[example.example_id for example in picked],
+            num_responses=examples.num_responses,
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
-            predicted=int(lengths[:, 1:].sum()),
+            predicted=int(sum(response.predicted for example in picked for response in example.responses)),
             attended=attended_pairs(lengths, share_prompt=self.share_prompt, window=self.sliding_window),
-            mean_chosen_length=float(lengths[:, 1].mean()),
+            mean_length=float(np.mean([example.responses[0].predicted for example in picked])),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
         )
 
     def _length(self, plan: list[list[int]], lengths: np.ndarray) -> int:
         """Tokens that hold the longest of these micro-batches, padded."""
-        costs = pair_tokens(lengths, self.share_prompt)
+        costs = example_tokens(lengths, self.share_prompt)
         longest = max(int(costs[positions].sum()) for positions in plan)
         return -(-max(longest, 1) // self.pad_to_multiple) * self.pad_to_multiple
 
 
 def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:
-    """Tokens that go through the model for pairs of these ``[B, 3]`` lengths, padding not counted."""
-    return int(pair_tokens(lengths, share_prompt).sum())
+    """Tokens that go through the model for examples of these ``[B, 3]`` lengths, padding not counted."""
+    return int(example_tokens(lengths, share_prompt).sum())
 
 
 def attended_pairs(lengths: np.ndarray, *, share_prompt: bool, window: int | None = None) -> int:
     """(Query, key) pairs of a step.
 
     Args:
-        lengths: ``[B, 3]`` tokens of prompt, chosen, rejected.
+        lengths: ``[B, 3]`` tokens of prompt, first response and second one, which is 0 where there is none.
         share_prompt: whether a pair's prompt is laid once.
         window: the model's sliding window.
     """
     total = 0
-    for prompt, *responses in lengths.tolist():
-        total += causal_pairs(prompt, window=window) * (1 if share_prompt else 2)
+    for prompt, *lengths_of_responses in lengths.tolist():
+        responses = [length for length in lengths_of_responses if length]
+        total += causal_pairs(prompt, window=window) * (1 if share_prompt else len(responses))
         # The last token of a response predicts nothing and is not fed.
         total += sum(causal_pairs(response - 1, prompt, window) for response in responses)
     return total

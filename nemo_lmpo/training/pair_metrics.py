@@ -1,18 +1,14 @@
-"""Per-pair values of a global batch, collected from all ranks, and the metrics made of them."""
+"""The metrics of preference pairs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from nemo_lmpo.loss.interface import LossInputs
 from nemo_lmpo.loss.registry import PreferenceLoss
-from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.training.example_table import ExampleTable
 
 BASE_COLUMNS = (
     "loss",
@@ -53,64 +49,10 @@ def pair_columns(loss: PreferenceLoss, *, shared_logps: bool = False) -> tuple[s
     return (*BASE_COLUMNS, *shared, *loss(inputs).metrics, *observed)
 
 
-class PairMetrics:
-    """``[pairs, columns]`` float64, a row for each pair of the global batch in its order."""
+class PairMetrics(ExampleTable):
+    """The values of each preference pair, and the metrics made of them."""
 
-    def __init__(self, columns: Sequence[str], num_pairs: int, device: torch.device) -> None:
-        self.columns = tuple(columns)
-        self.values = torch.zeros(num_pairs, len(self.columns), dtype=torch.float64, device=device)
-
-    @classmethod
-    def join(cls, parts: Sequence[PairMetrics]) -> PairMetrics:
-        """The pairs of several batches, one behind the other."""
-        joined = cls(parts[0].columns, 0, parts[0].values.device)
-        joined.values = torch.cat([part.values for part in parts])
-        return joined
-
-    def put(self, pair_index: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Fill the rows of ``pair_index`` ``[B]``; ``values`` has a ``[B]`` tensor for every column."""
-        columns = [values[name].detach().to(torch.float64) for name in self.columns]
-        self.values[pair_index] = torch.stack(columns, dim=1)
-
-    def column(self, name: str) -> Tensor:
-        """``[pairs]`` float64."""
-        return self.values[:, self.columns.index(name)]
-
-    def share(self, groups: ParallelGroups) -> None:
-        """Give every rank all rows.
-
-        Communicates: an all-reduce over the data-parallel group of the last stage, then a broadcast over the
-        pipeline group. Each pair was computed by exactly one data-parallel rank, so adding is collecting.
-        """
-        if groups.is_last_stage and groups.data.size() > 1:
-            dist.all_reduce(self.values, group=groups.data)
-        if groups.pipeline.size() > 1:
-            dist.broadcast(self.values, groups.last_stage_rank, group=groups.pipeline)
-
-    def read(self) -> PairMetrics:
-        """Bring the values to the host, in one copy, for everything that is asked of them from here on."""
-        self.values = self.values.cpu()
-        return self
-
-    def by_source(self, sources: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-        """The metrics that differ by source, as `SOURCE/rewards/accuracies`; of sources that have pairs here.
-
-        Args:
-            sources: for each pair the number of its source, ``[pairs]``.
-            names: what the sources are called; of a single one nothing is told.
-        """
-        found: dict[str, float] = {}
-        for number, name in enumerate(names if len(names) > 1 else ()):
-            part = PairMetrics(self.columns, 0, self.values.device)
-            part.values = self.values[torch.from_numpy(np.flatnonzero(sources == number)).to(self.values.device)]
-            if len(part.values):
-                metrics = part.metrics()
-                found |= {f"{name}/{metric}": metrics[metric] for metric in OF_EACH_SOURCE}
-        return found
-
-    def not_finite(self) -> list[int]:
-        """Positions in the global batch whose loss is infinite or not a number."""
-        return torch.nonzero(~torch.isfinite(self.column("loss"))).flatten().tolist()
+    of_each_source = OF_EACH_SOURCE
 
     def metrics(self) -> dict[str, float]:
         """Means over the pairs, under the field's names; ``logps/*`` are means of per-token means, in nats."""

@@ -21,8 +21,9 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.parallel.shards import own_part
 from nemo_lmpo.sizing.memory import logprob_chunk
 from nemo_lmpo.training.batches import StepBatch
+from nemo_lmpo.training.example_table import ExampleTable
 from nemo_lmpo.training.optimizer import wrap_data_parallel
-from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics
+from nemo_lmpo.training.pair_metrics import STATISTIC
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.step import MicroBatchStep
 
@@ -64,7 +65,7 @@ def kernels_for(config: Config, architecture: Architecture, *, use_cuda: bool) -
 
 @dataclass(eq=False)
 class Policy:
-    """A megatron-core model with a preference loss.
+    """A megatron-core model with a loss.
 
     For each step a trainer calls :meth:`prepare_for_training_step`, :meth:`get_loss_and_metrics` and
     :meth:`finish_training_step`, then clips and steps the optimizer.
@@ -125,18 +126,18 @@ class Policy:
         With ``forward_only=False`` gradients are left in the buffers, and statistics that a loss updates after
         the step are updated.
         """
-        pairs = self.run_batch(batch, forward_only=forward_only)
-        metrics = pairs.metrics()
+        table = self.run_batch(batch, forward_only=forward_only)
+        metrics = table.metrics()
         if self.statistics is not None and (name := self.statistics.config.log_as) is not None:
             current = self.statistics.current()
             if float(current.count) > 0:  # before the first update there is no mean, and a 0 would flatten the chart
                 metrics[f"{name}/mean"], metrics[f"{name}/std"] = float(current.mean), float(current.std)
         if not forward_only and self.statistics is not None and self.statistics.config.update == "after_step":
-            self.statistics.update(pairs.column(STATISTIC))
-        return StepOutcome(metrics["loss"], metrics, pairs.not_finite())
+            self.statistics.update(table.column(STATISTIC))
+        return StepOutcome(metrics["loss"], metrics, table.not_finite())
 
-    def run_batch(self, batch: StepBatch, *, forward_only: bool) -> PairMetrics:
-        """Forward (and backward) over the micro-batches; the per-pair values of the whole global batch.
+    def run_batch(self, batch: StepBatch, *, forward_only: bool) -> ExampleTable:
+        """Forward (and backward) over the micro-batches; the values of each example of the global batch.
 
         Communicates: whatever the layout's schedule does, then the sharing of the values over all ranks.
         """
@@ -158,15 +159,18 @@ class Policy:
         observed = self._run(batch, Statistics(), forward_only=True)
         return self.statistics.update_in_groups(observed.column(STATISTIC), evaluation=evaluation)
 
-    def _run(self, batch: StepBatch, statistics: Statistics, *, forward_only: bool) -> PairMetrics:
-        pairs = self.micro_batch_step.begin(
-            batch.num_pairs, mean_chosen_length=batch.mean_chosen_length, statistics=statistics
+    def _run(self, batch: StepBatch, statistics: Statistics, *, forward_only: bool) -> ExampleTable:
+        table = self.micro_batch_step.begin(
+            batch.num_examples,
+            num_responses=batch.num_responses,
+            mean_length=batch.mean_length,
+            statistics=statistics,
         )
         run_pipeline(
             list(self.chunks), batch.micro_batches, self.micro_batch_step.forward_step, forward_only=forward_only
         )
-        pairs.share(self.groups)
-        return pairs.read()
+        table.share(self.groups)
+        return table.read()
 
     def finish_training_step(self) -> None:
         """Sum gradients over all ranks that share weights.

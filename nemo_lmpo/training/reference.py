@@ -75,7 +75,7 @@ class ResponseSums:
 
         Chosen and rejected, then both over the common length of the two responses.
         """
-        pairs = self.step.begin(batch.num_pairs, mean_chosen_length=batch.mean_chosen_length)
+        pairs = self.step.begin(batch.num_examples, mean_length=batch.mean_length)
         run_pipeline(self.chunks, batch.micro_batches, self.step.forward_step, forward_only=True)
         pairs.share(self.groups)
         return torch.stack([pairs.column(name) for name in SUMS], dim=1)
@@ -84,7 +84,7 @@ class ResponseSums:
         """Give every micro-batch its sums as those of the reference; one forward pass."""
         values = self(batch).float()
         for micro_batch in batch.micro_batches:
-            micro_batch.reference_logps = values[micro_batch.pair_index]
+            micro_batch.reference_logps = values[micro_batch.example_index]
 
 
 @dataclass(frozen=True)

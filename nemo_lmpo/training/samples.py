@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_lmpo.data.chat import ChatFormat, stop_ids
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example, Response
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.monitor.watchdog import watched
-from nemo_lmpo.training.batches import BatchBuilder, MicroBatch, PairList, Pairs
-from nemo_lmpo.training.pair_metrics import PairMetrics
+from nemo_lmpo.training.batches import BatchBuilder, ExampleList, Examples, MicroBatch
+from nemo_lmpo.training.example_table import ExampleTable
 from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy
@@ -49,8 +48,7 @@ class GreedyAnswers:
             max_tokens: of an answer; fewer where a row, or the model's positions, have no room for as many.
         """
         self.policy = policy
-        self.batches = copy.copy(batches)
-        self.batches.share_prompt = True  # the two unknown responses must not double the sequence
+        self.batches = batches
         self.ends = frozenset(ends)
         self.max_tokens = max_tokens
         self.room = min(batches.row_tokens, policy.architecture.max_position_embeddings)
@@ -82,12 +80,13 @@ class GreedyAnswers:
     def _next_tokens(self, sequences: Sequence[list[int]]) -> list[int]:
         """The token after each sequence.
 
-        A sequence is laid as the prompt of a pair whose responses are one unknown token: a response's last token is
-        never fed, so all that is laid in a row is the sequence, and the position that predicts is its end.
+        A sequence is laid as the prompt of a response that is one unknown token: a response's last token is never fed,
+        so all that is laid in a row is the sequence, and the position that predicts is its end.
         """
-        pairs = PairList(PairTokens(f"sample {place}", ids, [0], [0]) for place, ids in enumerate(sequences))
-        batch = self.batches.build(pairs, np.arange(len(pairs)))
-        table = PairMetrics((TOKEN,), batch.num_pairs, self.policy.device)
+        unknown = (Response([0]),)
+        examples = ExampleList(Example(f"sample {place}", ids, unknown) for place, ids in enumerate(sequences))
+        batch = self.batches.build(examples, np.arange(len(examples)))
+        table = ExampleTable((TOKEN,), batch.num_examples, self.policy.device)
 
         def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
             return forward_micro_batch(micro_batches, model, partial(self._choose, table))
@@ -97,7 +96,7 @@ class GreedyAnswers:
         return [int(token) for token in table.read().column(TOKEN).tolist()]
 
     def _choose(
-        self, table: PairMetrics, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
+        self, table: ExampleTable, hidden: Tensor, *, micro_batch: MicroBatch, model: PackedGPTModel
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Note the tokens of a row on the last stage; the rest is megatron-core's form of a loss.
 
@@ -105,23 +104,22 @@ class GreedyAnswers:
         holds a sequence's last token chooses.
         """
         chosen = model.most_probable(hidden, micro_batch.predict_positions)
-        tokens = torch.zeros(2 * micro_batch.num_pairs, dtype=torch.int64, device=hidden.device)
+        tokens = torch.zeros(micro_batch.num_examples, dtype=torch.int64, device=hidden.device)
         tokens[micro_batch.sequence_index] = chosen
         context = self.policy.groups.context
         if context.size() > 1:
             dist.all_reduce(tokens, group=context)
-        # Both unknown responses are predicted from the same place.
-        table.put(micro_batch.pair_index, {TOKEN: tokens.view(-1, 2)[:, 0]})
-        return hidden.new_zeros(()), micro_batch.pair_count, {}
+        table.put(micro_batch.example_index, {TOKEN: tokens})
+        return hidden.new_zeros(()), micro_batch.example_count, {}
 
 
-def distinct_prompts(pairs: Pairs, count: int) -> list[list[int]]:
+def distinct_prompts(examples: Examples, count: int) -> list[list[int]]:
     """Token ids of the first ``count`` different prompts, or of all there are if fewer."""
     found: dict[tuple[int, ...], None] = {}
-    for index in range(len(pairs)):
+    for index in range(len(examples)):
         if len(found) == count:
             break
-        found.setdefault(tuple(pairs[index].prompt_ids))
+        found.setdefault(tuple(examples[index].prompt_ids))
     return [list(ids) for ids in found]
 
 

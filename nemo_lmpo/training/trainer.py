@@ -26,8 +26,8 @@ from nemo_lmpo.sizing.cards import peak_flops
 from nemo_lmpo.sizing.flops import model_flops
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import StepBatch
+from nemo_lmpo.training.example_table import ExampleTable
 from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, gradient_norm
-from nemo_lmpo.training.pair_metrics import PairMetrics
 from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.policy import Policy
 from nemo_lmpo.training.samples import AnswerSamples, sample_metrics
@@ -74,11 +74,11 @@ class PreferenceTrainer:
     def __post_init__(self) -> None:
         self.config = self.policy.config
         self.total_steps = len(self.steps)
-        self.validation_pairs = self.steps.data.validation
+        self.validation_examples = self.steps.data.validation
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.progress = Progress()
-        train_pairs, indices_of = self.steps.data.train, self.steps.sampler.pairs_of_step
-        self._ahead = BatchesAhead(self.steps.builder, train_pairs, indices_of, self.total_steps)
+        examples, indices_of = self.steps.data.train, self.steps.sampler.pairs_of_step
+        self._ahead = BatchesAhead(self.steps.builder, examples, indices_of, self.total_steps)
         self._saved_step = 0
         """Newest step that needs no saving; step 0 is the start weights."""
 
@@ -162,7 +162,7 @@ class PreferenceTrainer:
         checkpoint = self.config.checkpoint
         last = step == self.total_steps
         validated = self._validates(step)
-        if validated and self.validation_pairs is not None:
+        if validated and self.validation_examples is not None:
             started = time.monotonic()
             metrics = self.validate() | self._sample(show)
             stop.longest_validation = max(stop.longest_validation, time.monotonic() - started)
@@ -221,8 +221,8 @@ class PreferenceTrainer:
         norm = gradient_norm(self.optimizer)
         if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient norm of step {step + 1} is {norm}; its pairs: {_shorten(batch.pair_ids)}; lower "
-                f"optim.lr={self.config.optim.lr} or look at these pairs"
+                f"the gradient norm of step {step + 1} is {norm}; its {batch.kind}: {_shorten(batch.example_ids)}; "
+                f"lower optim.lr={self.config.optim.lr} or look at these {batch.kind}"
             )
         metrics = {**outcome.metrics, "grad_norm": norm}
         metrics["lr"] = current_learning_rate(self.optimizer)
@@ -238,8 +238,8 @@ class PreferenceTrainer:
     def _refuse_not_finite_losses(self, batch: StepBatch, bad: list[int], step: int) -> None:
         if bad:
             raise TrainingError(
-                f"the loss of step {step + 1} is not finite for {len(bad)} of {batch.num_pairs} pairs: "
-                f"{_shorten([batch.pair_ids[position] for position in bad])}; remove them or lower "
+                f"the loss of step {step + 1} is not finite for {len(bad)} of {batch.num_examples} {batch.kind}: "
+                f"{_shorten([batch.example_ids[position] for position in bad])}; remove them or lower "
                 f"optim.lr={self.config.optim.lr}"
             )
 
@@ -256,7 +256,7 @@ class PreferenceTrainer:
             "data/imbalance": batch.imbalance,
             "memory/peak": peak_memory_gib(),
             **throughput_metrics(
-                pairs=batch.num_pairs,
+                pairs=batch.num_examples,
                 tokens=batch.tokens,
                 seconds=seconds,
                 flops=flops,
@@ -266,18 +266,18 @@ class PreferenceTrainer:
         }
 
     def validate(self) -> dict[str, float]:
-        """Metrics over all validation pairs, under names without prefix."""
-        assert self.validation_pairs is not None
-        parts: list[PairMetrics] = []
-        steps = validation_steps(len(self.validation_pairs), self.config.model.global_batch_size)
-        batches = BatchesAhead(self.steps.builder, self.validation_pairs, steps.__getitem__, len(steps))
+        """Metrics over all validation examples, under names without prefix."""
+        assert self.validation_examples is not None
+        parts: list[ExampleTable] = []
+        steps = validation_steps(len(self.validation_examples), self.config.model.global_batch_size)
+        batches = BatchesAhead(self.steps.builder, self.validation_examples, steps.__getitem__, len(steps))
         with closing(batches):
             for number in range(len(steps)):
                 of = f"batch {number + 1} of {len(steps)} of the validation after step {self.progress.step}"
                 with self._watched(of):
                     parts.append(self.policy.run_batch(batches.get(number), forward_only=True))
-        joined, pairs = PairMetrics.join(parts), self.validation_pairs
-        return joined.metrics() | joined.by_source(pairs.sources(np.arange(len(pairs))), pairs.source_names)
+        joined, examples = ExampleTable.join(parts), self.validation_examples
+        return joined.metrics() | joined.by_source(examples.sources(np.arange(len(examples))), examples.source_names)
 
 
 def _shorten(names: list[Any], most: int = 8) -> str:

@@ -109,7 +109,7 @@ def peft_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...]) -> d
             "gradients": {name: parameter.main_grad.numpy() for name, parameter, _ in named},
             "frozen": [name for name, p in session.policy.models[0].named_parameters() if not p.requires_grad],
             "buffers": sum(b.grad_data.numel() for b in session.policy.chunks[0].buffers),
-            "pairs": [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs],
+            "pairs": [(pair.prompt_ids, *(response.ids for response in pair.responses)) for pair in pairs],
         }
 
 

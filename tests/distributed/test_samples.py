@@ -103,7 +103,7 @@ def broken(fault: str) -> Iterator[None]:
             first = SimpleNamespace(all_reduce=lambda tokens, group: dist.broadcast(tokens, group_src=0, group=group))
             patch.setattr(samples, "dist", first)
         elif fault == "data":  # the other replica's answers are not collected
-            patch.setattr(samples.PairMetrics, "share", lambda *_: None)
+            patch.setattr(samples.ExampleTable, "share", lambda *_: None)
         yield
 
 

@@ -110,7 +110,7 @@ def test_forward_and_backward_never_wait(overrides: tuple[str, ...], tmp_path: P
         batch = opened.batches.build(opened.data.train, opened.sampler.pairs_of_step(1))
         policy.prepare_for_training_step()
         pairs = policy.micro_batch_step.begin(
-            batch.num_pairs, mean_chosen_length=batch.mean_chosen_length, statistics=policy.statistics.current()
+            batch.num_examples, mean_length=batch.mean_length, statistics=policy.statistics.current()
         )
         torch.cuda.synchronize()
         with no_stalls():

@@ -29,7 +29,7 @@ def data_config(tmp_path):
 def _load_in_process(config, results, start):
     start.wait()
     data = load(config)
-    results.put((data.fingerprint, len(data), data[3].chosen_ids))
+    results.put((data.fingerprint, len(data), data[3].responses[0].ids))
 
 
 def test_several_processes_at_once(data_config, tmp_path):

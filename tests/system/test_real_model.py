@@ -33,9 +33,9 @@ def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]
         for row in batch.micro_batches:
             with torch.no_grad():
                 hidden = model(row.input_ids, row.position_ids, row.attention_plan)
-                logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=100)
+                logps = model.scores(hidden, row.predict_positions, row.target_ids, chunk_tokens=100, correct=False)[0]
             for sequence, logp in zip(row.sequence_index.tolist(), logps.tolist(), strict=True):
-                number = 2 * int(row.pair_index[sequence // 2]) + sequence % 2
+                number = 2 * int(row.example_index[sequence // 2]) + sequence % 2
                 tokens.setdefault(number, []).append(logp)
         # The same batch twice: the second time the first one's statistics count.
         losses = []
@@ -48,7 +48,7 @@ def first_step(launch: LaunchInfo, overrides: tuple[str, ...]) -> dict[str, Any]
         return {
             "tokens": [tokens[number] for number in range(2 * len(pairs))],
             "losses": losses,
-            "pairs": [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs],
+            "pairs": [(pair.prompt_ids, *(response.ids for response in pair.responses)) for pair in pairs],
         }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_lmpo.data.balance import even_out
-from nemo_lmpo.data.pack import pair_tokens, plan_micro_batches
+from nemo_lmpo.data.pack import example_tokens, plan_micro_batches
 
 
 @given(st.lists(st.lists(st.integers(1, 300), max_size=8), min_size=1, max_size=8))
@@ -38,8 +38,10 @@ def test_within_two_percent_on_lengths_like_ultrafeedback(replicas: int, budget:
     prompts = np.clip(generator.lognormal(4.9, 0.8, 128), 20, 1024).astype(int)
     responses = [np.clip(generator.lognormal(mean, 0.65, 128), 10, 1024).astype(int) for mean in (5.4, 5.2)]
     lengths = np.stack([prompts, *responses], axis=1)
-    plan = plan_micro_batches(lengths, dp_size=replicas, row_tokens=budget, max_pairs_per_row=None, share_prompt=True)
-    costs = pair_tokens(lengths, share_prompt=True)
+    plan = plan_micro_batches(
+        lengths, dp_size=replicas, row_tokens=budget, max_examples_per_row=None, share_prompt=True
+    )
+    costs = example_tokens(lengths, share_prompt=True)
     loads = np.array([costs[row].sum() for rank in plan for row in rank])
     assert loads.max() / loads.mean() < 1.02
     assert loads.max() <= budget

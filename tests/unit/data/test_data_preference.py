@@ -11,7 +11,7 @@ from pair_rows import message_row
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data import preference
 from nemo_lmpo.data.cache import cache_root
-from nemo_lmpo.data.pack import pair_tokens
+from nemo_lmpo.data.pack import example_tokens
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.summary import DataSummary, SourceSummary
 from nemo_lmpo.errors import ConfigError, DataError
@@ -24,8 +24,8 @@ def load(config, tokenizer, name="train"):
     return load_preference_dataset(config, config.train, tokenizer, name=name)
 
 
-def pair_ids(data):
-    return [data.pair_id(index) for index in range(len(data))]
+def example_ids(data):
+    return [data.example_id(index) for index in range(len(data))]
 
 
 @pytest.fixture
@@ -42,13 +42,13 @@ def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
     data = load(data_config(write_jsonl(GOOD)), tiny)
     assert len(data) == 8
     pair = data[2]
-    assert pair.pair_id == "p2"
+    assert pair.example_id == "p2"
     assert tiny.decode(pair.prompt_ids) == "<bos> <user> sort b a e <assistant>"
-    assert tiny.decode(pair.chosen_ids) == "a b <eos>"
-    assert tiny.decode(pair.rejected_ids) == "b a <eos>"
+    assert tiny.decode(pair.responses[0].ids) == "a b <eos>"
+    assert tiny.decode(pair.responses[1].ids) == "b a <eos>"
     assert all(type(token) is int for token in pair.prompt_ids)
     assert data.lengths[:].tolist() == [[7, 3, 3]] * 8
-    assert [data[i].pair_id for i in range(8)] == pair_ids(data) == [f"p{i}" for i in range(8)]
+    assert [data[i].example_id for i in range(8)] == example_ids(data) == [f"p{i}" for i in range(8)]
     example = data.example_text(2)
     assert "sort b a e" in example
     assert ">>>a b <eos><<<" in example
@@ -59,7 +59,7 @@ def test_lengths_are_those_of_the_pairs(data_config, tiny):
     data = load(data_config("builtin:tiny", limit=50), tiny)
     for index, lengths in enumerate(np.asarray(data.lengths).tolist()):
         pair = data[index]
-        assert lengths == [len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)]
+        assert lengths == [len(pair.prompt_ids), *(len(response.ids) for response in pair.responses)]
     for column, part in enumerate(("prompt", "chosen", "rejected")):
         found = np.percentile(np.asarray(data.lengths)[:, column], [50, 90, 99, 100], method="higher").tolist()
         assert list(data.summary.length_percentiles[part].values()) == found
@@ -102,7 +102,7 @@ def test_token_hash_follows_the_tokens_only(data_config, tiny, write_jsonl):
 def test_cache_is_readable_with_datasets(data_config, tiny, write_jsonl, tmp_path):
     load(data_config(write_jsonl(GOOD)), tiny)
     (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
-    assert datasets.Dataset.from_file(str(stored))["pair_id"] == [f"p{i}" for i in range(8)]
+    assert datasets.Dataset.from_file(str(stored))["example_id"] == [f"p{i}" for i in range(8)]
 
 
 @pytest.mark.parametrize("damage", ["cut pairs", "no meta", "broken meta", "other count"])
@@ -181,7 +181,7 @@ def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
     with pytest.raises(DataError, match=r"pairs.jsonl line 2: .* are equal \(pair 'x'\); .*data.on_bad_row=skip"):
         load(data_config(path), tiny)
     data = load(data_config(path, on_bad_row="skip"), tiny)
-    assert pair_ids(data) == ["p0", "p1"]
+    assert example_ids(data) == ["p0", "p1"]
     assert data.summary.dropped == {"chosen equals rejected": 1, "broken JSON": 1, "unknown layout": 1}
     assert data.summary.sources[0].rows == 5
     assert "1 chosen equals rejected" in str(data.summary)
@@ -210,12 +210,12 @@ def test_pair_longer_than_the_row_budget(data_config, tiny, write_jsonl):
     with pytest.raises(DataError, match=r"pair 'long' takes 15 tokens, more than data.row_tokens=14"):
         load(data_config(path, row_tokens=14), tiny)
     data = load(data_config(path, row_tokens=14, on_bad_row="skip"), tiny)
-    assert pair_ids(data) == ["p0"]
+    assert example_ids(data) == ["p0"]
     assert data.summary.dropped == {"longer than data.row_tokens": 1}
     assert len(load(data_config(path, row_tokens=15), tiny)) == 2
     with pytest.raises(DataError, match="pair 'p0' takes 18 tokens"):
         load(data_config(path, row_tokens=15, share_prompt=False), tiny)
-    assert pair_tokens(load(data_config(path), tiny).lengths[:], False).tolist() == [18, 26]
+    assert example_tokens(load(data_config(path), tiny).lengths[:], False).tolist() == [18, 26]
 
 
 def test_pair_ids(data_config, tiny, write_jsonl):
@@ -224,7 +224,7 @@ def test_pair_ids(data_config, tiny, write_jsonl):
     rows.append({**GOOD[3], "prompt_id": "77"})
     rows += [{**GOOD[4], "prompt_id": "\ud800"}, {**GOOD[5], "prompt_id": True, "id": ""}]
     data = load(data_config(write_jsonl(rows)), tiny)
-    assert pair_ids(data) == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4", "?", "pairs.jsonl:6"]
+    assert example_ids(data) == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4", "?", "pairs.jsonl:6"]
 
 
 def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
@@ -233,40 +233,41 @@ def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
         write_jsonl([{**row, "prompt_id": f"q{i}"} for i, row in enumerate(GOOD)], "b.jsonl"),
     ]
     data = load(data_config(paths), tiny)
-    assert pair_ids(data) == [f"a:p{i}" for i in range(8)] + [f"b:q{i}" for i in range(8)]
+    assert example_ids(data) == [f"a:p{i}" for i in range(8)] + [f"b:q{i}" for i in range(8)]
     assert data.source_names == ["a", "b"]
     assert data.sources(np.array([[0, 7], [15, 8]])).tolist() == [[0, 0], [1, 1]]
     no_tokenising()  # other weights need no tokenizing
     data = load(data_config(paths, weights=[0.5, 2]), tiny)
-    first = [pair_id for pair_id in pair_ids(data) if pair_id.startswith("a:")]
+    first = [example_id for example_id in example_ids(data) if example_id.startswith("a:")]
     assert len(first) == len(set(first)) == 4
-    assert sorted(pair_ids(data)[4:]) == sorted([f"b:q{i}" for i in range(8)] * 2)
+    assert sorted(example_ids(data)[4:]) == sorted([f"b:q{i}" for i in range(8)] * 2)
     assert [source.used for source in data.summary.sources] == [4, 16]
-    assert pair_ids(load(data_config(paths, weights=[0.5, 2]), tiny)) == pair_ids(data)
+    assert example_ids(load(data_config(paths, weights=[0.5, 2]), tiny)) == example_ids(data)
     assert len(load(data_config(paths, weights=[1.25, 0]), tiny)) == 10
 
 
 def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jsonl, tmp_path):
     paths = [write_jsonl(GOOD[:1], "a.jsonl"), write_jsonl(GOOD[:1], "b.jsonl")]
-    assert pair_ids(load(data_config(paths), tiny)) == ["a:p0", "b:p0"]
+    assert example_ids(load(data_config(paths), tiny)) == ["a:p0", "b:p0"]
     folder = tmp_path / "more"
     folder.mkdir()
     shutil.copy(paths[0], folder / "a.JSONL")
-    assert pair_ids(load(data_config([paths[0], str(folder / "a.JSONL")]), tiny)) == ["a:p0", "a_2:p0"]
+    assert example_ids(load(data_config([paths[0], str(folder / "a.JSONL")]), tiny)) == ["a:p0", "a_2:p0"]
 
 
 def test_reference_log_probabilities(data_config, tiny, write_jsonl):
     path = write_jsonl(GOOD)
     data = load(data_config(path, weights=[1.5]), tiny)
-    assert data[0].reference_chosen_logp is None
+    assert data[0].responses[0].reference_logp is None
     values = np.stack([-np.arange(12.0), -10 - np.arange(12.0)], axis=1)
     data.attach_reference(values)
     for index in range(len(data)):
         pair = data[index]
-        assert (pair.reference_chosen_logp, pair.reference_rejected_logp) == (-index, -10 - index)
-        assert pair.reference_shared_logps is None
+        assert [response.reference_logp for response in pair.responses] == [-index, -10 - index]
+        assert [response.reference_shared_logp for response in pair.responses] == [None, None]
     data.attach_reference(np.concatenate([values, -values], axis=1))
-    assert (data[3].reference_chosen_logp, data[3].reference_shared_logps) == (-3, (3, 13))
+    assert data[3].responses[0].reference_logp == -3
+    assert [response.reference_shared_logp for response in data[3].responses] == [3, 13]
     with pytest.raises(DataError, match=r"\(12, 2\) for 8 pairs"):
         load(data_config(path), tiny).attach_reference(values)
     values[2, 1] = np.nan
@@ -331,8 +332,8 @@ def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
     ) in str(data.summary).splitlines()
     uncut = next(i for i in range(len(data)) if lengths[i].sum() < 384)
     pair, row = data[uncut], real_pairs[uncut]
-    assert smollm2.decode(pair.chosen_ids) == row["chosen"][-1]["content"] + "<|im_end|>"
-    assert pair.pair_id == row["prompt_id"]
+    assert smollm2.decode(pair.responses[0].ids) == row["chosen"][-1]["content"] + "<|im_end|>"
+    assert pair.example_id == row["prompt_id"]
 
 
 @pytest.mark.parametrize(("cut", "warnings"), [(0, 0), (5, 0), (6, 1), (100, 1)])

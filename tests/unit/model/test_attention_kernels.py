@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nemo_lmpo.data.pack import pack_pairs
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.model import flash_attention
 from nemo_lmpo.model.attention_plan import plan_attention
 from nemo_lmpo.model.flash_attention import PackedFlashAttention
@@ -23,8 +23,8 @@ def test_at_most_25_for_any_number_of_pairs(kernel: Any, window: Any, monkeypatc
     config: Any = SimpleNamespace(window_size=window)
     counts = []
     for number in (1, 8, 32):
-        pairs = [PairTokens(str(i), [1] * 150, [2] * 190, [3] * 170) for i in range(number)]
-        sequence = pack_pairs(pairs, range(number), share_prompt=True, pad_to_multiple=128)
+        pairs = [Example.pair(str(i), [1] * 150, [2] * 190, [3] * 170) for i in range(number)]
+        sequence = pack_examples(pairs, range(number), share_prompt=True, pad_to_multiple=128)
         tokens = sequence.num_tokens
         spans = attention_spans(sequence.segments, tokens, cp_rank=0, cp_size=1)
         plan = plan_attention(spans, tokens, cp_size=1)

@@ -10,8 +10,8 @@ import torch
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.data.pack import pack_pairs
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.model.build import build_model_chunks
 from nemo_lmpo.model.kernels import Kernels
@@ -44,8 +44,8 @@ def kept_bytes(architecture: Architecture, model: ModelConfig, groups: ParallelG
         kernels=Kernels(transformer_engine=False, attention="sdpa"),
     )
     third = TOKENS // 3
-    pair = PairTokens("pair", [1] * third, [2] * third, [3] * third)
-    row = localize(pack_pairs([pair], [0], share_prompt=True), cp_rank=0, cp_size=1)
+    pair = Example.pair("pair", [1] * third, [2] * third, [3] * third)
+    row = localize(pack_examples([pair], [0], share_prompt=True), cp_rank=0, cp_size=1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.data.pack import pack_pairs
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.mapping import separate
@@ -32,7 +32,7 @@ from tests.unit.formats.tiny_models import FAMILIES, save
 CPU = torch.device("cpu")
 
 
-def make_pairs(vocab_size: int) -> list[PairTokens]:
+def make_pairs(vocab_size: int) -> list[Example]:
     """Sequences of up to 45 tokens: longer than Mistral's window of 16 and than half of Llama 3.1's original 64."""
     rng = random.Random(6)
 
@@ -40,7 +40,7 @@ def make_pairs(vocab_size: int) -> list[PairTokens]:
         return [rng.randrange(vocab_size) for _ in range(length)]
 
     shapes = ((12, 9, 20), (25, 20, 3), (1, 1, 30))
-    return [PairTokens(f"p{i}", ids(a), ids(b), ids(c)) for i, (a, b, c) in enumerate(shapes)]
+    return [Example.pair(f"p{i}", ids(a), ids(b), ids(c)) for i, (a, b, c) in enumerate(shapes)]
 
 
 def build(directory: Path, groups: ParallelGroups) -> PackedGPTModel:
@@ -57,11 +57,11 @@ def build(directory: Path, groups: ParallelGroups) -> PackedGPTModel:
     return model
 
 
-def rows_of(pairs: list[PairTokens], *, share_prompt: bool) -> list[MicroBatch]:
+def rows_of(pairs: list[Example], *, share_prompt: bool) -> list[MicroBatch]:
     """Two packed rows, one of them padded."""
     rows = [
-        pack_pairs(pairs[:2], [0, 1], share_prompt=share_prompt, pad_to_multiple=8, pad_id=3),
-        pack_pairs(pairs[2:], [2], share_prompt=share_prompt),
+        pack_examples(pairs[:2], [0, 1], share_prompt=share_prompt, pad_to_multiple=8, pad_id=3),
+        pack_examples(pairs[2:], [2], share_prompt=share_prompt),
     ]
     return [localize(row, cp_rank=0, cp_size=1) for row in rows]
 
@@ -71,15 +71,15 @@ def token_logps(model: PackedGPTModel, rows: list[MicroBatch]) -> list[Tensor]:
     result = []
     for row in rows:
         hidden = model(row.input_ids, row.position_ids, row.attention_plan)
-        logps = model.logprobs(hidden, row.predict_positions, row.target_ids, chunk_tokens=11)
-        result += [logps[row.sequence_index == number] for number in range(2 * row.num_pairs)]
+        logps = model.scores(hidden, row.predict_positions, row.target_ids, chunk_tokens=11, correct=False)[0]
+        result += [logps[row.sequence_index == number] for number in range(2 * row.num_examples)]
     return result
 
 
-def exact_token_logps(model: torch.nn.Module, pairs: list[PairTokens]) -> list[Tensor]:
+def exact_token_logps(model: torch.nn.Module, pairs: list[Example]) -> list[Tensor]:
     result = []
     for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
+        for response in (response.ids for response in pair.responses):
             ids = torch.tensor([pair.prompt_ids + response])
             logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].double(), dim=-1)
             first = len(pair.prompt_ids) - 1
@@ -87,14 +87,16 @@ def exact_token_logps(model: torch.nn.Module, pairs: list[PairTokens]) -> list[T
     return result
 
 
-def exact_gradients(model: torch.nn.Module, pairs: list[PairTokens], seen: Tensor) -> dict[str, Tensor]:
+def exact_gradients(model: torch.nn.Module, pairs: list[Example], seen: Tensor) -> dict[str, Tensor]:
     """Of the mean loss, with the margins ``seen`` before."""
     settings = Settings()
     statistics = MarginStatistics(settings)
     statistics.update(seen)
     sums = [logps.sum() for logps in exact_token_logps(model, pairs)]
     losses = [
-        pair_loss(s_w, s_l, Pair(p.prompt_ids, p.chosen_ids, p.rejected_ids), settings, statistics.current())
+        pair_loss(
+            s_w, s_l, Pair(p.prompt_ids, *(response.ids for response in p.responses)), settings, statistics.current()
+        )
         for s_w, s_l, p in zip(sums[::2], sums[1::2], pairs, strict=True)
     ]
     torch.stack(losses).mean().backward()
@@ -107,7 +109,7 @@ def our_gradients(model: PackedGPTModel, rows: list[MicroBatch], groups: Paralle
     statistics = RunningStatistics(loss.statistics)
     statistics.update(seen)
     step = MicroBatchStep(loss, groups, chunk_tokens=11, device=CPU)
-    step.begin(sum(row.num_pairs for row in rows), statistics=statistics.current())
+    step.begin(sum(row.num_examples for row in rows), statistics=statistics.current())
     for row in rows:
         hidden, finish = step.forward_step(iter([row]), model)
         finish(hidden)[0].backward()

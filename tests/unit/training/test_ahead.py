@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nemo_lmpo.config.recipe import load_recipe
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
 from nemo_lmpo.errors import DataError
 from nemo_lmpo.training.ahead import BatchesAhead
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch, copy_together
@@ -28,13 +28,15 @@ class Pairs:
         self.lengths = np.array([[3 + i % 7, 2 + i % 5, 2 + i % 11] for i in range(count)])
         self.threads: set[str] = set()
 
+    num_responses = 2
+
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> PairTokens:
+    def __getitem__(self, index: int) -> Example:
         self.threads.add(threading.current_thread().name)
         prompt, chosen, rejected = (list(range(1, 1 + int(length))) for length in self.lengths[index])
-        return PairTokens(str(index), prompt, chosen, rejected, -1.0, -2.0)
+        return Example.pair(str(index), prompt, chosen, rejected, -1.0, -2.0)
 
 
 def builder(pipeline: int = 1, **data: Any) -> BatchBuilder:
@@ -59,7 +61,7 @@ def tensors(batch: StepBatch) -> list[torch.Tensor]:
 
 
 def assert_same(found: StepBatch, expected: StepBatch) -> None:
-    assert found.pair_ids == expected.pair_ids
+    assert found.example_ids == expected.example_ids
     ours, theirs = tensors(found), tensors(expected)
     assert len(ours) == len(theirs) > 10
     for our, their in zip(ours, theirs, strict=True):
@@ -80,7 +82,7 @@ def test_ends_its_thread() -> None:
     pairs, steps = Pairs(16), np.arange(16).reshape(4, 4)
     before = threading.active_count()
     with closing(BatchesAhead(builder(), pairs, steps.__getitem__, len(steps))) as ahead:
-        assert [ahead.get(number).pair_ids[0] for number in range(4)] == ["0", "4", "8", "12"]
+        assert [ahead.get(number).example_ids[0] for number in range(4)] == ["0", "4", "8", "12"]
     assert threading.active_count() == before
 
 
@@ -103,7 +105,7 @@ def test_an_error_comes_with_its_own_batch() -> None:
     ahead.wait()
     with pytest.raises(DataError, match="takes 88 tokens"):
         ahead.get(1)
-    assert ahead.get(2).pair_ids[0] == "8"
+    assert ahead.get(2).example_ids[0] == "8"
     ahead.close()
 
 

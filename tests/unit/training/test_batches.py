@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_lmpo.config.loss_section import parse_loss
-from nemo_lmpo.data.pack import pack_pairs
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localize
 from nemo_lmpo.training.pair_metrics import STATISTIC, PairMetrics, pair_columns
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 
 def row_of(lengths: list[tuple[int, int, int]], *, share_prompt: bool, pad: int = 1):
-    pairs = [PairTokens(str(i), [1] * p, [2] * c, [3] * r) for i, (p, c, r) in enumerate(lengths)]
-    return pack_pairs(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
+    pairs = [Example.pair(str(i), [1] * p, [2] * c, [3] * r) for i, (p, c, r) in enumerate(lengths)]
+    return pack_examples(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
 
 
 @given(LENGTHS, st.booleans())
@@ -76,7 +76,7 @@ def test_ranks_of_a_row_predict_every_target_once(lengths: list[tuple[int, int, 
     found = []
     for part in parts:
         assert part.input_ids.shape == part.position_ids.shape == (1, row.num_tokens // cp_size)
-        assert part.num_pairs == len(lengths)
+        assert part.num_examples == len(lengths)
         found += list(zip(part.target_ids.tolist(), part.sequence_index.tolist(), strict=True))
     expected = zip(row.target_ids.tolist(), row.sequence_index.tolist(), strict=True)
     assert sorted(found) == sorted(expected)

@@ -47,9 +47,9 @@ def run(session: TrainingSession, step: MicroBatchStep) -> torch.Tensor:
     assert len(batch.micro_batches) > 1
     for micro_batch in batch.micro_batches:
         columns = 4 if step.shared_logps else 2
-        micro_batch.reference_logps = torch.full((micro_batch.num_pairs, columns), -30.0)
+        micro_batch.reference_logps = torch.full((micro_batch.num_examples, columns), -30.0)
     session.policy.prepare_for_training_step()
-    pairs = step.begin(batch.num_pairs, mean_chosen_length=batch.mean_chosen_length)
+    pairs = step.begin(batch.num_examples, mean_length=batch.mean_length)
     with no_stalls():
         run_pipeline(list(session.policy.chunks), batch.micro_batches, step.forward_step, forward_only=False)
     return pairs.values
@@ -85,7 +85,13 @@ def test_what_a_whole_step_reads(session: TrainingSession) -> None:
     with stalls() as found:
         trainer.train_step(1)
     # And the three numbers of the running statistics go to the device before forward begins.
-    on_the_host = ("pair_metrics.py", "running_statistics.py", "step_with_ready_grads", "interface.py")
+    on_the_host = (
+        "example_table.py",
+        "pair_metrics.py",
+        "running_statistics.py",
+        "step_with_ready_grads",
+        "interface.py",
+    )
     reads = [(what, times) for what, times in found.items() if not any(place in what for place in on_the_host)]
     assert len(reads) == 1
     assert "get_grad_norm" in reads[0][0]

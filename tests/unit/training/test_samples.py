@@ -11,7 +11,7 @@ import pytest
 
 from nemo_lmpo import training
 from nemo_lmpo.config.recipe import load_recipe
-from nemo_lmpo.data.pair import PairTokens
+from nemo_lmpo.data.example import Example
 from nemo_lmpo.monitor.samples import Sample
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.training.samples import distinct_prompts, sample_metrics
@@ -115,12 +115,14 @@ class _Pairs:
         self.prompts, self.read = prompts, 0
         self.lengths = np.ones((len(prompts), 3))
 
+    num_responses = 2
+
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> PairTokens:
+    def __getitem__(self, index: int) -> Example:
         self.read += 1
-        return PairTokens("p", self.prompts[index], [1], [2])
+        return Example.pair("p", self.prompts[index], [1], [2])
 
 
 def test_first_distinct_prompts() -> None:
