@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.packages import package_losses
 from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def _remembered(
 
 
 def _register(wanted: str, folders: Sequence[Path], products: Products) -> None:
-    """Let Hydra find a loss on a setting by the name of both, also in the `defaults` of the user's own recipes.
+    """Let Hydra find a loss on a setting by the name of both, also in the `defaults` of the user's own recipes, and the
+    losses of packages.
 
     Without own recipes only the name that is asked for, since Hydra copies its whole store for every composition.
     Where there is a file, Hydra would take the entry for the file's schema.
@@ -185,3 +187,7 @@ def _register(wanted: str, folders: Sequence[Path], products: Products) -> None:
             special = {f"optional {SPECIALIZATION}": f"${{{LOSS}}}_${{{SETTING}}}"}
             node = {"defaults": [{SETTING: setting}, {LOSS: loss}, special, {COMPAT: None}, "_self_"], "name": name}
             store.store(name=name, node=node, provider=_OURS)
+    for loss in package_losses():
+        store.repo.get(LOSS, {}).pop(f"{loss}.yaml", None)
+        if not any((folder / LOSS / f"{loss}.yaml").is_file() for folder in folders):
+            store.store(group=LOSS, name=loss, node={"name": loss}, provider=_OURS)

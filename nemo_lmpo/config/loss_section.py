@@ -9,7 +9,8 @@ from typing import Any
 from nemo_lmpo.config.coerce import REFUSED, as_far_as_known, collect, raise_all
 from nemo_lmpo.config.unknown_keys import about_unknown_key
 from nemo_lmpo.errors import did_you_mean, shown
-from nemo_lmpo.loss.options import DEFAULT_LOSS, OPTIONS, LossOptions
+from nemo_lmpo.loss.options import DEFAULT_LOSS, LossOptions
+from nemo_lmpo.loss.packages import find_options, loss_names
 
 
 def parse_loss(raw: Mapping[str, Any] | None) -> Any:
@@ -37,13 +38,14 @@ def collect_loss(raw: Mapping[str, Any] | None, problems: list[str]) -> Any:
         return REFUSED
     given = raw.get("name")
     name = DEFAULT_LOSS if given is None else given
-    if not isinstance(name, str) or name not in OPTIONS:
-        hint = did_you_mean(str(name), OPTIONS, before="loss.name=")
-        problems.append(f"loss.name={shown(name)} is unknown{hint} Known: {', '.join(OPTIONS)}")
+    known = loss_names()
+    if not isinstance(name, str) or name not in known:
+        hint = did_you_mean(str(name), known, before="loss.name=")
+        problems.append(f"loss.name={shown(name)} is unknown{hint} Known: {', '.join(known)}")
         return REFUSED
     options = {str(option): value for option, value in raw.items() if option != "name"}
     config: LossOptions = collect(
-        OPTIONS[name],
+        find_options(name),
         options,
         prefix="loss.",
         unknown=partial(about_unknown_key, loss=name),
@@ -56,4 +58,4 @@ def collect_loss(raw: Mapping[str, Any] | None, problems: list[str]) -> Any:
 def loss_name(raw: Any) -> str:
     """The loss that a section names; the default one where it names none that is known."""
     name = raw.get("name") if isinstance(raw, Mapping) else None
-    return name if isinstance(name, str) and name in OPTIONS else DEFAULT_LOSS
+    return name if isinstance(name, str) and name in loss_names() else DEFAULT_LOSS

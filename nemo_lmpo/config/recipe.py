@@ -20,6 +20,7 @@ from nemo_lmpo.config.rules import problems_together
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.config.unknown_keys import about_unknown_key
 from nemo_lmpo.errors import ConfigError, did_you_mean, first_line, nearest, printable
+from nemo_lmpo.loss.packages import package_losses
 
 _VALUE_OVERRIDE = re.compile(r"^[\w.@/-]+=")
 
@@ -119,12 +120,13 @@ def _folders(config_dir: Path | None, file: Path | None = None) -> list[Path]:
 
 
 def _choices(group: str, folders: Sequence[Path]) -> list[str]:
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    packages = package_losses() if group == LOSS else ()
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")} | set(packages))
 
 
 def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
     """Loss and setting by the name of both together; files of the group `loss` that vary a loss are left out."""
-    own = _choices(LOSS, folders[:-1])
+    own = _choices(LOSS, folders[:-1])  # of packages, too
     losses = [choice for choice in _choices(LOSS, folders) if choice in own or _names_a_loss(folders[-1], choice)]
     return {f"{loss}_{setting}": (loss, setting) for loss in losses for setting in _choices(SETTING, folders)}
 

@@ -11,6 +11,7 @@ from nemo_lmpo.config.names_elsewhere import COUNTERPARTS, WITHOUT
 from nemo_lmpo.config.schema import all_keys
 from nemo_lmpo.errors import nearest, shown
 from nemo_lmpo.loss.options import OPTIONS
+from nemo_lmpo.loss.packages import find_options
 
 _MOST_SUGGESTIONS = 3
 _SHORTEST_BEGINNING = 4
@@ -47,7 +48,7 @@ def about_unknown_key(key: str, value: Any, loss: str) -> str:
 
 def options_of(loss: str) -> list[str]:
     """The names of a loss's options."""
-    return [of.name for of in dataclasses.fields(OPTIONS[loss]) if of.name != "name"]
+    return [of.name for of in dataclasses.fields(find_options(loss)) if of.name != "name"]
 
 
 def _options(loss: str) -> str:

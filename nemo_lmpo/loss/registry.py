@@ -37,6 +37,7 @@ from nemo_lmpo.loss.options import (
     SLiCConfig,
 )
 from nemo_lmpo.loss.orpo import orpo_loss
+from nemo_lmpo.loss.packages import find_package_loss, package_losses
 from nemo_lmpo.loss.rdpo import rdpo_loss
 from nemo_lmpo.loss.rrhf import rrhf_loss
 from nemo_lmpo.loss.sft import sft_loss, sft_loss_of_responses
@@ -84,7 +85,8 @@ LOSSES: dict[str, LossEntry] = {
     "orpo": LossEntry(ORPOConfig, orpo_loss),
     "simpo": LossEntry(SimPOConfig, simpo_loss),
 }
-"""Every loss, in the order of :data:`nemo_lmpo.loss.options.OPTIONS`; a new one is a line here."""
+"""Every loss, in the order of :data:`nemo_lmpo.loss.options.OPTIONS`; a new one is a line here, or comes
+with a package (:mod:`nemo_lmpo.loss.packages`)."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def build_loss(config: Any) -> PreferenceLoss:
     Raises:
         ConfigError: The options are wrong, or ``config`` is not one of the registry's dataclasses.
     """
-    entry = LOSSES.get(getattr(config, "name", ""))
+    name = getattr(config, "name", "")
+    entry = find_package_loss(name) if name in package_losses() else LOSSES.get(name)
     if entry is None or not isinstance(config, entry.config):
         raise ConfigError(f"loss={config!r}: not the options of a known loss; parse a mapping first.")
     config.validate()

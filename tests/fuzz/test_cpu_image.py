@@ -115,5 +115,5 @@ def test_the_image_can_be_built_and_trains(debian: DebianRoot) -> None:
         else:
             assert name == "SHELL", f"this test does not know {name}"
     assert all(steps.values()), steps
-    said = debian.run("OMP_NUM_THREADS=1 nemo-lmpo train lmpo_tiny trainer.max_steps=2 trainer.val_check_interval=null")
+    said = debian.run("OMP_NUM_THREADS=1 nemo-lmpo train lmpo_tiny trainer.max_steps=2 2>&1")
     assert "step 2/2" in said

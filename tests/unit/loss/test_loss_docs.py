@@ -39,7 +39,7 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
     text = (DOCS / "adding_a_loss.md").read_text()
-    options_of, module, entry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    options_of, module, entry, elsewhere = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr(options, "CDPOConfig", None, raising=False)  # taken away again at the end
     exec(compile(options_of, "options.py", "exec", dont_inherit=True), options.__dict__)
     monkeypatch.setitem(options.OPTIONS, "cdpo", options.CDPOConfig)
@@ -47,6 +47,9 @@ def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "cdpo", cdpo)
     exec(compile(module, "cdpo.py", "exec", dont_inherit=True), cdpo.__dict__)
     ((name, line),) = eval("{" + entry.strip() + "}", {**cdpo.__dict__, "LossEntry": registry.LossEntry}).items()
+    package = {**cdpo.__dict__, "LossEntry": registry.LossEntry}
+    exec(compile(elsewhere, "losses.py", "exec", dont_inherit=True), package)
+    assert package["CDPO"] == line
     monkeypatch.setitem(registry.LOSSES, name, line)
     loss = registry.build_loss(parse_loss({"name": "cdpo", "beta": 0.1, "label_smoothing": "0.2"}))
     losses = loss(make_inputs([-6.0], [-20.0], [4.0], [10.0], [-7.0], [-18.5])).losses
