@@ -66,10 +66,11 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _leaves(prefix: str, value: object) -> list[tuple[str, object]]:
+def leaves(prefix: str, value: object) -> list[tuple[str, object]]:
+    """Dotted keys with their values, of nested settings."""
     if not isinstance(value, Mapping):
         return [(prefix, value)]
-    return [leaf for key, inner in value.items() for leaf in _leaves(f"{prefix}.{key}", inner)]
+    return [leaf for key, inner in value.items() for leaf in leaves(f"{prefix}.{key}", inner)]
 
 
 def _text(value: object) -> str:
@@ -81,7 +82,7 @@ def _text(value: object) -> str:
 
 def settings_rows(run: Run) -> list[tuple[str, str]]:
     """Key settings with their values, the loss's first; unset ones are left out."""
-    loss = _leaves("loss", run.config.get("loss"))
+    loss = leaves("loss", run.config.get("loss"))
     others = [(name, setting(run.config, name)) for name in _SETTINGS]
     sizes = [(name, setting(run.config, name)) for name in _PARALLEL_SIZES]
     split = [(name, value) for name, value in sizes if value != 1]

@@ -1,4 +1,4 @@
-"""The command `nemo-lmpo compare`: rerun a comparison of the paper."""
+"""The command `nemo-lmpo compare`: rerun a comparison of the paper, or lay one's own runs side by side."""
 
 from __future__ import annotations
 
@@ -28,37 +28,51 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train what a figure or table of the paper compares, under the same data order and budget, and "
-        "write one page with what came out. The same command resumes; finished runs are not repeated.",
+        description="Train what a figure or table of the paper compares, or a suite of your own, under the same data "
+        "order and budget, and write one page with what came out. The same command resumes; finished runs are not "
+        "repeated. With directories of runs instead of --suite: the page about these runs.",
         epilog="Overrides hold for every run, for example model.restore_from_path=DIR data.train.path=pairs.jsonl.",
     )
     known = ", ".join(SUITES)
-    parser.add_argument("--suite", required=True, action="append", metavar="SUITE", help=f"{known}, or all; repeatable")
+    suites = f"{known}, all, or a YAML file of your own; repeatable"
+    parser.add_argument("--suite", action="append", default=[], metavar="SUITE", help=suites)
     parser.add_argument("--scale", default="tiny", metavar="SCALE", help=f"{', '.join(SCALES)} (default: tiny)")
     parser.add_argument("--seeds", type=int, metavar="N", help="orders of the data (default: the scale's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="page and runs (default: comparisons/SCALE)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--list", action="store_true", help="print the runs as commands and exit")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    either = "settings of every run of a suite, or directories of runs"
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE|RUN", help=either)
     parser.set_defaults(run=_run, when_interrupted=RESUME)
     return parser
 
 
 def find_suites(names: Sequence[str]) -> list[Suite]:
-    """Suites by name, `all` for every one, each once.
+    """Suites by name or file, `all` for every one of the paper, each once.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a file that is no suite.
     """
-    unknown = [name for name in names if name not in SUITES and name != "all"]
-    if unknown:
-        raise ConfigError(f"--suite {unknown[0]} is unknown; choose {', '.join(SUITES)} or all")
-    return list(SUITES.values()) if "all" in names else [SUITES[name] for name in dict.fromkeys(names)]
+    found: dict[str, Suite] = {}
+    for name in names:
+        if name == "all":
+            found |= SUITES
+        elif name.endswith((".yaml", ".yml")):
+            from nemo_lmpo.paper.comparison.suite_file import read_suite
+
+            found[name] = read_suite(Path(name))
+        elif name in SUITES:
+            found[name] = SUITES[name]
+        else:
+            raise ConfigError(f"--suite {name} is unknown; choose {', '.join(SUITES)}, all, or give a YAML file")
+    return list(found.values())
 
 
 def _run(options: argparse.Namespace) -> int:
     prepare_environment()  # before anything imports torch; runs inherit it
+    if not options.suite:
+        return _own_runs(options)
     suites, scale = find_suites(options.suite), find_scale(options.scale)
     seeds = scale.seeds if options.seeds is None else options.seeds
     for name, value in (("--seeds", seeds), ("--jobs", options.jobs)):
@@ -79,6 +93,17 @@ def _run(options: argparse.Namespace) -> int:
     _logger.info("page: %s", page)
     if failed:
         raise TrainingError(f"{len(failed)} runs failed, the first with {failed[0].directory / 'train.log'}; see there")
+    return 0
+
+
+def _own_runs(options: argparse.Namespace) -> int:
+    settings = [given for given in options.overrides if "=" in given and not Path(given).is_dir()]
+    if settings or not options.overrides:
+        raise ConfigError("give --suite with a comparison to train, or the directories of two or more runs")
+    from nemo_lmpo.paper.comparison.own_runs import write_own_page
+
+    output = options.output or Path("comparisons") / "runs"
+    _logger.info("page: %s", write_own_page([Path(given) for given in options.overrides], output, options.command_line))
     return 0
 
 

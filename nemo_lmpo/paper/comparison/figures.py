@@ -56,8 +56,13 @@ def _with_margin(metrics: Metrics) -> dict[str, Series]:
     for prefix in ("", VALIDATION):
         chosen, rejected = series.get(f"{prefix}logps/chosen"), series.get(f"{prefix}logps/rejected")
         if chosen is not None and rejected is not None:
-            differences = [a - b for a, b in zip(chosen.values, rejected.values, strict=True)]
-            series[f"{prefix}{MARGIN_METRIC}"] = Series(chosen.steps, differences)
+            other = dict(zip(rejected.steps, rejected.values, strict=True))
+            both = [
+                (step, value - other[step])
+                for step, value in zip(chosen.steps, chosen.values, strict=True)
+                if step in other
+            ]
+            series[f"{prefix}{MARGIN_METRIC}"] = Series([step for step, _ in both], [value for _, value in both])
     return series
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_lmpo.config.mode import split_mode
 from nemo_lmpo.config.recipe import config_as_dict, load_recipe
 from nemo_lmpo.config.rules import check_settings
-from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.paper.comparison.identity import identity
 from nemo_lmpo.paper.comparison.scales import Scale
 from nemo_lmpo.paper.comparison.suites import START, Suite, Variant
 from nemo_lmpo.training.preflight import preflight
@@ -22,8 +19,6 @@ from nemo_lmpo.training.start_model import is_known
 
 FIRST_SEED = 42
 MEASURED_FILE = "measured.json"
-# What a run is called and shown like does not change what comes out of it.
-_NO_IDENTITY = ("name", "run_dir", "logging")
 
 
 @dataclass(frozen=True)
@@ -104,12 +99,5 @@ def _plan(variant: Variant, recipe: str, overrides: tuple[str, ...], beginning: 
         preflight(config, devices, fetch=False, owns_directory=False)
     else:
         check_settings(config)
-    directory = Path(f"{beginning}-{identity(config)}") / f"seed{FIRST_SEED}"
+    directory = Path(f"{beginning}-{identity(config_as_dict(config))}") / f"seed{FIRST_SEED}"
     return RunPlan(variant, recipe, overrides, FIRST_SEED, directory, devices)
-
-
-def identity(config: Config) -> str:
-    """A hash of everything but the seed that decides what a run learns or costs."""
-    values: dict[str, Any] = {key: value for key, value in config_as_dict(config).items() if key not in _NO_IDENTITY}
-    values["model"] = {**values["model"], "seed": None}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
