@@ -47,6 +47,7 @@ COMMANDS = (
     Command("slurm", "submit runs to Slurm, and show their state", "nemo_lmpo.slurm.command:build_parser"),
     Command("report", "draw a run's curves as one page", "nemo_lmpo.report.command:build_parser"),
     Command("generate", "answer prompts with a model", "nemo_lmpo.generate.command:build_parser"),
+    Command("pairs", "make preference pairs of a model's own answers", "nemo_lmpo.pairs.command:build_parser"),
     Command(
         "evaluate",
         "score a model on AlpacaEval 2, Arena-Hard and the leaderboard's tasks",

@@ -132,7 +132,7 @@ class Endpoint:
         """Ask, again if need be.
 
         Args:
-            path: `completions` or `chat/completions`.
+            path: `completions` or `chat/completions` behind `/v1`; one that begins with a slash stands without it.
             body: sent as JSON.
             parse: makes the value of the reply's JSON, or raises :class:`ReplyError`.
             stop: when it is set, nothing is tried again.
@@ -146,7 +146,7 @@ class Endpoint:
         try:
             reply = self._client.ask(
                 "POST",
-                f"{self.base}/{path}",
+                self._url(path),
                 body,
                 retries=self.limits.retries,
                 backoff=self.limits.backoff,
@@ -160,8 +160,12 @@ class Endpoint:
             return parse(decode(reply.content))
         except ReplyError as error:
             raise ItemError(
-                f"{self.option} {self.shown}/{path} {error}; it must serve /v1/{path} as OpenAI's and vLLM's servers do"
+                f"{self.option} {self._url(path)} {error}; it must serve {_place(path)} as OpenAI's and vLLM's "
+                "servers do"
             ) from None
+
+    def _url(self, path: str) -> str:
+        return self.base.removesuffix("/v1") + path if path.startswith("/") else f"{self.base}/{path}"
 
     def _failed(self, error: ExchangeError) -> UserError:
         remedy = "check that it runs and can be reached" if error.passing else "correct that, or use another server"
@@ -170,7 +174,7 @@ class Endpoint:
 
     def _refused(self, reply: Reply, path: str) -> UserError:
         said, status = parse_error(reply.content), reply.status
-        what = f"{self.option} {self.shown}/{path} says {status}" + (f" ({said.message})" if said.message else "")
+        what = f"{self.option} {self._url(path)} says {status}" + (f" ({said.message})" if said.message else "")
         if said.refusal:
             return RefusedError(f"{what}; it declines this prompt", said, status)
         if 300 <= status < 400:
@@ -180,12 +184,16 @@ class Endpoint:
         if status in (401, 403):
             return UserError(f"{what}; set {self._key_variable or 'its key'}")
         if status in (404, 405, 501):
-            return UserError(f"{what}; it must serve /v1/{path}, and the model by the name that is asked for")
+            return UserError(f"{what}; it must serve {_place(path)}, and the model by the name that is asked for")
         if status in RETRIED:
             remedy = "lower --concurrency, or set --requests-per-minute" if status == 429 else "check its log"
             message = f"{what} after {self.limits.retries} retries; {remedy}"
             return UserError(message) if status == 429 else RefusedError(message, said, status)
         return RefusedError(f"{what}; check its log for what it does not accept", said, status)
+
+
+def _place(path: str) -> str:
+    return path if path.startswith("/") else f"/v1/{path}"
 
 
 def _read_address(option: str, url: str) -> Address:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,3 +93,12 @@ def check_one_bos(prompts: Mapping[str, Sequence[int]], bos: int | None, noun: s
     for name, ids in prompts.items():
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise DataError(f"the prompt of {noun} {name} begins with two BOS tokens; correct the chat template")
+
+
+def own_packages() -> dict[str, str]:
+    """Versions of this environment's packages that decide answers."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("nemo-lmpo", "torch", "transformers", "tokenizers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

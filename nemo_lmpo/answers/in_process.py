@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ class InProcessSource:
     dtype: str
     noun: str = "instruction"
     """What messages call a prompt."""
+    loaded: list[Generator] = field(default_factory=list)
+    """The model once it was needed; sources made by `dataclasses.replace` share it."""
 
     def generation(self) -> Mapping[str, Any]:
         """Everything that decides the answers; sampled ones depend on the batch size, too."""
@@ -44,9 +45,11 @@ class InProcessSource:
             "batch_size": self.sampling.batch_size,
         }
 
-    @cached_property
+    @property
     def _generator(self) -> Generator:
-        return self.prompting.load(self.device, DTYPES[self.dtype])
+        if not self.loaded:
+            self.loaded.append(self.prompting.load(self.device, DTYPES[self.dtype]))
+        return self.loaded[0]
 
     def answer(self, names: Sequence[str], keep: Journal, progress: Progress) -> None:
         """Answer in batches of similar length; a batch that was kept as a whole is not made again.

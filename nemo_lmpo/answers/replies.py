@@ -7,6 +7,7 @@ place and value.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -207,6 +208,36 @@ def parse_error(content: bytes) -> ServerError:
         code if isinstance(code, str) else "",
         error["param"] if isinstance(error.get("param"), str) else "",
     )
+
+
+def parse_score(content: Any) -> float:
+    """The one number of vLLM's `/pooling` (`data`), `/classify` (`probs`) or `/score` (`score`).
+
+    NaN where the server sends null, which is how JSON writes it. Models that `/pooling` serves with a value for every
+    token have the conversation's at the last one.
+
+    Raises:
+        ReplyError: there is none, or more than one.
+    """
+    rows = _field(_object(content, "the reply"), "the reply", "data", list)
+    if len(rows) != 1:
+        raise ReplyError(f"answers one conversation with {len(rows)} rows of data")
+    row = _object(rows[0], "data[0]")
+    name = next((name for name in ("score", "probs", "data") if name in row), "score")
+    if name not in row:
+        raise ReplyError(f"answers with data[0] without a score (fields: {shown(list(row))})")
+    value = row[name]
+    while isinstance(value, list) and (len(value) == 1 or (value and all(_is_alone(one) for one in value))):
+        value = value[-1]  # of a value for every token, that of the last one
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ReplyError(f"answers with data[0].{name} {shown(value)}, which is not one score")
+    return float(value)
+
+
+def _is_alone(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 1
 
 
 def text(value: str) -> str:

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nemo_lmpo.answers.identity import own_packages
 from nemo_lmpo.errors import ConfigError, UserError
 from nemo_lmpo.runtime.files import user_cache
 
@@ -180,10 +180,4 @@ def all_packages() -> dict[str, str]:
     Raises:
         ConfigError: there is no scoring environment.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("nemo-lmpo", "torch", "transformers", "tokenizers"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return {**found, **{f"scoring: {name}": version for name, version in packages().items()}}
+    return {**own_packages(), **{f"scoring: {name}": version for name, version in packages().items()}}

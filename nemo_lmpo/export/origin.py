@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.formats.find_model import hub_name_of
+from nemo_lmpo.formats.public_names import hub_names, public_name
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import read_config
 from nemo_lmpo.report.summary import setting
-from nemo_lmpo.runtime.files import is_hub_name, read_small
+from nemo_lmpo.runtime.files import read_small
 from nemo_lmpo.runtime.run_files import ARCHITECTURE, CHECKPOINTS
 from nemo_lmpo.runtime.safe_yaml import load_yaml
 
 _logger = logging.getLogger(__name__)
 
-_DATA_FILE = re.compile(r".*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)", re.IGNORECASE)
 _HEAD = re.compile(r"\A(?:\ufeff)?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _START, _TRAIN = "model.restore_from_path", "data.train.path"
 _PATHS = (_START, "model.tokenizer", _TRAIN, "data.validation.path", "data.chat_template")
@@ -38,13 +38,6 @@ class Origin:
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
-
-
-def hub_names(values: Any) -> list[str]:
-    """Those of the values that are names on the hub and not paths of this machine."""
-    listed = values if isinstance(values, list) else [values]
-    named = (one for one in listed if isinstance(one, str) and is_hub_name(one))
-    return [one for one in named if not (_DATA_FILE.fullmatch(one) or Path(one).exists())]
 
 
 def origin_of(config: Mapping[str, Any]) -> Origin:
@@ -122,19 +115,3 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
             value = group[name]
             group[name] = [public_name(one) for one in value] if isinstance(value, list) else public_name(value)
     return shown
-
-
-def public_name(value: Any) -> Any:
-    """A name on the hub or a builtin one as it is; of a path, its last part (and the run of a checkpoint)."""
-    if not isinstance(value, str):
-        return value
-    value = " ".join(value.split())
-    if "/" not in value.rstrip("/") or hub_names(value):
-        return value
-    path = Path(value)
-    found = hub_name_of(path.absolute())
-    if found is not None:
-        return found[0]
-    if path.parent.name == CHECKPOINTS:
-        return f"{path.parent.parent.name}, {path.name}"
-    return path.name

@@ -299,13 +299,22 @@ def _draw_level(axes: Any, level: float, name: str) -> Line2D:
     return Line2D([], [], label=name, **dashes)
 
 
-def one_panel(ylabel: str, lines: Callable[[Any], None], level: tuple[float, str] | None = None) -> bytes:
-    """A picture of one pair of axes over the steps, from 0 up, in the looks of the others.
+def one_panel(
+    ylabel: str,
+    lines: Callable[[Any], None],
+    level: tuple[float, str] | None = None,
+    *,
+    xlabel: str = "optimizer step",
+    from_zero: bool = True,
+) -> bytes:
+    """A picture of one pair of axes, by default over the steps from 0 up, in the looks of the others.
 
     Args:
         ylabel: of the axis.
         lines: draws on the axes; what it labels is in the legend.
         level: to compare with, and what it is.
+        xlabel: of the other axis.
+        from_zero: begin the axis at 0.
     """
     with matplotlib.rc_context({"font.family": "sans-serif", "axes.formatter.useoffset": False}):
         height = _PANEL_INCHES[1] + _FRAME_INCHES
@@ -317,10 +326,12 @@ def one_panel(ylabel: str, lines: Callable[[Any], None], level: tuple[float, str
         entries = list(axes.get_legend_handles_labels()[0])
         if level is not None:
             entries.append(_draw_level(axes, *level))
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("optimizer step", color=TEXT, fontsize=9.5)
-        style = _legend_style([str(entry.get_label()) for entry in entries])
-        axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, **style)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(xlabel, color=TEXT, fontsize=9.5)
+        if entries:
+            style = _legend_style([str(entry.get_label()) for entry in entries])
+            axes.legend(handles=entries, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, **style)
         return picture_bytes(canvas)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nemo_lmpo.errors import DataError
@@ -39,6 +39,11 @@ def right_answer(prompt: str) -> str:
 def is_right(prompt: str, response: str) -> bool:
     """Whether a response holds the right letters in the right order, filler words aside."""
     return " ".join(word for word in response.split() if word not in FILLERS) == right_answer(prompt)
+
+
+def right_or_wrong(prompt: str, responses: Sequence[str]) -> list[float]:
+    """1 for each right response and 0 for each wrong one, blind to length: a reward for `nemo-lmpo pairs`."""
+    return [float(is_right(prompt, response)) for response in responses]
 
 
 def _held_out(letters: list[str]) -> bool:
