@@ -13,8 +13,8 @@ with a free ``a_x`` is least squares on values less their mean over the prompt (
     theta = sum (g_xi - mean_x g) (s_xi - mean_x s) / sum (g_xi - mean_x g)^2
 
 and the controlled score is ``s_xi - theta * (g_xi - mean_x g)``. Within prompts it is uncorrelated with g, exactly, and
-a prompt's mean score stays. ``sigma`` is the standard deviation of lengths within prompts, over all candidates;
-``tanh`` keeps a few answers of thousands of tokens from deciding theta.
+a prompt's mean score stays. ``sigma`` is the mean absolute difference of a length from its prompt's mean, over all
+candidates, and ``tanh`` levels off: so a few answers of thousands of tokens decide neither sigma nor theta.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fit(prompts: Sequence[tuple[Sequence[float], Sequence[float]]]) -> LengthCon
     """
     deviations = [_centered(lengths) for lengths, _ in prompts]
     count = sum(map(len, deviations))
-    sigma = math.sqrt(sum(float(one @ one) for one in deviations) / count) if count else 0.0
+    sigma = sum(float(np.abs(one).sum()) for one in deviations) / count if count else 0.0
     if sigma == 0.0:
         return LengthControl(0.0, 0.0)
     product = square = 0.0

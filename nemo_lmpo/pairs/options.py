@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a file, saved dataset, hub name or builtin:NAME",
     )
     parser.add_argument("--split", default="train", help="of hub datasets and builtin tasks (default: train)")
-    parser.add_argument("--prompt-field", default="prompt", metavar="NAME", help="column (default: prompt)")
+    parser.add_argument("--prompt-field", metavar="NAME", help="column of the prompt (default: as training finds it)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N distinct prompts only")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows without a prompt")
     _add_sampling(parser.add_argument_group("sample"))

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_lmpo.data.messages import RowError, is_list, structured
+from nemo_lmpo.data.messages import Inputs, Message, RowError, text_of
 from nemo_lmpo.data.read import RawRow, Source, open_source
-from nemo_lmpo.data.schema import PreferenceRow, parse_row
+from nemo_lmpo.data.rows.parse import ALWAYS_USED, parse_preference, parse_row
+from nemo_lmpo.data.rows.prompts import messages_of, prompt_messages
+from nemo_lmpo.data.schema import ConversationRow
 from nemo_lmpo.errors import DataError, shown
 from nemo_lmpo.pairs.candidate import AskedPrompt
 from nemo_lmpo.runtime.files import content_hash
@@ -36,7 +38,7 @@ class AskedPrompts:
         return content_hash([prompt.id for prompt in self.prompts])
 
 
-def read_source(path: str, split: str, name: str, limit: int | None, *, skip_bad: bool) -> AskedPrompts:
+def read_source(path: str, split: str, name: str | None, limit: int | None, *, skip_bad: bool) -> AskedPrompts:
     """Distinct prompts in the order of the source.
 
     Rows may be prompts, or pairs in any layout that training takes, whose answers are not used.
@@ -44,7 +46,7 @@ def read_source(path: str, split: str, name: str, limit: int | None, *, skip_bad
     Args:
         path: as `data.train.path`.
         split: of hub datasets and builtin tasks.
-        name: of the column that holds the prompt.
+        name: of the column that holds the prompt, where training does not know it.
         limit: the first so many distinct prompts.
         skip_bad: leave out and count rows that hold no usable prompt.
 
@@ -74,7 +76,7 @@ def read_source(path: str, split: str, name: str, limit: int | None, *, skip_bad
     return AskedPrompts(list(found.values()), left_out)
 
 
-def _prompts(source: Source, name: str) -> Iterator[tuple[RawRow, AskedPrompt | RowError]]:
+def _prompts(source: Source, name: str | None) -> Iterator[tuple[RawRow, AskedPrompt | RowError]]:
     for row in source.read():
         try:
             yield row, asked_prompt(row.value, name)
@@ -82,8 +84,12 @@ def _prompts(source: Source, name: str) -> Iterator[tuple[RawRow, AskedPrompt | 
             yield row, error
 
 
-def asked_prompt(row: Any, name: str = "prompt") -> AskedPrompt:
+def asked_prompt(row: Any, name: str | None = None) -> AskedPrompt:
     """The prompt of a row.
+
+    Args:
+        row: a prompt alone, or any row that training takes, whose answers are not used.
+        name: of the column that holds the prompt, where it is another one than those that training knows.
 
     Raises:
         RowError: it has none.
@@ -92,40 +98,50 @@ def asked_prompt(row: Any, name: str = "prompt") -> AskedPrompt:
         raise row
     if not isinstance(row, Mapping):
         raise RowError("not an object", "the row is not an object with fields")
-    parsed = _parsed(row, name)
-    tools, options = parsed.inputs.tools, dict(parsed.inputs.options)
-    digest = content_hash([parsed.prompt, *([tools, options] if tools or options else [])])
-    return AskedPrompt(digest[:_ID_LETTERS], parsed.prompt, parsed.inputs, row)
-
-
-def _parsed(row: Mapping[str, Any], name: str) -> PreferenceRow:
-    given = row.get(name)
-    if name == "prompt":
-        if row.get("chosen") is not None and row.get("rejected") is not None:
-            try:
-                return parse_row(row)
-            except RowError:
-                if given is None:  # a pair that cannot be used may still have a prompt
-                    raise
-        if given is None and row.get("messages") is not None:
-            given = _up_to_the_answer(structured(row["messages"], "messages"))
-    if given is None:
-        raise RowError("missing field", f"the field '{name}' is missing (fields: {shown(list(row))})")
-    others = {key: value for key, value in row.items() if key not in (name, "messages", "completion", "response")}
-    parsed = parse_row({**others, "prompt": given, **_STANDINS})
-    if not any(str(message.get("content", "")).strip() for message in parsed.prompt):
+    messages, inputs = _prompt_alone(row, name) if name is not None else _prompt(row)
+    if not any(text_of(message).strip() for message in messages):
         raise RowError("empty prompt", "the prompt has no text")
-    return parsed
+    tools, options = inputs.tools, dict(inputs.options)
+    digest = content_hash([messages, *([tools, options] if tools or options else [])])
+    return AskedPrompt(digest[:_ID_LETTERS], messages, inputs, row)
 
 
-def _up_to_the_answer(messages: Any) -> Any:
-    """A conversation without the answer that ends it."""
-    if not is_list(messages):
-        return messages
-    kept = list(messages)
-    if kept and isinstance(kept[-1], Mapping) and kept[-1].get("role") == "assistant":
-        kept.pop()
-    return kept
+def _prompt(row: Mapping[str, Any]) -> tuple[list[Message], Inputs]:
+    """Of a row with answers as training reads it; of one without, or with answers that training refuses, alone."""
+    try:
+        parsed = parse_row(row)
+    except RowError as error:
+        try:
+            return _prompt_alone(row, None)
+        except RowError as alone:
+            # What is wrong with a row of answers says more than that its prompt cannot be found.
+            raise (alone if error.reason == "unknown layout" else error) from None
+    if not isinstance(parsed, ConversationRow):
+        return parsed.prompt, parsed.inputs
+    messages = parsed.messages[: parsed.prompt_messages or None]
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return checked_prompt(messages), parsed.inputs
+
+
+def checked_prompt(messages: list[Message]) -> list[Message]:
+    """The messages, if an answer can follow them.
+
+    Raises:
+        RowError: the last one is not the user's.
+    """
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise RowError("wrong last role", "the prompt does not end with a message of the user")
+    return messages
+
+
+def _prompt_alone(row: Mapping[str, Any], name: str | None) -> tuple[list[Message], Inputs]:
+    if name is not None and row.get(name) is None:
+        raise RowError("missing field", f"the field '{name}' is missing (fields: {shown(list(row))})")
+    messages = prompt_messages(row)[0] if name is None else messages_of(row[name], name)
+    beside = {key: row[key] for key in ALWAYS_USED if key in row}
+    parsed = parse_preference({**beside, "prompt": messages, **_STANDINS})
+    return parsed.prompt, parsed.inputs
 
 
 def readable_row(row: Mapping[str, Any]) -> dict[str, Any]:
