@@ -1,7 +1,7 @@
 """Optimizer state in a form that every layout reads, whether data-parallel ranks share it or not.
 
 megatron-core's optimizer classes each have a format of their own. Here a parameter's moments (and its float32
-main copy, if the model is in bfloat16) are stored like the parameter itself, under
+main copy, if the model is in bfloat16) are stored like the parameter itself, in the dtype that they are kept in, under
 ``optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.<parameter>``, and nothing else but the step count is kept:
 learning rates follow from the step.
 """
@@ -90,7 +90,8 @@ def _set_step(inner: Any, step: int) -> None:
             group["step"] = step
         for parameter in group["params"]:
             if isinstance(inner.optimizer, torch.optim.AdamW) and parameter in inner.optimizer.state:
-                inner.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+                device = parameter.device if group["fused"] else "cpu"
+                inner.optimizer.state[parameter]["step"] = torch.full((), float(step), device=device)
 
 
 def _sharded_parameters(model_state: dict[str, Any]) -> dict[int, Any]:

@@ -184,6 +184,9 @@ class OptimConfig:
     weight_decay: float = setting(0.0, minimum=0, maximum=1)
     betas: list[float] = setting([0.9, 0.999], minimum=0, below=1)
     eps: float = setting(1e-8, above=0, maximum=1, remedy="leave it at 1e-8")
+    moments_dtype: Literal["32", "bf16"] = "32"
+    """What AdamW's two moments are kept in: `32`, or `bf16`, rounded at random, which takes 4 bytes less per parameter.
+    A resume that names it in `checkpoint.allow_changes` converts them."""
     use_distributed_optimizer: bool = setting(False, may_change=True)
     """Shard optimizer state over the data-parallel group."""
     overlap_grad_reduce: bool = setting(False, may_change=True)

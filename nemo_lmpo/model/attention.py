@@ -119,6 +119,17 @@ def lower_right_mask(queries: int, keys: int, window: int | None, device: torch.
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
+def _causal_mask(queries: int, keys: int, query: Tensor) -> Tensor:
+    """Causal, aligned at the last key, for fewer queries than keys.
+
+    In 16 bits a GPU gets torch's bias object, which reaches the flash kernel as an explicit mask does not. In float32
+    it gets the mask: from torch 2.14 on the object hands grouped keys to a kernel that does not know groups.
+    """
+    if query.is_cuda and query.dtype != torch.float32:
+        return causal_lower_right(queries, keys)
+    return lower_right_mask(queries, keys, None, query.device)
+
+
 class PackedSDPA(PackedAttention):
     """torch's scaled dot-product attention, a call a span: for CPUs, and for float32 on GPUs."""
 
@@ -139,9 +150,7 @@ class PackedSDPA(PackedAttention):
         if 0 < window < keys:
             causal, mask = False, lower_right_mask(queries, keys, window, query.device)
         elif not causal:
-            # The bias object reaches the flash kernel on GPUs, which an explicit mask does not.
-            on_gpu = query.is_cuda
-            mask = causal_lower_right(queries, keys) if on_gpu else lower_right_mask(queries, keys, None, query.device)
+            mask = _causal_mask(queries, keys, query)
         attended = scaled_dot_product_attention(
             query,
             key,

@@ -104,8 +104,14 @@ def detect_kernels() -> DetectedKernels:
     )
 
 
-def kernels_in_use(detected: DetectedKernels, kernels: Kernels) -> dict[str, str]:
-    """What layers, attention and optimizer of the chosen ``kernels`` run on, given those that are installed."""
+def kernels_in_use(detected: DetectedKernels, kernels: Kernels, *, moments_dtype: str = "32") -> dict[str, str]:
+    """What layers, attention and optimizer of the chosen ``kernels`` run on, given those that are installed.
+
+    Args:
+        detected: what is installed.
+        kernels: what was chosen.
+        moments_dtype: `optim.moments_dtype`.
+    """
     te = f"Transformer Engine {detected.transformer_engine}"
     attention = "torch flash, one call per layer" if kernels.attention == "flash" else "torch SDPA"
     if kernels.attention == "te":
@@ -113,7 +119,9 @@ def kernels_in_use(detected: DetectedKernels, kernels: Kernels) -> dict[str, str
         attention = f"{te} (cuDNN{flash})"
     # megatron-core takes the first fused Adam that it can import, in this order.
     optimizer = "torch AdamW"
-    if kernels.gpu and detected.transformer_engine:
+    if moments_dtype == "bf16":
+        optimizer = "torch AdamW, bfloat16 moments"
+    elif kernels.gpu and detected.transformer_engine:
         optimizer = f"{te} FusedAdam"
     elif kernels.gpu and detected.apex:
         optimizer = f"apex {detected.apex} FusedAdam"

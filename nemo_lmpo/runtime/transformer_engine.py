@@ -15,6 +15,9 @@ from packaging.specifiers import SpecifierSet
 from nemo_lmpo.errors import first_line
 
 DISTRIBUTIONS = ("transformer-engine", "transformer_engine_torch")
+TRIED = SpecifierSet(">=2.11,<2.21")
+"""Versions of which the oldest and the newest ran on both ends of megatron-core's range (tests/te_emulation), whatever
+megatron-core declares; what `nemo-lmpo[gpu]` installs."""
 INSTALL = (
     "pip install --no-build-isolation 'nemo-lmpo[gpu]' once torch is installed (its torch extension is compiled "
     "against the torch that is there)"
@@ -30,7 +33,7 @@ class TransformerEngine:
     problem: str | None = None
     """Why it cannot be used; None: it can."""
     warning: str | None = None
-    """It can be used, but megatron-core declares another range of versions."""
+    """It can be used, but megatron-core declares another range of versions, and it was not tried here."""
 
     @property
     def usable(self) -> bool:
@@ -63,7 +66,7 @@ def find_transformer_engine() -> TransformerEngine:
             f"megatron-core {importlib.metadata.version('megatron-core')} cannot use Transformer Engine {version}",
         )
     declared = declared_range()
-    if declared is not None and version not in declared:
+    if declared is not None and version not in declared and version not in TRIED:
         engine = importlib.metadata.version("megatron-core")
         return TransformerEngine(
             version,

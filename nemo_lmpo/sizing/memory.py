@@ -26,14 +26,15 @@ class MemoryEstimate:
     gradients: float
     """Float32 buffer."""
     optimizer: float
-    """Two float32 moments, and float32 main parameters if the model is in BF16."""
+    """Two moments (`optim.moments_dtype`), and float32 main parameters if the model is in BF16."""
     activations: float
     logits: float
     """One chunk of float32 logits and its gradient, and room that autograd asks for beside the output matrix."""
     reference: float
     """Parameters of a reference model in memory."""
     step: float = 0.0
-    """What the end of backward or the optimizer's step takes for itself, when activations and logits are free again."""
+    """What the end of backward takes for itself, when activations and logits are free again. AdamW's step takes next to
+    nothing: its kernels are fused, and bfloat16 moments are float32 a few at a time."""
     gathered: float = 0.0
     """Whole weights, and gradients on their way to be shared out, where ranks share weights."""
 
@@ -137,7 +138,7 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         return _fully_sharded(layout, parameters, frozen, trained)
     size = number_bytes(config)
     weights = (frozen + trained) * size
-    optimizer = (12.0 if size == 2 else 8.0) * trained
+    optimizer = ((4.0 if size == 2 else 0.0) + moment_bytes(config)) * trained
     if config.optim.use_distributed_optimizer:
         optimizer /= max(layout.replicas, 1)
     # Beside the logits there is room that autograd asks for beside the output matrix.
@@ -156,8 +157,6 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
         logits=logits,
         # Without its adapters the policy is its own reference.
         reference=weights if config.model.reference_in_memory and not frozen else 0.0,
-        # torch's AdamW works out the square roots of all second moments at a time; the fused ones do not.
-        step=optimizer / 3 if config.model.transformer_engine is False else 0.0,
     )
 
 
@@ -180,15 +179,14 @@ def _fully_sharded(layout: ParallelLayout, parameters: float, frozen: float, tra
         # The ends of the model are shared out last: gradients, their float32 form, what this rank gets of it; and the
         # embedding itself, which torch gathers for its backward.
         end = (size * (2 * ends - 1) + 4 + 4 / ranks) * matrix
-    second_moments = 4 * trained / ranks
     return MemoryEstimate(
         parameters=(frozen * size + trained * 4) / ranks,
         gradients=trained * 4 / ranks,
-        optimizer=8 * trained / ranks,
+        optimizer=moment_bytes(config) * trained / ranks,
         activations=activation_bytes(architecture, config, config.data.row_budget),
         logits=logits,
         reference=parameters * size / ranks if config.model.reference_in_memory and not frozen else 0.0,
-        step=max(end, second_moments if config.model.transformer_engine is False else 0.0),
+        step=end,
         gathered=gathered,
     )
 
@@ -196,6 +194,11 @@ def _fully_sharded(layout: ParallelLayout, parameters: float, frozen: float, tra
 def number_bytes(config: Config) -> int:
     """Of a weight or activation."""
     return 2 if config.trainer.precision == "bf16" else 4
+
+
+def moment_bytes(config: Config) -> float:
+    """Of a parameter's two moments."""
+    return 4.0 if config.optim.moments_dtype == "bf16" else 8.0
 
 
 def vocabulary_rows(model: ModelConfig, architecture: Architecture) -> float:

@@ -40,7 +40,9 @@ class Split:
     overlap: bool = False
     """Gradients are reduced while backward runs."""
     fused: bool = True
-    """With Transformer Engine's fused rotary embedding and optimizer."""
+    """With Transformer Engine's fused rotary embedding."""
+    rounded_moments: bool = False
+    """AdamW's moments are bfloat16, which kernels of their own make float32 and round."""
     accumulate: int = 10
     """Bytes moved per weight to add a micro-batch's gradient to the float32 buffer: 10 by a kernel of its own, 8 inside
     of the product."""
@@ -85,6 +87,7 @@ def split_of(layout: ParallelLayout) -> Split:
         shared_copies=model.fsdp,
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
+        rounded_moments=optim.moments_dtype == "bf16",
         chunk=logprob_chunk(model, layout.architecture),
         passes=len(further_passes(layout.config)),
     )

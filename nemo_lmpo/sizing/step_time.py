@@ -18,8 +18,9 @@ EXPOSED_OF_SEQUENCE_PARALLEL = 0.6
 its gradient, of both blocks."""
 INTERLEAVED_EXPOSED = 0.2
 """Of what the interleaved schedule sends, the part that computation does not hide."""
-OPTIMIZER_BYTES = {True: 60, False: 104}
-"""Moved a weight in clipping, AdamW and the copy back to BF16, with a fused optimizer and without."""
+OPTIMIZER_BYTES, ROUNDING_BYTES = 60, 56
+"""Moved a weight in clipping, AdamW in one kernel and the copy back to BF16; and more where moments are bfloat16: made
+float32 (12), and of each a random number made (4), added (12) and cut off (6)."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def step_of(
     """Seconds of a step from those of a micro-batch on the last stage, which is the busiest, and on the others."""
     reduce, gather = _between_replicas(shape, split, micro_batches, last, card)
     shards = 1 if split.shard == "nothing" else split.replicas
-    moved = rank_weights(shape, split) / shards * OPTIMIZER_BYTES[split.fused]
+    each = OPTIMIZER_BYTES + (ROUNDING_BYTES if split.rounded_moments else 0)
+    moved = rank_weights(shape, split) / shards * each
     return StepTime(
         compute=micro_batches * last.compute,
         communicate=micro_batches * last.communicate + gather,

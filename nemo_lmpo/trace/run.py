@@ -119,7 +119,7 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
         policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
         mark(MODEL)
         optimizer = build_optimizer(list(policy.chunks), config)
-        use_gpu_form(optimizer, fused=trace.transformer_engine)
+        use_gpu_form(optimizer)
         make_moments(optimizer)
         mark(OPTIMIZER)
         if config.model.reference_in_memory:

@@ -33,7 +33,7 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
         total_steps=total_steps,
         data_parallel=policy.groups.data.size(),
         start_step=start_step,
-        kernels=kernels_in_use(detect_kernels(), policy.kernels),
+        kernels=kernels_in_use(detect_kernels(), policy.kernels, moments_dtype=policy.config.optim.moments_dtype),
         reasons=policy.kernels.reasons,
         versions=package_versions(),
     )

@@ -15,6 +15,7 @@ from nemo_lmpo.model.fully_sharded import ShardedDataParallel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.multi_tensor import replace_fallbacks
+from nemo_lmpo.training.rounded_moments import RoundedMomentsAdamW
 
 if TYPE_CHECKING:
     from megatron.core.distributed.data_parallel_base import _BaseDataParallel
@@ -66,7 +67,10 @@ def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
 
 
 def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
-    """AdamW with float32 main parameters; fused on GPUs where Transformer Engine or apex offer it."""
+    """AdamW with float32 main parameters: Transformer Engine's or apex's on GPUs that have one, else torch's.
+
+    With `optim.moments_dtype=bf16` this project's takes its place (:mod:`nemo_lmpo.training.rounded_moments`).
+    """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     replace_fallbacks()
@@ -90,9 +94,35 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
         ),
         list(chunks),
     )
+    for inner in inner_optimizers(optimizer):
+        if getattr(inner, "is_stub_optimizer", False):
+            continue
+        if optim.moments_dtype == "bf16":
+            _round_moments(inner, optim)
+        _use_one_kernel(inner)
     if config.model.fsdp:
         _make_parts_of_moments(optimizer)
     return optimizer
+
+
+def _round_moments(inner: Any, optim: OptimConfig) -> None:
+    """Put the AdamW with bfloat16 moments in the place of the one that megatron-core made, with its groups."""
+    inner.optimizer = RoundedMomentsAdamW(
+        inner.optimizer.param_groups,
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    inner.init_state_fn = lambda optimizer, _=None: optimizer.make_moments()
+
+
+def _use_one_kernel(inner: Any) -> None:
+    """Let torch's AdamW step in one kernel on GPUs, where its default takes 4 bytes per parameter for itself."""
+    if isinstance(inner.optimizer, torch.optim.AdamW | RoundedMomentsAdamW):
+        for group in inner.optimizer.param_groups:
+            if all(parameter.is_cuda for parameter in group["params"]):
+                group["fused"] = True
 
 
 def _make_parts_of_moments(optimizer: MegatronOptimizer) -> None:

@@ -29,6 +29,7 @@ from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.runtime.batch_job import BatchJob, expired_end, read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.sizing.memory import moment_bytes
 from nemo_lmpo.training.facts import banner_facts
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
@@ -69,14 +70,14 @@ class TrainingSession:
         self.checkpoints = self._checkpoints()
 
     def _checkpoints(self) -> CheckpointManager:
-        bytes_per_parameter = 2 + 12 if self.config.trainer.precision == "bf16" else 12
+        weights = 2 + 4 if self.config.trainer.precision == "bf16" else 4
         return CheckpointManager(
             self.run.checkpoints,
             self.config.checkpoint,
             make_state=self.sharded_state,
             load_state=self.load_sharded_state,
             write_sidecars=self.files.write_sidecars,
-            state_bytes=bytes_per_parameter * self.base.architecture.num_parameters(),
+            state_bytes=round((weights + moment_bytes(self.config)) * self.base.architecture.num_parameters()),
             layout=self.layout(),
             find_missing=self.find_missing,
             data=self.fingerprints,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -88,6 +89,9 @@ class _TritonFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextmanager
 def _triton() -> Iterator[None]:
     """Let `import triton` succeed for a block. Its kernels (of experts and of FP8) are never called here."""
+    if importlib.util.find_spec("triton") is not None:  # comes with builds of torch for GPUs
+        yield
+        return
     from torch.utils import _triton
 
     _triton.has_triton_package()  # torch keeps its answer: there is none

@@ -2,7 +2,7 @@
 
 Only what training in float32 and bfloat16 calls is here, each operation by its definition, computed in float32 or
 float64 and rounded once. Anything else that Transformer Engine calls raises and names itself. The arguments are those
-of 2.11, as its Python passes them; what the compiled module itself would refuse cannot be seen here.
+of 2.11 and of 2.20, as their Python passes them; what the compiled module itself would refuse cannot be seen here.
 """
 
 from __future__ import annotations
@@ -156,46 +156,56 @@ def multi_tensor_adam(
 
 
 def get_fused_attn_backend(*arguments: Any) -> Any:
-    """Answer as for bfloat16 on Hopper, where cuDNN takes spans of any length."""
+    """Answer as for bfloat16 on Hopper, where cuDNN takes spans of any length.
+
+    Newer versions ask with all of their parameters in one object, and want to hear why not, too.
+    """
     _count("get_fused_attn_backend")
-    return __getattr__("NVTE_Fused_Attn_Backend").NVTE_F16_arbitrary_seqlen
+    backend = __getattr__("NVTE_Fused_Attn_Backend").NVTE_F16_arbitrary_seqlen
+    return backend if len(arguments) > 1 else (backend, "")
 
 
-def fused_attn_fwd(
-    max_q: int, max_kv: int, training: bool, scale: float, dropout: float, zero_fill: bool, layout: Any, bias_type: Any,
-    mask: Any, softmax: Any, window: tuple[int, int], offsets_q: Tensor, offsets_kv: Tensor, query: Tensor, key: Tensor,
-    value: Tensor, *rest: Any,
-) -> list[Tensor]:  # fmt: skip
+def fused_attn_fwd(max_q: int, max_kv: int, training: bool, scale: float, dropout: float, *rest: Any) -> list[Tensor]:
     """Attention of each span to its keys, and what backward gets of it: the softmax's statistics and random state."""
     _count("fused_attn_fwd")
     assert dropout == 0.0
-    _check_attention(layout, bias_type, mask, softmax, window)
-    spans = Spans((query, key, value), (offsets_q, offsets_kv), (max_q, max_kv), scale=scale, bounds=(window[0], 0))
-    statistics = torch.zeros(query.shape[0], query.shape[1], 1)
-    return [spans.attended().to(query.dtype), statistics, torch.zeros(2, dtype=torch.int64)]
+    states, spans = _spans(rest, (max_q, max_kv), scale)
+    statistics = torch.zeros(*states[0].shape[:2], 1)
+    return [spans.attended().to(states[0].dtype), statistics, torch.zeros(2, dtype=torch.int64)]
 
 
-def fused_attn_bwd(
-    max_q: int, max_kv: int, scale: float, dropout: float, zero_fill: bool, layout: Any, bias_type: Any, mask: Any,
-    softmax: Any, window: tuple[int, int], deterministic: bool, offsets_q: Tensor, offsets_kv: Tensor, query: Tensor,
-    key: Tensor, value: Tensor, out: Tensor, gradient: Tensor, *rest: Any,
-) -> list[Tensor | None]:  # fmt: skip
+def fused_attn_bwd(max_q: int, max_kv: int, scale: float, dropout: float, *rest: Any) -> list[Tensor | None]:
     """Of queries, keys and values."""
     _count("fused_attn_bwd")
-    _check_attention(layout, bias_type, mask, softmax, window)
-    states = (query, key, value)
-    spans = Spans(states, (offsets_q, offsets_kv), (max_q, max_kv), scale=scale, bounds=(window[0], 0))
-    gradients = spans.gradients(gradient.reshape(query.shape))
+    assert dropout == 0.0
+    states, spans = _spans(rest, (max_q, max_kv), scale)
+    _, gradient = _tensors(rest)[5:7]
+    gradients = spans.gradients(gradient.reshape(states[0].shape))
     return [*(part.to(state.dtype) for part, state in zip(gradients, states, strict=True)), None, None]
 
 
-def _check_attention(layout: Any, bias_type: Any, mask: Any, softmax: Any, window: tuple[int, int]) -> None:
-    """What :class:`Spans` computes, and nothing else."""
+def _spans(arguments: tuple[Any, ...], longest: tuple[int, int], scale: float) -> tuple[tuple[Tensor, ...], Spans]:
+    """Queries, keys and values of a call, and their spans.
+
+    Versions have other forms (layouts of outputs and scales) between these arguments, whose order is the same in all.
+    """
+    chosen = {type(choice).__name__: choice.name for choice in arguments if isinstance(choice, _Choice)}
     # Keys and values that were gathered together lie in one tensor still.
-    assert layout.name in ("NVTE_THD_THD_THD", "NVTE_THD_T2HD"), layout.name
-    assert window[1] == 0
-    found = tuple(choice.name for choice in (bias_type, mask, softmax))
-    assert found == ("NVTE_NO_BIAS", "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK", "NVTE_VANILLA_SOFTMAX"), found
+    assert chosen["NVTE_QKV_Layout"] in ("NVTE_THD_THD_THD", "NVTE_THD_T2HD"), chosen
+    assert chosen["NVTE_Bias_Type"] == "NVTE_NO_BIAS"
+    assert chosen["NVTE_Mask_Type"] == "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK"
+    assert chosen["NVTE_Softmax_Type"] == "NVTE_VANILLA_SOFTMAX"
+    left, right = next(
+        argument for argument in arguments if isinstance(argument, tuple | list)
+    )  # the first is the window
+    assert right == 0
+    offsets_q, offsets_kv, query, key, value, *_ = _tensors(arguments)
+    spans = Spans((query, key, value), (offsets_q, offsets_kv), longest, scale=scale, bounds=(left, 0))
+    return (query, key, value), spans
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    return [argument for argument in arguments if isinstance(argument, Tensor)]
 
 
 def get_cudnn_version() -> int:
@@ -215,17 +225,22 @@ class _Choices(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        choice = _Choice(sum(isinstance(member, _Choice) for member in vars(cls).values()))
+        choice = cls(len(cls.__members__))
         choice.name = name
         setattr(cls, name, choice)
         return choice
+
+    @property
+    def __members__(cls) -> dict[str, _Choice]:
+        """Those that were asked for: newer versions compare them with an enumeration of their own."""
+        return {name: member for name, member in vars(cls).items() if isinstance(member, _Choice)}
 
 
 def __getattr__(name: str) -> Any:
     """Enumerations and classes by their capital, operations by their small letter; these refuse to run."""
     if name.startswith("_"):
         raise AttributeError(name)
-    found: Any = _Choices(name, (), {}) if name[0].isupper() else _refuses(name)
+    found: Any = _Choices(name, (_Choice,), {}) if name[0].isupper() else _refuses(name)
     return globals().setdefault(name, found)
 
 

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import nemo_lmpo
+from nemo_lmpo.runtime.transformer_engine import TRIED
 
 PACKAGE = Path(nemo_lmpo.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -78,6 +79,21 @@ def test_tried_versions_are_allowed_versions() -> None:
                 name, _, tried = re.sub(r"\s*#.*", "", line).partition("==")
                 requirement = DECLARED.get(canonicalize_name(name)) or OPTIONAL.get(canonicalize_name(name))
                 assert requirement is None or requirement.specifier.contains(tried), f"{path.name}: {line}"
+
+
+def test_the_gpu_extra_installs_what_is_used() -> None:
+    """Versions outside of megatron-core's own range would be left out, but for those that were tried here."""
+    assert OPTIONAL["transformer-engine"].specifier == TRIED
+    oldest, newest = (
+        re.search(r"transformer-engine==(\S+)", (ROOT / name).read_text())
+        for name in ("constraints-te.txt", "constraints-te-latest.txt")
+    )
+    assert oldest is not None
+    assert newest is not None
+    [lowest] = [one.version for one in TRIED if one.operator == ">="]
+    [above] = [one.version for one in TRIED if one.operator == "<"]
+    assert Version(oldest[1]).release[:2] == Version(lowest).release[:2]
+    assert Version(newest[1]).release[1] + 1 == Version(above).release[1]
 
 
 def test_installed_versions_are_allowed_versions() -> None:

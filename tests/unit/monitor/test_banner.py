@@ -101,6 +101,8 @@ def test_versions_hold_installed_packages_only():
 def test_kernels_in_use(detected, cuda, te, backend, layers, attention, optimizer):
     used = kernels_in_use(detected, Kernels(te, backend, gpu=cuda))
     assert used == {"layers": layers, "attention": attention, "optimizer": optimizer}
+    rounded = kernels_in_use(detected, Kernels(te, backend, gpu=cuda), moments_dtype="bf16")
+    assert rounded["optimizer"] == "torch AdamW, bfloat16 moments"
 
 
 @pytest.mark.parametrize(
