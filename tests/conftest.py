@@ -7,19 +7,33 @@ import importlib.util
 import os
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 _ROOT = Path(__file__).resolve().parent.parent
+REHEARSED = pytest.StashKey[Any]()
+"""The stand-in of the GPU's driver, where tests are rehearsed."""
 _TOGETHER = ("tests/slurm", "tests/te_emulation")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="run tests/gpu with the CPU in the GPU's place")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests are of the CPU path unless they are those of the GPU alone; processes that they start inherit this."""
     gpu_tests = _ROOT / "tests" / "gpu"
     given = [Path(argument.split("::")[0]).resolve() for argument in config.args]
-    if not given or not all(path == gpu_tests or gpu_tests in path.parents for path in given):
+    only_gpu = bool(given) and all(path == gpu_tests or gpu_tests in path.parents for path in given)
+    if config.getoption("--rehearse"):
+        if not only_gpu:
+            raise pytest.UsageError("--rehearse changes the whole process; give it tests/gpu and nothing else")
+        from tests.rehearsal.install import install
+
+        config.stash[REHEARSED] = install()
+    elif not only_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Workers have a core each; threads that wait for one another on the same core spin.

@@ -15,6 +15,8 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from nemo_lmpo.runtime.threads import Thread
+
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses that another try may not meet."""
 MAX_REPLY_BYTES = 64 * 2**20
@@ -208,7 +210,7 @@ def _within(seconds: float, work: Callable[[], Value]) -> Value:
         except BaseException as error:
             outcome.put((None, error))
 
-    threading.Thread(target=run, daemon=True, name="http").start()
+    Thread(run, name="http").start()
     try:
         value, error = outcome.get(timeout=seconds)
     except queue.Empty:

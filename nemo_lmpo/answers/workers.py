@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from nemo_lmpo.answers.http import Stopped
 from nemo_lmpo.errors import UserError
+from nemo_lmpo.runtime.threads import Thread
 
 MAX_IN_A_ROW = 5
 """Items that may fail one after the other before the rest is left alone."""
@@ -109,7 +110,7 @@ def for_each(items: Sequence[Item], work: Callable[[Item, threading.Event], obje
             except BaseException as error:
                 failures.add(error)
 
-    threads = [threading.Thread(target=loop, daemon=True, name="worker") for _ in range(min(concurrency, len(items)))]
+    threads = [Thread(loop, name="worker") for _ in range(min(concurrency, len(items)))]
     for thread in threads:
         thread.start()
     try:

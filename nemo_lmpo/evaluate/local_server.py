@@ -10,7 +10,6 @@ import hmac
 import json
 import secrets
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.message import Message
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 from nemo_lmpo.answers.http import Stopped
 from nemo_lmpo.errors import UserError
+from nemo_lmpo.runtime.threads import Thread
 
 MAX_BODY_BYTES = 16 * 2**20
 """Of a request; a judge's prompt has some ten thousand bytes."""
@@ -58,6 +58,10 @@ class JsonHandler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, as the base class, and on this one's GPU."""
+        Thread(self.process_request_thread, request, client_address, name="request").start()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are nobody's fault; anything else is one of this program."""
         if not isinstance(sys.exception(), OSError):
@@ -68,7 +72,7 @@ class _Server(ThreadingHTTPServer):
 def serve(handler: type[JsonHandler], port: int = 0) -> Iterator[str]:
     """Serve in threads of this process while the context is open; the server's address, by default on a free port."""
     server = _Server(("127.0.0.1", port), handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    Thread(server.serve_forever, 0.05, name="server").start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:

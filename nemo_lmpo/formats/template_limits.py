@@ -18,6 +18,7 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 from nemo_lmpo.errors import shown
+from nemo_lmpo.runtime.threads import Thread
 
 MAX_SECONDS = 30.0
 """For one call, which may render many conversations; a thousand long ones take about a second."""
@@ -71,7 +72,7 @@ class _Watchdog:
         self._raised = False
         self._until = 0.0
         self._size = 0
-        threading.Thread(target=self._watch, name="template-watchdog", daemon=True).start()
+        Thread(self._watch, name="template-watchdog").start()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

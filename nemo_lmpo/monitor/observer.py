@@ -17,6 +17,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
 from nemo_lmpo.errors import first_line, shown
+from nemo_lmpo.runtime.threads import Thread
 
 START_SECONDS = 180.0
 """How long a tracker may take to start; W&B's own limit is 90, MLflow's as :mod:`.trackers` sets it 100."""
@@ -88,7 +89,7 @@ class Observer:
         self._busy_since: float | None = None
         self._warned = False
         # A daemon: a tracker that never answers must not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name=f"observer-{name}", daemon=True)
+        self._thread = Thread(self._work, name=f"observer-{name}")
         self._thread.start()
 
     def ask(self, call: Callable[[], _Result], *, seconds: float) -> _Result:

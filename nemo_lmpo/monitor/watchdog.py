@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nemo_lmpo.runtime.threads import timer
+
 EXIT_STATUS = 70
 """Of a process that hung (`EX_SOFTWARE`): neither success nor a refused configuration."""
 _GRACE_SECONDS = 30.0
@@ -58,10 +60,7 @@ def _watch_innermost() -> None:
     what, seconds = _PHASES[-1] if _PHASES else ("", None)
     if seconds is None or sys.__stderr__ is None:
         return
-    timer = threading.Timer(seconds, _give_up, (what, seconds))
-    timer.daemon = True
-    timer.start()
-    _TIMERS.append(timer)
+    _TIMERS.append(timer(seconds, _give_up, what, seconds))
     # A call that holds Python's lock also holds the timer; this one is a thread that needs no lock.
     faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
 

@@ -16,12 +16,13 @@ from nemo_lmpo.runtime.launch import LaunchInfo
 
 
 def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: float = 30.0) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs; a single process needs no network."""
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs; a single process needs no network.
+
+    The group is not bound to the device (`device_id`): docs/decisions/0005-process-groups.md.
+    """
     options: dict[str, object] = {"timeout": timedelta(minutes=timeout_minutes)}
     if use_cuda:
-        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        options["device_id"] = device  # barriers need not guess, and a broken NCCL says so here
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     backend = "nccl" if use_cuda else "gloo"
     if launch.world_size == 1:
         options["store"] = dist.HashStore()  # type: ignore[attr-defined]
@@ -72,6 +73,8 @@ def create_groups(model: ModelConfig, *, timeout_minutes: float = 30.0) -> Paral
             virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
             context_parallel_size=model.context_parallel_size,
             distributed_timeout_minutes=timeout_minutes,
+            # Nothing here communicates in main memory, and gloo wants an address of each host that others reach.
+            create_gloo_process_groups=False,
         )
     return ParallelGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -80,6 +83,14 @@ def create_groups(model: ModelConfig, *, timeout_minutes: float = 30.0) -> Paral
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Wait until every rank is here. Communicates: a barrier over all ranks, on this rank's device.
+
+    NCCL would otherwise guess a device from the rank's number where a group has not communicated yet.
+    """
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def destroy_groups() -> None:

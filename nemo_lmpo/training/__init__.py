@@ -36,9 +36,8 @@ def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> 
     _logger.info("checking settings, model and data")
     checked = preflight(config, launch.world_size, fetch=True)
     _logger.info("loading torch and megatron-core")
-    import torch.distributed as dist
-
     from nemo_lmpo.monitor.watchdog import watched
+    from nemo_lmpo.parallel.groups import wait_for_all
     from nemo_lmpo.runtime.environment import uses_gpu
     from nemo_lmpo.runtime.transformer_engine import leave_out_transformer_engine
 
@@ -49,5 +48,5 @@ def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> 
     with open_session(config, launch, checked) as session:
         result = session.train(time.time() if started is None else started)
         with watched("waiting for the other ranks at the end", config.trainer.step_timeout):
-            dist.barrier()
+            wait_for_all(session.device)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_lmpo.runtime.threads import thread_pool
 from nemo_lmpo.training.batches import BatchBuilder, Examples, StepBatch
 
 
@@ -28,7 +29,7 @@ class BatchesAhead:
     num_batches: int
 
     def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        self._thread = thread_pool(1, "next-batch")
         self._coming: tuple[int, Future[StepBatch]] | None = None
         self._stream = torch.cuda.Stream(self.builder.device) if self.builder.device.type == "cuda" else None
 

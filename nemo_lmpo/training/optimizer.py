@@ -93,6 +93,7 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
             use_distributed_optimizer=optim.use_distributed_optimizer and not config.model.fsdp,
         ),
         list(chunks),
+        use_gloo_process_groups=False,
     )
     for inner in inner_optimizers(optimizer):
         if getattr(inner, "is_stub_optimizer", False):

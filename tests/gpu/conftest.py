@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import REHEARSED
+
 _HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def memory_is_counted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU by its allocator; in a rehearsal by a look at every tensor, which other tests leave out."""
+    driver = request.config.stash.get(REHEARSED, None)
+    if driver is None:
+        yield
+        return
+    from tests.rehearsal.tensors import LiveBytes
+
+    with LiveBytes(driver):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

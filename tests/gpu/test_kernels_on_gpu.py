@@ -9,9 +9,10 @@ from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.doctor.parity import HEAD_DIM, TOLERANCE, attention_values, distance, logprob_values, optimizer_values
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.model.kernels import choose_kernels, this_device
+from tests.gpu.runs import NEEDS_TE
 
 
-@pytest.mark.parametrize("backend", ["flash", "te", "sdpa"])
+@pytest.mark.parametrize("backend", ["flash", pytest.param("te", marks=NEEDS_TE), "sdpa"])
 @pytest.mark.parametrize("window", [None, 16])
 def test_attention(backend: str, window: int | None) -> None:
     model = ModelConfig(attention_backend=backend)  # type: ignore[arg-type]

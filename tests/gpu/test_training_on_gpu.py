@@ -7,7 +7,6 @@ gradient that is counted twice would give.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,10 @@ import torch
 
 from tests.distributed.test_samples import SAMPLES, by_transformers, lines_of
 from tests.distributed.test_samples import SETTINGS as SAMPLED
-from tests.gpu.runs import BF16, FLOAT32, SMALL, STEPS, TE, Gradients, first_batch, session, train
+from tests.gpu.runs import BF16, FLOAT32, NEEDS_TE, SMALL, STEPS, TE, Gradients, batch_of, first_batch, session, train
+from tests.rehearsal.install import rehearsed
 from tests.stalls import no_stalls
 
-needs_te = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
 WINDOW = ("model.architecture.model_type=mistral", "model.architecture.sliding_window=16")
 CASES = {
     "flash": BF16,
@@ -37,7 +34,7 @@ CASES = {
 
 
 def parameters(cases: dict[str, tuple[str, ...]]) -> list[object]:
-    return [pytest.param(o, id=name, marks=needs_te if name.startswith("te") else ()) for name, o in cases.items()]
+    return [pytest.param(o, id=name, marks=NEEDS_TE if name.startswith("te") else ()) for name, o in cases.items()]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,9 @@ def everything(directory: Path, overrides: tuple[str, ...]) -> tuple[list[float]
     return losses, sums, gradients
 
 
-def compare(found: tuple[list[float], torch.Tensor, Gradients], expected: tuple[list[float], torch.Tensor, Gradients]):
+def compare(
+    found: tuple[list[float], torch.Tensor, Gradients], expected: tuple[list[float], torch.Tensor, Gradients]
+) -> None:
     assert torch.allclose(found[1], expected[1], rtol=2e-2)
     assert found[2].keys() == expected[2].keys()
     far = {name: float((found[2][name] - right).norm() / right.norm()) for name, right in expected[2].items()}
@@ -80,7 +79,7 @@ def test_a_resumed_run_learns_the_same(asynchronous: bool, tmp_path: Path) -> No
     steady = ("optim.sched.name=constant", "optim.sched.warmup_fraction=0")
     saving = (*FLOAT32, *steady, f"checkpoint.async_save={str(asynchronous).lower()}")
     whole = train(tmp_path / "whole", *saving)
-    train(tmp_path / "parts", *saving, "trainer.max_steps=4")
+    train(tmp_path / "parts", *saving, f"trainer.max_steps={STEPS // 2}")
     parts = train(tmp_path / "parts", *saving)
     assert [line["step"] for line in parts] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
@@ -88,14 +87,14 @@ def test_a_resumed_run_learns_the_same(asynchronous: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [pytest.param(BF16, TE, id="local_te", marks=needs_te), pytest.param(TE, BF16, id="te_local", marks=needs_te),
+    [pytest.param(BF16, TE, id="local_te", marks=NEEDS_TE), pytest.param(TE, BF16, id="te_local", marks=NEEDS_TE),
      pytest.param(BF16, (*BF16, "model.attention_backend=sdpa"), id="flash_sdpa")],
 )  # fmt: skip
 def test_kernels_may_change_at_a_resume(first: tuple[str, ...], second: tuple[str, ...], tmp_path: Path) -> None:
-    before = train(tmp_path, *first, "trainer.max_steps=4")
-    after = train(tmp_path, *second, "trainer.max_steps=6")
-    assert [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
-    assert after[4]["loss"] < before[0]["loss"], "it begins anew"
+    before = train(tmp_path, *first, f"trainer.max_steps={STEPS}")
+    after = train(tmp_path, *second, f"trainer.max_steps={STEPS + 2}")
+    assert [line["step"] for line in after] == list(range(1, STEPS + 3))
+    assert after[STEPS]["loss"] < before[0]["loss"], "it begins anew"
 
 
 @pytest.mark.parametrize("overrides", parameters({name: CASES[name] for name in ("flash", "te", "te_attention")}))
@@ -107,8 +106,9 @@ def test_forward_and_backward_never_wait(overrides: tuple[str, ...], tmp_path: P
         trainer = opened.trainer()
         trainer.train_step(0)  # kernels that compile at their first call may wait
         policy = opened.policy
-        batch = opened.batches.build(opened.data.train, opened.sampler.pairs_of_step(1))
+        batch = batch_of(opened, 1)
         policy.prepare_for_training_step()
+        assert policy.statistics is not None
         pairs = policy.micro_batch_step.begin(
             batch.num_examples, mean_length=batch.mean_length, statistics=policy.statistics.current()
         )
@@ -120,14 +120,22 @@ def test_forward_and_backward_never_wait(overrides: tuple[str, ...], tmp_path: P
         assert torch.isfinite(pairs.values).all()
 
 
+@pytest.mark.usefixtures("memory_is_counted")
 def test_memory_is_what_the_dry_run_says(tmp_path: Path) -> None:
     """The tensors that were allocated at most, against the estimate; both without what CUDA itself takes."""
     from nemo_lmpo.config.rules import validate
     from nemo_lmpo.sizing.memory import estimate_memory
 
-    sizes = ("model.architecture.hidden_size=1024", "model.architecture.intermediate_size=4096",
-             "model.architecture.num_hidden_layers=8", "model.architecture.max_position_embeddings=4096",
-             "data.max_length=1024", "data.row_tokens=4096", "model.global_batch_size=256")  # fmt: skip
+    width, layers, row = (256, 4, 1024) if rehearsed() else (1024, 8, 4096)
+    sizes = (
+        f"model.architecture.hidden_size={width}",
+        f"model.architecture.intermediate_size={4 * width}",
+        f"model.architecture.num_hidden_layers={layers}",
+        f"model.architecture.max_position_embeddings={row}",
+        f"data.max_length={row // 4}",
+        f"data.row_tokens={row}",
+        f"model.global_batch_size={row // 16}",
+    )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     train(tmp_path, *BF16, *sizes, "trainer.max_steps=2")

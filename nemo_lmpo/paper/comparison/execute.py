@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -23,6 +22,7 @@ from nemo_lmpo.monitor.console import format_duration
 from nemo_lmpo.paper.comparison.runs import RunPlan
 from nemo_lmpo.paper.comparison.scales import Scale
 from nemo_lmpo.runtime.interruption import Interrupted, raising_when_interrupted
+from nemo_lmpo.runtime.threads import Thread
 
 LOG_FILE = "train.log"
 STOPPED = 75
@@ -121,7 +121,7 @@ def _process_context(scale: Scale) -> Any:
 
 def _run(plan: RunPlan, scale: Scale, environment: dict[str, str]) -> None:
     """Train and measure one run; what it prints goes to its log. Ends with the comparison, however that ends."""
-    threading.Thread(target=_end_with_the_comparison, daemon=True).start()
+    Thread(_end_with_the_comparison, name="end-with-the-comparison").start()
     os.environ.update(environment)  # a fork server has that of its start
     plan.directory.mkdir(parents=True, exist_ok=True)
     log = os.open(plan.directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
