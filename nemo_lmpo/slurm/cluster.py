@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from nemo_lmpo.errors import ConfigError
 
 _PREFIXES = ("SBATCH_", "NEMO_LMPO_")
+_OWN_FILES = ("cluster.env",)
+"""Which a checkout may hold beside the templates: the user's settings, not for others."""
 
 
 def templates_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -29,6 +32,30 @@ def templates_dir(environ: Mapping[str, str] = os.environ) -> Path:
     raise ConfigError(
         f"the templates are not in {places[-1]}; set NEMO_LMPO_SLURM_DIR to the folder slurm of a checkout"
     )
+
+
+def copy_templates(folder: Path, *, overwrite: bool = False) -> Path:
+    """Copy the templates and `cluster.env.example` into a folder; returns its absolute path.
+
+    Raises:
+        ConfigError: the folder is a file, or has a file that differs from the template of its name.
+    """
+    source = templates_dir({})
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder for the templates")
+    files = sorted(path for path in source.iterdir() if path.is_file() and path.name not in _OWN_FILES)
+    changed = [path.name for path in files if _differs(path, folder / path.name)]
+    if changed and not overwrite:
+        raise ConfigError(f"{folder} has other files of the name {', '.join(changed)}; --overwrite replaces them")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        if path.resolve() != (folder / path.name).resolve():
+            shutil.copy(path, folder / path.name)
+    return folder.absolute()
+
+
+def _differs(template: Path, other: Path) -> bool:
+    return other.exists() and other.read_bytes() != template.read_bytes()
 
 
 def settings_file(templates: Path, environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -38,6 +38,15 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
     submit.set_defaults(run=_submit)
+    templates = commands.add_parser(
+        "templates",
+        help="copy the templates and cluster.env.example into a folder of yours",
+        description="Copies the templates of sbatch and cluster.env.example, for those who have no checkout. Files "
+        "that you changed stay, unless you say --overwrite.",
+    )
+    templates.add_argument("folder", type=Path, metavar="DIR", help="as slurm")
+    templates.add_argument("--overwrite", action="store_true", help="replace files that differ")
+    templates.set_defaults(run=_templates)
     status = commands.add_parser("status", help="state, step, loss and time left of runs, from their metrics files")
     status.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="default: all runs in ./runs")
     status.set_defaults(run=_status)
@@ -49,6 +58,17 @@ def _status(options: argparse.Namespace) -> int:
     from nemo_lmpo.slurm.status import show_status
 
     answer(show_status(options.runs))
+    return 0
+
+
+def _templates(options: argparse.Namespace) -> int:
+    from nemo_lmpo.runtime.command import answer
+    from nemo_lmpo.slurm.cluster import copy_templates
+
+    folder = copy_templates(options.folder, overwrite=options.overwrite)
+    answer(
+        f"copied; fill in {folder / 'cluster.env'} (from cluster.env.example), and export NEMO_LMPO_SLURM_DIR={folder}"
+    )
     return 0
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.slurm.__main__ import main
-from nemo_lmpo.slurm.cluster import read_settings, settings_file, templates_dir
+from nemo_lmpo.slurm.cluster import copy_templates, read_settings, settings_file, templates_dir
 from nemo_lmpo.slurm.submit import Submission
 
 SLURM = Path(__file__).resolve().parent.parent.parent / "slurm"
@@ -280,3 +281,20 @@ def test_status_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "there are no runs in ./runs" in capsys.readouterr().err
     assert main(["status", "nowhere"]) == 1
     assert "nowhere is not the directory of a run that has started" in capsys.readouterr().err
+
+
+def test_templates_for_those_without_a_checkout(tmp_path: Path) -> None:
+    folder = copy_templates(tmp_path / "mine" / "slurm")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in SLURM.iterdir()} - {"cluster.env"}
+    assert os.access(folder / "train.sbatch", os.R_OK)
+    assert templates_dir({"NEMO_LMPO_SLURM_DIR": str(folder)}) == folder
+    (folder / "cluster.env").write_text("export SBATCH_PARTITION=mine\n")
+    (folder / "train.sbatch").write_text("mine")
+    with pytest.raises(ConfigError, match=r"other files of the name train\.sbatch; --overwrite"):
+        copy_templates(folder)
+    assert (folder / "train.sbatch").read_text() == "mine"
+    copy_templates(folder, overwrite=True)
+    assert (folder / "train.sbatch").read_text() != "mine"
+    assert (folder / "cluster.env").read_text() == "export SBATCH_PARTITION=mine\n"
+    with pytest.raises(ConfigError, match="is a file"):
+        copy_templates(folder / "train.sbatch")
