@@ -12,7 +12,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,19 +23,38 @@ import torch.distributed as dist
 
 from nemo_lmpo.checkpoint.agreement import disk_is_full, from_all_ranks, on_main_rank, reason_of, storage_errors
 from nemo_lmpo.checkpoint.finite import find_not_finite
-from nemo_lmpo.checkpoint.manifest import STEP_KEY, data_files, find_damage, inspect, write_manifest
+from nemo_lmpo.checkpoint.manifest import STEP_KEY, find_damage, inspect, write_manifest
 from nemo_lmpo.checkpoint.progress import DamageError, Progress
 from nemo_lmpo.checkpoint.random_state import read_random_state, sharded_random_state
-from nemo_lmpo.checkpoint.writers import write_state
+from nemo_lmpo.checkpoint.writers import Writing, Written, begin_writing
 from nemo_lmpo.config.schema import CheckpointConfig
 from nemo_lmpo.errors import CheckpointError, TrainingError, UserError
 from nemo_lmpo.formats.distributed_reader import reading_safely
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.children import following_forks
-from nemo_lmpo.runtime.files import file_checksum, format_bytes, replace_file, set_aside
+from nemo_lmpo.runtime.files import format_bytes, replace_file, set_aside
 from nemo_lmpo.runtime.run_files import saved_steps, step_directory
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveCost:
+    """What a checkpoint that became visible took."""
+
+    step: int
+    num_bytes: int
+    """Of all ranks' data files."""
+    held_up: float
+    """Seconds that training waited for it."""
+    writing: float
+    """Seconds of the slowest rank's writers, checksums and the disk's confirmation included."""
+    in_background: bool
+
+    @property
+    def seconds(self) -> float:
+        """What a save takes where nothing else can be done meanwhile."""
+        return self.held_up + (self.writing if self.in_background else 0.0)
 
 
 @dataclass
@@ -63,21 +83,55 @@ class CheckpointManager:
     """Fingerprints of the pairs, kept with every checkpoint."""
     base: str
     """Hash of the weights that adapters belong to, kept with every checkpoint of adapters."""
+    in_background: bool = False
+    """Whether checkpoints are written while training goes on."""
+    held_up: float = field(default=0.0, init=False)
+    """Seconds of this process that training waited for saving."""
+    costs: list[SaveCost] = field(default_factory=list, init=False)
+    """Of checkpoints that became visible, oldest first; whoever shows them takes them out."""
     _queue: Any = field(default=None, init=False)
     _in_background: Path | None = field(default=None, init=False)
     """The checkpoint that was last given to background writers."""
+    _held_before: float = field(default=0.0, init=False)
+    """:attr:`held_up` when the checkpoint that is being written was begun."""
+    _published: tuple[int, list[Written]] | None = field(default=None, init=False)
+    """Step and what each rank wrote, of a checkpoint whose cost is not counted yet."""
 
-    def save(self, progress: Progress) -> float:
-        """Write a checkpoint; returns the seconds that training was held up.
+    @contextmanager
+    def _holding_up(self) -> Iterator[None]:
+        """Count the block's time, and the cost of what it published."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.held_up += time.monotonic() - started
+        if self._published is not None:
+            (step, parts), self._published = self._published, None
+            self.costs.append(
+                SaveCost(
+                    step=step,
+                    num_bytes=sum(part.num_bytes for part in parts),
+                    held_up=self.held_up - self._held_before,
+                    writing=max(part.seconds for part in parts),
+                    in_background=self.in_background,
+                )
+            )
 
-        With `checkpoint.async_save` it becomes visible at a later :meth:`poll` or :meth:`wait`.
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint.
+
+        With :attr:`in_background` it becomes visible at a later :meth:`poll` or :meth:`wait`.
 
         Raises:
             TrainingError: it could not be written, or weights or moments are not finite; older checkpoints are
                 untouched.
         """
         self.wait()
-        started = time.monotonic()
+        self._held_before = self.held_up
+        with self._holding_up():
+            self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
         progress.layout, progress.data, progress.base = self.layout, self.data, self.base
         final = step_directory(self.root, progress.step)
         temporary = final.with_suffix(run_files.TEMPORARY)
@@ -86,18 +140,17 @@ class CheckpointManager:
             raise TrainingError(self._not_finite(broken, progress.step))
         on_main_rank(lambda: self._prepare(temporary, final))
         try:
+            writing = begin_writing(state, temporary / run_files.STATE, in_background=self.in_background)
+            writing.request.finalize_fns.append(lambda: self._finish(temporary, final, progress, writing))
+            if not self.in_background:
+                writing.request.execute_sync()
+                return
+            self._in_background = final
             with following_forks():
-                request = write_state(state, temporary / run_files.STATE, in_background=self.config.async_save)
-                if request is not None:
-                    request.finalize_fns.append(lambda: self._finish(temporary, final, progress))
-                    self._in_background = final
-                    self._async_queue().schedule_async_request(request)
-            if request is None:
-                self._finish(temporary, final, progress)
+                self._async_queue().schedule_async_request(writing.request)
         except storage_errors() as error:
             self._discard(temporary)
             raise _save_error(final, error) from error
-        return time.monotonic() - started
 
     def _not_finite(self, broken: str, step: int) -> str:
         steps: list[int] = on_main_rank(lambda: saved_steps(self.root))
@@ -125,11 +178,12 @@ class CheckpointManager:
                 f"checkpoint.keep_last={self.config.keep_last}, and run the same command to resume"
             )
 
-    def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
-        """Every rank reads back what it wrote itself; rank 0 the rest, and publishes."""
-        own = {name: file_checksum(temporary / name) for name in data_files(temporary, dist.get_rank())}
-        checksums = {name: checksum for part in from_all_ranks(own) for name, checksum in part.items()}
+    def _finish(self, temporary: Path, final: Path, progress: Progress, writing: Writing) -> None:
+        """Every rank tells what its writers found; rank 0 adds the small files, and publishes."""
+        parts: list[Written] = from_all_ranks(writing.written())
+        checksums = {f"{run_files.STATE}/{name}": found for part in parts for name, found in part.checksums.items()}
         on_main_rank(lambda: self._publish(temporary, final, progress, checksums))
+        self._published = progress.step, parts
 
     def _publish(self, temporary: Path, final: Path, progress: Progress, checksums: dict[str, str]) -> None:
         self.write_sidecars(temporary)
@@ -165,10 +219,11 @@ class CheckpointManager:
         Raises:
             TrainingError: it could not be written.
         """
-        if self._queue is None:
+        if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return
         try:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            with self._holding_up():
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
         except storage_errors() as error:
             assert self._in_background is not None
             self._discard(self._in_background.with_suffix(run_files.TEMPORARY))

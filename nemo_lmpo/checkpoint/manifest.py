@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import stat
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -217,9 +217,3 @@ def _step_of_state(directory: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
         raise DamageError(f"{COMMON} is not readable") from None
     return common.get(STEP_KEY) if isinstance(common, dict) else None
-
-
-def data_files(directory: Path, rank: int) -> Iterator[str]:
-    """Names of the data files that a rank wrote (megatron-core calls them ``__<rank>_<number>.distcp``)."""
-    for path in sorted((directory / run_files.STATE).glob(f"__{rank}_*.distcp")):
-        yield str(path.relative_to(directory))

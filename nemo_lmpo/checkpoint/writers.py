@@ -1,4 +1,8 @@
-"""megatron-core's checkpoint writers, made to end with the run and to say what they wrote."""
+"""How a checkpoint's data files are written: megatron-core plans them, threads here write and sum them up as they go.
+
+megatron-core's own writers compute no checksums, so that every file had to be read again; those of 0.16 fork a process
+a file, and those of 0.19 write one file after the other and lose the reason of a failure.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,28 @@ import os
 import pickle
 import queue
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
+
+import xxhash
+from torch import Tensor
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.runtime import run_files
 
 WORTH_TWO_WRITERS = 2**28
-"""Bytes of a rank's share; of less, half is written before another copy of the process has been made."""
+"""Bytes of a rank's share; of less, one file is written before a second writer has begun."""
+_BLOCK = 2**20
+"""Bytes that are summed up and then written while the processor's cache still holds them."""
 
 
 class WriteResults:
-    """What forked writers found, in memory that they share with this process.
+    """What a forked writer found, in memory that it shares with this process.
 
     megatron-core's own queue is a server process, which imports torch and megatron-core to hold such values (two
     seconds and 200 MiB per rank), and outlives a killed run.
@@ -65,10 +79,86 @@ def collect_write_results() -> None:
         filesystem_async._results_queue = WriteResults()
 
 
-def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) -> Any:
-    """Write a sharded state dict; with ``in_background`` only the request to do so, for a queue of calls.
+@dataclass
+class Written:
+    """A rank's data files as they were written."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+    """XXH3 of 128 bits by file name."""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    """From the first byte until all files were on the disk."""
+
+
+class SummedFile:
+    """A file that is written from its beginning to its end, and whose checksum grows with it."""
+
+    def __init__(self, path: Path) -> None:
+        """Make or empty the file."""
+        self._file = path.open("wb")
+        self._digest = xxhash.xxh3_128()
+        self.size = 0
+        self.failure: OSError | None = None
+        """What a write raised: torch's archives only tell that a position was unexpected."""
+
+    def write(self, content: Any) -> int:
+        """Append bytes; all of them."""
+        view = memoryview(content).cast("B")
+        try:
+            for start in range(0, len(view), _BLOCK):
+                block = view[start : start + _BLOCK]
+                self._digest.update(block)
+                self._file.write(block)
+        except OSError as error:
+            self.failure = error
+            raise
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """For torch's archives."""
+
+    def finish(self) -> str:
+        """Bring the file to the disk and close it; its checksum."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        with suppress(OSError):  # its last bytes do not fit either
+            self._file.close()
+
+
+@dataclass
+class Writing:
+    """A save that is under way."""
+
+    request: Any
+    """megatron-core's, to be executed or given to a queue of calls."""
+    results: WriteResults
+
+    def written(self) -> Written:
+        """What this rank wrote, once the request has been carried out."""
+        try:
+            found = self.results.get_nowait()
+        except queue.Empty:
+            return Written()  # a rank of which nothing was needed
+        assert isinstance(found, Written)
+        return found
+
+
+def begin_writing(state: dict[str, Any], directory: Path, *, in_background: bool) -> Writing:
+    """Plan the files of a sharded state dict, and write what is small; the request to write them is not carried out.
 
     Communicates over all ranks.
+
+    Args:
+        state: megatron-core's sharded state dict.
+        directory: of the data files.
+        in_background: the request is for a queue of calls, which copies tensors to the host and forks. Otherwise
+            tensors come to the host one by one.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -78,13 +168,86 @@ def write_state(state: dict[str, Any], directory: Path, *, in_background: bool) 
     # Newer versions would take the writers of nvidia-resiliency-ext, which pip does not bring along.
     own_writers = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_writers(state))
-    request = save(state, str(directory), sharded_strategy=strategy, async_sharded_save=in_background, **own_writers)
+    request = save(state, str(directory), sharded_strategy=strategy, async_sharded_save=True, **own_writers)
     on_main_rank(lambda: _write_common(state, directory / run_files.COMMON))
-    return request
+    results = WriteResults()
+    if request.async_fn is not None:
+        request = request._replace(async_fn=_Writers(results), preload_fn=request.preload_fn if in_background else None)
+    return Writing(request, results)
+
+
+def write_state(state: dict[str, Any], directory: Path) -> None:
+    """Write a sharded state dict. Communicates over all ranks."""
+    begin_writing(state, directory, in_background=False).request.execute_sync()
+
+
+@dataclass
+class _Writers:
+    """Stands in the place of megatron-core's function that writes a rank's files."""
+
+    results: WriteResults
+
+    def __call__(self, rank: int, buckets: Sequence[Any], engine: WriteResults) -> None:
+        """Write all files at the same time.
+
+        Args:
+            rank: this one's.
+            buckets: per file its path, its name and its items: objects' bytes, and tensors.
+            engine: where megatron-core looks for the place of every item, or for an error.
+        """
+        started = time.monotonic()
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            files = [pool.submit(_write_file, Path(path), name, *items) for path, name, items in buckets]
+        try:
+            found = [file.result() for file in files]
+        except (OSError, RuntimeError, MemoryError) as error:
+            engine.put(error)
+            return
+        checksums = {name: checksum for (_, name, _), (_, checksum, _) in zip(buckets, found, strict=True)}
+        self.results.put(Written(checksums, sum(size for *_, size in found), time.monotonic() - started))
+        engine.put({number: places for number, (places, _, _) in enumerate(found)})
+
+
+def _write_file(
+    path: Path, name: str, objects: Sequence[Any], tensors: Sequence[tuple[Any, Tensor]]
+) -> tuple[list[Any], str, int]:
+    """Write one file as torch's distributed checkpoints are: the places of its items, its checksum and its size."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    file = SummedFile(path)
+    places = []
+    try:
+        for item, content in [*objects, *tensors]:
+            begin = file.size
+            if isinstance(content, Tensor):
+                torch.save(_on_host(content), cast(IO[bytes], file))
+            else:
+                file.write(content.getbuffer())
+            length = file.size - begin
+            places.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+        return places, file.finish(), file.size
+    except (OSError, RuntimeError) as error:
+        raise file.failure or error from None
+    finally:
+        file.abandon()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A tensor in the host's memory; from a GPU through a pinned block, which torch keeps for the next one."""
+    if tensor.device.type == "cpu":
+        return tensor
+    import torch
+
+    torch.cuda.set_device(tensor.device)  # a new thread would make a context on GPU 0
+    copy = tensor.to("cpu", non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return copy
 
 
 def _writers(state: dict[str, Any]) -> int:
-    """Processes that this rank forks to write its share, each a file: megatron-core's two where it takes a while."""
+    """Files that this rank writes its share to, all at the same time."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     tensors = (getattr(value, "data", None) for value in nested_values(state))

@@ -246,8 +246,8 @@ class CheckpointConfig:
     """Metric that ranks checkpoints."""
     mode: Literal["min", "max"] = "min"
     """`min` or `max`: which end of `monitor` is best."""
-    async_save: bool = False
-    """Write while training continues, where the backend can."""
+    async_save: bool | Literal["auto"] = "auto"
+    """Write while training continues: `true`, `false`, or `auto`: on GPUs whose nodes have the memory for it."""
     resume: bool = True
     """Go on from the newest whole checkpoint of the run directory; `false` moves what is there aside."""
     verify: Literal["full", "size"] = "full"

@@ -187,6 +187,11 @@ class MetricsLog:
         self._facts["stopped_early"] = dict(facts)
         self._write_facts()
 
+    def note_saving(self, facts: Mapping[str, Any]) -> None:
+        """Keep in `run.json`, for the report, what saving took of this process's time."""
+        self._facts["saving"] = dict(facts)
+        self._write_facts()
+
     def _write_facts(self) -> None:
         """What the report cannot see in the metrics."""
         if self._facts:

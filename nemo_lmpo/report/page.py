@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_lmpo.report.document import html_templates
 from nemo_lmpo.report.read import Run, read_run
-from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, state_text
+from nemo_lmpo.report.summary import best_step, metric_rows, saving_text, settings_rows, state_text
 from nemo_lmpo.runtime.files import replace_file
 
 REPORT_FILE = "report.html"
@@ -47,6 +47,7 @@ def _words_and_tables(run: Run) -> dict[str, Any]:
         "state": state,
         "state_kind": kind,
         "newest": _date(run.metrics.last_time),
+        "saving": saving_text(run),
         "results_header": header,
         "results": rows,
         "best": best[1] if best else "",

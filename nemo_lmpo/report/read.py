@@ -64,6 +64,19 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What saving took of the newest process's time."""
+
+    checkpoints: int
+    seconds: float
+    """That training waited."""
+    share: float
+    """Of the time since training began."""
+    bytes: int
+    write_seconds: float
+
+
+@dataclass(frozen=True)
 class Run:
     """A run to report on."""
 
@@ -72,6 +85,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     total_steps: int | None = None
     early_stop: EarlyStop | None = None
+    saving: Saving | None = None
 
     @property
     def finished(self) -> bool | None:
@@ -184,6 +198,18 @@ def _early_stop(facts: Mapping[str, Any], last_step: int) -> EarlyStop | None:
     return found if counts and best and isinstance(found.monitor, str) and found.step == last_step else None
 
 
+def _saving(facts: Mapping[str, Any]) -> Saving | None:
+    """What `run.json` says of saving, where it is what a run writes."""
+    try:
+        found = Saving(**facts["saving"])
+    except (KeyError, TypeError):
+        return None
+    counts = _is_count(found.checkpoints) and _is_count(found.bytes)
+    numbers = (found.seconds, found.share, found.write_seconds)
+    plain = all(isinstance(value, int | float) and 0 <= value < math.inf for value in numbers)
+    return found if counts and plain and found.checkpoints else None
+
+
 def read_run(run_dir: Path, label: str | None = None) -> Run:
     """Read a run directory; ``label`` is the recipe's name by default.
 
@@ -196,4 +222,5 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
     config = read_config(run_dir)
     name = label or str(config.get("name") or run_dir.resolve().name)
     facts = read_facts(run_dir / run_files.RUN_FACTS)
-    return Run(name, metrics, config, _total_steps(facts, config), _early_stop(facts, metrics.last_step))
+    early_stop = _early_stop(facts, metrics.last_step)
+    return Run(name, metrics, config, _total_steps(facts, config), early_stop, _saving(facts))

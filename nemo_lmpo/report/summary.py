@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
+from nemo_lmpo.errors import counted
 from nemo_lmpo.report.read import VALIDATION, EarlyStop, Run, Series
+from nemo_lmpo.runtime.files import format_bytes
 
 # Settings that tell one run from another, besides the whole of `loss`.
 _SETTINGS = (
@@ -144,6 +146,18 @@ def metric_rows(run: Run) -> tuple[list[str], list[list[str]]]:
         if any(value is not None for value in values):
             rows.append([label, *("-" if value is None else form(value) for value in values)])
     return header, rows
+
+
+def saving_text(run: Run) -> str:
+    """What saving took, in a sentence; empty where the run does not tell."""
+    found = run.saving
+    if found is None:
+        return ""
+    speed = f" at {found.bytes / 1e9 / found.write_seconds:.2f} GB/s" if found.write_seconds else ""
+    return (
+        f"{counted(found.checkpoints, 'checkpoint')}, {format_bytes(found.bytes)} written{speed}; training waited "
+        f"{found.seconds:.1f} s for them, {_percent(found.share)} of its time since its last start."
+    )
 
 
 def _why(stop: EarlyStop) -> str:

@@ -8,7 +8,8 @@ from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import counted
 from nemo_lmpo.runtime.files import GIB
-from nemo_lmpo.sizing.memory import checkpoint_host_bytes, estimate_memory
+from nemo_lmpo.sizing.host_memory import background_bytes, foreground_bytes
+from nemo_lmpo.sizing.memory import estimate_memory
 
 
 def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[str] = ()) -> str:
@@ -45,10 +46,11 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
     lines = [f"{name:<13} {value}" for name, value in facts]
     lines += ["", "memory expected on the busiest rank, GiB"]
     lines += [f"  {name:<12} {amount / GIB:8.2f}" for name, amount in table]
-    host = checkpoint_host_bytes(layout) / GIB
+    behind, waiting = background_bytes(layout) / GIB, foreground_bytes(layout) / GIB
     lines += [
         "",
-        f"host memory of a node while a checkpoint is written: {host:.1f} GiB, up to twice that with async_save",
+        f"pinned memory of a node to save from GPUs: {behind:.1f} GiB in the background, {waiting:.1f} GiB while "
+        f"training waits (checkpoint.async_save={str(config.checkpoint.async_save).lower()})",
     ]
     if rows:
         lines += ["", "the first rows of the data, as the chat template renders them", *rows]

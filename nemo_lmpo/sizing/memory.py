@@ -218,25 +218,3 @@ def logit_numbers(layout: ParallelLayout) -> float:
 def chunk_of_logits(layout: ParallelLayout) -> float:
     """Bytes of float32 logits and of their gradient in the run's dtype, which is in place for float32."""
     return (4 + number_bytes(layout.config) % 4) * logit_numbers(layout)
-
-
-def checkpoint_host_bytes(layout: ParallelLayout) -> float:
-    """Host memory of the busiest node while a checkpoint is written from GPUs: copies of what its ranks write.
-
-    One rank of each replica group writes weights, and the optimizer's state if that is not sharded; each rank writes
-    its own shard otherwise, and with `model.fsdp` of weights, too. Background saving (`checkpoint.async_save`) takes
-    pinned blocks, which torch rounds up to powers of two and keeps: up to twice as much.
-    """
-    model, trainer = layout.config.model, layout.config.trainer
-    memory = estimate_memory(layout)
-    # What is trained has float32 gradients; with adapters these alone are written.
-    weights = memory.gradients / 4 * number_bytes(layout.config)
-    if model.fsdp:
-        main = memory.gradients if trainer.precision == "bf16" else 0.0
-        return trainer.devices * (weights + main + memory.optimizer)
-    # Ranks count through tensor parallelism first, then the replicas of one stage.
-    writes = [rank // model.tensor_model_parallel_size % layout.replicas == 0 for rank in range(layout.world_size)]
-    first = max(sum(writes[start : start + trainer.devices]) for start in range(0, len(writes), trainer.devices))
-    if layout.config.optim.use_distributed_optimizer:
-        return first * weights + trainer.devices * memory.optimizer
-    return first * (weights + memory.optimizer)

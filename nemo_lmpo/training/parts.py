@@ -150,7 +150,7 @@ class PolicyFiles:
             on_main_rank(prepare)
             try:
                 weights = sharded_weights(describe_weights(self.policy.models))
-                write_state(weights, parts / run_files.STATE, in_background=False)
+                write_state(weights, parts / run_files.STATE)
                 on_main_rank(convert)
             finally:
                 on_main_rank(lambda: shutil.rmtree(parts, ignore_errors=True))

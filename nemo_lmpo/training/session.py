@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.background import saves_in_background
 from nemo_lmpo.checkpoint.manager import CheckpointManager
 from nemo_lmpo.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from nemo_lmpo.checkpoint.progress import Progress, find_missing_statistics
@@ -18,6 +19,7 @@ from nemo_lmpo.checkpoint.random_state import restore_random_state, seed_everyth
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.same_run import refuse_changed_data, refuse_other_data_on_other_ranks
 from nemo_lmpo.checkpoint.weights import describe_weights, load_weights, sharded_weights
+from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import CheckpointError
@@ -82,6 +84,9 @@ class TrainingSession:
             find_missing=self.find_missing,
             data=self.fingerprints,
             base=self.files.adapters.fingerprint if self.files.adapters else "",
+            in_background=saves_in_background(
+                ParallelLayout(self.config, self.base.architecture, torch.distributed.get_world_size()), self.device
+            ),
         )
 
     def layout(self) -> dict[str, int]:
@@ -165,6 +170,7 @@ class TrainingSession:
                 if reporter is None:
                     return trainer.fit(stop)
                 result = trainer.fit(stop, reporter.listen, reporter.log.log_samples)
+                reporter.log.note_saving(trainer.saving.facts())
                 if result.early:
                     reporter.log.note_early_stop(trainer.early_stop_facts())
                 return result

@@ -31,6 +31,7 @@ from nemo_lmpo.training.optimizer import clip_and_step, current_learning_rate, g
 from nemo_lmpo.training.parts import StepBatches
 from nemo_lmpo.training.policy import Policy
 from nemo_lmpo.training.samples import AnswerSamples, sample_metrics
+from nemo_lmpo.training.saving_costs import SavingCosts
 from nemo_lmpo.training.stop import StopCondition
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class PreferenceTrainer:
         self.progress = Progress()
         examples, indices_of = self.steps.data.train, self.steps.sampler.pairs_of_step
         self._ahead = BatchesAhead(self.steps.builder, examples, indices_of, self.total_steps)
+        self.saving = SavingCosts()
         self._saved_step = 0
         """Newest step that needs no saving; step 0 is the start weights."""
 
@@ -107,6 +109,7 @@ class PreferenceTrainer:
             TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
         stop.longest_save = self.progress.save_seconds
+        self.saving.begin()
         if self.progress.step == 0 and self.samples is not None:
             _logger.info("answering %d sampled prompts with the start model", len(self.samples.prompts))
             started = time.monotonic()
@@ -124,10 +127,11 @@ class PreferenceTrainer:
             stop.longest_step = max(stop.longest_step, time.monotonic() - started)
             self.progress.step += 1
             self.progress.metrics.update(metrics)
-            listen(self.progress.step, metrics, "")
+            listen(self.progress.step, metrics | self.saving.take_metrics(), "")
             self._after_step(stop, listen, show)
             with self._watched(f"publishing a checkpoint after step {self.progress.step}"):
                 self.checkpoints.poll()
+            self._count_saving(stop)
         self._save_all(stop)
         return FitResult(self.progress.step, None, early=self.progress.step < self.total_steps)
 
@@ -191,6 +195,7 @@ class PreferenceTrainer:
         self._save_if_new(stop)
         with self._watched(f"writing the checkpoint of step {self.progress.step}"):
             self.checkpoints.wait()
+        self._count_saving(stop)
 
     def _save_if_new(self, stop: StopCondition) -> None:
         """Save unless this step is saved already."""
@@ -201,10 +206,15 @@ class PreferenceTrainer:
         self.progress.statistics = statistics.state_dict() if statistics is not None else None
         snapshot = Progress(**{**vars(self.progress), "metrics": dict(self.progress.metrics)})
         with self._watched(f"saving step {self.progress.step}"):
-            seconds = self.checkpoints.save(snapshot)
-        self.progress.save_seconds = max(self.progress.save_seconds, seconds)
-        stop.longest_save = max(stop.longest_save, seconds)
+            self.checkpoints.save(snapshot)
         self._saved_step = self.progress.step
+        self._count_saving(stop)
+
+    def _count_saving(self, stop: StopCondition) -> None:
+        """Note what saving took since this was last called, and keep as much free before a time limit."""
+        longest = self.saving.count(self.checkpoints)
+        self.progress.save_seconds = max(self.progress.save_seconds, longest)
+        stop.longest_save = max(stop.longest_save, longest)
 
     def train_step(self, step: int) -> dict[str, float]:
         """Run optimizer step ``step`` (from 0) and return its metrics."""

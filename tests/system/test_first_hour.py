@@ -33,6 +33,7 @@ SETTINGS = (
 TRAIN = shlex.join(("nemo-lmpo", "train", "lmpo_tiny", *SETTINGS))
 PROMPTS = ("sort d a c", "sort z b e", "sort q r p")
 TIMES = {"time", "step_seconds", "pairs_per_second", "tokens_per_second", "memory/peak"}
+TIMES |= {f"checkpoint/{name}" for name in ("seconds", "share", "write_seconds", "gb_per_second")}
 """Metrics that differ from run to run."""
 
 

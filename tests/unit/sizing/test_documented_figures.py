@@ -50,6 +50,16 @@ def test_the_dry_runs_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> N
             assert size in printed[1].partition(",")[0].split(" x "), (layout, printed[1])
 
 
+def test_the_pinned_memory_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> None:
+    documented = re.search(
+        r"keeps: ([\d.]+) GiB for.*?through ([\d.]+) GiB", (DOCS / "slurm.md").read_text(), re.DOTALL
+    )
+    printed = re.search(r"save from GPUs: ([\d.]+) GiB in the background, ([\d.]+) GiB while", dry_run(capsys))
+    assert documented is not None
+    assert printed is not None
+    assert documented.groups() == printed.groups()
+
+
 def test_the_a40_line_of_the_slurm_page(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.search(r"\*\*A40.*?`([^`]+)` takes ([\d.]+) GiB", (DOCS / "slurm.md").read_text(), re.DOTALL)
     assert found is not None

@@ -14,7 +14,6 @@ from nemo_lmpo.sizing.memory import (
     MemoryEstimate,
     activation_bytes,
     adapter_parameters,
-    checkpoint_host_bytes,
     estimate_memory,
 )
 from nemo_lmpo.training.start_model import find_start_model
@@ -175,24 +174,3 @@ def test_adapters_of_llama3_8b_by_hand():
     assert memory.optimizer == 12 * by_hand
     assert 2 * 8.03e9 < memory.parameters < 2 * 8.1e9 + 2 * by_hand
     assert memory.total < 44 * 2**30  # one GPU of 48 GB; full training needs more than 128 GiB
-
-
-@pytest.mark.parametrize(
-    ("overrides", "nodes", "weights", "states"),
-    [
-        # Bytes of all weights (2 a parameter) and all of the optimizer (12) that the busiest node writes.
-        ((), 1, 1, 1),
-        (("trainer.num_nodes=2",), 2, 1, 1),  # the second node holds replicas only
-        (("model.tensor_model_parallel_size=2",), 1, 1, 1),
-        (("model.tensor_model_parallel_size=2", "optim.use_distributed_optimizer=true"), 1, 1, 1),
-        (("trainer.num_nodes=2", "optim.use_distributed_optimizer=true"), 2, 1, 0.5),
-        (("model.tensor_model_parallel_size=2", "model.fsdp=true"), 1, 1, 1),
-        (("trainer.num_nodes=2", "model.fsdp=true"), 2, 0.5, 0.5),
-        (("trainer.num_nodes=2", "model.pipeline_model_parallel_size=2"), 2, 0.5, 0.5),
-    ],
-)
-def test_host_memory_of_a_checkpoint(overrides: tuple[str, ...], nodes: int, weights: float, states: float) -> None:
-    config, architecture = setting("lmpo_llama3_8b", *overrides)
-    whole = 32 * LAYER + 4096 + 2 * VOCABULARY
-    found = checkpoint_host_bytes(validate(config, architecture, 4 * nodes))
-    assert found == pytest.approx((2 * weights + 12 * states) * whole, rel=0.01)

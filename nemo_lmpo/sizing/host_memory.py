@@ -1,0 +1,79 @@
+"""Host memory of a node while a checkpoint is written from GPUs.
+
+What comes from a GPU goes through pinned blocks of the host's memory. PyTorch rounds each up to a power of two and
+keeps it for the next copy of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_lmpo.config.rules import ParallelLayout
+from nemo_lmpo.formats.lora_targets import projections_of
+from nemo_lmpo.sizing.flops import shape_of
+from nemo_lmpo.sizing.memory import estimate_memory, number_bytes, vocabulary_rows
+
+WRITERS = 2
+"""Files that a rank writes at the same time."""
+
+
+def background_bytes(layout: ParallelLayout) -> float:
+    """Pinned blocks of the busiest node for saves in the background: all that its ranks write, at the same time.
+
+    One rank of each replica group writes weights, and the optimizer's state if that is not sharded; each rank writes
+    its own shard otherwise, and with `model.fsdp` of weights, too.
+    """
+    config = layout.config
+    memory, devices, size = estimate_memory(layout), config.trainer.devices, number_bytes(config)
+    # What is trained has float32 gradients; with adapters these alone are written.
+    weights = memory.gradients / 4 * size * _rounding(layout, size)
+    states = memory.optimizer * _rounding(layout, 4)
+    if config.model.fsdp:
+        main = memory.gradients * _rounding(layout, 4) if size == 2 else 0.0
+        return devices * (weights + main + states)
+    # Ranks count through tensor parallelism first, then the replicas of one stage.
+    tensor = config.model.tensor_model_parallel_size
+    writes = [rank // tensor % layout.replicas == 0 for rank in range(layout.world_size)]
+    first = max(sum(writes[start : start + devices]) for start in range(0, len(writes), devices))
+    if config.optim.use_distributed_optimizer:
+        return first * weights + devices * states
+    return first * (weights + states)
+
+
+def foreground_bytes(layout: ParallelLayout) -> float:
+    """The same for saves that training waits for: a block of each size that occurs, a writer."""
+    sizes = {number_bytes(layout.config), 4}
+    blocks = {block_bytes(count * size) for count, _ in _tensors(layout) for size in sizes}
+    return layout.config.trainer.devices * WRITERS * sum(blocks)
+
+
+def block_bytes(size: float) -> int:
+    """The pinned block that PyTorch takes for so many bytes: the next power of two."""
+    return 1 << max(0, int(size - 1).bit_length())
+
+
+def _rounding(layout: ParallelLayout, size: int) -> float:
+    """Bytes of the blocks over those of the tensors, for numbers of ``size`` bytes."""
+    tensors = list(_tensors(layout))
+    needed = sum(count * size * times for count, times in tensors)
+    return sum(block_bytes(count * size) * times for count, times in tensors) / needed
+
+
+def _tensors(layout: ParallelLayout) -> Iterator[tuple[int, int]]:
+    """Numbers of each tensor that a rank writes, and how many there are.
+
+    Ranks that share the optimizer's state alone cut its tensors in few places, and are counted as if in none.
+    """
+    config, shape = layout.config, shape_of(layout.architecture)
+    model, shards = config.model, max(layout.replicas, 1) if config.model.fsdp else 1
+    tensor, layers = model.tensor_model_parallel_size, layout.architecture.num_layers
+    stage = -(-layers // model.pipeline_model_parallel_size)
+    if model.peft.name is not None:
+        for count in (shape.hidden, shape.ffn // tensor):
+            yield -(-count * model.peft.rank // shards), stage * len(projections_of(model.peft.target_modules))
+        return
+    for columns in (shape.query + shape.key_value, shape.query, *[shape.ffn] * (3 if shape.gated else 2)):
+        yield -(-columns * shape.hidden // (tensor * shards)), stage
+    yield -(-shape.hidden // shards), 2 * stage
+    ends = 1 if shape.tied or model.pipeline_model_parallel_size > 1 else 2
+    yield -(-int(vocabulary_rows(model, layout.architecture)) * shape.hidden // shards), ends
