@@ -14,7 +14,6 @@ import queue
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.threads import thread_pool
 
 WORTH_TWO_WRITERS = 2**28
 """Bytes of a rank's share; of less, one file is written before a second writer has begun."""
@@ -196,7 +196,7 @@ class _Writers:
             engine: where megatron-core looks for the place of every item, or for an error.
         """
         started = time.monotonic()
-        with ThreadPoolExecutor(len(buckets)) as pool:
+        with thread_pool(len(buckets), "writer") as pool:
             files = [pool.submit(_write_file, Path(path), name, *items) for path, name, items in buckets]
         try:
             found = [file.result() for file in files]
@@ -240,7 +240,6 @@ def _on_host(tensor: Tensor) -> Tensor:
         return tensor
     import torch
 
-    torch.cuda.set_device(tensor.device)  # a new thread would make a context on GPU 0
     copy = tensor.to("cpu", non_blocking=True)
     torch.cuda.current_stream().synchronize()
     return copy
