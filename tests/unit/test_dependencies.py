@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -103,3 +103,19 @@ def test_installed_versions_are_allowed_versions() -> None:
         except PackageNotFoundError:
             continue
         assert requirement.specifier.contains(found, prereleases=True), f"{name} {found} is not {requirement}"
+
+
+@pytest.mark.parametrize("path", ["constraints.txt", "constraints-latest.txt"])
+def test_everything_that_is_installed_is_pinned(path: str) -> None:
+    """By `make constraints`, which says when: what a requirement asks for, and what that needs."""
+    text = (ROOT / path).read_text()
+    assert re.search(r"^# Made by `make constraints` on 20\d\d-\d\d-\d\d\.$", text, re.MULTILINE)
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in text.splitlines() if "==" in line}
+    for name in [*DECLARED, *OPTIONAL]:
+        if name not in ("transformer-engine", "nemo-lmpo"):  # by hand, and the project itself
+            assert name in pinned, name
+    for name in set(DECLARED) & pinned:
+        for line in requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": "", "platform_system": "Linux"}):
+                assert canonicalize_name(needed.name) in pinned, f"{name} needs {needed.name}"
