@@ -20,6 +20,7 @@ from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.formats.architecture import architecture_to_hf
 from nemo_lmpo.formats.chat_files import renders_with_default
 from nemo_lmpo.formats.conversion import tensor_names
+from nemo_lmpo.formats.export_record import check_weights
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.model_files import ModelFiles
 
@@ -44,7 +45,12 @@ class Prompting:
     """Tokens that end a response."""
 
     def load(self, device: str, dtype: torch.dtype) -> Generator:
-        """The same with the weights."""
+        """The same with the weights.
+
+        Raises:
+            CheckpointError: they are not those that were exported.
+        """
+        check_weights(self.directory)
         return Generator(**vars(self), model=transformers_model(self.files, dtype).to(device).eval())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.formats.export_record import check_weights
 from nemo_lmpo.runtime.files import file_stamp, read_json, write_json
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def weights_hash(
         before = read_json(kept)
         if before["files"] == stamp:
             return str(before["sha256"])
+    check_weights(path)
     digest = _hash_tensors(files, progress)
     write_json(kept, {"files": stamp, "sha256": digest})
     return digest

@@ -29,9 +29,8 @@ from nemo_lmpo.formats.distributed_reader import (
     stored_pieces,
 )
 from nemo_lmpo.runtime import run_files
-from nemo_lmpo.runtime.files import file_checksum, read_small, replace_file
+from nemo_lmpo.runtime.files import CHECKSUM, file_checksum, read_small, replace_file
 
-ALGORITHM = "xxh3_128"
 STEP_KEY = "train_step"
 """Under this name the state's own `common.pt` tells its step, so that a state of another step is noticed."""
 
@@ -60,7 +59,7 @@ def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) 
     names = files_of(directory)
     content: dict[str, Any] = {
         "version": FORMAT_VERSION,
-        "algorithm": ALGORITHM,
+        "algorithm": CHECKSUM,
         "files": {name: (directory / name).stat().st_size for name in names},
         "checksums": {name: known.get(name) or file_checksum(directory / name) for name in names},
     }
@@ -159,7 +158,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if missing:
         raise DamageError(f"{run_files.MANIFEST} does not list {missing[0]}")
     if content["version"] > 1 and (
-        content.get("algorithm") != ALGORITHM or content["files"].keys() != content.get("checksums", {}).keys()
+        content.get("algorithm") != CHECKSUM or content["files"].keys() != content.get("checksums", {}).keys()
     ):
         raise DamageError(f"{run_files.MANIFEST} does not hold a checksum of every file")
     return content

@@ -133,6 +133,7 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def _hf_to_nemo(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.conversion import plan, tokens_not_in_nemo, write_nemo
+    from nemo_lmpo.formats.export_record import check_weights
     from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.formats.nemo import nemo_applies_other_scaling
 
@@ -144,6 +145,7 @@ def _hf_to_nemo(options: argparse.Namespace) -> int:
     work = plan(model, options.output, options.dtype)
     if not _ready(work, [path], options):
         return 0
+    check_weights(path)
     if nemo_applies_other_scaling(model.architecture):
         _say(
             f"warning: NeMo reads this model's rotary scaling ({model.architecture.rope_scaling}) from 2.2 on; "
@@ -187,6 +189,7 @@ def _nemo_to_hf(options: argparse.Namespace) -> int:
 
 def _adapter_to_peft(options: argparse.Namespace) -> int:
     from nemo_lmpo.formats.adapters import named_base, write_peft
+    from nemo_lmpo.formats.export_record import write_record
     from nemo_lmpo.formats.model_files import adapter_side_files, open_adapters
     from nemo_lmpo.formats.outputs import check_output, complete_or_not_at_all
 
@@ -198,6 +201,7 @@ def _adapter_to_peft(options: argparse.Namespace) -> int:
     if not options.dry_run:
         with complete_or_not_at_all(options.output, overwrite=options.overwrite) as directory:
             write_peft(directory, adapters, architecture, files)
+            write_record(directory)
         _say(f"wrote {options.output}: adapters of rank {adapters.description.rank} for {base}")
     if Path(base).exists() and not (Path(base) / "config.json").is_file():
         _say(f"warning: peft loads no {base}; convert it, and name the result in adapter_config.json")
@@ -215,10 +219,12 @@ def _verify(
     hf: Path, nemo: Path, options: argparse.Namespace, *, config: Path | None = None, tensors_only: bool = False
 ) -> int:
     from nemo_lmpo.convert.verify import verify_models
+    from nemo_lmpo.formats.export_record import check_weights
     from nemo_lmpo.formats.model_files import open_model
 
     reference = open_model(hf)
     _expect(reference, "huggingface", "--hf takes a Hugging Face model")
+    check_weights(hf)
     converted = open_model(nemo, config=config)
     with _progress(len(reference.source.names()), options.quiet, "comparing") as advance:
         result = verify_models(

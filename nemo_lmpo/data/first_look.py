@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.encode import EncodedRow, Encoder
-from nemo_lmpo.data.hub import cache_only, is_cached_dataset
+from nemo_lmpo.data.hub import cache_only, downloaded_tokenizer, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
 from nemo_lmpo.data.rows.parse import parse_preference
@@ -21,6 +21,7 @@ from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.summary import shown_names
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.runtime.files import is_hub_name
 
 FIRST_ROWS = 16
 MOST_SKIPPED = 10_000
@@ -158,10 +159,12 @@ def look_at_tokenizer(
     from nemo_lmpo.data.preference import pair_encoder
     from nemo_lmpo.data.tokenizer import chat_template_text, check_vocabulary, load_tokenizer
 
-    if not name.startswith(BUILTIN_PREFIX) and not Path(name).expanduser().is_dir():
+    here = name.startswith(BUILTIN_PREFIX) or Path(name).expanduser().is_dir()
+    folder = None if here or not is_hub_name(name, owner=False) else downloaded_tokenizer(name)
+    if not here and folder is None:
         if template is None and config.chat_template is not None:
             chat_template_text(config.chat_template, None)
         return None
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name if here else str(folder), trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, vocab_size)
     return pair_encoder(config, tokenizer, template)

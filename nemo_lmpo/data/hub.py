@@ -50,6 +50,19 @@ def downloaded_dataset(name: str) -> Path | None:
         return None
 
 
+def downloaded_tokenizer(name: str) -> Path | None:
+    """The folder in the hub's cache with a tokenizer's files; None if it has none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):  # not there, not readable, a name that the hub has not
+        return None
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    return folder if any((folder / file).is_file() for file in files) else None
+
+
 def is_cached_dataset(name: str) -> bool:
     """Whether a dataset of the hub is on this machine, fetched by `hf download` or by `datasets`."""
     import datasets

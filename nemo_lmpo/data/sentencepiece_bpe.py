@@ -6,6 +6,8 @@ SentencePiece does and, for Mistral directories, loses the space in front of a t
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -104,7 +106,34 @@ def _read_pieces(path: Path) -> Any:
         ) from None
     if pieces.bos_id() < 0 or pieces.eos_id() < 0:
         raise ConfigError(f"{path} has no BOS or EOS; use a tokenizer directory with tokenizer.json")
+    unused = [pieces.IdToPiece(number) for number in range(pieces.GetPieceSize()) if pieces.IsUnused(number)]
+    if unused:
+        raise ConfigError(
+            f"{path} has pieces that it never gives, such as {shown(unused[0])}; use a tokenizer directory with "
+            "tokenizer.json"
+        )
     return pieces
+
+
+def _user_defined(pieces: Any) -> list[str]:
+    """Pieces that SentencePiece finds in a text before it merges anything, such as Mistral's `[REFERENCE_DOC_1]`."""
+    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # has no types
+    found = model.ModelProto.FromString(pieces.serialized_model_proto()).pieces
+    return [piece.piece for piece in found if piece.type == model.ModelProto.SentencePiece.USER_DEFINED]
+
+
+def _prefixed(symbols: list[str]) -> Any:
+    """Puts a space in front of a text, but not of a symbol by itself.
+
+    Symbols are found in the text behind this normalizer, which is applied to them as well. A text that is one symbol
+    and nothing else has no space in front then, where SentencePiece gives one.
+    """
+    from tokenizers import Regex, normalizers
+
+    if not symbols:
+        return normalizers.Prepend(SPACE)
+    alone = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
+    return normalizers.Replace(Regex(rf"\A(?!(?:{alone})\z)(?=[\s\S])"), SPACE)
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
@@ -156,11 +185,16 @@ def _build_backend(
             byte_fallback=True,
         )
     )
-    space = normalizers.Replace(" ", SPACE)
+    space, symbols = normalizers.Replace(" ", SPACE), _user_defined(pieces)
     if not prefix:
         backend.normalizer = space
     elif after_special:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), space])
+        backend.normalizer = normalizers.Sequence([_prefixed(symbols), space])
+    elif symbols:
+        raise ConfigError(
+            f"tokenizer.model has symbols of its own, such as {shown(symbols[0])}, which cannot be found as "
+            "SentencePiece finds them with legacy=false; use a tokenizer directory with tokenizer.json"
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
@@ -170,6 +204,8 @@ def _build_backend(
     for _, token in sorted(tokens.items()):
         # Found in the text itself: what is done to the text comes after.
         backend.add_tokens([tokenizers.AddedToken(**vars(token), normalized=False)])
+    given = {token.content for token in added.values()}
+    backend.add_tokens([tokenizers.AddedToken(one, normalized=True) for one in symbols if one not in given])
     return backend
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.cache import user_path
-from nemo_lmpo.data.hub import cache_only_without_network
+from nemo_lmpo.data.hub import cache_only_without_network, downloaded_tokenizer
 from nemo_lmpo.data.read import BUILTIN_PREFIX
 from nemo_lmpo.data.sentencepiece_bpe import load_sentencepiece_directory
 from nemo_lmpo.data.templates import RELEASED_TEMPLATES, TEMPLATES
@@ -44,6 +45,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     try:
         with contextlib.nullcontext() if directory.is_dir() else cache_only_without_network():
+            if not directory.is_dir() and _has_sentencepiece_alone(name):
+                return load_tokenizer(str(downloaded_tokenizer(name)), trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if tokenizer is not None and len(tokenizer):
             tokenizer("a")  # some settings are looked at only now
@@ -56,6 +59,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if tokenizer is None or len(tokenizer) == 0:
         raise ConfigError(f"model.tokenizer={name} holds no vocabulary; the directory needs its tokenizer.json")
     return tokenizer
+
+
+def _has_sentencepiece_alone(name: str) -> bool:
+    """Whether a hub's tokenizer is a `tokenizer.model` without `tokenizer.json`; brings it to this machine."""
+    from huggingface_hub import snapshot_download
+
+    from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
+
+    folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_PATTERNS)))
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _builtin(name: str) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ import yaml
 from nemo_lmpo.errors import CheckpointError, UserError
 from nemo_lmpo.formats.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
+from nemo_lmpo.formats.export_record import write_record
 from nemo_lmpo.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
 from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles, open_model
@@ -194,6 +195,7 @@ def write_huggingface(
         write_safetensors(
             temporary, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress
         )
+        write_record(temporary)
         add_files(temporary)
         sink.close()
 
@@ -202,7 +204,7 @@ def holds(plan: Conversion) -> bool:
     """Whether the output is a model with the very weights that would be written."""
     model, dtype = plan.model, plan.dtype
     try:
-        there = open_model(plan.output)
+        there = open_model(plan.output, as_written=False)
     except UserError:
         return False
     return there.architecture == model.architecture and all(
@@ -223,6 +225,7 @@ def renew_side_files(plan: Conversion) -> None:
         if not (output / name).is_file() or (output / name).read_bytes() != content:
             (output / name).parent.mkdir(exist_ok=True)
             replace_file(output / name, content)
+    write_record(output)
 
 
 def hf_files(plan: Conversion) -> dict[str, bytes]:

@@ -71,9 +71,10 @@ def _from_hub(name: str, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from nemo_lmpo.formats.export_record import RECORD
     from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
 
-    patterns = ["model*.safetensors", "model.safetensors.index.json", "adapter*", *TOKENIZER_PATTERNS]
+    patterns = ["model*.safetensors", "model.safetensors.index.json", "adapter*", RECORD, *TOKENIZER_PATTERNS]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from nemo_lmpo.formats.architecture import (
 from nemo_lmpo.formats.archive import CheckpointFiles, DirectoryFiles, TarFiles, own_file
 from nemo_lmpo.formats.chat_files import with_chat
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+from nemo_lmpo.formats.export_record import check_record
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
@@ -72,16 +73,21 @@ class ModelFiles:
             path.write_bytes(read())
 
 
-def open_model(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> ModelFiles:
+def open_model(
+    path: Path, *, config: Path | None = None, tokenizer: Path | None = None, as_written: bool = True
+) -> ModelFiles:
     """Open ``path`` and check names and shapes of all tensors, without reading them.
 
     ``config`` is a Hugging Face `config.json` (or a directory with one, or a NeMo `model_config.yaml`) and
     ``tokenizer`` a directory of tokenizer files; both replace what the checkpoint itself has, and bare
-    megatron-core checkpoints need the first.
+    megatron-core checkpoints need the first. ``as_written``: a directory that was exported here has to be as it was
+    (:mod:`nemo_lmpo.formats.export_record`).
 
     Raises:
         CheckpointError: nothing there, another format, or damaged; the message says which.
     """
+    if as_written and path.is_dir():
+        check_record(path)
     model = _open(path, config)
     check_architecture(model.architecture)
     if tokenizer is not None:

@@ -159,6 +159,10 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+CHECKSUM = "xxh3_128"
+"""The algorithm of :func:`file_checksum`, as files name it."""
+
+
 def file_checksum(path: Path) -> str:
     """XXH3 of a file's bytes, 128 bits: as fast as they are read, against damage and not against forgery.
 

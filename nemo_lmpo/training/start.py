@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.checkpoint.agreement import from_all_ranks, on_main_rank
 from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.schema import Config
@@ -17,6 +17,7 @@ from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.template_day import without_day
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
 from nemo_lmpo.errors import CheckpointError, ConfigError, counted
+from nemo_lmpo.formats.export_record import changed_weights
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
@@ -88,13 +89,17 @@ def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: Ru
 
 
 def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: StartModel, seed: int) -> None:
-    """Fill a model with the start's weights; each rank reads its own part. Communicates: a number over all ranks.
+    """Fill a model with the start's weights; each rank reads its own part. Communicates: small objects over all ranks.
 
     Raises:
-        CheckpointError: the start cannot be read, or holds NaN or infinity.
+        CheckpointError: the start cannot be read, is an export that was changed since, or holds NaN or infinity.
     """
     if base.path is not None:
         source: TensorSource = open_model(base.path).source
+        share = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for reason in from_all_ranks(changed_weights(base.path, share)):
+            if reason is not None:
+                raise CheckpointError(reason)
     else:
         source = RandomSource(base.architecture, seed)
     load_model_weights(

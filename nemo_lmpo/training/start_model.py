@@ -10,10 +10,9 @@ from typing import Any
 
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.errors import CheckpointError, ConfigError
-from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf, read_architecture
+from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.start_model import StartModel
-from nemo_lmpo.runtime import run_files
 
 SIZES = (
     "vocab_size",
@@ -79,10 +78,10 @@ def _open(path: Path) -> tuple[Architecture, Path]:
     """The architecture, and a directory with config and tokenizer."""
     from nemo_lmpo.formats.model_files import open_model
 
-    if (path / "config.json").is_file() and not (path / run_files.ARCHITECTURE).exists():
-        return read_architecture(path), path
-    # The other forms keep these files in places where transformers does not look, a `.nemo` inside the archive.
     model = open_model(path)
+    if model.kind == "huggingface":
+        return model.architecture, path
+    # The other forms keep these files in places where transformers does not look, a `.nemo` inside the archive.
     directory = Path(tempfile.mkdtemp(prefix="nemo_lmpo_start_"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     model.save_sidecars(directory)

@@ -34,6 +34,8 @@ class Hub:
     """Large files by their SHA-256."""
     uploads: list[str] = field(default_factory=list)
     """SHA-256 of each object that came whole, in order."""
+    echoes: bool = False
+    """Answer a refused request with the token that it carried."""
     cut_uploads: int = 0
     """Read half of so many more uploads, then close the connection."""
     cut_commits: int = 0
@@ -138,7 +140,8 @@ def _handler(hub: Hub) -> type[JsonHandler]:
         def _may(self) -> bool:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if token not in (TOKEN, READER):
-                self.send_json(401, {"error": "Invalid username or password."})
+                more = f" {self.headers.get('Authorization')}" if hub.echoes else ""
+                self.send_json(401, {"error": f"Invalid username or password.{more}"})
             elif token == READER and self.command == "POST" and "validate" not in self.path:
                 self.send_json(_REFUSED, {"error": "This token has no write permission."})
             else:

@@ -79,6 +79,37 @@ def test_the_command_pushes_every_byte(run: Path, hub: Hub, capsys: pytest.Captu
     assert hub.uploads.count(hashlib.sha256(weights).hexdigest()) == 1
 
 
+SEEN_IN_PROCESSES = """
+import runpy, sys
+def note(event, arguments):
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system"):
+        with open({path!r}, "a") as file:
+            file.write(repr((event, arguments[:2])) + "\\n")
+sys.addaudithook(note)
+sys.argv = ["nemo-lmpo export", *{arguments!r}]
+runpy.run_module("nemo_lmpo.export", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_token_is_in_no_file_no_line_and_no_argument(run: Path, hub: Hub, tmp_path: Path, accepted: bool) -> None:
+    token = TOKEN if accepted else "hf_canaryThatTheHubEchoes"
+    hub.echoes = True
+    home = tmp_path / "home"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_HUB_VERBOSITY": "debug"}
+    program = SEEN_IN_PROCESSES.format(path=str(tmp_path / "processes"), arguments=[str(run), "--push-to-hub", NAME])
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is accepted, done.stderr
+    assert bool(hub.files) is accepted
+    assert token not in done.stdout + done.stderr
+    left = [path for folder in (run, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert run / "huggingface" / "README.md" in left
+    assert [path for path in left if token.encode() in path.read_bytes()] == []
+    assert not any(token.encode() in content for content in hub.files.values())
+
+
 def test_an_upload_that_is_cut_is_sent_again(run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.cut_uploads = 1
     assert pushes(run, NAME, capsys)[0] == 0  # the client tries again by itself

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf
+from nemo_lmpo.formats.export_record import RECORD
 from tests.unit.formats import tiny_models as tiny
 
 
@@ -31,7 +32,8 @@ def _same_tensors(left: Path, right: Path) -> None:
 
 def _same_side_files(left: Path, right: Path) -> None:
     def content(directory: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in directory.iterdir() if "safetensors" not in path.name}
+        kept = (path for path in directory.iterdir() if "safetensors" not in path.name and path.name != RECORD)
+        return {path.name: path.read_bytes() for path in kept}
 
     expected = content(left)
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= expected.keys()

@@ -17,7 +17,7 @@ def message_row(prompt, chosen, rejected, **more):
     }
 
 
-def package_file(package, *parts):
+def package_file(package: str, *parts: str) -> Path:
     """A data file of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_lmpo.compare import main as compare
 from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.slurm.submit import Submission, check
 from nemo_lmpo.train import main
@@ -169,8 +171,29 @@ def test_a_model_in_the_hubs_cache_is_looked_at(tmp_path: Path, monkeypatch: pyt
     overrides = ["model.restore_from_path=owner/model"]
     # Of a model that is not all there, nothing is said.
     assert preflight(load_recipe("lmpo_tiny", overrides), 1, fetch=False).base.path is None
-    (snapshot / "model.safetensors").write_bytes(b"")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(snapshot)).save_pretrained(snapshot)
     base = preflight(load_recipe("lmpo_tiny", [*overrides, "model.architecture=null"]), 1, fetch=False).base
     assert (base.architecture.vocab_size, base.path) == (97, snapshot)
     with pytest.raises(UserError, match=r"owner/model is another model .*hidden_size"):
         preflight(load_recipe("lmpo_tiny", [*overrides, "model.architecture.hidden_size=64"]), 1, fetch=False)
+    # What the start would refuse, the dry run refuses: adapters that transformers would add to the model.
+    (snapshot / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.restore_from_path: .* holds adapters beside a model"):
+        preflight(load_recipe("lmpo_tiny", [*overrides, "model.architecture=null"]), 1, fetch=False)
+
+
+def test_a_tokenizer_in_the_hubs_cache_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_the_network(monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    overrides = ["model.tokenizer=owner/tokens", "model.architecture.vocab_size=100"]
+    assert preflight(load_recipe("lmpo_tiny", overrides), 1, fetch=False).unseen == ("owner/tokens",)
+    root = tmp_path / "hub" / "models--owner--tokens"
+    snapshot = root / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("1" * 40)
+    load_tokenizer("builtin:tiny").save_pretrained(snapshot)
+    seen = preflight(load_recipe("lmpo_tiny", overrides), 1, fetch=False)
+    assert seen.unseen == ()
+    with pytest.raises(UserError, match="vocab"):
+        preflight(load_recipe("lmpo_tiny", [overrides[0], "model.architecture.vocab_size=10"]), 1, fetch=False)
