@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemo_lmpo.export.write import export_run
 from nemo_lmpo.formats import outputs
 from nemo_lmpo.formats.conversion import plan, write_huggingface, write_nemo
 from nemo_lmpo.formats.model_files import open_model
@@ -16,6 +18,7 @@ from nemo_lmpo.formats.outputs import check_output
 from tests.unit.checkpoint.runs import content
 from tests.unit.formats import tiny_models as tiny
 
+RUN = Path(__file__).parents[1] / "assets" / "written_by_a3f51bc" / "run"
 CALLS = ("fsync", "mkdir", "rename", "replace", "link", "unlink", "rmdir")
 KILLED = 9
 
@@ -51,6 +54,10 @@ def killed_at(point: int, work: Callable[[], object]) -> bool:
             for name in CALLS:
                 setattr(os, name, counted(getattr(os, name)))
             outputs._exchange = counted(outputs._exchange)
+            plain, counted_open = io.open, counted(io.open)
+            vars(io)["open"] = lambda file, mode="r", *more, **keywords: (
+                plain if mode in ("r", "rb") else counted_open
+            )(file, mode, *more, **keywords)
             work()
             os._exit(0)
         finally:
@@ -86,16 +93,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "exchange"), [*((case, True) for case in CASES), ("over Hugging Face", False)])
+CONVERSIONS = [*((case, True) for case in CASES), ("over Hugging Face", False)]
+
+
+@pytest.mark.parametrize(("case", "exchange"), CONVERSIONS)
 def test_a_kill_at_any_point_leaves_a_whole_output_or_the_old_one(
     case: str, exchange: bool, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, name, there, stride = CASES[case]
     if not exchange:
         monkeypatch.setattr(outputs, "_exchange", lambda first, second: False)
-    folder = tmp_path / "place"
+    kill_conversions(case, models, tmp_path / "place", stride=CASES[case][3], exchange=exchange)
+
+
+def kill_conversions(
+    case: str, models: dict[str, Path], folder: Path, *, stride: int, exchange: bool, every: bool = False
+) -> None:
+    """Kill a conversion at every ``stride``-th operation on files."""
+    given, name, there, _ = CASES[case]
     output = folder / name
-    before = None if there is None else state(models[there])
 
     def work() -> None:
         conversion = plan(open_model(models[given]), output)
@@ -107,7 +122,36 @@ def test_a_kill_at_any_point_leaves_a_whole_output_or_the_old_one(
         if there is not None:
             copied(models[there], output)
 
+    before = None if there is None else state(models[there])
+    kill(work, begin, output, before, stride=stride, exchange=exchange, repeats=there is not None, every=every)
+
+
+def kill(
+    work: Callable[[], object],
+    begin: Callable[[], None],
+    output: Path,
+    before: object,
+    *,
+    stride: int,
+    exchange: bool = True,
+    repeats: bool = True,
+    every: bool = False,
+) -> int:
+    """Kill ``work`` at every ``stride``-th operation on files; returns how many operations there are.
+
+    Args:
+        work: makes ``output``.
+        begin: makes its directory anew.
+        output: is whole or as ``before`` after each kill, and whole after the same work again.
+        before: content of the output then; None: there is none.
+        stride: 1 for every operation.
+        exchange: whether names can be exchanged in one step here.
+        repeats: whether the work may be done again over its own output.
+        every: do the work again after each kill, also where an earlier one left the same.
+    """
+    folder = output.parent
     begin()
+    beside = {path.name for path in folder.iterdir()} | {output.name}
     work()
     whole = state(output)
     point, hidden = 1 - stride, 0
@@ -119,25 +163,39 @@ def test_a_kill_at_any_point_leaves_a_whole_output_or_the_old_one(
         begin()
         killed = killed_at(point, work)
         found = state(output)
-        if found is None and there is not None:
+        if found is None and before is not None:
             hidden += 1
             assert not exchange, "the old output is gone and the new one is not there"
             check_output(output, [], overwrite=True)  # any command to the same place brings it back
             assert state(output) == before
         else:
             assert found in (before, whole), f"half an output at point {point}"
-        if found == whole and there is None:
-            assert not killed or [path.name for path in folder.iterdir()] == [name]
+        if found == whole and not repeats:
+            assert not killed or {path.name for path in folder.iterdir()} == beside
             continue
         left = (found == whole, *sorted(path.suffix for path in folder.iterdir()))
-        if left in seen and point % 5:  # a process that was killed a moment later leaves the same
+        if left in seen and point % 5 and not every:  # a process that was killed a moment later leaves the same
             continue
         seen.add(left)
         work()
         assert state(output) == whole
-        assert [path.name for path in folder.iterdir()] == [name]
+        assert {path.name for path in folder.iterdir()} == beside
     assert point > 3
     assert hidden <= 1
+    return point
+
+
+def kill_an_export(folder: Path, *, stride: int, every: bool = False) -> int:
+    """Kill the export of a run, its card and pictures included; and once more where the weights are there already."""
+
+    def begin() -> None:
+        copied(RUN, folder)
+
+    return kill(lambda: export_run(folder), begin, folder / "huggingface", None, stride=stride, every=every)
+
+
+def test_a_killed_export_of_a_run_is_completed_by_the_same_command(tmp_path: Path) -> None:
+    assert kill_an_export(tmp_path / "run", stride=31) > 40
 
 
 def clear(folder: Path) -> None:

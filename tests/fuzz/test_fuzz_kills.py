@@ -1,0 +1,25 @@
+"""Exports and conversions killed at every operation on files: the same command gives the same bits, nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_lmpo.formats import outputs
+from tests.system.test_killed_exports import CONVERSIONS, kill_an_export, kill_conversions, models
+
+__all__ = ["models"]
+
+
+@pytest.mark.parametrize(("case", "exchange"), CONVERSIONS)
+def test_a_conversion_killed_at_every_operation(
+    case: str, exchange: bool, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(outputs, "_exchange", lambda first, second: False)
+    kill_conversions(case, models, tmp_path / "place", stride=1, exchange=exchange, every=True)
+
+
+def test_an_export_of_a_run_killed_at_every_operation(tmp_path: Path) -> None:
+    assert kill_an_export(tmp_path / "run", stride=1, every=True) > 40
