@@ -13,8 +13,8 @@ import torch
 from nemo_lmpo.answers.answer import Answer
 from nemo_lmpo.answers.sampling import DEFAULT_NEW_TOKENS, MAX_SEED, Sampling
 from nemo_lmpo.answers.trained_model import open_trained, read_training_config, tokenizer_of
-from nemo_lmpo.data.chat import stop_ids
 from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.stops import stop_ids
 from nemo_lmpo.data.tokenizer import chat_template_text, padding_id
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.formats.architecture import architecture_to_hf

@@ -35,11 +35,9 @@ from nemo_lmpo.data.layout import (
 )
 from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message, RowError, text_of
 from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
 from nemo_lmpo.data.unused import UnusedFields, refuse_empty_answers
 from nemo_lmpo.errors import ConfigError, shown
-from nemo_lmpo.formats.architecture import parse_json
-from nemo_lmpo.formats.fields import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +118,32 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template does not take the messages.
         """
-        return self._render([with_system(messages, self.system_prompt)], inputs, generate=True)[0]
+        return self.generation_prompt(with_system(messages, self.system_prompt), inputs)
+
+    def whole(self, messages: list[Message], inputs: Inputs = PLAIN_INPUTS) -> str:
+        """A finished conversation, as it stands.
+
+        Raises:
+            TemplateRefusal: the template does not take the messages.
+        """
+        return self._render([messages], inputs)[0]
+
+    def generation_prompt(self, messages: list[Message], inputs: Inputs = PLAIN_INPUTS) -> str:
+        """The generation prompt behind messages, as they stand.
+
+        Raises:
+            TemplateRefusal: the template does not take the messages.
+        """
+        return self._render([messages], inputs, generate=True)[0]
+
+    def header_of(self, prompt: str) -> str:
+        """How a finished conversation goes up to its answer, where its generation prompt is ``prompt``."""
+        _, _, cut, added = self._plain
+        return prompt[: len(prompt) - len(cut)] + added if prompt.endswith(cut) else prompt
+
+    def left_out(self, messages: list[Message], row: ConversationRow, text: str) -> tuple[str, ...]:
+        """Names of what the template leaves out of a conversation that it rendered as ``text``."""
+        return self._unused.of_conversation(messages, row, text)
 
     def _rendered(self, rows: Sequence[PreferenceRow], inputs: Inputs) -> list[RenderedPair | RowError]:
         if not rows:
@@ -359,21 +382,3 @@ def with_system(prompt: list[Message], system_prompt: str | None) -> list[Messag
 def assistant(text: str) -> Message:
     """A message of the assistant."""
     return {"role": "assistant", "content": text}
-
-
-def stop_ids(chat: ChatFormat, generation_config: bytes | None, origin: str) -> list[int]:
-    """Tokens that end an answer: EOS, the template's end of turn, and what a model's own generation config names.
-
-    Args:
-        chat: template and tokenizer.
-        generation_config: the model's `generation_config.json` if it has one.
-        origin: names the model in errors.
-
-    Raises:
-        CheckpointError: the generation config is damaged.
-    """
-    found = {chat.tokenizer.eos_token_id, chat.end_of_turn_id()}
-    place = f"{origin}: generation_config.json"
-    named = Fields(parse_json(generation_config or b"{}", place), place).values.get("eos_token_id")
-    found.update(named if isinstance(named, list) else [named])
-    return sorted(token for token in found if isinstance(token, int))

@@ -9,10 +9,11 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.chat import ChatFormat
+from nemo_lmpo.data.conversations import ConversationEncoder
 from nemo_lmpo.data.layout import CONVERSATION
 from nemo_lmpo.data.messages import Inputs, Message, RowError
 from nemo_lmpo.data.render import TemplateRefusal
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow, Row
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.chat_record import ChatRecord
@@ -32,11 +33,13 @@ _TAIL_LETTERS = 256
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of one pair and whether anything was cut off."""
+    """Token ids of one row and whether anything was cut off."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
-    rejected_ids: list[int]
+    """Of a conversation all from the first token that is predicted to the last."""
+    rejected_ids: list[int] | None
+    """None: a conversation."""
     prompt_cut: bool
     response_cut: bool
     special_tokens: bool = False
@@ -45,11 +48,13 @@ class EncodedRow:
     """How the chat template's text differs from the row, or from what a model is prompted with."""
     lost: tuple[str, ...] = ()
     """What of the row is not in the ids: the chat template does not render it, or nothing uses it."""
+    spans: list[int] | None = None
+    """Start and stop of each span of ``chosen_ids`` that is predicted, one behind the other; None: all of them are."""
 
 
 @dataclass(eq=False)
 class Encoder(ABC):
-    """Renders and tokenizes pairs, within bounds of length.
+    """Renders and tokenizes rows, within bounds of length.
 
     Raises:
         ConfigError: lengths that leave no room, or a template or tokenizer that cannot be used.
@@ -67,6 +72,8 @@ class Encoder(ABC):
     """A system message for conversations that have none."""
     prompt_from: str = CONVERSATION
     """As `data.prompt_from`."""
+    predict: str = "assistant"
+    """As `data.predict`."""
     special: InitVar[SpecialTokens | None] = None
     """What becomes of special tokens in the texts."""
 
@@ -81,15 +88,26 @@ class Encoder(ABC):
     @property
     def settings(self) -> list[object]:
         """What decides the ids, beside the tokenizer."""
-        return [self.template, self.system_prompt, self.max_length, self.max_prompt_length, self.prompt_from]
+        lengths = [self.max_length, self.max_prompt_length]
+        return [self.template, self.system_prompt, *lengths, self.prompt_from, self.predict]
 
     @abstractmethod
     def record(self) -> ChatRecord:
         """What every later use of the model has to do alike."""
 
-    @abstractmethod
-    def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
+    def encode(self, rows: Sequence[Row]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
+        pairs = iter(self._encode_pairs([row for row in rows if isinstance(row, PreferenceRow)]))
+        conversations = iter(self._encode_conversations([row for row in rows if isinstance(row, ConversationRow)]))
+        return [next(pairs if isinstance(row, PreferenceRow) else conversations) for row in rows]
+
+    @abstractmethod
+    def _encode_pairs(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
+        """Token ids of each pair, or why it cannot be used."""
+
+    @abstractmethod
+    def _encode_conversations(self, rows: Sequence[ConversationRow]) -> list[EncodedRow | RowError]:
+        """Token ids of each conversation, or why it cannot be used."""
 
     def _recorded(self, chat: ChatFormat, *, adds_bos: bool) -> ChatRecord:
         """``adds_bos``: whether prompts get a BOS where the template writes none."""
@@ -141,9 +159,34 @@ class Encoder(ABC):
             return RowError("empty response", "a response has no tokens")
         return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special, notes, lost)
 
+    def bounded_conversation(
+        self,
+        prompt: list[int],
+        ids: list[int],
+        spans: Sequence[tuple[int, int]],
+        special: bool,
+        notes: tuple[str, ...],
+        lost: tuple[str, ...],
+    ) -> EncodedRow | RowError:
+        """A conversation within the bounds of length, up to the last token that is predicted."""
+        if not prompt:
+            return RowError("empty prompt", "the conversation has no tokens")
+        long = len(prompt) + len(ids) > self.max_length
+        prompt_cut = long and len(prompt) > self.max_prompt_length
+        if prompt_cut:
+            prompt = self._end_of_prompt(prompt)
+        room = self._room(prompt)
+        kept = [(start, min(stop, room)) for start, stop in spans if start < min(stop, room)]
+        if not kept:
+            detail = f"nothing that is predicted is left in the tokens that data.max_length={self.max_length} allows"
+            return RowError("nothing to predict", detail)
+        whole = None if kept == [(0, len(ids))] else [border for span in kept for border in span]
+        cut = len(prompt) + len(ids) > self.max_length
+        return EncodedRow(prompt, ids[: kept[-1][1]], None, prompt_cut, cut, special, notes, lost, whole)
+
 
 class PairEncoder(Encoder):
-    """Tokenizes what the chat template makes of a pair.
+    """Tokenizes what the chat template makes of a pair; conversations alike.
 
     ``prompt_ids + response_ids`` is the tokenization of the whole conversation wherever its first tokens are the
     prompt's; where prompt and response would merge into one token, the response is tokenized on its own.
@@ -160,18 +203,21 @@ class PairEncoder(Encoder):
         self._adds_bos = self._bos is not None and self.tokenizer("a")["input_ids"][:1] == [self._bos]
         self._begins_with_space = self._tokenize(["a b"])[0][-1:] == self._tokenize(["b"])[0]
         self._turn_marks = _turn_marks(self.tokenizer)
+        self._conversations = ConversationEncoder(self, self.predict)
 
     def record(self) -> ChatRecord:
         """What every later use of the model has to do alike."""
         return self._recorded(self.chat, adds_bos=self._adds_bos)
 
-    def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
-        """Token ids of each row, or why it cannot be used."""
+    def _encode_conversations(self, rows: Sequence[ConversationRow]) -> list[EncodedRow | RowError]:
+        return self._conversations.encode(rows)
+
+    def _encode_pairs(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         checked = [self.special_tokens.checked(row) for row in rows]
         rendered = iter(self.chat.render([row for row in checked if isinstance(row, PreferenceRow)]))
         results = [row if isinstance(row, RowError) else next(rendered) for row in checked]
         good = [texts for texts in results if not isinstance(texts, RowError)]
-        prompts = self._prompts([texts.prompt for texts in good])
+        prompts = self.beginnings([texts.prompt for texts in good])
         tails = self._tails([texts.prompt for texts in good], prompts)
         chosen = self._responses(tails, [texts.chosen for texts in good])
         rejected = self._responses(tails, [texts.rejected for texts in good])
@@ -180,7 +226,7 @@ class PairEncoder(Encoder):
             for row, texts in zip(rows, results, strict=True)
             if not isinstance(texts, RowError)
         ]
-        prompts = [self._with_one_bos(prompt) for prompt in prompts]
+        prompts = [self.with_one_bos(prompt) for prompt in prompts]
         notes, lost = [texts.notes for texts in good], [texts.lost for texts in good]
         encoded = iter(
             [self._bounded(*ids) for ids in zip(prompts, chosen, rejected, special, notes, lost, strict=True)]
@@ -197,8 +243,8 @@ class PairEncoder(Encoder):
             except TemplateRefusal as error:
                 text = RowError("refused by the chat template", f"the chat template refuses the prompt: {error}")
             results.append(text)
-        ids = iter(self._prompts([text for text in results if isinstance(text, str)]))
-        return [text if isinstance(text, RowError) else self._with_one_bos(next(ids)) for text in results]
+        ids = iter(self.beginnings([text for text in results if isinstance(text, str)]))
+        return [text if isinstance(text, RowError) else self.with_one_bos(next(ids)) for text in results]
 
     def _in_bulk(self, texts: list[str], alone: Callable[[int], list[int]]) -> list[list[int]]:
         """Ids of texts, in one call but for those much longer than may be kept: ``alone`` gives one's, by its place."""
@@ -206,7 +252,7 @@ class PairEncoder(Encoder):
         short = iter(self._tokenize([text for text, whole in zip(texts, fits, strict=True) if whole]))
         return [next(short) if whole else alone(place) for place, whole in enumerate(fits)]
 
-    def _prompts(self, texts: list[str]) -> list[list[int]]:
+    def beginnings(self, texts: list[str]) -> list[list[int]]:
         """Ids of each prompt; of one that is much longer than may be kept, its BOS and more of its end than that."""
         return self._in_bulk(texts, lambda place: self._end_of(texts[place]))
 
@@ -247,16 +293,26 @@ class PairEncoder(Encoder):
         return 0
 
     def _responses(self, tails: list[tuple[str, list[int]]], texts: list[str]) -> list[list[int]]:
+        return [self.ended(ids, last=True) for ids in self._behind(tails, texts)]
+
+    def ended(self, ids: list[int], *, last: bool) -> list[int]:
+        """A response with one end of turn; of the ``last`` one EOS is put behind it where the template writes none."""
+        if last and self.chat.append_eos:
+            ids = [*ids, self._end]
+        while ids[-2:] == [self._end, self._end]:  # the data's text ended with the token already
+            ids = ids[:-1]
+        return ids
+
+    def continuations(self, texts: list[str], ids: list[list[int]], more: list[str]) -> list[list[int]]:
+        """Ids of what follows each text, whose own ids are known."""
+        return self._behind(self._tails(texts, ids), more)
+
+    def _behind(self, tails: list[tuple[str, list[int]]], texts: list[str]) -> list[list[int]]:
         wholes = [tail + text for (tail, _), text in zip(tails, texts, strict=True)]
         bulk = self._in_bulk(wholes, lambda place: self._beginning_of(wholes[place], len(tails[place][1]) + self._kept))
         responses = []
         for (_, tail_ids), text, ids in zip(tails, texts, bulk, strict=True):
-            response = ids[len(tail_ids) :] if ids[: len(tail_ids)] == tail_ids else self._alone(text)
-            if self.chat.append_eos:
-                response = [*response, self._end]
-            while response[-2:] == [self._end, self._end]:  # the data's text ended with the token already
-                response = response[:-1]
-            responses.append(response)
+            responses.append(ids[len(tail_ids) :] if ids[: len(tail_ids)] == tail_ids else self._alone(text))
         return responses
 
     def _beginning_of(self, text: str, wanted: int) -> list[int]:
@@ -278,7 +334,7 @@ class PairEncoder(Encoder):
                 return ids[len(before) :]
         return self._beginning_of(response, self._kept)
 
-    def _with_one_bos(self, ids: list[int]) -> list[int]:
+    def with_one_bos(self, ids: list[int]) -> list[int]:
         """One BOS if the template wrote any or the tokenizer would add one, else none."""
         if self._bos is None:
             return ids

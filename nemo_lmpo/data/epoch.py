@@ -97,13 +97,16 @@ class Epoch:
 
 
 class Lengths:
-    """Tokens of prompt, chosen and rejected of each pair: an ``[N, 3]`` array that is looked up, not held.
+    """Tokens of prompt, chosen and rejected of each example: an ``[N, 3]`` array that is looked up, not held.
+
+    Where examples have one response, the last column is 0.
 
     Index it as an array's first axis; ``numpy.asarray`` gives the whole.
     """
 
-    def __init__(self, epoch: Epoch) -> None:
+    def __init__(self, epoch: Epoch, num_responses: int = 2) -> None:
         self._epoch = epoch
+        self._num_responses = num_responses
 
     def __len__(self) -> int:
         return len(self._epoch)
@@ -111,7 +114,9 @@ class Lengths:
     def __getitem__(self, indices: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
         if isinstance(indices, slice):
             indices = np.arange(*indices.indices(len(self)))
-        return self._epoch.lengths(np.asarray(indices, dtype=np.int64))
+        found = self._epoch.lengths(np.asarray(indices, dtype=np.int64))
+        found[..., 1 + self._num_responses :] = 0
+        return found
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.int64)

@@ -7,7 +7,7 @@ is known before a job waits in a queue.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.hub import cache_only, downloaded_tokenizer, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
-from nemo_lmpo.data.rows.parse import parse_preference
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.rows.parse import parse_taken
+from nemo_lmpo.data.schema import Row
 from nemo_lmpo.data.summary import shown_names
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
@@ -28,12 +28,15 @@ MOST_SKIPPED = 10_000
 """Rows that are looked through for a usable one where unusable rows are skipped."""
 
 
-def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str], list[str]]:
+def look_at_data(
+    config: DataConfig, encoder: Encoder | None, takes: Sequence[str] = ("pairs",)
+) -> tuple[list[str], list[str]]:
     """Refuse sources that are not there, and first rows that cannot be used.
 
     Args:
         config: the settings.
         encoder: makes token ids of the rows; None: the tokenizer is not here, so rows are only read.
+        takes: the kinds of rows that the loss takes.
 
     Returns:
         The hub names that were not looked at, as nothing is fetched here; and lines on the first rows of each source.
@@ -49,7 +52,7 @@ def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str]
     lines: list[str] = []
     for which in (config.train, config.validation):
         for path in which.paths:
-            look = _SourceLook(config, which, encoder)
+            look = _SourceLook(config, which, encoder, takes)
             if not is_hub_dataset(path) or Path(path).exists():
                 lines += look.lines(path)
             elif is_cached_dataset(path.partition(":")[0]):
@@ -60,14 +63,15 @@ def look_at_data(config: DataConfig, encoder: Encoder | None) -> tuple[list[str]
     return list(dict.fromkeys(unseen)), list(dict.fromkeys(lines))
 
 
-_Laid = EncodedRow | PreferenceRow | RowError
-"""A row as pair, only read where the tokenizer is not here, or why it cannot be used."""
+_Laid = EncodedRow | Row | RowError
+"""A row as token ids, only read where the tokenizer is not here, or why it cannot be used."""
 
 
 class _SourceLook:
     """Looks at the first rows of one source."""
 
-    def __init__(self, config: DataConfig, which: DatasetConfig, encoder: Encoder | None) -> None:
+    def __init__(self, config: DataConfig, which: DatasetConfig, encoder: Encoder | None, takes: Sequence[str]) -> None:
+        self.takes = takes
         self.config = config
         self.which = which
         self.encoder = encoder
@@ -90,7 +94,7 @@ class _SourceLook:
 
     def _laid(self, raw: RawRow) -> _Laid:
         try:
-            row = parse_preference(raw.value, self.which.schema)
+            row = parse_taken(raw.value, self.which.schema, self.takes)
         except RowError as error:
             return error
         result: _Laid = row

@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,26 @@ from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import Encoder, PairEncoder
 from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
-from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.example import Example, Response
 from nemo_lmpo.data.pack import example_tokens
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.released import ReleasedPairEncoder
+from nemo_lmpo.data.show import example_text
 from nemo_lmpo.data.special_tokens import SpecialTokens
-from nemo_lmpo.data.store import Store, read_store
-from nemo_lmpo.data.summary import DataSummary, SourceSummary, length_percentiles
+from nemo_lmpo.data.store import PARTS, Store, read_store
+from nemo_lmpo.data.summary import CONVERSATION_PARTS, DataSummary, SourceSummary, length_percentiles
 from nemo_lmpo.data.template_day import with_day
 from nemo_lmpo.data.text import FILE_SUFFIXES
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
-from nemo_lmpo.errors import ConfigError, DataError, printable, printable_lines, shown
+from nemo_lmpo.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 3
-"""Raised whenever the same input would give other tokens than before: old cache entries are then not used."""
+CODE_VERSION = 4
+"""Raised whenever the same input would give other tokens than before, or in another form: old cache entries are then
+not used."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,31 +73,49 @@ class PreferenceDataset:
         name: str,
         dropped: dict[str, int],
         max_length: int,
+        num_responses: int,
     ) -> None:
+        self.num_responses = num_responses
+        """Responses of each example: two in pairs, one in conversations."""
         self._parts = list(parts)
         self._epoch = Epoch([part.share for part in parts])
         self.source_names = source_names([part.source.short_name for part in parts])
         """What metrics and pair ids call the sources."""
-        self.lengths = Lengths(self._epoch)
+        self.lengths = Lengths(self._epoch, num_responses)
         """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
-        self.num_responses = 2
-        """Responses of each example."""
         self._tokenizer = tokenizer
         self._reference: np.ndarray | None = None
-        self.fingerprint = _hash([part.fingerprint(part.key) for part in parts])
+        self.fingerprint = self._hashed([part.fingerprint(part.key) for part in parts])
         """Changes whenever any pair's tokens or the pairs' order would; the same in every process."""
-        self.summary = _summarise(parts, name, dropped, max_length)
+        self.summary = _summarise(parts, name, dropped, max_length, num_responses)
         """What there is to say of the data at start."""
 
     def __len__(self) -> int:
         return len(self._epoch)
 
     def __getitem__(self, index: int) -> Example:
-        """The pair at ``index``."""
+        """The example at ``index``."""
         source, row = self._epoch.locate(index)
-        ids = self._epoch.shares[source].store.ids(row)
-        sums = [None, None] if self._reference is None else self._reference[index].tolist()
-        return Example.pair(self.example_id(index), *ids, sums[0], sums[1], tuple(sums[2:]) or None)
+        found = self._epoch.shares[source].store.example(row, self.num_responses)
+        return replace(found, example_id=self.example_id(index), responses=self._with_reference(found, index))
+
+    def _with_reference(self, found: Example, index: int) -> tuple[Response, ...]:
+        """The example's responses with what the reference model gives them."""
+        if self._reference is None:
+            return found.responses
+        sums, shared = np.split(self._reference[index], [self.num_responses])
+        return tuple(
+            replace(
+                response,
+                reference_logp=float(sums[place]),
+                reference_shared_logp=float(shared[place]) if len(shared) else None,
+            )
+            for place, response in enumerate(found.responses)
+        )
+
+    def _hashed(self, parts: list[Any]) -> str:
+        """A hash of what decides the examples; pairs that are taken as conversations are other examples."""
+        return _hash(parts if self.num_responses == 2 else [*parts, self.num_responses])
 
     def example_id(self, index: int) -> str:
         """The id of a pair, behind its source's name where there are several sources.
@@ -115,7 +135,7 @@ class PreferenceDataset:
 
         The ids are hashed when a source is tokenized, so this costs nothing at a start.
         """
-        return _hash([part.fingerprint(part.share.store.meta.token_hash) for part in self._parts])
+        return self._hashed([part.fingerprint(part.share.store.meta.token_hash) for part in self._parts])
 
     def attach_reference(self, logps: np.ndarray) -> None:
         """Give every pair the log-probabilities of its responses under a reference model.
@@ -138,18 +158,8 @@ class PreferenceDataset:
         self._reference = values
 
     def example_text(self, index: int = 0) -> str:
-        """One pair as the model sees it, decoded, with the responses between markers."""
-        pair = self[index]
-        prompt, chosen, rejected = (
-            self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for ids in (pair.prompt_ids, *(response.ids for response in pair.responses))
-        )
-        return (
-            f"pair {printable(pair.example_id, 80)} (responses stand between >>> and <<<)\n"
-            f"prompt, {len(pair.prompt_ids)} tokens:\n{printable_lines(prompt, indent='  ')}\n"
-            f"chosen, {len(pair.responses[0].ids)} tokens:\n{printable_lines(f'>>>{chosen}<<<', indent='  ')}\n"
-            f"rejected, {len(pair.responses[1].ids)} tokens:\n{printable_lines(f'>>>{rejected}<<<', indent='  ')}"
-        )
+        """One example as the model sees it, decoded, with what is predicted between markers."""
+        return example_text(self[index], self._tokenizer)
 
 
 def load_preference_dataset(
@@ -159,8 +169,12 @@ def load_preference_dataset(
     *,
     name: str = "train",
     template: str | None = None,
+    takes: Sequence[str] = ("pairs",),
+    num_responses: int | None = None,
 ) -> PreferenceDataset:
-    """Read, check and tokenize a preference dataset, or take it from the cache.
+    """Read, check and tokenize a dataset, or take it from the cache.
+
+    Where any row is a conversation, all are taken as conversations: of a pair, its prompt and its chosen response.
 
     Every process of a run may call this at once; one tokenizes, the others wait.
 
@@ -170,6 +184,8 @@ def load_preference_dataset(
         tokenizer: the tokenizer.
         name: `train` or `validation`, for messages.
         template: as for :func:`pair_encoder`.
+        takes: the kinds of rows that the loss takes.
+        num_responses: 1 takes pairs as conversations, 2 refuses conversations; unset: as the rows are.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -183,18 +199,29 @@ def load_preference_dataset(
     encoder = pair_encoder(config, tokenizer, template)
     dropped: dict[str, int] = {}
     parts = []
-    for number, (path, weight) in enumerate(zip(paths, weights, strict=True)):
-        source = open_source(path, which.split, which.limit)
-        key, store = _tokenized(source, encoder, config, which.schema)
+    sources = [open_source(path, which.split, which.limit) for path in paths]
+    tokenized = [_tokenized(source, encoder, config, which.schema, takes) for source in sources]
+    form = _form(field, [store for _, store in tokenized], num_responses)
+    for number, (source, (key, store), weight) in enumerate(zip(sources, tokenized, weights, strict=True)):
         for reason, count in store.meta.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
-        usable = _within_budget(source, store, config, dropped)
+        usable = _within_budget(source, store, config, dropped, form)
         budget = None if usable is None else [config.row_budget, config.share_prompt]
         parts.append(_Part(source, key, weight, budget, share_of(store, weight, number, usable)))
     if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
-    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length)
+    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, form)
+
+
+def _form(field: str, stores: Sequence[Store], wanted: int | None) -> int:
+    """Responses of each example: one where any row is a conversation."""
+    found = 1 if any(store.meta.conversations for store in stores) else 2
+    if wanted == 2 and found == 1:
+        raise DataError(
+            f"{field}.path holds conversations and data.train.path pairs; give both conversations, or both pairs"
+        )
+    return wanted or found
 
 
 def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
@@ -219,13 +246,16 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
         max_prompt_length=config.max_prompt_length,
         system_prompt=config.system_prompt,
         prompt_from=config.prompt_from,
+        predict=config.predict,
         special=SpecialTokens(tokenizer, config.special_tokens_in_text),
     )
 
 
-def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str) -> tuple[str, Store]:
-    """The source's pairs from the cache, tokenized before if need be, and what they are called there."""
-    key = _cache_key(source, encoder, schema, config.on_unused_fields)
+def _tokenized(
+    source: Source, encoder: Encoder, config: DataConfig, schema: str, takes: Sequence[str]
+) -> tuple[str, Store]:
+    """The source's examples from the cache, tokenized before if need be, and what they are called there."""
+    key = _cache_key(source, encoder, schema, config.on_unused_fields, takes)
     cache = cache_root(config.cache_dir)
 
     def build(directory: Path) -> None:
@@ -237,6 +267,7 @@ def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str
             directory,
             on_bad_row=config.on_bad_row,
             on_unused_fields=config.on_unused_fields,
+            takes=takes,
             num_workers=config.num_workers,
         )
 
@@ -254,12 +285,12 @@ def _tokenized(source: Source, encoder: Encoder, config: DataConfig, schema: str
     if meta.first_bad is not None and config.on_bad_row == "error":  # cached by a run that skipped
         raise bad_row_error(source.location(meta.first_bad[0]), meta.first_bad[2])
     if meta.rows_read == 0:
-        raise DataError(f"{source.name} holds no rows; give a dataset with preference pairs")
+        raise DataError(f"{source.name} holds no rows; give a dataset with rows")
     return key, store
 
 
-def _cache_key(source: Source, encoder: Encoder, schema: str, on_unused_fields: str) -> str:
-    """A hash of everything that decides the stored pairs."""
+def _cache_key(source: Source, encoder: Encoder, schema: str, on_unused_fields: str, takes: Sequence[str]) -> str:
+    """A hash of everything that decides the stored rows."""
     return _hash(
         {
             "version": CODE_VERSION,
@@ -270,6 +301,7 @@ def _cache_key(source: Source, encoder: Encoder, schema: str, on_unused_fields: 
             "encoder": encoder.settings,
             "special_tokens": encoder.special_tokens.policy,
             "on_unused_fields": on_unused_fields,
+            "takes": list(takes),
         }
     )
 
@@ -278,13 +310,19 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _within_budget(source: Source, store: Store, config: DataConfig, dropped: dict[str, int]) -> np.ndarray | None:
-    """Places in the store's rows whose pairs fit a packed row on their own; None: all."""
+def _within_budget(
+    source: Source, store: Store, config: DataConfig, dropped: dict[str, int], num_responses: int
+) -> np.ndarray | None:
+    """Places in the store's rows whose examples fit a packed row on their own; None: all."""
     budget = config.row_budget
     if store.meta.max_tokens[0 if config.share_prompt else 1] <= budget:
         return None
-    costs = example_tokens(store.lengths, config.share_prompt)
+    lengths = np.array(store.lengths)
+    lengths[:, 1 + num_responses :] = 0
+    costs = example_tokens(lengths, config.share_prompt)
     too_long = np.flatnonzero(costs > budget)
+    if not len(too_long):
+        return None
     if config.on_bad_row == "error":
         first = int(too_long[0])
         raise DataError(
@@ -309,10 +347,18 @@ def source_names(short_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int], max_length: int) -> DataSummary:
+def _summarise(
+    parts: Sequence[_Part], name: str, dropped: dict[str, int], max_length: int, num_responses: int
+) -> DataSummary:
     metas = [part.share.store.meta for part in parts]
+    histograms = [part.share.histograms() for part in parts]
+    names = PARTS
+    if num_responses == 1:
+        histograms = [[*found[:2], np.array(meta.predicted)] for found, meta in zip(histograms, metas, strict=True)]
+        names = CONVERSATION_PARTS
     return DataSummary(
         name=name,
+        kind="pairs" if num_responses == 2 else "conversations",
         pairs=sum(len(part.share) for part in parts),
         sources=[
             SourceSummary(part.source.name, meta.rows_read, meta.pairs, len(part.share))
@@ -326,7 +372,7 @@ def _summarise(parts: Sequence[_Part], name: str, dropped: dict[str, int], max_l
         notes=_added(meta.notes for meta in metas),
         lost=_added(meta.lost for meta in metas),
         columns=_added(meta.columns for meta in metas),
-        length_percentiles=length_percentiles([part.share.histograms() for part in parts]),
+        length_percentiles=length_percentiles(histograms, names),
     )
 
 

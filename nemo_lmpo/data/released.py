@@ -14,7 +14,7 @@ from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import Message, RowError, label, text_of
 from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.unused import given_fields, refuse_empty_answers, unused_columns
 from nemo_lmpo.errors import ConfigError
@@ -47,9 +47,12 @@ class ReleasedPairEncoder(Encoder):
         chat = ChatFormat(self.tokenizer, self.template)
         return self._recorded(chat, adds_bos=self.tokenizer.bos_token_id is not None)
 
-    def encode(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
-        """Token ids of each row, or why it cannot be used."""
+    def _encode_pairs(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
         return [self._encode(row) for row in rows]
+
+    def _encode_conversations(self, rows: Sequence[ConversationRow]) -> list[EncodedRow | RowError]:
+        detail = "the row is a conversation, and data.compat=released_code lays pairs only"
+        return [RowError("not a pair", detail)] * len(rows)
 
     def _encode(self, row: PreferenceRow) -> EncodedRow | RowError:
         checked = self.special_tokens.checked(row)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_lmpo.data.messages import Inputs, RowError, all_texts, with_texts
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
 from nemo_lmpo.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -21,8 +21,13 @@ _MARKS = re.compile("[\U000f6001-\U000f6004]")
 _PROBE = "ok {0} a  b.{0}{0}\n{0}\u00e9 <x"
 
 
-def _said(row: PreferenceRow) -> list[Any]:
+Sayable = TypeVar("Sayable", PreferenceRow, ConversationRow)
+
+
+def _said(row: PreferenceRow | ConversationRow) -> list[Any]:
     """All of a row that a template may write."""
+    if isinstance(row, ConversationRow):
+        return [row.messages, row.inputs.tools, dict(row.inputs.options)]
     answers = [row.chosen, row.rejected, row.chosen_fields, row.rejected_fields]
     return [row.prompt, row.inputs.tools, dict(row.inputs.options), *answers]
 
@@ -50,7 +55,7 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
         self._renamed = self._renamed_backend() if policy == "split" and self._names else None
 
-    def found_in(self, row: PreferenceRow) -> str | None:
+    def found_in(self, row: PreferenceRow | ConversationRow) -> str | None:
         """The first special token in the row's texts."""
         if self._pattern is None:
             return None
@@ -59,7 +64,7 @@ class SpecialTokens:
                 return found.group()
         return None
 
-    def checked(self, row: PreferenceRow) -> PreferenceRow | RowError:
+    def checked(self, row: Sayable) -> Sayable | RowError:
         """The row as it goes to the chat template, or why it cannot be used."""
         if self.policy == "keep":
             return row
@@ -73,16 +78,14 @@ class SpecialTokens:
             return RowError("special token in a text", detail)
         if self._pattern is None:
             return row
-        prompt, tools, options, *answers = with_texts(said, lambda text: self._marked(text, _NAMED))
-        roles = [message["role"] for message in row.prompt]
-        prompt = [{**message, "role": role} for message, role in zip(prompt, roles, strict=True)]
+        messages, tools, options, *answers = with_texts(said, lambda text: self._marked(text, _NAMED))
+        roles = [message["role"] for message in said[0]]
+        messages = [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
         inputs = Inputs(tools, options) if tools or options else row.inputs
-        return replace(
-            row,
-            prompt=prompt,
-            inputs=inputs,
-            **dict(zip(("chosen", "rejected", "chosen_fields", "rejected_fields"), answers, strict=True)),
-        )
+        names = ("chosen", "rejected", "chosen_fields", "rejected_fields")
+        changed: dict[str, Any] = dict(zip(names, answers, strict=False))
+        changed["messages" if isinstance(row, ConversationRow) else "prompt"] = messages
+        return replace(row, inputs=inputs, **changed)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that the chat template made of :meth:`checked` rows."""

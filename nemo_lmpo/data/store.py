@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_lmpo.data.example import Example, Response
 from nemo_lmpo.runtime.files import file_checksum
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ PAIRS_FILE = "pairs.arrow"
 META_FILE = "meta.json"
 ROWS_FILE, LENGTHS_FILE, REPEATED_FILE = "rows.npy", "lengths.npy", "repeated.npy"
 PARTS = ("prompt", "chosen", "rejected")
+"""A conversation has its tokens in `chosen`, and no `rejected`."""
 
 
 @dataclass
@@ -32,6 +34,10 @@ class StoreMeta:
 
     rows_read: int = 0
     pairs: int = 0
+    """Usable rows, conversations among them."""
+    conversations: int = 0
+    predicted: list[int] = field(default_factory=list)
+    """How many chosen responses and conversations have 0, 1, 2, ... predicted tokens."""
     prompts_cut: int = 0
     responses_cut: int = 0
     """Pairs of which at least one response was cut."""
@@ -70,7 +76,7 @@ class Store:
     rows: np.ndarray
     """``[pairs]`` int32: the table's rows that are pairs."""
     lengths: np.ndarray
-    """``[pairs, 3]`` int32: tokens of prompt, chosen and rejected."""
+    """``[pairs, 3]`` int32: tokens of prompt, chosen and rejected; 0 rejected ones in a conversation."""
     repeated: np.ndarray
     """Sorted int32: rows of the table whose id an earlier row has, too."""
     meta: StoreMeta
@@ -82,10 +88,17 @@ class Store:
             return f"{name}#{self.table.column('number')[row].as_py()}"
         return str(name)
 
-    def ids(self, row: int) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of prompt, chosen and rejected in a row of the table."""
-        prompt, chosen, rejected = (self.table.column(f"{part}_ids")[row].values.to_numpy().tolist() for part in PARTS)
-        return prompt, chosen, rejected
+    def example(self, row: int, num_responses: int) -> Example:
+        """The example in a row of the table, with so many of its responses."""
+        prompt, *responses = (self._numbers(f"{part}_ids", row) for part in PARTS[: 1 + num_responses])
+        borders = self._numbers("spans", row) if num_responses == 1 else []
+        spans = tuple(zip(borders[::2], borders[1::2], strict=True)) or None
+        return Example(self.example_id(row), prompt, tuple(Response(ids, spans) for ids in responses))
+
+    def _numbers(self, column: str, row: int) -> list[int]:
+        values = self.table.column(column)[row].values
+        numbers: list[int] = [] if values is None else values.to_numpy().tolist()
+        return numbers
 
 
 def pairs_schema() -> pa.Schema:
@@ -98,6 +111,7 @@ def pairs_schema() -> pa.Schema:
             ("number", pa.int64()),
             ("example_id", text),
             *((f"{part}_ids", ids) for part in PARTS),
+            ("spans", ids),
             ("prompt_cut", flag),
             ("response_cut", flag),
             ("special_tokens", flag),
@@ -127,11 +141,15 @@ def summarize_store(directory: Path) -> None:
         lengths.append(_lengths(batch)[good])
         hashes.append(_hashes(batch))
         columns = [lengths[-1], *(np.asarray(batch.column(f"{part}_ids").flatten()) for part in PARTS)]
+        if batch.column("spans").null_count < batch.num_rows:
+            columns[-1] = np.concatenate([columns[-1], np.asarray(batch.column("spans").flatten())])
         for digest, column in zip(tokens, columns, strict=True):
             digest.update(column.tobytes())
         start += batch.num_rows
     found = np.concatenate(lengths)
     meta.pairs = len(found)
+    meta.conversations = int((found[:, 2] == 0).sum())
+    meta.predicted = _predicted(table)
     meta.token_hash = "".join(digest.hexdigest() for digest in tokens)
     meta.max_tokens = [int(example_tokens(found, share).max(initial=0)) for share in (True, False)]
     meta.histograms = [np.bincount(found[:, part]).tolist() for part in range(3)]
@@ -179,6 +197,24 @@ def _lengths(batch: pa.RecordBatch) -> np.ndarray:
 
     columns = (pc.fill_null(pc.list_value_length(batch.column(f"{part}_ids")), 0) for part in PARTS)
     return np.stack([np.asarray(column) for column in columns], axis=1).astype(np.int32)
+
+
+def _predicted(table: pa.Table) -> list[int]:
+    """How many chosen responses and conversations have 0, 1, 2, ... predicted tokens."""
+    import pyarrow.compute as pc
+
+    counts = np.zeros(1, dtype=np.int64)
+    for batch in table.to_batches():
+        good = np.asarray(batch.column("reason").is_null())
+        lengths = _lengths(batch)[:, 1]
+        borders = pc.fill_null(pc.list_value_length(batch.column("spans")), 0).to_numpy(zero_copy_only=False)
+        flat = np.asarray(batch.column("spans").flatten()).astype(np.int64)
+        sums = np.add.reduceat(np.append(flat[1::2] - flat[::2], 0), np.append(0, np.cumsum(borders // 2)[:-1]))
+        found = np.bincount(np.where(borders > 0, sums[: len(lengths)], lengths)[good])
+        counts, shorter = (found, counts) if len(found) > len(counts) else (counts, found)
+        counts[: len(shorter)] += shorter
+    listed: list[int] = counts.tolist()
+    return listed
 
 
 def _hashes(batch: pa.RecordBatch) -> np.ndarray:

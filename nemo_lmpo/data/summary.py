@@ -12,6 +12,8 @@ from nemo_lmpo.errors import printable
 PERCENTILES = (50, 90, 99, 100)
 MOST_CUT = 0.05
 """Part of the pairs that may be cut to length before it is a warning: more than outliers."""
+CONVERSATION_PARTS = ("prompt", "behind it", "predicted")
+"""What has a length in a conversation: all before the first answer, all from there on, and what of it is predicted."""
 MOST_COLUMNS = 12
 """Unused columns that are named at most."""
 
@@ -33,8 +35,10 @@ class DataSummary:
     name: str
     """`train` or `validation`."""
     pairs: int
-    """Pairs in an epoch, repeated ones counted each time."""
+    """Examples in an epoch, repeated ones counted each time."""
     sources: list[SourceSummary]
+    kind: str = "pairs"
+    """What the examples are: `pairs` or `conversations`."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
     max_length: int = 0
@@ -56,7 +60,7 @@ class DataSummary:
 
     def __str__(self) -> str:
         """A few lines for the console."""
-        lines = [f"{self.name}: {self.pairs} pairs"]
+        lines = [f"{self.name}: {self.pairs} {self.kind}"]
         lines += [f"  {printable(s.path)}: {s.rows} rows, {s.pairs} usable, {s.used} in an epoch" for s in self.sources]
         if self.dropped:
             reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in sorted(self.dropped.items()))
@@ -64,14 +68,14 @@ class DataSummary:
         lines += self._cut()
         if self.special_tokens:
             lines.append(
-                f"  special tokens in the texts of {self.special_tokens} pairs: see data.special_tokens_in_text"
+                f"  special tokens in the texts of {self.special_tokens} {self.kind}: see data.special_tokens_in_text"
             )
-        lines += [f"  warning: {count} pairs lose {printable(name)}" for name, count in sorted(self.lost.items())]
+        lines += [f"  warning: {count} {self.kind} lose {printable(name)}" for name, count in sorted(self.lost.items())]
         if self.lost:
             lines.append("    (not in what is trained; data.on_unused_fields=error makes such rows unusable)")
         if self.columns:
             lines.append(f"  columns that nothing uses: {shown_names(self.columns)}")
-        lines += [f"  {count} pairs: {printable(note)}" for note, count in sorted(self.notes.items())]
+        lines += [f"  {count} {self.kind}: {printable(note)}" for note, count in sorted(self.notes.items())]
         lines.append("  tokens    " + "".join(f"{'max' if p == 100 else f'{p} %':>8}" for p in PERCENTILES))
         for part, values in self.length_percentiles.items():
             lines.append(f"  {part:<10}" + "".join(f"{values[p]:>8}" for p in PERCENTILES))
@@ -81,7 +85,7 @@ class DataSummary:
         """What lost text to `data.max_length`: counts, and a warning where it is not only outliers."""
         if not (self.prompts_cut or self.responses_cut):
             return []
-        lines = [f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} pairs"]
+        lines = [f"  cut to length: {self.prompts_cut} prompts, responses of {self.responses_cut} {self.kind}"]
         pairs = sum(source.pairs for source in self.sources)
         for count, what in (
             (self.responses_cut, "the end of a response"),
@@ -89,7 +93,7 @@ class DataSummary:
         ):
             if count > MOST_CUT * pairs:
                 lines.append(
-                    f"  warning: {count / pairs:.0%} of the pairs ({count} of {pairs}) lose {what}; raise "
+                    f"  warning: {count / pairs:.0%} of the {self.kind} ({count} of {pairs}) lose {what}; raise "
                     f"data.max_length={self.max_length}"
                 )
         return lines
@@ -102,14 +106,17 @@ def shown_names(names: Iterable[str]) -> str:
     return ", ".join(printable(name, 80) for name in listed[:MOST_COLUMNS]) + more
 
 
-def length_percentiles(histograms: Sequence[Sequence[np.ndarray]]) -> dict[str, dict[int, int]]:
+def length_percentiles(
+    histograms: Sequence[Sequence[np.ndarray]], names: Sequence[str] = ("prompt", "chosen", "rejected")
+) -> dict[str, dict[int, int]]:
     """Percentiles of lengths: values that occur, none interpolated.
 
     Args:
         histograms: of each source, how many prompts, chosen and rejected responses have 0, 1, 2, ... tokens.
+        names: what these are called.
     """
     found = {}
-    for part, name in enumerate(("prompt", "chosen", "rejected")):
+    for part, name in enumerate(names):
         counts = np.zeros(max(len(source[part]) for source in histograms), dtype=np.int64)
         for source in histograms:
             counts[: len(source[part])] += source[part]

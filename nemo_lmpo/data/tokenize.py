@@ -14,8 +14,8 @@ from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.progress import on_terminal, progress_bars
 from nemo_lmpo.data.read import RawRow, Source, raw_rows
-from nemo_lmpo.data.rows.parse import parse_preference
-from nemo_lmpo.data.schema import PreferenceRow
+from nemo_lmpo.data.rows.parse import parse_taken
+from nemo_lmpo.data.schema import Row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
 
@@ -44,6 +44,8 @@ class RowsToPairs:
     """What an error calls the source's rows, before a number, if it is to stop at one that cannot be used."""
     on_unused_fields: str = "warn"
     """As `data.on_unused_fields`."""
+    takes: tuple[str, ...] = ("pairs",)
+    """The kinds of rows that the loss takes."""
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The pairs of ``table`` (columns of :func:`pairs_schema`); ``indices`` are its rows' places in the source.
@@ -60,15 +62,16 @@ class RowsToPairs:
 
     def _pairs(self, rows: list[RawRow]) -> Iterator[dict[str, Any]]:
         parsed = [self._parsed(raw.value) for raw in rows]
-        encoded = iter(self.encoder.encode([row for row in parsed if isinstance(row, PreferenceRow)]))
+        encoded = iter(self.encoder.encode([row for row in parsed if not isinstance(row, RowError)]))
         for raw, result in zip(rows, parsed, strict=True):
             row = result if isinstance(result, RowError) else self._judged(next(encoded))
             place = {"number": raw.number, "example_id": example_id(raw, self.short_name)}
             if not isinstance(row, RowError) and not isinstance(result, RowError):
-                yield place | vars(row) | {"columns": result.columns}
+                yield place | vars(row) | {"columns": result.columns, "notes": (*result.notes, *row.notes)}
                 continue
             assert isinstance(row, RowError)
-            detail = f"{row.detail} (pair {shown(place['example_id'])})"
+            kind = "pair" if self.takes == ("pairs",) else "row"
+            detail = f"{row.detail} ({kind} {shown(place['example_id'])})"
             if self.stop_at is not None:
                 raise bad_row_error(f"{self.stop_at} {raw.number}", detail)
             yield place | {"reason": row.reason, "detail": detail}
@@ -79,9 +82,9 @@ class RowsToPairs:
             return row
         return unused_field_error(row.lost)
 
-    def _parsed(self, value: Any) -> PreferenceRow | RowError:
+    def _parsed(self, value: Any) -> Row | RowError:
         try:
-            return parse_preference(value, self.schema)
+            return parse_taken(value, self.schema, self.takes)
         except RowError as error:
             return error
 
@@ -94,6 +97,7 @@ def tokenize_source(
     *,
     on_bad_row: str,
     on_unused_fields: str,
+    takes: Sequence[str] = ("pairs",),
     num_workers: int | None,
 ) -> None:
     """Write the tokenized pairs of ``source`` into ``directory`` in the order of its rows.
@@ -102,7 +106,7 @@ def tokenize_source(
         DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at an unusable row.
     """
     stop_at = f"{source.name} {source.unit}" if on_bad_row == "error" else None
-    job = RowsToPairs(encoder, schema, source.short_name, stop_at, on_unused_fields)
+    job = RowsToPairs(encoder, schema, source.short_name, stop_at, on_unused_fields, tuple(takes))
     rows_directory = directory / "rows"
     try:
         with progress_bars(show=False):

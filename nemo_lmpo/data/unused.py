@@ -8,7 +8,7 @@ from functools import cached_property
 
 from nemo_lmpo.data.messages import METADATA, Inputs, Message, RowError, label, text_of
 from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
-from nemo_lmpo.data.schema import MEANINGFUL_COLUMNS, PreferenceRow
+from nemo_lmpo.data.schema import MEANINGFUL_COLUMNS, ConversationRow, PreferenceRow, Row
 
 THOUGHTS = "thoughts of earlier answers"
 
@@ -41,7 +41,7 @@ def refuse_empty_answers(row: PreferenceRow, lost: Sequence[str]) -> None:
             raise RowError("empty response", detail)
 
 
-def unused_columns(row: PreferenceRow) -> tuple[str, ...]:
+def unused_columns(row: Row) -> tuple[str, ...]:
     """Columns that would mean something to a model, and that nothing here uses."""
     return tuple(f"the column `{name}`" for name in row.columns if name in MEANINGFUL_COLUMNS)
 
@@ -65,14 +65,31 @@ class UnusedFields:
             row: the row.
             texts: the prompt's generation prompt and both finished conversations.
         """
-        lost = {f"`chat_template_kwargs.{label(name)}`" for name in row.inputs.options if name not in self._variables}
         conversations = [[*messages, row.chosen_message], [*messages, row.rejected_message]]
-        if row.inputs.tools and self._same(conversations, replace(row.inputs, tools=None), texts[1:]):
-            lost.add("`tools`")
-        for name in given_fields([message for whole in conversations for message in whole]):
-            lost |= self._field(name, conversations, row.inputs, texts[1:])
+        lost = self._beside_texts(conversations, row.inputs, texts[1:])
         lost |= {said for message in messages if (said := _left_out(message, texts[0])) is not None}
         return (*sorted(lost), *unused_columns(row))
+
+    def of_conversation(self, messages: list[Message], row: ConversationRow, text: str) -> tuple[str, ...]:
+        """Names of what the template left out of a conversation.
+
+        Args:
+            messages: the conversation as it was rendered.
+            row: the row.
+            text: what the template made of it.
+        """
+        lost = self._beside_texts([messages], row.inputs, [text])
+        lost |= {said for message in messages if (said := _left_out(message, text)) is not None}
+        return (*sorted(lost), *unused_columns(row))
+
+    def _beside_texts(self, conversations: list[list[Message]], inputs: Inputs, texts: Sequence[str]) -> set[str]:
+        """What is left out of template variables, tools and fields of messages."""
+        lost = {f"`chat_template_kwargs.{label(name)}`" for name in inputs.options if name not in self._variables}
+        if inputs.tools and self._same(conversations, replace(inputs, tools=None), texts):
+            lost.add("`tools`")
+        for name in given_fields([message for whole in conversations for message in whole]):
+            lost |= self._field(name, conversations, inputs, texts)
+        return lost
 
     def _field(self, name: str, conversations: list[list[Message]], inputs: Inputs, texts: Sequence[str]) -> set[str]:
         without = [[_without(message, name) for message in whole] for whole in conversations]

@@ -54,6 +54,8 @@ class BannerFacts:
     total_steps: int
     data_parallel: int = 1
     start_step: int = 0
+    examples: str = "pairs"
+    """What a step is made of."""
     """Finished steps of the checkpoint that is resumed."""
     kernels: Mapping[str, str] = field(default_factory=dict)
     """What is used for what, from :func:`kernels_in_use`."""
@@ -167,7 +169,7 @@ def _wrap(items: list[str], width: int) -> list[str]:
 
 def render_banner(facts: BannerFacts, width: int = 80) -> str:
     """The banner as aligned lines, without a trailing newline."""
-    steps = f"{facts.total_steps:,} of {facts.config.model.global_batch_size:,} pairs"
+    steps = f"{facts.total_steps:,} of {facts.config.model.global_batch_size:,} {facts.examples}"
     if facts.start_step:
         steps += f", resumed after step {facts.start_step:,}"
     per_rank = f"{format_count(facts.parameters_per_rank)} per process"

@@ -22,6 +22,8 @@ _WINDOW_STEPS = 50
 
 _SHOWN = (
     ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".4g"),
+    ("token_accuracy", "token accuracy", ".3f"),
     ("rewards/accuracies", "accuracy", ".3f"),
     ("rewards/margins", "margin", ".3f"),
     ("samples/length", "answer tokens", ".1f"),
@@ -44,8 +46,9 @@ def format_duration(seconds: float) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """The few values worth a glance; those that are absent are left out."""
     parts = [f"{label} {metrics[name]:{form}}" for name, label, form in _SHOWN if name in metrics]
-    if "pairs_per_second" in metrics:
-        parts.append(f"{metrics['pairs_per_second']:.3g} pairs/s")
+    for kind in ("pairs", "conversations"):
+        if (speed := metrics.get(f"{kind}_per_second")) is not None:
+            parts.append(f"{speed:.3g} {kind}/s")
     return "  ".join(parts)
 
 

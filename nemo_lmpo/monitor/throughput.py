@@ -12,25 +12,27 @@ from nemo_lmpo.runtime.files import GIB
 
 def throughput_metrics(
     *,
-    pairs: int,
+    examples: int,
     tokens: int,
     seconds: float,
     flops: float | None = None,
     devices: int = 1,
     device_peak_flops: float | None = None,
+    kind: str = "pairs",
 ) -> dict[str, float]:
-    """`pairs_per_second`, `tokens_per_second` and, where the peak is known, `mfu` of one step.
+    """`pairs_per_second` (or `conversations_per_second`) and `tokens_per_second`; `mfu` where the peak is known.
 
     Args:
-        pairs: preference pairs over all devices.
+        examples: pairs or conversations over all devices.
         tokens: computed tokens over all devices.
         seconds: wall time of the step.
         flops: model FLOPs over all devices.
         devices: number of devices (all of tensor, pipeline, context and data parallelism).
         device_peak_flops: peak of one device, from :func:`peak_flops`.
+        kind: what the examples are, `pairs` or `conversations`.
     """
     elapsed = max(seconds, 1e-9)
-    metrics = {"pairs_per_second": pairs / elapsed, "tokens_per_second": tokens / elapsed}
+    metrics = {f"{kind}_per_second": examples / elapsed, "tokens_per_second": tokens / elapsed}
     if flops is not None and device_peak_flops:
         metrics["mfu"] = flops / (elapsed * devices * device_peak_flops)
     return metrics

@@ -89,7 +89,26 @@ CHARTS: tuple[Chart, ...] = (
         "What the loss compares: for LMPO and SimPO, beta times the mean log-probability of a token.",
         (Panel("reward", _pair("rewards/{}")),),
     ),
-    Chart("loss", "Loss", "Mean over the pairs of a step.", (Panel("loss", (Curve("loss", "loss", "loss"),)),)),
+    Chart(
+        "loss",
+        "Loss",
+        "Mean over a step: of its pairs, or of the tokens that SFT predicts.",
+        (Panel("loss", (Curve("loss", "loss", "loss"),)),),
+    ),
+    Chart(
+        "perplexity",
+        "Perplexity and token accuracy",
+        "Of the tokens that SFT predicts; a token is right where no other one is more probable.",
+        (
+            Panel("perplexity", (Curve("perplexity", "perplexity", "loss"),)),
+            Panel(
+                "tokens predicted right (%)",
+                (Curve("token_accuracy", "token accuracy", "accuracy", scale=100.0),),
+                floor=0.0,
+                ceiling=100.0,
+            ),
+        ),
+    ),
     Chart(
         "margin_statistics",
         "LMPO margin and its running statistics",
@@ -135,6 +154,11 @@ CHARTS: tuple[Chart, ...] = (
         "Over all devices; utilisation is the share of the devices' peak BF16 rate, memory the peak of one process.",
         (
             Panel("pairs per second", (Curve("pairs_per_second", "pairs/s", "neutral"),), floor=0.0),
+            Panel(
+                "conversations per second",
+                (Curve("conversations_per_second", "conversations/s", "neutral"),),
+                floor=0.0,
+            ),
             Panel("tokens per second", (Curve("tokens_per_second", "tokens/s", "neutral"),), floor=0.0),
             Panel("utilisation (%)", (Curve("mfu", "MFU", "neutral", scale=100.0),), floor=0.0),
             Panel("peak memory (GiB)", (Curve("memory/peak", "memory", "loss", smooth=False),), floor=0.0),

@@ -48,6 +48,8 @@ def _plain(value: float) -> str:
 
 _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", _plain),
+    ("perplexity", "perplexity", _plain),
+    ("token_accuracy", "token accuracy", _percent),
     ("rewards/accuracies", "accuracy", _percent),
     ("rewards/margins", "reward margin", _plain),
     ("rewards/chosen", "reward, chosen", _plain),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nemo_lmpo.training.policy import Policy
 
 
-def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step: int) -> BannerFacts:
+def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step: int, examples: str) -> BannerFacts:
     """Machine, layout, model and versions of a run that is about to start."""
     world_size = dist.get_world_size()
     if policy.device.type == "cuda":
@@ -33,6 +33,7 @@ def banner_facts(policy: Policy, run_dir: Path, *, total_steps: int, start_step:
         total_steps=total_steps,
         data_parallel=policy.groups.data.size(),
         start_step=start_step,
+        examples=examples,
         kernels=kernels_in_use(detect_kernels(), policy.kernels, moments_dtype=policy.config.optim.moments_dtype),
         reasons=policy.kernels.reasons,
         versions=package_versions(),

@@ -56,7 +56,7 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
         trust_remote_code=config.model.trust_remote_code,
         template=run.kept_template() if run is not None else None,
     )
-    unseen, rows = look_at_data(config.data, encoder)
+    unseen, rows = look_at_data(config.data, encoder, config.loss.takes)
     if run is not None:
         run.check_owner()
     names = (*unseen, *(() if encoder is not None else (base.tokenizer,)))

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_lmpo.data.chat import ChatFormat, stop_ids
+from nemo_lmpo.data.chat import ChatFormat
 from nemo_lmpo.data.example import Example, Response
+from nemo_lmpo.data.stops import stop_ids
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.monitor.samples import Sample

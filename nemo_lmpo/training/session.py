@@ -148,7 +148,13 @@ class TrainingSession:
         return Reporter(
             self.run.path,
             self.config,
-            banner_facts(self.policy, self.run.path, total_steps=len(self.steps), start_step=start_step),
+            banner_facts(
+                self.policy,
+                self.run.path,
+                total_steps=len(self.steps),
+                start_step=start_step,
+                examples=self.data.train.summary.kind,
+            ),
             [*map(str, data), self.data.train.example_text()],
             self.job,
         )

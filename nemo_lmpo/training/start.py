@@ -12,6 +12,7 @@ import torch
 from nemo_lmpo.checkpoint.agreement import from_all_ranks, on_main_rank
 from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
+from nemo_lmpo.config.rules.settings import CONVERSATION_METRICS, VALIDATION_METRICS
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.template_day import without_day
@@ -59,13 +60,38 @@ def load_data(config: Config, base: StartModel, run: RunDirectory | None = None)
     with watched("settling the chat template", config.trainer.step_timeout):
         template: str = on_main_rank(lambda: _settle_template(config, tokenizer, run))
     encoder = pair_encoder(config.data, tokenizer, template)
-    train = load_preference_dataset(config.data, config.data.train, tokenizer, name="train", template=template)
+    takes = config.loss.takes
+    train = load_preference_dataset(
+        config.data, config.data.train, tokenizer, name="train", template=template, takes=takes
+    )
     validation = None
     if config.data.validation.path is not None:
         validation = load_preference_dataset(
-            config.data, config.data.validation, tokenizer, name="validation", template=template
+            config.data,
+            config.data.validation,
+            tokenizer,
+            name="validation",
+            template=template,
+            takes=takes,
+            num_responses=train.num_responses,
         )
+    _refuse_other_monitor(config, validation)
     return LoadedData(tokenizer, encoder.record(), train, validation)
+
+
+def _refuse_other_monitor(config: Config, validation: PreferenceDataset | None) -> None:
+    """Pairs and conversations have other metrics, and only the data says which a run has."""
+    if validation is None:
+        return
+    metric = config.checkpoint.monitor.removeprefix("val/")
+    elsewhere, here = set(VALIDATION_METRICS), set(CONVERSATION_METRICS)
+    if validation.num_responses == 2:
+        elsewhere, here = here, elsewhere
+    if metric in elsewhere - here:
+        raise ConfigError(
+            f"checkpoint.monitor={config.checkpoint.monitor} is not measured on {validation.summary.kind}; choose "
+            + ", ".join(f"val/{name}" for name in sorted(here))
+        )
 
 
 def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: RunDirectory | None) -> str:

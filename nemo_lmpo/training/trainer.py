@@ -266,7 +266,8 @@ class PreferenceTrainer:
             "data/imbalance": batch.imbalance,
             "memory/peak": peak_memory_gib(),
             **throughput_metrics(
-                pairs=batch.num_examples,
+                examples=batch.num_examples,
+                kind=batch.kind,
                 tokens=batch.tokens,
                 seconds=seconds,
                 flops=flops,

@@ -31,6 +31,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.monitor,
     settings.early_stopping,
     settings.samples,
+    settings.prediction,
     settings.reference,
     settings.adapters,
     settings.groups_that_are_off,

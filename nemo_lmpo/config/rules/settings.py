@@ -28,6 +28,8 @@ VALIDATION_METRICS = (
     "lengths/rejected",
 )
 """Means over the validation pairs that every loss has, without the prefix `val/`."""
+CONVERSATION_METRICS = ("loss", "perplexity", "token_accuracy", "lengths/predicted")
+"""What validation measures on conversations."""
 
 
 def names(config: Config) -> Iterator[str]:
@@ -145,10 +147,13 @@ def monitor(config: Config) -> Iterator[str]:
     wanted = config.checkpoint.monitor
     metric = wanted.removeprefix("val/")
     mixed = len(config.data.validation.paths) > 1  # a mixture's metrics come for every source, too
-    metric = metric.split("/", 1)[-1] if mixed and metric.split("/", 1)[-1] in VALIDATION_METRICS else metric
-    known = metric in VALIDATION_METRICS or metric.startswith(f"{config.loss.name}/")
+    measured: tuple[str, ...] = VALIDATION_METRICS
+    if "conversations" in config.loss.takes:
+        measured = (*VALIDATION_METRICS, *CONVERSATION_METRICS[1:])
+    metric = metric.split("/", 1)[-1] if mixed and metric.split("/", 1)[-1] in measured else metric
+    known = metric in measured or metric.startswith(f"{config.loss.name}/")
     if not wanted.startswith("val/") or not known:
-        choices = ", ".join(f"val/{name}" for name in VALIDATION_METRICS)
+        choices = ", ".join(f"val/{name}" for name in measured)
         yield f"checkpoint.monitor={shown(wanted)} is not a validation metric; choose {choices}"
 
 
@@ -168,6 +173,18 @@ def samples(config: Config) -> Iterator[str]:
         yield (
             f"logging.samples={config.logging.samples} answers prompts of the validation pairs; set "
             f"data.validation.path, or logging.samples to 0"
+        )
+
+
+def prediction(config: Config) -> Iterator[str]:
+    """What is predicted of conversations matters where conversations are trained on, and leaves prompts to answer."""
+    predict = config.data.predict
+    if predict != "assistant" and "conversations" not in config.loss.takes:
+        yield f"data.predict={predict} has an effect only with loss=sft; leave it out, or set that"
+    elif predict == "all" and config.logging.samples:
+        yield (
+            f"logging.samples={config.logging.samples} answers what stands in front of the first predicted token, and "
+            f"data.predict=all predicts all; set logging.samples=0, or data.predict=assistant"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,25 @@ def parse_conversation(row: Any, schema: str = "auto") -> ConversationRow:
             "the label with columns={label: null}",
         )
     return conversation_of(found) if isinstance(found, PreferenceRow) else found
+
+
+def parse_taken(row: Any, schema: str, takes: Sequence[str]) -> Row:
+    """As :func:`parse_row`, for a loss that takes these kinds of rows.
+
+    Args:
+        row: as for :func:`parse_row`.
+        schema: as `data.train.schema`.
+        takes: `pairs`, and beside them perhaps `conversations` or `labels`.
+
+    Raises:
+        RowError: the row cannot be used, or is of another kind.
+    """
+    if "labels" in takes:
+        return parse_judged(row, schema)
+    if "conversations" not in takes:
+        return parse_preference(row, schema)
+    found = parse_row(row, schema)
+    return parse_conversation(row, schema) if isinstance(found, UnpairedRow) else found
 
 
 def conversation_of(pair: PreferenceRow) -> ConversationRow:

@@ -202,6 +202,16 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("logging.samples=4", "set data.validation.path, or logging.samples to 0"),
     ),
+    "predict_without_conversations": (
+        ("data.predict=last",),
+        1,
+        ("data.predict=last", "has an effect only with loss=sft"),
+    ),
+    "predict_all_leaves_no_prompt": (
+        ("loss.name=sft", "data.predict=all", "logging.samples=2"),
+        1,
+        ("logging.samples=2", "set logging.samples=0, or data.predict=assistant"),
+    ),
     "samples_without_number": (("logging.samples=129",), 1, ("logging.samples=129", "at most 128")),
     "samples_without_tokens": (("logging.sample_tokens=0",), 1, ("logging.sample_tokens=0", "at least 1")),
     "unknown_metric": (("checkpoint.monitor=val/los",), 1, ("checkpoint.monitor='val/los'", "choose val/loss")),

@@ -87,13 +87,13 @@ def test_peaks(name, peak):
 def test_throughput_and_utilisation():
     # 4 s on 8 devices of 312 TFLOP/s could do 9.984e15 operations; 4.992e15 were done: one half.
     metrics = throughput_metrics(
-        pairs=128, tokens=100_000, seconds=4.0, flops=4.992e15, devices=8, device_peak_flops=312e12
+        examples=128, tokens=100_000, seconds=4.0, flops=4.992e15, devices=8, device_peak_flops=312e12
     )
     assert metrics == {"pairs_per_second": 32.0, "tokens_per_second": 25_000.0, "mfu": pytest.approx(0.5)}
 
 
 def test_no_utilisation_without_a_peak():
-    metrics = throughput_metrics(pairs=2, tokens=10, seconds=0.5, flops=1e9, device_peak_flops=peak_flops(None))
+    metrics = throughput_metrics(examples=2, tokens=10, seconds=0.5, flops=1e9, device_peak_flops=peak_flops(None))
     assert metrics == {"pairs_per_second": 4.0, "tokens_per_second": 20.0}
 
 

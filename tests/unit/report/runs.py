@@ -34,7 +34,10 @@ def training_metrics(step):
         "lmpo/p_rejected": 0.4,
         "grad_norm": 3.0,
         "lr": 1e-7 * step,
+        "perplexity": 8.0 / step,
+        "token_accuracy": min(1.0, 0.3 + 0.01 * step),
         "pairs_per_second": 3.0,
+        "conversations_per_second": 3.0,
         "tokens_per_second": 3000.0,
         "memory/peak": 60.0,
     }

@@ -21,5 +21,5 @@ def test_the_banner_says_why_kernels_were_passed_over(tmp_path: Path, monkeypatc
     monkeypatch.setattr(policy, "choose_kernels", lambda *_, **__: Kernels(False, "sdpa", reasons=(reason,)))
     run_dir = tmp_path / "run"
     with open_session(load_recipe("simpo_tiny", [*SMALL, f"run_dir={run_dir}"]), LaunchInfo()) as session:
-        facts = banner_facts(session.policy, run_dir, total_steps=3, start_step=0)
+        facts = banner_facts(session.policy, run_dir, total_steps=3, start_step=0, examples="pairs")
     assert f"  why            {reason}\n" in render_banner(facts, width=100)
