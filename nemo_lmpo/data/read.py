@@ -273,9 +273,10 @@ def _data_folder(path: str, short_name: str, folder: Path, split: str, limit: in
     import datasets
 
     try:
-        loaded = datasets.load_dataset(str(folder), *config, split=split)
-        files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".md"]
-        digest = _hash_files(sorted(file for file in files if not file.name.startswith(".")))
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        digest = _hash_files(sorted(file for file in files if not file.name.startswith(".") and file.suffix != ".md"))
+        described = _hash_files(sorted(file for file in files if file.suffix == ".md"))
+        loaded = datasets.load_dataset(str(folder), *config, split=split, cache_dir=_cache_of(digest, described))
     except Exception as error:  # no data files, files of two kinds, a missing split, damage, ...
         raise DataError(
             f"{path} (split '{split}') is a directory that cannot be read as a dataset ({_reason(error)}); "
@@ -283,6 +284,17 @@ def _data_folder(path: str, short_name: str, folder: Path, split: str, limit: in
             f"or the files themselves ({_FORMATS}) as a list"
         ) from None
     return _arrow_source(path, short_name, loaded, digest, limit)
+
+
+def _cache_of(content: str, description: str) -> str:
+    """Where `datasets` keeps what it makes of a folder: a place that this content alone has.
+
+    In its common place it takes the rows of any folder of the same name whose README has a section `configs` for those
+    of this one, also those that were in it before (5.2).
+    """
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "nemo_lmpo" / f"{content[:16]}-{description[:16]}")
 
 
 def _reason(error: Exception) -> str:

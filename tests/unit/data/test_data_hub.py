@@ -142,3 +142,16 @@ def test_patterns_are_refused(cache):
     for path in ("data/*.jsonl", "part-?.parquet", "[ab].csv"):
         with pytest.raises(DataError, match="is a pattern, and patterns are not expanded; give the files as a list"):
             open_source(path, "train")
+
+
+def test_a_folder_gives_its_own_rows_and_those_of_now(tmp_path, cache):
+    """Not those of another folder of its name, or those that were in it, which `datasets` keeps under the same key."""
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: pairs.jsonl\n---\n"
+    found = []
+    for place, rows in (("one", ROWS[:2]), ("other", ROWS[:3]), ("one", ROWS[:1])):
+        folder = tmp_path / place / "pairs"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(readme)
+        (folder / "pairs.jsonl").write_text(lines(rows))
+        found.append(len(list(open_source(str(folder), "train").read())))
+    assert found == [2, 3, 1]
