@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BUILTIN_PREFIX = "builtin:"
+PAIRS_SUMMARY = "pairs.json"
+"""What tells a folder of own pairs, beside the file of the same stem that holds them."""
 _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
 _READ_ROWS = 1024
 _LONGEST_NAME = 200
@@ -142,6 +144,9 @@ def _found(path: str, split: str, limit: int | None) -> Source:
     try:
         file = Path(path).expanduser()
         if file.is_dir():
+            pairs = _pairs_within(file)
+            if pairs is not None:
+                return _file(str(pairs), pairs, limit)
             return _saved_dataset(path, file, split, limit)
         if file.is_file():
             return _file(path, file, limit)
@@ -159,6 +164,17 @@ def _found(path: str, split: str, limit: int | None) -> Source:
     if not is_hub_dataset(path):
         raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
     return _hub_dataset(path, split, limit)
+
+
+def _pairs_within(folder: Path) -> Path | None:
+    """The file of a folder that `nemo-lmpo pairs` made.
+
+    Not by `datasets`: it takes a folder whose files were written again for the one that it has in its cache.
+    """
+    if not (folder / PAIRS_SUMMARY).is_file():
+        return None
+    files = (folder / f"{Path(PAIRS_SUMMARY).stem}{suffix}" for suffix in (".jsonl", ".parquet"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def is_hub_dataset(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -116,7 +117,11 @@ def row_of(pair: Pair, models: Sequence[str]) -> dict[str, Any]:
         for name, one in (("chosen", pair.chosen), ("rejected", pair.rejected))
     }
     inputs = pair.prompt.inputs
-    more = {"tools": inputs.tools, "chat_template_kwargs": dict(inputs.options) or None}
+    # As texts: tools of different rows have different fields, and a table's column has one type.
+    more = {
+        name: json.dumps(value, ensure_ascii=False) if value else None
+        for name, value in (("tools", inputs.tools), ("chat_template_kwargs", dict(inputs.options)))
+    }
     return {
         "prompt_id": pair.prompt.id if pair.place == 0 else f"{pair.prompt.id}-{pair.place + 1}",
         "prompt": given,

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SUMMARY = "pairs.json"
+from nemo_lmpo.data.read import PAIRS_SUMMARY
+
+SUMMARY = PAIRS_SUMMARY
 CARD, PAGE, FIGURES = "README.md", "report.html", "figures"
 WORK = "work"
 SAMPLES, SCORES, CALLS = "samples.jsonl", "scores.jsonl", "judge_calls.jsonl"

@@ -190,6 +190,9 @@ def _model(model: SampledModel) -> Mapping[str, Any]:
 def write_pairs(folder: Path, options: argparse.Namespace, chosen: Chosen, models: Sequence[str]) -> None:
     """Write the pairs whole or not at all; of another format, what an earlier command left is removed."""
     rows = [row_of(pair, models) for pair in chosen.pairs]
+    # Prompts of one and of several messages cannot share a column of a table.
+    if len({type(row["prompt"]) for row in rows}) > 1:
+        rows = [_as_messages(row) for row in rows]
     path = files.pairs_file(folder, options.format)
     (folder / files.SUMMARY).unlink(missing_ok=True)
     for form in files.FORMATS:
@@ -202,9 +205,6 @@ def write_pairs(folder: Path, options: argparse.Namespace, chosen: Chosen, model
 
     import datasets
 
-    # Prompts of one and of several messages cannot share a column.
-    if len({type(row["prompt"]) for row in rows}) > 1:
-        rows = [_as_messages(row) for row in rows]
     content = io.BytesIO()
     datasets.Dataset.from_list(rows).to_parquet(content)
     replace_file(path, content.getvalue())
