@@ -64,6 +64,18 @@ class ModelConfig:
     context_parallel_size: int = setting(1, may_change=True, minimum=1)
     sequence_parallel: bool = setting(False, may_change=True)
     """Split the activations outside attention and MLP along the sequence over the tensor-parallel group."""
+    expert_model_parallel_size: int = setting(1, may_change=True, minimum=1)
+    """Ranks over which the experts of a layer lie (EP): ranks of tensor-, context- and data parallelism."""
+    expert_tensor_parallel_size: int = setting(1, may_change=True, minimum=1)
+    """Ranks over which each expert is cut, in place of `tensor_model_parallel_size`."""
+    moe_aux_loss: Literal["global_batch", "sequence"] | None = None
+    """Balance experts by a term of the loss, over the tokens of the `global_batch` (for which they are counted in a
+    forward pass before, unless the loss has one) or of each `sequence`; unset: not at all, as is usual for
+    preferences."""
+    moe_aux_loss_coefficient: float = setting(1e-3, above=0, maximum=1)
+    """What the term, which is 1 in a layer whose experts get equally much, is multiplied by."""
+    moe_freeze_router: bool = False
+    """Train everything but the routers of experts."""
     fsdp: bool = setting(False, may_change=True)
     """Share weights, gradients and optimizer state over the data- and context-parallel ranks, which gather a layer
     while it runs (FSDP). `optim.use_distributed_optimizer` and `optim.overlap_grad_reduce` are part of it."""

@@ -19,6 +19,8 @@ from torch import Tensor
 from nemo_lmpo.convert.megatron import megatron_model, model_logits
 from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.formats.families import ExpertNames
+from nemo_lmpo.formats.fused_experts import separate_experts
 from nemo_lmpo.formats.source import TensorSource
 
 _LENGTH = 48
@@ -30,7 +32,13 @@ _VOCABULARY = 64
 class _StateSource(TensorSource):
     """The tensors of a model in memory."""
 
-    def __init__(self, state: dict[str, Tensor]) -> None:
+    def __init__(self, state: dict[str, Tensor], experts: ExpertNames | None) -> None:
+        if experts is not None:
+            state = {
+                name: tensor[selection]
+                for stored, tensor in state.items()
+                for name, selection, _ in separate_experts(stored, tuple(tensor.shape), experts)
+            }
         super().__init__("twin", {name: tuple(tensor.shape) for name, tensor in state.items()})
         self._state = state
 
@@ -62,7 +70,8 @@ def positions_difference(directory: Path, architecture: Architecture) -> float:
     given = (getattr(config, "sliding_window", None), architecture.sliding_window)
     windows = sorted({int(window) for window in given if window is not None})
     small = {window: _SMALLEST_WINDOW * (1 + rank) for rank, window in enumerate(windows)}
-    theirs = _their_twin(config, architecture.head_dim, small)
+    experts = architecture.family.experts
+    theirs = _their_twin(config, architecture.head_dim, small, None if experts is None else experts.width)
     twin = replace(
         architecture,
         vocab_size=_VOCABULARY,
@@ -72,17 +81,18 @@ def positions_difference(directory: Path, architecture: Architecture) -> float:
         num_query_groups=_SIZES["num_key_value_heads"],
         sliding_window=small.get(architecture.sliding_window or 0),
         tie_word_embeddings=False,
+        experts=architecture.experts and replace(architecture.experts, ffn_hidden_size=_SIZES["intermediate_size"]),
     )
     ids = [(7919 * position + 13) % _VOCABULARY for position in range(_LENGTH)]
     offsets = (0, max(0, architecture.max_position_embeddings - _LENGTH // 2))
     expected = [_their_logits(theirs, ids, offset) for offset in offsets]
-    with megatron_model(twin, _StateSource(theirs.state_dict())) as model:
+    with megatron_model(twin, _StateSource(theirs.state_dict(), experts)) as model:
         found = [model_logits(model, ids, offset) for offset in offsets]
     # torch's maximum keeps a NaN, Python's may not.
     return float((torch.stack(expected) - torch.stack(found)).abs().max())
 
 
-def _their_twin(config: Any, head_dim: int, small: dict[int, int]) -> torch.nn.Module:
+def _their_twin(config: Any, head_dim: int, small: dict[int, int], expert_width: str | None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -92,6 +102,8 @@ def _their_twin(config: Any, head_dim: int, small: dict[int, int]) -> torch.nn.M
         "tie_word_embeddings": False,
         "initializer_range": 0.2,
     }
+    if expert_width is not None:
+        more[expert_width] = _SIZES["intermediate_size"]
     more.update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
     if getattr(config, "sliding_window", None) is not None:
         more["sliding_window"] = small[config.sliding_window]

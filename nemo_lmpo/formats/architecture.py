@@ -5,66 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_lmpo.errors import CheckpointError, ConfigError, nearest, shown
+from nemo_lmpo.errors import CheckpointError, ConfigError, shown
+from nemo_lmpo.formats.families import FAMILIES, ExpertNames, Family, family_name
 from nemo_lmpo.formats.fields import Fields
 from nemo_lmpo.formats.window import window_from_hf, window_to_hf
 
 MOST_LAYERS = 10_000
 """More than any model has; a larger number is a damaged config, and would take hours to count through."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of decoders differs from a Llama; the rest of the code asks for these properties only.
-
-    A new family is an entry of :data:`FAMILIES`, its tiny model in the tests, and, where it has a tensor that no
-    other has, a rule in :mod:`nemo_lmpo.formats.mapping`.
-    """
-
-    hf_class: str
-    nemo2_class: str
-    """The end of `_target_` in a NeMo 2 `model.yaml`."""
-    qkv_bias: bool = False
-    """The query, key and value projections have biases; no other projection has."""
-    qk_norm: bool = False
-    """RMSNorm over each head of queries and keys, before the rotary embedding."""
-    biases: tuple[str, ...] = ()
-    """Switches of further biases, which are not supported; transformers reads no other family's."""
-    window: str | None = None
-    """The switch of the sliding window; empty: `sliding_window` alone decides; None: the family has none."""
-    absent: Mapping[str, int] = field(default_factory=dict)
-    """What transformers puts in place of absent fields, where it is not Llama's."""
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "LlamaModel", biases=("attention_bias", "mlp_bias")),
-    "mistral": Family(
-        "MistralForCausalLM",
-        "MistralModel",
-        window="",
-        absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        "Qwen2Model",
-        qkv_bias=True,
-        window="use_sliding_window",
-        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        "Qwen3Model",
-        qk_norm=True,
-        biases=("attention_bias",),
-        window="use_sliding_window",
-        absent={"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128, "sliding_window": 4096},
-    ),
-}
-"""By `model_type` of a Hugging Face config."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +33,28 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What stands in place of each layer's MLP in a mixture: a router, and MLPs of which it chooses a few a token."""
+
+    number: int
+    per_token: int
+    ffn_hidden_size: int
+    """Inner size of one expert."""
+    normalized: bool = True
+    """Whether the weights of a token's experts sum to one, or are their parts of the softmax over all experts."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A pre-norm decoder with RMSNorm, SwiGLU, grouped-query attention and rotary embedding."""
 
     model_type: str
-    """A key of :data:`FAMILIES`."""
+    """A key of :data:`nemo_lmpo.formats.families.FAMILIES`."""
     vocab_size: int
     """Rows of the embedding as stored, without padding for tensor parallelism."""
     hidden_size: int
     ffn_hidden_size: int
+    """Inner size of the MLP; a mixture's config has one, too, and :attr:`mlp_size` is what an expert has."""
     num_layers: int
     num_attention_heads: int
     num_query_groups: int
@@ -103,6 +67,13 @@ class Architecture:
     """Each token attends to this many newest positions, itself included; None: to all."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    experts: Experts | None = None
+    """Of a mixture of experts; None: every layer has one MLP."""
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner size of an MLP: of the one in each layer, or of each expert."""
+        return self.ffn_hidden_size if self.experts is None else self.experts.ffn_hidden_size
 
     @property
     def family(self) -> Family:
@@ -116,11 +87,27 @@ class Architecture:
 
     def num_parameters(self) -> int:
         """Parameters of the unpadded model, tied embeddings counted once."""
+        return self._parameters(1 if self.experts is None else self.experts.number)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that a token meets: of a mixture's experts, as many as are chosen for it."""
+        return self._parameters(1 if self.experts is None else self.experts.per_token)
+
+    def num_expert_parameters(self) -> int:
+        """Parameters of all experts of a mixture, without its routers; 0 where there are none."""
+        if self.experts is None:
+            return 0
+        return self.num_layers * self.experts.number * 3 * self.hidden_size * self.mlp_size
+
+    def _parameters(self, mlps: int) -> int:
+        """With so many MLPs in a layer."""
         query = self.num_attention_heads * self.head_dim
         key_value = 2 * self.num_query_groups * self.head_dim
         attention = self.hidden_size * (query + key_value) + query * self.hidden_size
         attention += (query + key_value) * self.family.qkv_bias + 2 * self.head_dim * self.family.qk_norm
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        mlp = mlps * 3 * self.hidden_size * self.mlp_size
+        if self.experts is not None:
+            mlp += self.experts.number * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
 
@@ -132,7 +119,7 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
         CheckpointError: another family, an unsupported variant, a missing field, or an invalid value.
     """
     fields = Fields(config, origin)
-    model_type = _model_type(fields)
+    model_type = family_name(fields)
     family = FAMILIES[model_type]
     biases: dict[str, tuple[Any, ...]] = dict.fromkeys(family.biases, (False, None))
     fields.require(_REQUIRED | biases, f"{model_type} models here")
@@ -141,18 +128,19 @@ def architecture_from_hf(config: Mapping[str, Any], origin: str = "config.json")
     absent = {"num_key_value_heads": heads, "max_position_embeddings": 2048, "head_dim": hidden // heads}
     absent.update(family.absent)
     layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
-    theta, scaling = _rope(fields)
+    theta, scaling = _rope(fields, family.rope_theta)
     return Architecture(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
         ffn_hidden_size=fields.size("intermediate_size"),
+        experts=_experts(fields, family.experts),
         num_layers=layers,
         num_attention_heads=heads,
         num_query_groups=fields.size("num_key_value_heads", absent=absent["num_key_value_heads"], null=heads),
         head_dim=even_head_dim(fields.size("head_dim", absent=absent["head_dim"], null=hidden // heads), origin),
         max_position_embeddings=fields.size("max_position_embeddings", absent=absent["max_position_embeddings"]),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", family.rms_norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=window_from_hf(fields, family.window, family.absent.get("sliding_window", 0), layers),
@@ -170,21 +158,38 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 """Fields of any family that transformers computes something else by, and what they may be."""
 
 
-def _model_type(fields: Fields) -> str:
-    name = shown(fields.values.get("model_type")).strip("'")
-    if name.endswith("_moe") or name == "mixtral" or fields.has("num_experts") or fields.has("num_local_experts"):
-        raise CheckpointError(
-            f"{fields.origin}: model_type '{name}' is a mixture of experts, which is not supported; "
-            f"supported are the dense {', '.join(FAMILIES)}"
-        )
-    if name not in FAMILIES:
-        near = nearest(name, FAMILIES)
-        # Longer names belong to other models (ministral, mistral3, llama4), and so does qwen.
-        hint = f"; did you mean '{near}'?" if near and len(name) <= len(near) and near.isalpha() else ""
-        raise CheckpointError(
-            f"{fields.origin}: model_type '{name}' is not supported; supported: {', '.join(FAMILIES)}{hint}"
-        )
-    return name
+_REQUIRED_OF_MIXTURES: dict[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "router_jitter_noise": (0.0, None),
+    "shared_expert_intermediate_size": (None, 0),
+    "n_shared_experts": (None, 0),
+    "scoring_func": ("softmax", None),
+    "quantization_config": (None,),
+}
+"""Every layer is a mixture, a softmax over one router's logits chooses its experts, and their weights are numbers."""
+
+
+def _experts(fields: Fields, names: ExpertNames | None) -> Experts | None:
+    """The experts of a mixture's config.
+
+    Raises:
+        CheckpointError: layers without experts, shared or quantized ones, another router, or an invalid value.
+    """
+    if names is None:
+        return None
+    fields.require(_REQUIRED_OF_MIXTURES, "a softmax router in every layer, and experts that all are chosen among")
+    number = names.number if names.number in fields.values else "num_local_experts"
+    experts = fields.size(number, absent=names.absent[names.number], least=2)
+    chosen = fields.size("num_experts_per_tok", absent=names.absent["num_experts_per_tok"])
+    if chosen > experts:
+        raise fields.error("num_experts_per_tok", f"is more than the {experts} experts that there are; correct it")
+    return Experts(
+        number=experts,
+        per_token=chosen,
+        ffn_hidden_size=fields.size(names.width, absent=names.absent[names.width]),
+        normalized=names.normalized is None or fields.flag(names.normalized),
+    )
 
 
 def start_deviation(fields: Fields, name: str) -> float:
@@ -213,8 +218,8 @@ def even_head_dim(head_dim: int, origin: str) -> int:
     return head_dim
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from where transformers takes them.
+def _rope(fields: Fields, usual: float) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from where transformers takes them; ``usual`` is the family's base.
 
     Version 5 writes `rope_parameters`, older ones `rope_scaling` beside `rope_theta`. The older field wins where both
     say something, and what the one that counts does not say is looked for at the top.
@@ -226,7 +231,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     older = {name: fields.values[name] for name in ("rope_theta", "partial_rotary_factor") if name in fields.values}
     rope = Fields({**older, **given}, f"{fields.origin}: {name}")
     rope.require({"partial_rotary_factor": (1.0, None)}, "the whole head is rotated")
-    theta = rope.number("rope_theta", 10000.0)
+    theta = rope.number("rope_theta", usual)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -342,7 +347,22 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         "use_cache": True,
         **dict.fromkeys(a.family.biases, False),
         **({} if a.family.window is None else window_to_hf(a.sliding_window, a.family.window)),
+        **_experts_to_hf(a.experts, a.family.experts),
     }
+
+
+def _experts_to_hf(experts: Experts | None, names: ExpertNames | None) -> dict[str, Any]:
+    if experts is None or names is None:
+        return {}
+    config: dict[str, Any] = {
+        names.number: experts.number,
+        "num_experts_per_tok": experts.per_token,
+        names.width: experts.ffn_hidden_size,
+        "output_router_logits": False,
+    }
+    if names.normalized is not None:
+        config |= {names.normalized: experts.normalized, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return config
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

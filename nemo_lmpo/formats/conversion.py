@@ -19,7 +19,7 @@ from nemo_lmpo.formats.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
 from nemo_lmpo.formats.export_record import write_record
 from nemo_lmpo.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
-from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules
+from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules, stacked
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles, open_model
 from nemo_lmpo.formats.nemo import nemo_config
 from nemo_lmpo.formats.older_transformers import older_config, older_tokenizer_config
@@ -95,11 +95,12 @@ def describe(plan: Conversion) -> list[str]:
     architecture = plan.model.architecture
     lines = []
     for rule in rules(architecture):
-        layers = f"{{0..{architecture.num_layers - 1}}}"
-        names = " + ".join(name.replace("{layer}", layers) for name in rule.hf)
+        counts = dict(zip(("{layer}", "{expert}"), stacked(rule, architecture), strict=False))
+        names = " + ".join(rule.hf)
+        for what, count in counts.items():
+            names = names.replace(what, f"{{0..{count - 1}}}")
         shapes = " + ".join(str(list(shape)) for shape in part_shapes(rule, architecture))
-        stored = megatron_shape(rule, architecture)
-        whole = [architecture.num_layers, *stored] if rule.per_layer else list(stored)
+        whole = [*stacked(rule, architecture), *megatron_shape(rule, architecture)]
         lines.append(f"{names} {shapes} <-> {rule.megatron} {whole} ({rule.layout.value})")
     return lines
 

@@ -69,16 +69,15 @@ class DistributedCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read(self, key: str, index: int | None = None) -> Tensor:
-        """The tensor ``key``, or only its slice ``[index]`` along the first axis.
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """The tensor ``key``, or only its slice at ``index`` along the first axes.
 
         Raises:
             CheckpointError: the data file is damaged or does not hold all of it.
         """
         entry = self.tensors[key]
         first, size = [0] * len(entry.size), list(entry.size)
-        if index is not None:
-            first[0], size[0] = index, 1
+        first[: len(index)], size[: len(index)] = index, [1] * len(index)
         chunks = [(chunk, *found) for chunk in entry.chunks if (found := _overlap(chunk, first, size)) is not None]
         present = sum(math.prod(part.stop - part.start for part in here) for _, here, _ in chunks)
         if present != math.prod(size):
@@ -92,7 +91,7 @@ class DistributedCheckpoint:
             out = torch.empty(size, dtype=entry.properties.dtype)
             for chunk, here, there in chunks:
                 out[here].copy_(self._read_chunk(key, entry, chunk)[there])
-        return out if index is None else out[0]
+        return out[(0,) * len(index)]
 
     def _read_chunk(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))

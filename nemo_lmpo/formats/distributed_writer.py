@@ -26,7 +26,17 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import CHECKSUM, CHECKSUMS_FILE
-from nemo_lmpo.formats.mapping import Rule, TensorLayout, fill, megatron_shape, part_shapes, rules_by_layer
+from nemo_lmpo.formats.mapping import (
+    EXPERTS,
+    Place,
+    Rule,
+    TensorLayout,
+    fill,
+    megatron_shape,
+    part_shapes,
+    rules_by_place,
+    stacked,
+)
 from nemo_lmpo.formats.sinks import Sink
 from nemo_lmpo.formats.source import TensorSource, get_fitting
 
@@ -67,11 +77,10 @@ def write_distributed_checkpoint(
     def content() -> Iterator[memoryview]:
         for key in _extra_states(architecture, prefix):
             yield catalog.add_object(key)
-        for rule, layer in rules_by_layer(architecture):
-            size = megatron_shape(rule, architecture)
-            lead, at = ((architecture.num_layers,), (layer,)) if rule.per_layer else ((), ())
-            for row, tensor, done in _pieces(rule, layer, source, architecture, dtype):
-                offsets = (*at, row, *(0 for _ in size[1:]))
+        for rule, place in rules_by_place(architecture):
+            size, lead = megatron_shape(rule, architecture), stacked(rule, architecture)
+            for row, tensor, done in _pieces(rule, place, source, architecture, dtype):
+                offsets = (*rule.index(place), row, *(0 for _ in size[1:]))
                 yield catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
                 for name in done:
                     progress(name)
@@ -130,16 +139,16 @@ def _saved(value: object) -> memoryview:
 
 
 def _pieces(
-    rule: Rule, layer: int, source: TensorSource, architecture: Architecture, dtype: torch.dtype
+    rule: Rule, at: Place, source: TensorSource, architecture: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, tuple[str, ...]]]:
-    """What is stored together of a parameter (of one layer): its first row, its content, and the tensors done by it.
+    """What is stored together of a parameter at a place: its first row, its content, and the tensors done by it.
 
     Gate and up apart, as NeMo stores them; the vocabulary in blocks, which keeps memory small.
     """
-    names = rule.hf_names(layer)
+    names = rule.hf_names(at)
     if rule.layout is TensorLayout.GATE_UP:
         for place, name in enumerate(names):
-            yield place * architecture.ffn_hidden_size, _copied(get_fitting(source, name, dtype), dtype), (name,)
+            yield place * architecture.mlp_size, _copied(get_fitting(source, name, dtype), dtype), (name,)
     elif rule.layout is TensorLayout.VOCABULARY:
         rows, columns = part_shapes(rule, architecture)[0]
         block = max(1, _VOCABULARY_BLOCK_BYTES // (columns * dtype.itemsize))
@@ -158,21 +167,28 @@ def _copied(part: Tensor, dtype: torch.dtype) -> Tensor:
     return part.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
 """Modules whose (empty) Transformer Engine state a loading model may ask for."""
+_LINEARS = ("linear_fc1", "linear_fc2")
+"""Of the MLP, or of each expert."""
 
 
 def _extra_states(architecture: Architecture, prefix: str) -> list[str]:
     layers = architecture.num_layers
     norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if architecture.family.qk_norm else ()
+    modules = (*_EXTRA_STATES, *norms, *(f"mlp.{name}" for name in _LINEARS if architecture.experts is None))
+    experts = 0 if architecture.experts is None else architecture.experts.number
     return [
-        f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
-        for module in (*_EXTRA_STATES, *norms)
-    ] + [f"{prefix}decoder.final_layernorm._extra_state/shard_0_1"]
+        *(
+            f"{prefix}decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+            for layer in range(layers)
+            for module in modules
+        ),
+        *(
+            f"{prefix}decoder.layers.{EXPERTS}{name}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
+            for layer in range(layers)
+            for expert in range(experts)
+            for name in _LINEARS
+        ),
+        f"{prefix}decoder.final_layernorm._extra_state/shard_0_1",
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nemo_lmpo.errors import CheckpointError, counted
 from nemo_lmpo.formats.architecture import parse_json
+from nemo_lmpo.formats.families import ExpertNames
+from nemo_lmpo.formats.fused_experts import Selection, separate_experts
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT
 from nemo_lmpo.formats.source import TensorSource, get_fitting
 
@@ -42,16 +44,18 @@ class HuggingFaceSource(TensorSource):
     Args:
         directory: where the files are.
         tied: the output layer is the embedding, and may be the one that is stored.
+        experts: of a mixture: all experts of a layer may be stored as one tensor, of which each is a slice.
 
     Raises:
         CheckpointError: no weights, a missing or truncated file, or two different tensors of one name.
     """
 
-    def __init__(self, directory: Path, *, tied: bool = False) -> None:
+    def __init__(self, directory: Path, *, tied: bool = False, experts: ExpertNames | None = None) -> None:
         super().__init__(str(directory), {})
         self._directory = directory
-        self._places: dict[str, tuple[Path, str]] = {}
-        """File, and the name there."""
+        self._experts = experts
+        self._places: dict[str, tuple[Path, str, Selection]] = {}
+        """File, the name there, and what of that tensor."""
         self._dtypes: dict[str, torch.dtype] = {}
         if (directory / SINGLE_FILE).is_file():
             self._add_file(directory / SINGLE_FILE)
@@ -72,10 +76,13 @@ class HuggingFaceSource(TensorSource):
     def get(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file."""
         # Opened for each tensor: a mapping that lives on keeps every page it was read through resident.
-        path, stored = self._places[name]
+        return self._read(*self._places[name])
+
+    @staticmethod
+    def _read(path: Path, stored: str, selection: Selection) -> Tensor:
         with _open(path) as file:
             tensor: Tensor = file.get_tensor(stored)
-            return tensor
+            return tensor[selection]
 
     def _nothing_found(self) -> str:
         if not self._directory.is_dir():
@@ -98,15 +105,19 @@ class HuggingFaceSource(TensorSource):
                         f"{path}: {stored} is {kind}, which is not supported; convert the model to one of "
                         f"{', '.join(DTYPES)} first"
                     )
-                name = _full_name(stored)
-                if name in self._places and not torch.equal(self.get(name), file.get_tensor(stored)):
-                    raise CheckpointError(
-                        f"{path} holds another {name} than {self._places[name][0].name} ({self._places[name][1]}); "
-                        "remove the file that does not belong to the model"
-                    )
-                self._places[name] = (path, stored)
-                self._shapes[name] = tuple(view.get_shape())
-                self._dtypes[name] = DTYPES[kind]
+                for name, selection, shape in self._tensors_in(_full_name(stored), tuple(view.get_shape())):
+                    self._add(name, (path, stored, selection), shape, DTYPES[kind])
+
+    def _tensors_in(self, name: str, shape: tuple[int, ...]) -> Iterable[tuple[str, Selection, tuple[int, ...]]]:
+        return [(name, (), shape)] if self._experts is None else separate_experts(name, shape, self._experts)
+
+    def _add(self, name: str, place: tuple[Path, str, Selection], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if name in self._places and not torch.equal(self.get(name), self._read(*place)):
+            raise CheckpointError(
+                f"{place[0]} holds another {name} than {self._places[name][0].name} ({self._places[name][1]}); "
+                "remove the file that does not belong to the model"
+            )
+        self._places[name], self._shapes[name], self._dtypes[name] = place, shape, dtype
 
 
 def _full_name(stored: str) -> str:

@@ -14,13 +14,17 @@ from nemo_lmpo.formats.fields import LARGEST_SIZE
 from nemo_lmpo.formats.mapping import (
     EMBEDDING,
     LAYERS,
+    LOCAL_SPEC_NAMES,
+    MIXTURE_NORM,
     OUTPUT_LAYER,
+    Place,
     Rule,
     TensorLayout,
     hf_shapes,
     megatron_shape,
-    rules_by_layer,
+    rules_by_place,
     separate,
+    stacked,
 )
 from nemo_lmpo.formats.source import TensorSource, check_tied, raise_if_any
 
@@ -57,47 +61,54 @@ class MegatronSource(TensorSource):
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._prefix = find_prefix(checkpoint)
-        # Where a Hugging Face tensor lies: part of a rule in a layer.
+        # Where a Hugging Face tensor lies: part of a rule in a layer, and of an expert of it.
         self._places = {
-            name: (rule, layer, part)
-            for rule, layer in rules_by_layer(architecture)
-            for part, name in enumerate(rule.hf_names(layer))
+            name: (rule, place, part)
+            for rule, place in rules_by_place(architecture)
+            for part, name in enumerate(rule.hf_names(place))
         }
-        self._last: tuple[tuple[str, int | None], tuple[Tensor, ...]] | None = None
+        self._last: tuple[tuple[str, tuple[int, ...]], tuple[Tensor, ...]] | None = None
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype as stored."""
-        rule, layer, _ = self._places[name]
-        return self._checkpoint.tensors[self._key(rule, layer)[0]].properties.dtype
+        rule, place, _ = self._places[name]
+        return self._checkpoint.tensors[self._key(rule, place)[0]].properties.dtype
 
     def get(self, name: str) -> Tensor:
         """The tensor, read from the file."""
-        rule, layer, part = self._places[name]
-        key, index = self._key(rule, layer)
+        rule, place, part = self._places[name]
+        key, index = self._key(rule, place)
         # Neighbours (q, k, v; gate, up) come from the same stored tensor and are asked for in turn.
         if self._last is None or self._last[0] != (key, index):
             self._last = None
             self._last = (key, index), separate(rule, self._checkpoint.read(key, index), self._architecture)
         return self._last[1][part]
 
-    def _key(self, rule: Rule, layer: int) -> tuple[str, int | None]:
-        """Key of the stored tensor, and the index of the layer in it if layers are stacked."""
+    def _key(self, rule: Rule, place: Place) -> tuple[str, tuple[int, ...]]:
+        """Key of the stored tensor, and the place on the axes over which layers and experts are stacked in it."""
+        index = rule.index(place)
         if not rule.per_layer:
-            return self._prefix + rule.megatron, None
-        stacked = self._prefix + rule.megatron
-        if stacked in self._checkpoint.tensors:
-            return stacked, layer
-        return f"{self._prefix}{LAYERS}{layer}.{rule.megatron.removeprefix(LAYERS)}", None
+            return self._prefix + rule.megatron, index
+        for name in self._names(rule):
+            if self._prefix + name in self._checkpoint.tensors:
+                return self._prefix + name, index
+        rest = rule.megatron.removeprefix(LAYERS)
+        return f"{self._prefix}{LAYERS}{place.layer}.{rest}", index[1:]
+
+    def _names(self, rule: Rule) -> tuple[str, ...]:
+        """A mixture's norm is stored under a dense model's name by megatron-core's local layers."""
+        other = LOCAL_SPEC_NAMES[MIXTURE_NORM]
+        return (rule.megatron, LAYERS + other) if rule.megatron == LAYERS + MIXTURE_NORM else (rule.megatron,)
 
     def _check(self) -> None:
         stored = self._checkpoint.tensors
         expected: set[str] = set()
         wrong_shapes = []
-        for rule, layer in rules_by_layer(self._architecture):
-            key, index = self._key(rule, layer)
-            shape = megatron_shape(rule, self._architecture)
-            whole = shape if index is None else (self._architecture.num_layers, *shape)
+        for rule, place in rules_by_place(self._architecture):
+            key, index = self._key(rule, place)
+            lead = stacked(rule, self._architecture)
+            whole = (*lead[len(lead) - len(index) :], *megatron_shape(rule, self._architecture))
             if key in stored and key not in expected and not _fits(tuple(stored[key].size), whole, rule):
                 wrong_shapes.append(f"{key} is {list(stored[key].size)} instead of {list(whole)}")
             expected.add(key)

@@ -140,7 +140,7 @@ def _open_huggingface(path: Path, config: Path | None) -> ModelFiles:
         raise CheckpointError(_no_model(path))
     sidecars = side_files(path)
     architecture = _given_architecture(config, sidecars) if config else read_architecture(path)
-    source = HuggingFaceSource(path, tied=architecture.tie_word_embeddings)
+    source = HuggingFaceSource(path, tied=architecture.tie_word_embeddings, experts=architecture.family.experts)
     check_source(source, architecture)
     return ModelFiles("huggingface", str(path), architecture, source, sidecars)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, shown
 from nemo_lmpo.formats.architecture import (
-    FAMILIES,
     MOST_LAYERS,
     Architecture,
     RopeScaling,
@@ -16,7 +16,9 @@ from nemo_lmpo.formats.architecture import (
     llama3_scaling,
     start_deviation,
 )
+from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.fields import Fields
+from nemo_lmpo.formats.nemo_experts import expert_keys, has_such, read_experts
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def nemo_config(architecture: Architecture, precision: str, tokenizer: Mapping[s
         "share_embeddings_and_output_weights": a.tie_word_embeddings,
         "qkv_bias": a.family.qkv_bias,
         "qk_layernorm": a.family.qk_norm,
+        **expert_keys(a.experts),
         "tokenizer": dict(tokenizer),
         "precision": precision if precision == "bf16" else int(precision),
         **_rope_keys(a.rope_scaling),
@@ -203,30 +206,32 @@ def architecture_from_nemo(config: Mapping[str, Any], vocab_size: int, origin: s
         CheckpointError: another model than the families here, a missing field, or an invalid value.
     """
     model = nemo_fields(config, origin)
-    _refuse_experts(model)
     model.require(_REQUIRED | _REQUIRED_EVERYWHERE, _SUPPORTED)
     window = _window(model)
     bias, norm = model.flag("qkv_bias"), model.flag("qk_layernorm")
+    experts = read_experts(model, model.size("ffn_hidden_size"))
     fitting = [
         name
         for name, family in FAMILIES.items()
         if (family.qkv_bias, family.qk_norm) == (bias, norm) and (window is None or family.window is not None)
+        if has_such(family, experts)
     ]
     if not fitting:
         raise CheckpointError(
             f"{origin}: no supported family has qkv_bias={bias}, qk_layernorm={norm} and window_size="
-            f"{shown(model.values.get('window_size'))}; supported: {', '.join(FAMILIES)}"
+            f"{shown(model.values.get('window_size'))}"
+            + (
+                ""
+                if experts is None
+                else f", num_moe_experts={experts.number}, moe_router_pre_softmax={not experts.normalized}"
+            )
+            + f"; supported: {', '.join(FAMILIES)}"
         )
     positions = model.size("max_position_embeddings")
     scaling = _linear_scaling(model)
     if model.flag("scale_positional_embedding"):
         scaling = _meant_scaling(model, positions, origin)
     return _architecture(model, fitting[0], vocab_size, scaling, positions)
-
-
-def _refuse_experts(model: Fields) -> None:
-    if model.values.get("num_moe_experts") not in (None, 0, 1):
-        raise model.error("num_moe_experts", f"is a mixture of experts; supported are the dense {', '.join(FAMILIES)}")
 
 
 def _meant_scaling(model: Fields, positions: int, origin: str) -> RopeScaling | None:
@@ -260,13 +265,19 @@ def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: 
         CheckpointError: another model than the families here, a missing field, or an invalid value.
     """
     target = str(config.get("_target_", ""))[:80]
-    by_class = {family.nemo2_class: name for name, family in FAMILIES.items()}
+    model = Fields(config.get("config"), f"{origin}: config", text_numbers=True)
+    mixture = model.values.get("num_moe_experts") not in (None, 0, 1)
+    # NeMo 2 has one class for dense and mixed Qwen3.
+    by_class = {
+        family.nemo2_class: name for name, family in FAMILIES.items() if (family.experts is not None) == mixture
+    }
     model_type = by_class.get(target.rpartition(".")[2])
     if model_type is None:
-        raise CheckpointError(f"{origin}: the model '{target}' is not supported; supported: {', '.join(by_class)}")
+        raise CheckpointError(
+            f"{origin}: the model '{target}' {'with experts ' if mixture else ''}is not supported; supported: "
+            f"{', '.join(by_class)}"
+        )
     family = FAMILIES[model_type]
-    model = Fields(config.get("config"), f"{origin}: config", text_numbers=True)
-    _refuse_experts(model)
     traits = {"add_qkv_bias": (family.qkv_bias,), "qk_layernorm": (family.qk_norm,)}
     model.require(_REQUIRED_NEMO2 | _REQUIRED_EVERYWHERE | traits, _SUPPORTED)
     activation = model.values.get("activation_func")
@@ -292,9 +303,19 @@ def architecture_from_nemo2(config: Mapping[str, Any], vocab_size: int, origin: 
             origin,
             positions,
         )
-    return _architecture(
+    read = _architecture(
         model, model_type, model.size("vocab_size", absent=vocab_size, null=vocab_size), scaling, positions
     )
+    if read.experts is None or has_such(family, read.experts):
+        return read
+    # NeMo 2's own config of Mixtral, and what its importer makes of a Hugging Face one.
+    _logger.warning(
+        "%s: moe_router_pre_softmax is set, by which the weights of a token's experts would not sum to one; they do in "
+        "a %s, and are taken so",
+        origin,
+        model_type,
+    )
+    return replace(read, experts=replace(read.experts, normalized=True))
 
 
 def _scaling(model: Fields) -> RopeScaling:
@@ -320,13 +341,14 @@ def _window(model: Fields) -> int | None:
 def _architecture(
     model: Fields, model_type: str, vocab_size: int, scaling: RopeScaling | None, positions: int
 ) -> Architecture:
-    heads, hidden = model.size("num_attention_heads"), model.size("hidden_size")
+    heads, hidden, ffn = (model.size(name) for name in ("num_attention_heads", "hidden_size", "ffn_hidden_size"))
     head_dim = model.size("kv_channels", absent=hidden // heads, null=hidden // heads)
     return Architecture(
         model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        ffn_hidden_size=model.size("ffn_hidden_size"),
+        ffn_hidden_size=ffn,
+        experts=read_experts(model, ffn),
         num_layers=model.size("num_layers", most=MOST_LAYERS),
         num_attention_heads=heads,
         num_query_groups=model.size("num_query_groups", absent=heads, null=heads),

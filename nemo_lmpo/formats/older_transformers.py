@@ -1,7 +1,8 @@
 """Files that transformers 5 wrote, in the form of 4.57, which both read: other programs still stand on the older one.
 
-4.57 takes a config with `rope_parameters` for one of the default rotary base, without a word; it knows no tokenizer
-class `TokenizersBackend`, and fails on a list of `extra_special_tokens`.
+4.57 takes a config with `rope_parameters` for one of the default rotary base, and a Qwen3-MoE with
+`num_local_experts` for one of 128 experts, without a word; it knows no tokenizer class `TokenizersBackend`, and fails
+on a list of `extra_special_tokens`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ _NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def older_config(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """A `config.json` with base and scaling of the rotary embedding in two fields."""
+    """A `config.json` with base and scaling of the rotary embedding in two fields, and experts in the family's own."""
+    older, experts = dict(config), architecture.family.experts
+    if experts is not None and experts.number not in older:
+        older[experts.number] = older.pop("num_local_experts", architecture_to_hf(architecture)[experts.number])
     if "rope_parameters" not in config:
-        return dict(config)
+        return older
     both = architecture_to_hf(architecture)
-    kept = {name: value for name, value in config.items() if name != "rope_parameters"}
+    kept = {name: value for name, value in older.items() if name != "rope_parameters"}
     return {**kept, "rope_theta": both["rope_theta"], "rope_scaling": both["rope_scaling"]}
 
 

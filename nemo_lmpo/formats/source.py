@@ -131,7 +131,7 @@ class RandomSource(TensorSource):
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)
         std = self._architecture.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight")):
             std /= math.sqrt(2 * self._architecture.num_layers)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

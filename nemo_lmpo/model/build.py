@@ -13,6 +13,7 @@ from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.model.attention import PackedAttention, PackedSDPA
 from nemo_lmpo.model.flash_attention import PackedFlashAttention
 from nemo_lmpo.model.kernels import Kernels
+from nemo_lmpo.model.mixture import expert_fields, mark_experts, routers_of, use_balanced_routers
 from nemo_lmpo.model.norm import RecomputedRMSNorm, RMSNorm
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.model.te_attention import PackedTEAttention
@@ -36,6 +37,8 @@ _PARALLEL = (
     "account_for_loss_in_pipeline_split",
     "context_parallel_size",
     "sequence_parallel",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 )
 """Settings of the layout, which megatron-core's configuration has under the same names."""
 
@@ -73,6 +76,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
         **{name: getattr(model, name) for name in _PARALLEL},
+        **expert_fields(architecture, kernels),
         # The micro-batches of a step have one length, so stages need not tell each other what comes.
         variable_seq_lengths=False,
         # Works around a fault of old versions of torch by waiting for the device after every transfer.
@@ -100,7 +104,7 @@ def transformer_config(
     )
 
 
-def layer_spec(kernels: Kernels, *, qk_norm: bool) -> ModuleSpec:
+def layer_spec(kernels: Kernels, *, qk_norm: bool, experts: int | None = None) -> ModuleSpec:
     """Transformer Engine's layers, or megatron-core's own with this project's norm; always packed attention."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,14 +114,16 @@ def layer_spec(kernels: Kernels, *, qk_norm: bool) -> ModuleSpec:
         )
 
     if kernels.transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=True, qk_layernorm=qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+        spec = get_gpt_layer_local_spec(experts, normalization="RMSNorm", qk_layernorm=qk_norm)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _local_norm(kernels)
         if qk_norm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = _local_norm(kernels)
     spec.submodules.self_attention.submodules.core_attention = attention_module(kernels)
+    if experts is not None:
+        use_balanced_routers(spec)
     return spec
 
 
@@ -134,7 +140,7 @@ def block_spec(kernels: Kernels, config: TransformerConfig, vp_stage: int | None
     """The decoder block's spec: the layers of this stage and the final norm."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    layer = layer_spec(kernels, qk_norm=config.qk_layernorm)
+    layer = layer_spec(kernels, qk_norm=config.qk_layernorm, experts=config.num_moe_experts)
     if kernels.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -173,6 +179,10 @@ def build_model_chunks(
             vp_stage=stage,
         )
         mark_tensor_parallel(chunk)
+        mark_experts(chunk)
+        if model.moe_freeze_router:
+            for _, router in routers_of([chunk]):
+                router.requires_grad_(False)
         chunks.append(chunk.to(dtype) if model.fsdp else chunk.to(dtype).to(device))
     return chunks
 

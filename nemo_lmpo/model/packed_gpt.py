@@ -59,13 +59,21 @@ class PackedGPTModel(GPTModel):
         if self.config.attention_backend != AttnBackend.auto:
             super()._set_attention_backend()
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_plan: AttentionPlan, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_plan: AttentionPlan,
+        membership: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Run this stage.
 
         Args:
             input_ids: ``[1, T / cp]``; used by the first stage.
             position_ids: ``[1, T / cp]``.
             attention_plan: what :class:`nemo_lmpo.model.attention.PackedAttention` needs of the micro-batch.
+            membership: ``[S, T / cp]`` bool, which tokens belong to each sequence; routers of experts count by it.
             kwargs: megatron-core's further arguments.
 
         Returns:
@@ -73,11 +81,23 @@ class PackedGPTModel(GPTModel):
             dimension under sequence parallelism.
         """
         self.rotary_pos_emb.position_ids = position_ids
+        if membership is not None and self.config.sequence_parallel:
+            membership = membership.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
         # megatron-core hands a bias on to core attention as it is, also when a layer is computed again.
         hidden: Tensor = super().forward(
-            input_ids, position_ids, None, extra_block_kwargs={"attention_bias": attention_plan}, **kwargs
+            input_ids,
+            position_ids,
+            None,
+            extra_block_kwargs={"attention_bias": attention_plan},
+            **({} if membership is None else {"padding_mask": membership}),
+            **kwargs,
         )
         return hidden
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base class would take a mask of tokens apart; routers get the membership of this rank's as it is."""
+        made = super()._preprocess(*args, **kwargs)
+        return made if padding_mask is None else (*made[:5], padding_mask, *made[6:])
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states

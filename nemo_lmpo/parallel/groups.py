@@ -41,7 +41,13 @@ class ParallelGroups:
     data: dist.ProcessGroup
     """Replicas that see different pairs."""
     data_context: dist.ProcessGroup
-    """All ranks that hold the same weights: data- and context-parallel together."""
+    """All ranks that hold the same weights, experts' left out: data- and context-parallel together."""
+    expert: dist.ProcessGroup
+    """Ranks that each hold other experts of a layer; ranks of the tensor, context and data groups."""
+    expert_tensor: dist.ProcessGroup
+    """Ranks that hold parts of the same experts."""
+    expert_data: dist.ProcessGroup
+    """Ranks that hold the same parts of the same experts."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -72,6 +78,8 @@ def create_groups(model: ModelConfig, *, timeout_minutes: float = 30.0) -> Paral
             pipeline_model_parallel_size=model.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
             context_parallel_size=model.context_parallel_size,
+            expert_model_parallel_size=model.expert_model_parallel_size,
+            expert_tensor_parallel_size=model.expert_tensor_parallel_size,
             distributed_timeout_minutes=timeout_minutes,
             # Nothing here communicates in main memory, and gloo wants an address of each host that others reach.
             create_gloo_process_groups=False,
@@ -82,6 +90,9 @@ def create_groups(model: ModelConfig, *, timeout_minutes: float = 30.0) -> Paral
         context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
     )
 
 

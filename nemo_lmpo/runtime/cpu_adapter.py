@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -47,7 +48,10 @@ def _nothing(*_: object) -> None:
     """CPU work is done when the call returns, and profiler ranges exist on GPUs only."""
 
 
-_STREAM = SimpleNamespace(wait_stream=_nothing, wait_event=_nothing, synchronize=_nothing)
+_EVENT = SimpleNamespace(synchronize=_nothing, wait=_nothing)
+_STREAM = SimpleNamespace(
+    wait_stream=_nothing, wait_event=_nothing, synchronize=_nothing, record_event=lambda *_: _EVENT
+)
 _NVTX = SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=lambda *_: contextlib.nullcontext())
 
 
@@ -66,12 +70,69 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.cuda, "current_stream", lambda *args, **kwargs: _STREAM),
+        (torch.cuda, "Stream", lambda *args, **kwargs: _STREAM),
+        (torch.cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext()),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "nvtx", _NVTX),
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        (dist, "all_gather", _all_gather_of(dist.all_gather)),
+        (dist, "reduce_scatter", _reduce_scatter_of(dist.reduce_scatter)),
+        *_counts_on_the_host(),
         *_without_fused_optimizers(),
     ]
+
+
+def _all_gather_of(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """All-gather where ranks have different sizes, as tokens of an expert are, which gloo refuses and NCCL takes."""
+
+    def gather(tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in tensors}) <= 1:
+            return all_gather(tensors, tensor, group=group, async_op=async_op)
+        tensors[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensors):
+            dist.broadcast(part, group=group, group_src=rank)
+        return None
+
+    return gather
+
+
+def _reduce_scatter_of(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of a sum that is scattered."""
+
+    def scatter(
+        output: torch.Tensor,
+        tensors: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.shape for part in tensors}) <= 1:
+            return reduce_scatter(output, tensors, op=op, group=group, async_op=async_op)
+        for rank, part in enumerate(tensors):
+            whole = part.clone()
+            dist.all_reduce(whole, op=op, group=group)
+            if rank == dist.get_rank(group):
+                output.copy_(whole)
+        return None
+
+    return scatter
+
+
+def _counts_on_the_host() -> list[tuple[Any, str, Any]]:
+    """Sizes of all-to-alls as the lists that torch wants; megatron-core makes them of tensors of a GPU only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    return [(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)]
 
 
 def _without_fused_optimizers() -> list[tuple[Any, str, Any]]:

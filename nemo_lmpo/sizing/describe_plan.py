@@ -19,7 +19,8 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
     candidates = rank_layouts(config, architecture, machine)
     card = machine.card
     lines = [
-        f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters on {machine.gpus} x {card.name}, "
+        f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters{_active(architecture)} on "
+        f"{machine.gpus} x {card.name}, "
         f"{counted(machine.nodes, 'node')} of {card.node}; {config.model.global_batch_size} pairs per step, {LENGTHS}",
         *(f"with one more forward pass per step, for {what}" for what in further_passes(config)),
         "",
@@ -37,6 +38,13 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
         "Computed from sizes and a card's figures, not measured; docs/performance.md says how far to trust it.",
     ]
     return "\n".join(lines)
+
+
+def _active(architecture: Architecture) -> str:
+    """How many of a mixture's parameters a token meets."""
+    if architecture.experts is None:
+        return ""
+    return f" ({architecture.num_active_parameters() / 1e9:.2f} B active)"
 
 
 def _line(candidate: Candidate, machine: Machine) -> str:
@@ -68,6 +76,7 @@ def layout_name(candidate: Candidate) -> str:
     )
     sizes = [("TP", model.tensor_model_parallel_size, ""), ("PP", model.pipeline_model_parallel_size, virtual)]
     sizes += [("CP", model.context_parallel_size, ""), ("DP", candidate.layout.data_parallel_size, "")]
+    sizes += [("EP", model.expert_model_parallel_size, "")]
     named = [f"{name} {size}{more}" for name, size, more in sizes if size > 1 or name == "TP"]
     recomputed = ", recomputed" if model.activations_checkpoint_granularity == "full" else ""
     return " x ".join(named) + (", FSDP" if model.fsdp else "") + recomputed

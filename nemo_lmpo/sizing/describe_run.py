@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import counted
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.runtime.files import GIB
 from nemo_lmpo.sizing.host_memory import background_bytes, foreground_bytes
 from nemo_lmpo.sizing.memory import estimate_memory
@@ -33,7 +34,7 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
         ),
         ("precision", config.trainer.precision),
         ("recompute", model.activations_checkpoint_granularity or "none"),
-        ("parameters", f"{layout.architecture.num_parameters():,}"),
+        ("parameters", f"{layout.architecture.num_parameters():,}" + _active(layout.architecture)),
         (
             "global batch",
             f"{model.global_batch_size} pairs, {model.global_batch_size // layout.data_parallel_size} per replica",
@@ -58,6 +59,10 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
     if unseen:
         lines.append(f"Not looked at, as they are not on this machine: {', '.join(unseen)}.")
     return "\n".join(lines)
+
+
+def _active(architecture: Architecture) -> str:
+    return "" if architecture.experts is None else f", {architecture.num_active_parameters():,} active"
 
 
 def _shared(config: Config) -> str:

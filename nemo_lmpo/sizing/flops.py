@@ -3,7 +3,8 @@
 Model FLOPs are what forward and backward need by the mathematics of the model, with two operations for a
 multiply-add and a backward pass of twice the forward pass:
 
-- `6 * N * tokens` for the `N` weights of all matrices inside the layers;
+- `6 * N * tokens` for the `N` weights of all matrices inside the layers that a token meets: of a mixture's experts,
+  those that are chosen for it;
 - `6 * hidden * vocabulary * predicted_tokens` for the output matrix, which only positions that predict a
   response token meet;
 - `12 * layers * heads * head_dim * attended_pairs` for attention: `q k` and `p v` are `2 * head_dim`
@@ -35,6 +36,10 @@ class Shape:
     gated: bool = True
     """SwiGLU, with two input matrices; else one."""
     tied: bool = False
+    experts: int = 0
+    """MLPs of inner size ``ffn`` in a layer of a mixture; 0: a layer has one MLP, and no router."""
+    chosen: int = 1
+    """MLPs that compute a token."""
 
     @property
     def fc1(self) -> int:
@@ -44,7 +49,28 @@ class Shape:
     @property
     def layer_weights(self) -> int:
         """Weights of a layer's matrices."""
-        return self.hidden * (2 * self.query + self.key_value + self.fc1 + self.ffn)
+        return self.shared_weights + self.expert_weights
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of one MLP, or expert."""
+        return self.hidden * (self.fc1 + self.ffn)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of all experts of a layer."""
+        return self.experts * self.mlp_weights
+
+    @property
+    def shared_weights(self) -> int:
+        """Weights of a layer that every token meets: attention, and the MLP or the router of experts."""
+        attention = self.hidden * (2 * self.query + self.key_value)
+        return attention + (self.hidden * self.experts if self.experts else self.mlp_weights)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights of a layer that a token meets."""
+        return self.shared_weights + (self.chosen * self.mlp_weights if self.experts else 0)
 
     @property
     def weights(self) -> int:
@@ -53,7 +79,7 @@ class Shape:
 
     def model_flops(self, tokens: int, predicted: int, attended: int) -> float:
         """Of forward and backward by the mathematics of the model (see the top of this file)."""
-        products = self.layers * self.layer_weights * tokens + self.vocabulary * self.hidden * predicted
+        products = self.layers * self.active_weights * tokens + self.vocabulary * self.hidden * predicted
         return 6.0 * products + 12.0 * self.layers * self.query * attended
 
 
@@ -62,11 +88,13 @@ def shape_of(architecture: Architecture) -> Shape:
     return Shape(
         layers=architecture.num_layers,
         hidden=architecture.hidden_size,
-        ffn=architecture.ffn_hidden_size,
+        ffn=architecture.mlp_size,
         query=architecture.num_attention_heads * architecture.head_dim,
         key_value=2 * architecture.num_query_groups * architecture.head_dim,
         vocabulary=architecture.vocab_size,
         tied=architecture.tie_word_embeddings,
+        experts=0 if architecture.experts is None else architecture.experts.number,
+        chosen=1 if architecture.experts is None else architecture.experts.per_token,
     )
 
 

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.formats.lora_targets import projections_of
 from nemo_lmpo.sizing.flops import shape_of
-from nemo_lmpo.sizing.memory import estimate_memory, number_bytes, vocabulary_rows
+from nemo_lmpo.sizing.memory import (
+    estimate_memory,
+    experts_cut,
+    number_bytes,
+    stage_expert_parameters,
+    stage_parameters,
+    vocabulary_rows,
+)
 
 WRITERS = 2
 """Files that a rank writes at the same time."""
@@ -31,9 +38,13 @@ def background_bytes(layout: ParallelLayout) -> float:
     if config.model.fsdp:
         main = memory.gradients * _rounding(layout, 4) if size == 2 else 0.0
         return devices * (weights + main + states)
-    # Ranks count through tensor parallelism first, then the replicas of one stage.
-    tensor = config.model.tensor_model_parallel_size
-    writes = [rank // tensor % layout.replicas == 0 for rank in range(layout.world_size)]
+    # Ranks count through tensor parallelism first, then the replicas of one stage; so do those that hold experts.
+    tensor, cut = config.model.tensor_model_parallel_size, experts_cut(config.model)
+    part = stage_expert_parameters(layout.architecture, config) / stage_parameters(layout.architecture, config)
+    writes = [
+        (1 - part) * (rank // tensor % layout.replicas == 0) + part * (rank // cut % layout.expert_replicas == 0)
+        for rank in range(layout.world_size)
+    ]
     first = max(sum(writes[start : start + devices]) for start in range(0, len(writes), devices))
     if config.optim.use_distributed_optimizer:
         return first * weights + devices * states
@@ -72,8 +83,13 @@ def _tensors(layout: ParallelLayout) -> Iterator[tuple[int, int]]:
         for count in (shape.hidden, shape.ffn // tensor):
             yield -(-count * model.peft.rank // shards), stage * len(projections_of(model.peft.target_modules))
         return
-    for columns in (shape.query + shape.key_value, shape.query, *[shape.ffn] * (3 if shape.gated else 2)):
+    mlp = [shape.ffn] * (3 if shape.gated else 2)
+    for columns in (shape.query + shape.key_value, shape.query, *([] if shape.experts else mlp)):
         yield -(-columns * shape.hidden // (tensor * shards)), stage
+    if shape.experts:
+        yield shape.experts * shape.hidden, stage
+        local = len(mlp) * shape.experts // model.expert_model_parallel_size
+        yield shape.ffn * shape.hidden // model.expert_tensor_parallel_size, stage * local
     yield -(-shape.hidden // shards), 2 * stage
     ends = 1 if shape.tied or model.pipeline_model_parallel_size > 1 else 2
     yield -(-int(vocabulary_rows(model, layout.architecture)) * shape.hidden // shards), ends

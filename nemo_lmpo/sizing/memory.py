@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config, ModelConfig
-from nemo_lmpo.formats.architecture import Architecture
+from nemo_lmpo.formats.architecture import Architecture, Experts
 from nemo_lmpo.formats.lora_targets import projections_of
 
 LOGIT_BYTES = 2**29
@@ -51,8 +51,19 @@ def stage_parameters(architecture: Architecture, config: Config) -> float:
     tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     matrices = 1 if architecture.tie_word_embeddings else 2
     layers = architecture.num_parameters() - matrices * architecture.vocab_size * architecture.hidden_size
+    layers -= architecture.num_expert_parameters()
     embeddings = (1 if stages > 1 else matrices) * vocabulary_rows(model, architecture) * architecture.hidden_size
-    return embeddings + layers / (tensor * stages)
+    return embeddings + layers / (tensor * stages) + stage_expert_parameters(architecture, config)
+
+
+def stage_expert_parameters(architecture: Architecture, config: Config) -> float:
+    """Those of them that are experts'."""
+    return architecture.num_expert_parameters() / (experts_cut(config.model) * config.model.pipeline_model_parallel_size)
+
+
+def experts_cut(model: ModelConfig) -> int:
+    """Ranks over which a layer's experts, or parts of them, lie."""
+    return model.expert_model_parallel_size * model.expert_tensor_parallel_size
 
 
 def adapter_parameters(architecture: Architecture, config: Config) -> float:
@@ -81,7 +92,11 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
     # Inputs and outputs of two norms lie outside tensor parallelism. Inside it: QKV, the rotated queries and
     # attention's output, and around the fused SwiGLU its two inputs and its output.
     outside = 4 * hidden * tokens * size / split
-    inside = (query + key_value + 2 * query + 3 * ffn) * tokens * size / tensor
+    inside = (query + key_value + 2 * query) * tokens * size / tensor
+    if architecture.experts is None:
+        inside += 3 * ffn * tokens * size / tensor
+    else:
+        inside += _expert_bytes(architecture.experts, hidden, config, tokens / split)
     chunks, layers = chunks_in_flight(model), layers_per_chunk(architecture, model)
     if model.activations_checkpoint_granularity != "full":
         return chunks * layers * (outside + inside)
@@ -91,6 +106,17 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
         kept = recomputed * layer_input + (layers - recomputed) * (outside + inside)
         return chunks * kept + (outside + inside)
     return chunks * math.ceil(layers / unit) * layer_input + unit * (outside + inside)
+
+
+def _expert_bytes(experts: Experts, hidden: int, config: Config, tokens: float) -> float:
+    """Bytes that a layer's router and experts keep for backward of ``tokens`` with even loads, on a rank.
+
+    Around each expert's activation its two inputs, its output, and that output weighed; a choice's token before and
+    behind the experts; and of the router the float32 logits, softmaxes and maps of choices.
+    """
+    size, tensor = number_bytes(config), config.model.expert_tensor_parallel_size
+    rows = tokens * experts.per_token * tensor
+    return (4 * experts.ffn_hidden_size / tensor + 2 * hidden) * rows * size + 12 * experts.number * tokens
 
 
 def layers_per_chunk(architecture: Architecture, model: ModelConfig) -> int:
@@ -140,7 +166,8 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     weights = (frozen + trained) * size
     optimizer = ((4.0 if size == 2 else 0.0) + moment_bytes(config)) * trained
     if config.optim.use_distributed_optimizer:
-        optimizer /= max(layout.replicas, 1)
+        part = 0.0 if frozen else stage_expert_parameters(architecture, config) / trained
+        optimizer *= (1 - part) / max(layout.replicas, 1) + part / max(layout.expert_replicas, 1)
     # Beside the logits there is room that autograd asks for beside the output matrix.
     matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
     logits = chunk_of_logits(layout) + (0.0 if frozen else size * matrix)

@@ -55,11 +55,19 @@ class Split:
     """Forward passes of a step besides training's own, without gradients."""
     dense_scores: int = 0
     """Length of sequences whose scores are whole in memory (published runs from before flash attention)."""
+    expert: int = 1
+    """Ranks over which a layer's experts lie, and over which each of them is cut."""
+    expert_tensor: int = 1
 
     @property
     def replicas(self) -> int:
         """Ranks that hold the same weights."""
         return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same parts of the same experts."""
+        return max(1, self.replicas * self.tensor // (self.expert * self.expert_tensor))
 
     @property
     def gathering(self) -> float:
@@ -81,6 +89,8 @@ def split_of(layout: ParallelLayout) -> Split:
         virtual=model.virtual_pipeline_model_parallel_size or 1,
         context=model.context_parallel_size,
         data=layout.data_parallel_size,
+        expert=model.expert_model_parallel_size,
+        expert_tensor=model.expert_tensor_parallel_size,
         sequence_parallel=model.sequence_parallel,
         recompute=model.activations_checkpoint_granularity == "full",
         shard="all" if model.fsdp else "optimizer" if optim.use_distributed_optimizer else "nothing",
@@ -121,12 +131,10 @@ def layer_work(shape: Shape, split: Split, row: RowSize) -> Work:
     tokens, tensor = row.tokens // split.context, split.tensor
     outside = tokens // tensor if split.sequence_parallel else tokens
     forwards = (2 if split.recompute else 1) + split.passes
-    for columns, depth in (
-        ((shape.query + shape.key_value) // tensor, shape.hidden),
-        (shape.hidden, shape.query // tensor),
-        (shape.fc1 // tensor, shape.hidden),
-        (shape.hidden, shape.ffn // tensor),
-    ):
+    products = [((shape.query + shape.key_value) // tensor, shape.hidden), (shape.hidden, shape.query // tensor)]
+    if not shape.experts:
+        products += [(shape.fc1 // tensor, shape.hidden), (shape.hidden, shape.ffn // tensor)]
+    for columns, depth in products:
         work.products[Product(tokens, columns, depth)] += forwards
         work.products[Product(tokens, depth, columns)] += 1
         work.products[Product(columns, depth, tokens)] += 1
@@ -134,18 +142,21 @@ def layer_work(shape: Shape, split: Split, row: RowSize) -> Work:
     heads = (shape.query + shape.key_value) // tensor
     # Two norms (2 and 3) and two residual additions (3 and 3); the activation; keys laid out, rotation, QKV parted.
     work.moved["outside"] = SIZE * outside * shape.hidden * (2 * (2 * forwards + 3) + 2 * (3 * forwards + 3))
-    work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
+    if not shape.experts:
+        work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
     again = forwards - 1
     work.moved["heads"] = SIZE * tokens * heads * (14 + 7 * again if split.fused else 24 + 16 * again)
     # Weights that ranks share are gathered for each forward and for backward.
     gathered = (2 + split.passes) * split.gathering
-    work.moved["gradients"] = round((split.sharing_out + gathered) * shape.layer_weights / tensor)
+    work.moved["gradients"] = round((split.sharing_out + gathered) * layer_rank_weights(shape, split))
     work.kernels["layer"] = 47 + 20 * again if split.fused else 81 + 42 * again
     if split.dense_scores:
         # Forward, forward again, backward; masks, softmax and dropout go over the scores some sixteen times.
         scores = tokens * split.dense_scores * shape.query // (tensor * HEAD)
         work.moved["scores"] = SIZE * 16 * scores
     _tensor_parallel(work, shape, split, tokens, forwards)
+    if shape.experts:
+        work = work.plus(experts_work(shape, split, outside, forwards))
     if split.context > 1:
         whole = SIZE * row.tokens * shape.key_value // tensor
         work.send("all-gather", "context", whole // 2, split.context, 2 * forwards)
@@ -153,11 +164,50 @@ def layer_work(shape: Shape, split: Split, row: RowSize) -> Work:
     return work
 
 
+def experts_work(shape: Shape, split: Split, tokens: int, forwards: int) -> Work:
+    """Router, dispatch and experts of a layer, forward and backward, on a rank whose ``tokens`` go to even loads.
+
+    Tokens are laid by expert, sent, laid by local expert, computed, and all that backwards; each laying reads and
+    writes them once.
+    """
+    work = Work()
+    local, rows = max(1, shape.experts // split.expert), tokens * shape.chosen * split.expert_tensor
+    each = max(1, rows // local)
+    for columns, depth in (
+        (shape.fc1 // split.expert_tensor, shape.hidden),
+        (shape.hidden, shape.ffn // split.expert_tensor),
+    ):
+        work.products[Product(each, columns, depth, local, grouped=True)] += forwards
+        work.products[Product(each, depth, columns, local, grouped=True)] += 1
+        work.products[Product(columns, depth, each, local, grouped=True)] += 1
+    work.products[Product(tokens, shape.experts, shape.hidden)] += forwards
+    work.products[Product(tokens, shape.hidden, shape.experts)] += 1
+    work.products[Product(shape.experts, shape.hidden, tokens)] += 1
+    inner = (shape.fc1 + shape.ffn) // split.expert_tensor
+    work.moved["activation"] = SIZE * rows * (inner * (forwards + 1) + shape.fc1 // split.expert_tensor)
+    layings = 2 if local == 1 or split.expert * split.expert_tensor == 1 else 4
+    work.moved["dispatch"] = SIZE * 2 * layings * (forwards + 1) * tokens * shape.chosen * shape.hidden
+    # The softmax, the choice and its map, and what statistics read.
+    work.moved["router"] = 4 * 16 * (forwards + 1) * tokens * shape.experts
+    work.kernels["experts"] = 60 * (forwards + 1)
+    sent = SIZE * tokens * shape.chosen * shape.hidden
+    if split.expert > 1:
+        work.send("all-to-all", "expert", sent, split.expert, 2 * forwards + 2)
+    if split.expert_tensor > 1:
+        work.send("all-gather", "expert tensor", sent * split.expert_tensor, split.expert_tensor, forwards + 1)
+        work.send("reduce-scatter", "expert tensor", sent * split.expert_tensor, split.expert_tensor, forwards + 1)
+    return work
+
+
 def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwards: int) -> None:
     if split.tensor == 1:
         return
     whole = SIZE * tokens * shape.hidden
-    if split.sequence_parallel:
+    if split.sequence_parallel and shape.experts:
+        # The attention block alone: tokens go to experts as they are split.
+        work.send("all-gather", "tensor", whole, split.tensor, forwards + 2)
+        work.send("reduce-scatter", "tensor", whole, split.tensor, forwards + 1)
+    elif split.sequence_parallel:
         # Each block gathers its input and scatters its output; backward does both again, and gathers the input
         # once more for the weight's gradient.
         work.send("all-gather", "tensor", whole, split.tensor, 2 * forwards + 4)
@@ -217,6 +267,21 @@ def stage_layers(shape: Shape, split: Split) -> float:
 
 def rank_weights(shape: Shape, split: Split) -> float:
     """Weights of the busiest rank before they are shared over data-parallel ranks."""
+    return shared_rank_weights(shape, split) + expert_rank_weights(shape, split)
+
+
+def shared_rank_weights(shape: Shape, split: Split) -> float:
+    """Those of them that every token meets."""
     matrices = 1 if split.pipeline > 1 or shape.tied else 2
-    layers = stage_layers(shape, split) * shape.layer_weights
+    layers = stage_layers(shape, split) * shape.shared_weights
     return (layers + matrices * shape.vocabulary * shape.hidden) / split.tensor
+
+
+def expert_rank_weights(shape: Shape, split: Split) -> float:
+    """Those of them that are experts'."""
+    return stage_layers(shape, split) * shape.expert_weights / (split.expert * split.expert_tensor)
+
+
+def layer_rank_weights(shape: Shape, split: Split) -> float:
+    """Weights of a layer on a rank."""
+    return shape.shared_weights / split.tensor + shape.expert_weights / (split.expert * split.expert_tensor)

@@ -46,6 +46,7 @@ class Candidate:
             "model.account_for_embedding_in_pipeline_split": str(model.account_for_embedding_in_pipeline_split).lower(),
             "model.account_for_loss_in_pipeline_split": str(model.account_for_loss_in_pipeline_split).lower(),
             "model.context_parallel_size": model.context_parallel_size,
+            "model.expert_model_parallel_size": model.expert_model_parallel_size,
             "model.fsdp": str(model.fsdp).lower(),
             "model.sequence_parallel": str(model.sequence_parallel).lower(),
             "model.activations_checkpoint_granularity": model.activations_checkpoint_granularity,
@@ -94,7 +95,8 @@ def _layouts(
     for tensor, stage, context, recompute, times in product(tensors, stages, (1, 2, 4), granularities, (1, 2, 4)):
         if machine.gpus % (tensor * stage * context):
             continue
-        for (virtual, counted), fsdp in product(_virtual_stages(architecture, stage), (False, True)):
+        choices = product(_virtual_stages(architecture, stage), _expert_splits(architecture, machine, stage))
+        for (virtual, counted), (expert, fsdp) in choices:
             replicas = machine.gpus // (tensor * stage)
             if fsdp and (replicas == 1 or stage > 1):
                 continue
@@ -107,6 +109,8 @@ def _layouts(
                 account_for_embedding_in_pipeline_split=counted,
                 account_for_loss_in_pipeline_split=counted,
                 context_parallel_size=context,
+                expert_model_parallel_size=expert,
+                expert_tensor_parallel_size=1,
                 activations_checkpoint_granularity=recompute,
                 fsdp=fsdp,
             )
@@ -118,6 +122,14 @@ def _layouts(
                 yield validate(changed, architecture, machine.gpus)
             except ConfigError as error:
                 refused.append(first_line(error))
+
+
+def _expert_splits(architecture: Architecture, machine: Machine, stages: int) -> list[tuple[int, bool]]:
+    """Ranks that a layer's experts may lie on, none of which goes with FSDP; and FSDP, for a dense model."""
+    if architecture.experts is None:
+        return [(1, False), (1, True)]
+    ranks, powers = machine.gpus // stages, [2**power for power in range(8)]
+    return [(size, False) for size in powers if architecture.experts.number % size == 0 and ranks % size == 0]
 
 
 def _virtual_stages(architecture: Architecture, stages: int) -> list[tuple[int | None, bool]]:

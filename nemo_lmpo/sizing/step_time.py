@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from nemo_lmpo.sizing.cards import Card, Machine
 from nemo_lmpo.sizing.flops import Shape
-from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, micro_batch_work, rank_weights, stage_layers
+from nemo_lmpo.sizing.rank_work import (
+    RowSize,
+    Split,
+    attention_flops,
+    expert_rank_weights,
+    micro_batch_work,
+    rank_weights,
+    shared_rank_weights,
+    stage_layers,
+)
 from nemo_lmpo.sizing.work import Product, Work
 
 TILE_ROWS, TILE_COLUMNS, PROLOGUE = 128, 256, 128
@@ -18,6 +27,9 @@ EXPOSED_OF_SEQUENCE_PARALLEL = 0.6
 its gradient, of both blocks."""
 INTERLEAVED_EXPOSED = 0.2
 """Of what the interleaved schedule sends, the part that computation does not hide."""
+GROUPED = 0.8
+"""Rate of the grouped products of experts over that of as many single ones: an assumption, which nothing measured here
+supports."""
 OPTIMIZER_BYTES, ROUNDING_BYTES = 60, 56
 """Moved a weight in clipping, AdamW in one kernel and the copy back to BF16; and more where moments are bfloat16: made
 float32 (12), and of each a random number made (4), added (12) and cut off (6)."""
@@ -51,7 +63,7 @@ def product_seconds(product: Product, card: Card) -> float:
     waves = tiles / card.processors
     # Libraries choose smaller tiles or split the depth where the last wave would leave processors idle: half of it.
     full = 0.5 + 0.5 * waves / -(-tiles // card.processors)
-    rate = card.peak * card.products * full * product.k / (product.k + PROLOGUE)
+    rate = card.peak * card.products * full * product.k / (product.k + PROLOGUE) * (GROUPED if product.grouped else 1)
     return max(product.flops / rate, product.elements * 2 / (card.bandwidth * card.moved))
 
 
@@ -112,6 +124,8 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     if split.sequence_parallel:
         inside *= EXPOSED_OF_SEQUENCE_PARALLEL
     inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
+    inside += communication_seconds(work, "expert", rate_of(split.expert, split.expert_tensor, card), card)
+    inside += communication_seconds(work, "expert tensor", rate_of(split.expert_tensor, 1, card), card)
     # Hidden states go forward in each pass and their gradients back; the interleaved schedule sends more often, behind
     # computation.
     sent = work.sent["send", "pipeline"] / rate_of(2, split.tensor * split.replicas, card)
@@ -145,9 +159,13 @@ def step_of(
 ) -> StepTime:
     """Seconds of a step from those of a micro-batch on the last stage, which is the busiest, and on the others."""
     reduce, gather = _between_replicas(shape, split, micro_batches, last, card)
-    shards = 1 if split.shard == "nothing" else split.replicas
     each = OPTIMIZER_BYTES + (ROUNDING_BYTES if split.rounded_moments else 0)
-    moved = rank_weights(shape, split) / shards * each
+    moved = each * (
+        rank_weights(shape, split)
+        if split.shard == "nothing"
+        else shared_rank_weights(shape, split) / split.replicas
+        + expert_rank_weights(shape, split) / split.expert_replicas
+    )
     return StepTime(
         compute=micro_batches * last.compute,
         communicate=micro_batches * last.communicate + gather,
@@ -163,19 +181,24 @@ def _between_replicas(
 ) -> tuple[float, float]:
     """Seconds at the end of a step, and seconds in all micro-batches together."""
     backward = 2 / (3 + split.passes) * micro.total
-    ranks = split.replicas
-    if ranks == 1:
+    groups = (
+        (shared_rank_weights(shape, split), split.replicas, split.tensor),
+        (expert_rank_weights(shape, split), split.expert_replicas, split.expert * split.expert_tensor),
+    )
+    # Seconds that a byte of every weight takes.
+    seconds = sum(
+        weights * (ranks - 1) / ranks / rate_of(ranks, stride, card) for weights, ranks, stride in groups if ranks > 1
+    )
+    if seconds == 0:
         return 0.0, 0.0
-    rate = rate_of(ranks, split.tensor, card)
-    weights = rank_weights(shape, split) * (ranks - 1) / ranks
     if split.shard == "all":
         # Weights are gathered for each forward and for backward, gradients scattered, layer by layer ahead of use.
-        needed = weights * (2 * (2 + split.passes) + 4) / rate
-        layer = weights / max(stage_layers(shape, split), 1) * 4 / rate
+        needed = seconds * (2 * (2 + split.passes) + 4)
+        layer = seconds / max(stage_layers(shape, split), 1) * 4
         return 0.0, micro_batches * (max(0.0, needed - HIDDEN * micro.total) + layer)
-    gradients = weights * 4 / rate  # float32, a reduce-scatter
+    gradients = seconds * 4  # float32, a reduce-scatter
     exposed = max(0.0, gradients - HIDDEN * backward) if split.overlap else gradients
-    gathered = weights * (2 if split.shard == "optimizer" else 4) / rate
+    gathered = seconds * (2 if split.shard == "optimizer" else 4)
     if split.shard == "nothing" and split.overlap:
         gathered = max(0.0, gathered + gradients - HIDDEN * backward) - exposed
     return exposed + gathered, 0.0

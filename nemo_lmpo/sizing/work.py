@@ -16,6 +16,8 @@ class Product:
     n: int
     k: int
     batch: int = 1
+    grouped: bool = False
+    """Of several experts in one kernel, ``batch`` of them, with ``m`` rows each in the mean."""
 
     @property
     def flops(self) -> float:
@@ -82,12 +84,12 @@ def ring_bytes(kind: str, whole: int, size: int) -> int:
     """Bytes that each of ``size`` ranks sends in a ring, for a collective over ``whole`` bytes.
 
     Args:
-        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `broadcast` or `send`.
-        whole: bytes of the tensor that all ranks together hold or get.
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, `broadcast` or `send`.
+        whole: bytes of the tensor that all ranks together hold or get; of an all-to-all, that each rank holds.
         size: ranks of the group.
     """
     if kind == "all-reduce":
         return 2 * whole * (size - 1) // size
-    if kind in ("all-gather", "reduce-scatter"):
+    if kind in ("all-gather", "reduce-scatter", "all-to-all"):
         return whole * (size - 1) // size
     return whole

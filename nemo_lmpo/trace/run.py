@@ -110,9 +110,10 @@ def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -
 def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Trace) -> None:
     config = layout.config
     mark = partial(_mark, meter, trace)
+    mixture = layout.architecture.experts is not None
     pairs = filling_pairs(config, trace.micro_batches * layout.data_parallel_size)
     # Lengths and layouts are values, so the batch is a real one.
-    batch = BatchBuilder(config, groups, device=CPU, pad_id=0).build(pairs, np.arange(len(pairs)))
+    batch = BatchBuilder(config, groups, device=CPU, pad_id=0, mixture=mixture).build(pairs, np.arange(len(pairs)))
     rows = trace.micro_batches * layout.data_parallel_size
     trace.row = RowSize(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
     with measured(meter, transformer_engine=trace.transformer_engine):

@@ -71,6 +71,9 @@ def names_of_groups(groups: ParallelGroups) -> dict[str, str]:
         "context": groups.context,
         "data": groups.data_context,
         "replicas": groups.data,
+        "expert": groups.expert,
+        "expert tensor": groups.expert_tensor,
+        "expert data": groups.expert_data,
     }
     result: dict[str, str] = {}
     for name, group in named.items():

@@ -68,6 +68,8 @@ class MicroBatch(PackedRow):
     """``[P]`` bool: targets within the common length of a pair's responses."""
     example_count: Tensor
     """``B`` as a scalar int32, which megatron-core wants where the loss is."""
+    membership: Tensor | None = None
+    """``[S, T / cp]`` bool: which tokens belong to each sequence of the row, padding to none; for routers."""
 
     def map(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The micro-batch with every tensor replaced by ``move(tensor)``."""
@@ -80,8 +82,8 @@ def kind_of_examples(num_responses: int) -> str:
     return "pairs" if num_responses == 2 else "conversations"
 
 
-def localize(row: PackedSequence, *, cp_rank: int, cp_size: int) -> MicroBatch:
-    """Cut out what a context-parallel rank holds, on the host."""
+def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, membership: bool = False) -> MicroBatch:
+    """Cut out what a context-parallel rank holds, on the host; ``membership`` if routers of experts want it."""
     spans = attention_spans(row.segments, row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     held = local_positions(row.num_tokens, cp_rank=cp_rank, cp_size=cp_size)
     place = torch.full((row.num_tokens,), -1, dtype=torch.int64)
@@ -101,7 +103,22 @@ def localize(row: PackedSequence, *, cp_rank: int, cp_size: int) -> MicroBatch:
         desirable=row.desirable,
         shared=within_common_length(row.sequence_index, row.response_lengths)[here],
         example_count=torch.tensor(row.num_examples, dtype=torch.int32),
+        membership=sequence_membership(row)[:, held] if membership else None,
     )
+
+
+def sequence_membership(row: PackedSequence) -> Tensor:
+    """``[S, T]`` bool: the tokens of each sequence of a whole row, those of a shared prompt in several.
+
+    A segment belongs to the sequences that have a token predicted in it: of a prompt alone, its last position predicts
+    the first token of each response.
+    """
+    starts, lengths = row.segments[:, 0].long(), row.segments[:, 1].long()
+    sequences = int(row.sequence_index.max()) + 1 if row.sequence_index.numel() else 0
+    segment_of_target = torch.searchsorted(starts, row.predict_positions, right=True) - 1
+    belongs = torch.zeros(sequences, len(starts), dtype=torch.bool)
+    belongs[row.sequence_index, segment_of_target] = True
+    return belongs.repeat_interleave(lengths, dim=1)
 
 
 def within_common_length(sequence_index: Tensor, response_lengths: Tensor) -> Tensor:
@@ -185,6 +202,8 @@ class BatchBuilder:
     device: torch.device
     pad_id: int
     sliding_window: int | None = None
+    mixture: bool = False
+    """Whether the model's routers want to know which tokens belong to which sequence."""
 
     def __post_init__(self) -> None:
         config, groups, device = self.config, self.groups, self.device
@@ -233,7 +252,8 @@ class BatchBuilder:
         context = self.groups.context
         return StepBatch(
             micro_batches=[
-                localize(sequence, cp_rank=context.rank(), cp_size=context.size()) for sequence in sequences
+                localize(sequence, cp_rank=context.rank(), cp_size=context.size(), membership=self.mixture)
+                for sequence in sequences
             ],
             example_ids=[example.example_id for example in picked],
             num_responses=examples.num_responses,

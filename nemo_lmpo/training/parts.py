@@ -70,6 +70,7 @@ class StepBatches:
             device=policy.device,
             pad_id=padding_id(data.tokenizer),
             sliding_window=base.architecture.sliding_window,
+            mixture=base.architecture.experts is not None,
         )
         if policy.loss.needs_reference and policy.attach_reference is None:
             attach_reference_logps(data, policy, base, self.builder)

@@ -22,6 +22,7 @@ from nemo_lmpo.parallel.shards import own_part
 from nemo_lmpo.sizing.memory import logprob_chunk
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.example_table import ExampleTable
+from nemo_lmpo.training.expert_load import ExpertLoad
 from nemo_lmpo.training.optimizer import wrap_data_parallel
 from nemo_lmpo.training.pair_metrics import STATISTIC
 from nemo_lmpo.training.pipeline import run_pipeline
@@ -90,6 +91,9 @@ class Policy:
         if config.model.peft.name is not None:
             add_adapters(chunks, config.model.peft, self.architecture, seed=config.model.seed)
         self.chunks = torch.nn.ModuleList(wrap_data_parallel(chunks, config, self.groups, self.device))
+        self.expert_load = None
+        if self.architecture.experts is not None:
+            self.expert_load = ExpertLoad(chunks, self.architecture, config.model, self.groups)
         chunk_tokens = logprob_chunk(config.model, self.architecture)
         self.micro_batch_step = MicroBatchStep(self.loss, self.groups, chunk_tokens, self.device)
 
@@ -134,6 +138,8 @@ class Policy:
                 metrics[f"{name}/mean"], metrics[f"{name}/std"] = float(current.mean), float(current.std)
         if not forward_only and self.statistics is not None and self.statistics.config.update == "after_step":
             self.statistics.update(table.column(STATISTIC))
+        if not forward_only and self.expert_load is not None:
+            metrics |= self.expert_load.metrics()
         return StepOutcome(metrics["loss"], metrics, table.not_finite())
 
     def run_batch(self, batch: StepBatch, *, forward_only: bool) -> ExampleTable:
@@ -143,7 +149,19 @@ class Policy:
         """
         if self.attach_reference is not None:
             self.attach_reference(batch)
-        return self._run(batch, self._statistics_of(batch, evaluation=forward_only), forward_only=forward_only)
+        if forward_only or self.expert_load is None:
+            return self._run(batch, self._statistics_of(batch, evaluation=forward_only), forward_only=forward_only)
+        with self.expert_load.counted():
+            statistics = self._statistics_of(batch, evaluation=False)
+            if self.expert_load.kind == "global_batch" and not self._has_pass_before:
+                self._run(batch, Statistics(), forward_only=True)
+        with self.expert_load.balanced(batch), self.expert_load.counted():
+            return self._run(batch, statistics, forward_only=False)
+
+    @property
+    def _has_pass_before(self) -> bool:
+        """Whether a training step goes forward once before, for statistics that come before the losses."""
+        return self.statistics is not None and self.statistics.config.update == "before_step"
 
     def _statistics_of(self, batch: StepBatch, *, evaluation: bool) -> Statistics:
         """What the losses of this batch see.

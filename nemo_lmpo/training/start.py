@@ -22,7 +22,7 @@ from nemo_lmpo.formats.export_record import changed_weights
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
-from nemo_lmpo.model.load_weights import load_model_weights
+from nemo_lmpo.model.load_weights import ExpertPart, load_model_weights
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.parallel.shards import own_part
@@ -128,8 +128,18 @@ def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
                 raise CheckpointError(reason)
     else:
         source = RandomSource(base.architecture, seed)
+    experts = base.architecture.experts
     load_model_weights(
-        list(chunks), source, base.architecture, tp_rank=groups.tensor.rank(), tp_size=groups.tensor.size()
+        list(chunks),
+        source,
+        base.architecture,
+        tp_rank=groups.tensor.rank(),
+        tp_size=groups.tensor.size(),
+        experts=ExpertPart(
+            first=0 if experts is None else groups.expert.rank() * (experts.number // groups.expert.size()),
+            tp_rank=groups.expert_tensor.rank(),
+            tp_size=groups.expert_tensor.size(),
+        ),
     )
     parts = {
         f"{number}.{name}": own_part(parameter).local

@@ -38,7 +38,12 @@ def forward_micro_batch(
     from megatron.core.utils import unwrap_model
 
     micro_batch = next(micro_batches)
-    hidden = model(micro_batch.input_ids, micro_batch.position_ids, micro_batch.attention_plan)
+    hidden = model(
+        micro_batch.input_ids,
+        micro_batch.position_ids,
+        micro_batch.attention_plan,
+        **({} if micro_batch.membership is None else {"membership": micro_batch.membership}),
+    )
     return hidden, partial(of_hidden, micro_batch=micro_batch, model=cast(PackedGPTModel, unwrap_model(model)))
 
 

@@ -29,8 +29,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nemo_lmpo.convert.megatron import megatron_model, model_logits
 from nemo_lmpo.errors import UserError
-from nemo_lmpo.formats.architecture import FAMILIES, Architecture
+from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.conversion import tensor_names
+from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.model_files import ModelFiles, open_model
 from tests.unit.formats import tiny_models as tiny
 

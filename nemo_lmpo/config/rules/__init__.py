@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from nemo_lmpo.config.coerce import as_far_as_known, raise_all
 from nemo_lmpo.config.rules import layout as layouts
-from nemo_lmpo.config.rules import settings
+from nemo_lmpo.config.rules import mixtures, settings
 from nemo_lmpo.config.rules.layout import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.formats.architecture import Architecture, check_architecture
@@ -37,6 +37,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.groups_that_are_off,
     settings.released_layout,
     settings.parallelism,
+    settings.balance,
     settings.fully_sharded,
     settings.allowed_changes,
 )
@@ -46,6 +47,8 @@ LAYOUT_RULES: tuple[Callable[[ParallelLayout], Iterator[str]], ...] = (
     layouts.world_size,
     layouts.global_batch,
     layouts.tensor_parallel,
+    mixtures.experts,
+    mixtures.no_experts,
     layouts.pipeline,
     layouts.recompute,
     layouts.positions,

@@ -33,20 +33,30 @@ class ParallelLayout:
         """Ranks that have the same weights, or share them."""
         return self.data_parallel_size * self.config.model.context_parallel_size
 
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that have the same parts of the same experts, or share them."""
+        model = self.config.model
+        cut = model.expert_tensor_parallel_size * model.expert_model_parallel_size * model.pipeline_model_parallel_size
+        return self.world_size // cut
+
     def __str__(self) -> str:
         return layout_line(self.config.model, self.data_parallel_size)
 
 
 def layout_line(model: ModelConfig, data_parallel: int) -> str:
-    """`TP 2 x PP 2 (VPP 2) x CP 1 x DP 2`.
+    """`TP 2 x PP 2 (VPP 2) x CP 1 x DP 2 (EP 4)`.
 
-    Virtual stages lie inside the pipeline stages and are not a factor of the number of processes.
+    Virtual stages lie inside the pipeline stages and are not a factor of the number of processes; neither are experts,
+    which lie on the ranks of the other groups.
     """
     virtual = model.virtual_pipeline_model_parallel_size
     return (
         f"TP {model.tensor_model_parallel_size} x PP {model.pipeline_model_parallel_size}"
         + (f" (VPP {virtual})" if virtual else "")
         + f" x CP {model.context_parallel_size} x DP {data_parallel}"
+        + (f" (EP {model.expert_model_parallel_size})" if model.expert_model_parallel_size > 1 else "")
+        + (f" (ETP {model.expert_tensor_parallel_size})" if model.expert_tensor_parallel_size > 1 else "")
     )
 
 
@@ -76,12 +86,14 @@ def tensor_parallel(layout: ParallelLayout) -> Iterator[str]:
     """Every rank gets whole heads and equal parts of the matrices."""
     tensor = layout.config.model.tensor_model_parallel_size
     shape = layout.architecture
-    for what, size in (
+    sizes = [
         ("num_attention_heads", shape.num_attention_heads),
         ("num_key_value_heads", shape.num_query_groups),
         ("hidden_size", shape.hidden_size),
-        ("intermediate_size", shape.ffn_hidden_size),
-    ):
+    ]
+    if shape.experts is None:
+        sizes.append(("intermediate_size", shape.ffn_hidden_size))
+    for what, size in sizes:
         if size % tensor:
             yield (
                 f"model.tensor_model_parallel_size={tensor} does not divide the model's {what}={size}; "

@@ -248,6 +248,16 @@ def parallelism(config: Config) -> Iterator[str]:
         )
 
 
+def balance(config: Config) -> Iterator[str]:
+    """A coefficient belongs to a term."""
+    model, plain = config.model, type(config.model)()
+    if model.moe_aux_loss is None and model.moe_aux_loss_coefficient != plain.moe_aux_loss_coefficient:
+        yield (
+            f"model.moe_aux_loss_coefficient={model.moe_aux_loss_coefficient} has no effect while model.moe_aux_loss "
+            f"is unset; set model.moe_aux_loss too, or leave the coefficient at {plain.moe_aux_loss_coefficient}"
+        )
+
+
 def fully_sharded(config: Config) -> Iterator[str]:
     """Weights that ranks share are gathered and freed in the order of one micro-batch after the other."""
     model = config.model

@@ -19,7 +19,7 @@ from nemo_lmpo.config.schema import Config, DatasetConfig
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.formats.architecture import architecture_from_hf
+from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.pair_metrics import PairMetrics, pair_columns
 from tests.unit.composed import recipe
@@ -34,6 +34,12 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
+MIXTURE: dict[str, Any] = {
+    **SHAPE,
+    **{"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 30, "norm_topk_prob": True},
+}
+"""The model of cases whose name begins with `mixture`."""
 # Overrides, number of processes, and what the message must hold: field and value, then the remedy.
 BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     **{
@@ -42,6 +48,8 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "model.tensor_model_parallel_size",
             "model.pipeline_model_parallel_size",
             "model.context_parallel_size",
+            "model.expert_model_parallel_size",
+            "model.expert_tensor_parallel_size",
             "model.global_batch_size",
             "model.micro_batch_size",
             "model.make_vocab_size_divisible_by",
@@ -117,6 +125,39 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("model.fsdp=true", "model.pipeline_model_parallel_size=2"),
         2,
         ("model.fsdp=true", "pipeline_model_parallel_size=2", "set it to 1", "use_distributed_optimizer=true"),
+    ),
+    "mixture_experts_over_ranks": (
+        ("model.expert_model_parallel_size=3",),
+        3,
+        ("expert_model_parallel_size=3", "8 experts", "choose a divisor"),
+    ),
+    "mixture_width_over_ranks": (
+        ("model.expert_tensor_parallel_size=4",),
+        4,
+        ("expert_tensor_parallel_size=4", "inner size 30", "choose a divisor"),
+    ),
+    "mixture_on_processes": (
+        ("model.expert_model_parallel_size=4",),
+        2,
+        ("2 processes", "expert_model_parallel_size=4", "start a multiple of 4"),
+    ),
+    "mixture_tensor_without_sequence": (
+        ("model.tensor_model_parallel_size=2",),
+        2,
+        ("tensor_model_parallel_size=2", "sequence_parallel=true", "set it"),
+    ),
+    "mixture_fsdp": (("model.fsdp=true",), 1, ("model.fsdp=true", "experts lie apart", "set it to false")),
+    "mixture_adapters": (("model.peft.name=lora",), 1, ("model.peft.name=lora", "not supported", "unset it")),
+    "no_experts": (
+        ("model.expert_model_parallel_size=2",),
+        2,
+        ("expert_model_parallel_size=2", "a llama has no experts", "leave it out"),
+    ),
+    "no_routers": (("model.moe_freeze_router=true",), 1, ("moe_freeze_router=true", "no experts", "leave it out")),
+    "no_term": (
+        ("model.moe_aux_loss_coefficient=0.1",),
+        1,
+        ("moe_aux_loss_coefficient=0.1", "no effect", "set model.moe_aux_loss too"),
     ),
     "one_virtual_stage": (
         ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=1"),
@@ -244,17 +285,22 @@ def collected(*overrides: str) -> tuple[Config, list[str]]:
 def test_is_refused(case: str) -> None:
     overrides, world_size, expected = BAD[case]
     with pytest.raises(ConfigError) as caught:
-        validate(recipe("lmpo_tiny", *overrides), architecture_from_hf(SHAPE), world_size)
+        validate(recipe("lmpo_tiny", *overrides), shape_of(case), world_size)
     assert any(all(part in line for part in expected) for line in str(caught.value).splitlines()), str(caught.value)
+
+
+def shape_of(case: str) -> Architecture:
+    """The model that a case of the table is about."""
+    return architecture_from_hf(MIXTURE if case.startswith("mixture") else SHAPE)
 
 
 def test_every_rule_is_in_the_table() -> None:
     tripped = set()
-    for overrides, world_size, _ in BAD.values():
+    for case, (overrides, world_size, _) in BAD.items():
         config, problems = collected(*overrides)
         tripped.update(rule for rule in SETTING_RULES if list(as_far_as_known(rule(config))))
         if not problems:
-            layout = ParallelLayout(config, architecture_from_hf(SHAPE), world_size)
+            layout = ParallelLayout(config, shape_of(case), world_size)
             tripped.update(rule for rule in LAYOUT_RULES if list(rule(layout)))
     assert tripped == {*SETTING_RULES, *LAYOUT_RULES}
 

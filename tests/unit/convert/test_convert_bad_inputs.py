@@ -262,10 +262,17 @@ def test_unsupported_architecture_names_the_supported_ones(source: Path, tmp_pat
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gemma2"}))
     message = _error(hf_to_nemo, source, tmp_path / "x.nemo")
     assert "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2, qwen3" in message
-    for experts in ({"model_type": "qwen3_moe"}, {"num_experts": 8}):
-        (source / "config.json").write_text(json.dumps({**config, **experts}))
+    for name, reason in (
+        ("qwen2_moe", "shared experts"),
+        ("llama4_text", "attention has chunks"),
+        ("deepseek_v3", "attention is latent"),
+        ("new_moe", "not known here"),
+    ):
+        (source / "config.json").write_text(json.dumps({**config, "model_type": name}))
         message = _error(hf_to_nemo, source, tmp_path / "x.nemo")
-        assert "is a mixture of experts, which is not supported" in message
+        assert f"model_type '{name}' is a mixture of experts that is not supported" in message
+        assert reason in message
+        assert message.count("\n") == 1
         assert message.count("\n") == 1
 
 

@@ -33,7 +33,10 @@ def _with_config(directory: Path, model: str, values: dict[str, Any]) -> Path:
 def test_equal_descriptions(model: str, tmp_path: Path) -> None:
     values = {"sliding_window": WINDOW} if model == "mistral_v01" else {}
     directory = _with_config(tmp_path / "hf", model, values)
-    assert positions_difference(directory, read_architecture(directory)) == 0.0
+    architecture = read_architecture(directory)
+    # An expert's output is weighed before its last matrix here, and behind it there.
+    rounding = 0.0 if architecture.experts is None else 2e-5
+    assert positions_difference(directory, architecture) <= rounding
 
 
 @pytest.mark.parametrize(

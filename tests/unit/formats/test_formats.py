@@ -376,7 +376,7 @@ def test_other_nemo_models_are_refused() -> None:
         ("activation", "gelu"),
         ("normalization", "layernorm1p"),
         ("bias", True),
-        ("num_moe_experts", 8),
+        ("multi_latent_attention", True),
     ):
         with pytest.raises(CheckpointError, match="supported"):
             architecture_from_nemo({**config, name: value}, 259, "model_config.yaml")

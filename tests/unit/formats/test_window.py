@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from nemo_lmpo.formats.architecture import FAMILIES, Architecture, architecture_from_hf, architecture_to_hf
+from nemo_lmpo.formats.architecture import Architecture, architecture_from_hf, architecture_to_hf
+from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.nemo import architecture_from_nemo, nemo_config
 from tests.unit.formats import tiny_models as tiny
 
-WINDOWED = ("mistral_v01", "qwen25", "qwen3")
+WINDOWED = ("mistral_v01", "qwen25", "qwen3", "mixtral", "qwen3_moe")
 
 
 def _windowed(model: str, window: int | None) -> Architecture:
@@ -26,8 +27,10 @@ def test_descriptions(model: str, window: int | None) -> None:
     assert architecture_from_hf(written) == architecture
     # What transformers understands: the window of each layer.
     theirs = AutoConfig.for_model(**{name: value for name, value in written.items() if name != "architectures"})
-    kinds = getattr(theirs, "layer_types", ["sliding_attention"] * 4)
-    assert [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds] == [window] * 4
+    kinds = getattr(theirs, "layer_types", ["sliding_attention"] * architecture.num_layers)
+    assert [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds] == [
+        window
+    ] * architecture.num_layers
     found = architecture_from_nemo(nemo_config(architecture, "bf16", {}), architecture.vocab_size, "model_config.yaml")
     # A Mistral without window is a Llama: the file holds no family.
     assert replace(found, model_type=architecture.model_type) == architecture

@@ -14,10 +14,12 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 _LLAMA3_SCALING = {
@@ -38,6 +40,10 @@ def _mistral(**settings: object) -> MistralConfig:
 
 
 _QWEN = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+_MOE = {
+    **{"vocab_size": 131, "num_hidden_layers": 2, "head_dim": 16, "rope_theta": 1e6},
+    **{"moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
+}
 _MAKERS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama2": lambda: _llama(vocab_size=320, num_attention_heads=4, num_key_value_heads=4),
     "llama3": lambda: _llama(vocab_size=259, num_attention_heads=4, num_key_value_heads=2, rope_theta=500000.0),
@@ -78,6 +84,11 @@ _MAKERS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_tied": lambda: Qwen3Config(
         **{**_COMMON, **_QWEN, "vocab_size": 131, "head_dim": 16, "tie_word_embeddings": True}
     ),
+    "mixtral": lambda: MixtralConfig(
+        **{**_COMMON, **_QWEN, "vocab_size": 256, "num_hidden_layers": 2, "num_local_experts": 4, "head_dim": 24}
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**{**_COMMON, **_QWEN, **_MOE, "norm_topk_prob": True}),
+    "qwen3_moe_plain": lambda: Qwen3MoeConfig(**{**_COMMON, **_QWEN, **_MOE, "num_experts_per_tok": 3}),
 }
 FAMILIES = tuple(_MAKERS)
 

@@ -14,6 +14,8 @@ from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.data.example import Example
 from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.formats.architecture import read_architecture
+from nemo_lmpo.formats.families import FAMILIES as FAMILY_TABLE
+from nemo_lmpo.formats.fused_experts import separate_experts
 from nemo_lmpo.formats.huggingface import HuggingFaceSource
 from nemo_lmpo.formats.mapping import separate
 from nemo_lmpo.loss.options import LMPOConfig
@@ -100,7 +102,15 @@ def exact_gradients(model: torch.nn.Module, pairs: list[Example], seen: Tensor) 
         for s_w, s_l, p in zip(sums[::2], sums[1::2], pairs, strict=True)
     ]
     torch.stack(losses).mean().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    experts = getattr(FAMILY_TABLE[model.config.model_type], "experts", None)
+    if experts is None:
+        return found
+    return {
+        name: gradient[selection]
+        for stored, gradient in found.items()
+        for name, selection, _ in separate_experts(stored, tuple(gradient.shape), experts)
+    }
 
 
 def our_gradients(model: PackedGPTModel, rows: list[MicroBatch], groups: ParallelGroups, seen: Tensor):
@@ -129,7 +139,11 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_log_probabilities_and_gradients(directory: Path, share_prompt: bool, one_process: ParallelGroups) -> None:
     model = build(directory, one_process)
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    # Their grouped products take no float64.
+    options = {} if model.architecture.experts is None else {"experts_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, attn_implementation="eager", **options
+    )
     pairs = make_pairs(model.architecture.vocab_size)
     rows = rows_of(pairs, share_prompt=share_prompt)
     with torch.no_grad():

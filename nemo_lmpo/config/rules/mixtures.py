@@ -1,0 +1,63 @@
+"""Rules about mixtures of experts: how experts lie on processes, and what does not go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_lmpo.config.rules.layout import ParallelLayout
+
+
+def experts(layout: ParallelLayout) -> Iterator[str]:
+    """Every rank gets equally many experts, or equal parts of them."""
+    model, found = layout.config.model, layout.architecture.experts
+    if found is None:
+        return
+    expert, tensor = model.expert_model_parallel_size, model.expert_tensor_parallel_size
+    if found.number % expert:
+        yield (
+            f"model.expert_model_parallel_size={expert} does not divide the model's {found.number} experts; choose a "
+            f"divisor of it"
+        )
+    if found.ffn_hidden_size % tensor:
+        yield (
+            f"model.expert_tensor_parallel_size={tensor} does not divide the experts' inner size "
+            f"{found.ffn_hidden_size}; choose a divisor of it"
+        )
+    cut = expert * tensor * model.pipeline_model_parallel_size
+    if layout.world_size % cut:
+        yield (
+            f"{layout.world_size} processes do not divide by model.expert_model_parallel_size={expert} x "
+            f"model.expert_tensor_parallel_size={tensor} x model.pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size}; start a multiple of {cut} processes or change the layout"
+        )
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        yield (
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} of a mixture of experts needs "
+            f"model.sequence_parallel=true, without which every rank would send the same tokens to the experts; set it"
+        )
+    if model.fsdp:
+        yield (
+            "model.fsdp=true does not go with a mixture of experts: it shares weights over the data-parallel ranks, "
+            "among which experts lie apart; set it to false, with optim.use_distributed_optimizer=true and "
+            "model.expert_model_parallel_size"
+        )
+    if model.peft.name is not None:
+        yield (
+            f"model.peft.name={model.peft.name} is not supported for a mixture of experts; unset it to train all of "
+            f"its weights"
+        )
+
+
+def no_experts(layout: ParallelLayout) -> Iterator[str]:
+    """Settings of experts belong to a model that has some."""
+    if layout.architecture.experts is not None:
+        return
+    model, plain = layout.config.model, type(layout.config.model)()
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size", "moe_aux_loss", "moe_freeze_router"):
+        value, usual = getattr(model, name), getattr(plain, name)
+        if value != usual:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield (
+                f"model.{name}={shown} is for mixtures of experts, and a {layout.architecture.model_type} has no "
+                f"experts; leave it out"
+            )
