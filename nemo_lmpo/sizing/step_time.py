@@ -88,6 +88,16 @@ def rate_of(ranks: int, stride: int, card: Card) -> float:
     return min(card.link, card.network * together) * card.collectives
 
 
+def all_to_all_rate(ranks: int, stride: int, card: Card) -> float:
+    """Bytes/s that each rank of a group sends to all others: over its own network card what goes to other nodes.
+
+    Arguments are those of :func:`rate_of`.
+    """
+    near = max(1, min(ranks, card.node // stride))
+    far = (ranks - near) / max(ranks - 1, 1)
+    return card.collectives / (far / card.network + (1 - far) / card.link)
+
+
 def communication_seconds(work: Work, group: str, rate: float, card: Card) -> float:
     """Time of a group's collectives."""
     sent = sum(number for (_, name), number in work.sent.items() if name == group)
@@ -124,7 +134,7 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     if split.sequence_parallel:
         inside *= EXPOSED_OF_SEQUENCE_PARALLEL
     inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
-    inside += communication_seconds(work, "expert", rate_of(split.expert, split.expert_tensor, card), card)
+    inside += communication_seconds(work, "expert", all_to_all_rate(split.expert, split.expert_tensor, card), card)
     inside += communication_seconds(work, "expert tensor", rate_of(split.expert_tensor, 1, card), card)
     # Hidden states go forward in each pass and their gradients back; the interleaved schedule sends more often, behind
     # computation.

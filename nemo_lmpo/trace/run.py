@@ -14,6 +14,7 @@ import torch
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.example import Example
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.sizing.rank_work import RowSize
 from nemo_lmpo.sizing.typical_pairs import filling_lengths, pairs_of_a_row
@@ -97,7 +98,15 @@ def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -
         layout: configuration, architecture and number of processes.
         rank: which of them to be.
         transformer_engine: with the fused forms that Transformer Engine brings.
+
+    Raises:
+        ConfigError: a mixture of experts.
     """
+    if layout.architecture.experts is not None:
+        raise ConfigError(
+            f"a {layout.architecture.model_type} cannot be traced: where its tokens go depends on values, which fake "
+            f"tensors have none of; use dry_run=plan, or dry_run=true"
+        )
     micro_batches = micro_batches_to_run(layout)
     with fake_world(layout.world_size, rank):
         groups = create_groups(layout.config.model)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.fused_experts import separate_experts
 from nemo_lmpo.formats.mapping import separate
