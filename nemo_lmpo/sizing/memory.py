@@ -58,7 +58,8 @@ def stage_parameters(architecture: Architecture, config: Config) -> float:
 
 def stage_expert_parameters(architecture: Architecture, config: Config) -> float:
     """Those of them that are experts'."""
-    return architecture.num_expert_parameters() / (experts_cut(config.model) * config.model.pipeline_model_parallel_size)
+    stages = config.model.pipeline_model_parallel_size
+    return architecture.num_expert_parameters() / (experts_cut(config.model) * stages)
 
 
 def experts_cut(model: ModelConfig) -> int:
