@@ -50,7 +50,7 @@ def write_pairs(path: Path, count: int) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def write_store(source: Any, encoder: Any, schema: str, directory: Path, **settings: Any) -> None:
+def write_store(source: Any, encoder: Any, form: Any, directory: Path, **settings: Any) -> None:
     """In place of tokenizing: as many pairs of random ids as the source has lines."""
     import pyarrow as pa
 

@@ -172,7 +172,7 @@ def write_fitting_pairs(options: argparse.Namespace, path: Path) -> None:
 
     config = load_recipe(options.recipe, overrides(argparse.Namespace(**{**vars(options), "max_length": 10**6})))
     lengths = load_preference_dataset(config.data, config.data.train, load_tokenizer(options.model)).lengths[:]
-    rows = [row.value for row in open_source(options.data, config.data.train.split).read()]
+    rows = [row.value for row in open_source(options.data, config.data.train.split_of(0)).read()]
     if len(rows) != len(lengths):
         raise SystemExit(f"error: only {len(lengths)} of {len(rows)} rows of {options.data} are usable; use --truncate")
     sequence, prompt = longest(options)

@@ -113,15 +113,23 @@ class DatasetConfig:
     """Where preference pairs come from."""
 
     path: str | list[str] | None = None
-    """A file (JSON lines, JSON, CSV, TSV, each also .gz or .zst; Parquet), a directory saved by `datasets`, a hub name,
-    `builtin:NAME`, or a list."""
-    split: str = "train"
-    """Split of hub datasets, saved dataset dictionaries and builtin tasks."""
+    """A file (JSON lines, JSON, CSV, TSV, each also .gz or .zst; Parquet), a pattern of such files (`data/*.parquet`),
+    a directory saved by `datasets` or of files, a hub name, `builtin:NAME`, or a list."""
+    split: str | list[str] = "train"
+    """Split of hub datasets, saved dataset dictionaries and builtin tasks; a list holds one for each path."""
     weights: list[float] | None = setting(None, minimum=0, maximum=1000)
     """One a path: the fraction of it that an epoch holds (1: all, 0.5: half, 2: twice)."""
     schema: Literal["auto", "messages", "strings", "hh", "ranked", "conversation", "completion", "instruction"] = "auto"
     """`auto`: found out row by row. Pairs: `messages` (UltraFeedback-binarized), `strings` (prompt/chosen/rejected),
     `hh` (Anthropic HH), `ranked` (answers with scores). Else: `conversation`, `completion`, `instruction` (Alpaca)."""
+    columns: dict[str, Any] | list[Any] | None = None
+    """Columns of one's own by what layouts call them, `{prompt: question, chosen: best, rejected: worst}`: a column, a
+    path into one (`a.b`, `a.0`), a list of these, or null to hide a column of that name. A list: one for each path."""
+    encoding: str = "utf-8"
+    """Of text files, as Python calls it: `cp1252` (Windows), `latin-1`, `utf-16`, ..."""
+    delimiter: str | None = setting(None, may_be_empty=True)
+    """Between the cells of a table, one character or `tab`; unset: what the first line has of comma (tab in TSV files),
+    semicolon, tab and bar."""
     limit: int | None = setting(None, minimum=1, remedy="unset it for all rows")
     """Use the first N rows of each path."""
 
@@ -129,6 +137,14 @@ class DatasetConfig:
     def paths(self) -> list[str]:
         """The path or paths as a list."""
         return [self.path] if isinstance(self.path, str) else list(self.path or [])
+
+    def split_of(self, number: int) -> str:
+        """The split of a path, by its place."""
+        return self.split if isinstance(self.split, str) else self.split[number]
+
+    def columns_of(self, number: int) -> dict[str, Any] | None:
+        """The columns of a path, by its place."""
+        return self.columns[number] if isinstance(self.columns, list) else self.columns
 
 
 @dataclass

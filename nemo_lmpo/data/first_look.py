@@ -15,10 +15,12 @@ from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.hub import cache_only, downloaded_tokenizer, is_cached_dataset
 from nemo_lmpo.data.messages import RowError
-from nemo_lmpo.data.read import BUILTIN_PREFIX, RawRow, Source, is_hub_dataset, open_source
-from nemo_lmpo.data.rows.parse import parse_taken
+from nemo_lmpo.data.raw import RawRow
+from nemo_lmpo.data.read import BUILTIN_PREFIX, Source, is_hub_dataset, open_source
+from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.schema import Row
 from nemo_lmpo.data.summary import shown_names
+from nemo_lmpo.data.text import TextFormat
 from nemo_lmpo.data.tokenize import bad_row_error, unused_field_error
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.runtime.files import is_hub_name
@@ -51,8 +53,8 @@ def look_at_data(
     unseen: list[str] = []
     lines: list[str] = []
     for which in (config.train, config.validation):
-        for path in which.paths:
-            look = _SourceLook(config, which, encoder, takes)
+        for number, path in enumerate(which.paths):
+            look = _SourceLook(config, which, number, encoder, takes)
             if not is_hub_dataset(path) or Path(path).exists():
                 lines += look.lines(path)
             elif is_cached_dataset(path.partition(":")[0]):
@@ -70,10 +72,13 @@ _Laid = EncodedRow | Row | RowError
 class _SourceLook:
     """Looks at the first rows of one source."""
 
-    def __init__(self, config: DataConfig, which: DatasetConfig, encoder: Encoder | None, takes: Sequence[str]) -> None:
-        self.takes = takes
+    def __init__(
+        self, config: DataConfig, which: DatasetConfig, number: int, encoder: Encoder | None, takes: Sequence[str]
+    ) -> None:
         self.config = config
         self.which = which
+        self.split = which.split_of(number)
+        self.form = RowForm(which.schema, which.columns_of(number), tuple(takes))
         self.encoder = encoder
         self._columns: set[str] = set()
         """Columns of usable rows that nothing uses."""
@@ -82,7 +87,8 @@ class _SourceLook:
         """What there is to say of the source's first rows."""
         strict = self.config.on_bad_row == "error"
         most = FIRST_ROWS if strict else MOST_SKIPPED
-        source = open_source(path, self.which.split, min(self.which.limit or most, most))
+        text = TextFormat(self.which.encoding, self.which.delimiter)
+        source = open_source(path, self.split, min(self.which.limit or most, most), text)
         rows = source.read()
         first = list(islice(rows, FIRST_ROWS))
         results = [(row, self._laid(row)) for row in first]
@@ -94,7 +100,7 @@ class _SourceLook:
 
     def _laid(self, raw: RawRow) -> _Laid:
         try:
-            row = parse_taken(raw.value, self.which.schema, self.takes)
+            row = self.form.parse(self.form.named(raw).value)
         except RowError as error:
             return error
         result: _Laid = row

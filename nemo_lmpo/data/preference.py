@@ -22,12 +22,13 @@ from nemo_lmpo.data.example import Example, Response
 from nemo_lmpo.data.pack import example_tokens
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.released import ReleasedPairEncoder
+from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.show import example_text
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.store import PARTS, Store, read_store
 from nemo_lmpo.data.summary import CONVERSATION_PARTS, DataSummary, SourceSummary, length_percentiles
 from nemo_lmpo.data.template_day import with_day
-from nemo_lmpo.data.text import FILE_SUFFIXES
+from nemo_lmpo.data.text import FILE_SUFFIXES, TextFormat
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
 from nemo_lmpo.errors import ConfigError, DataError, shown
@@ -199,19 +200,23 @@ def load_preference_dataset(
     encoder = pair_encoder(config, tokenizer, template)
     dropped: dict[str, int] = {}
     parts = []
-    sources = [open_source(path, which.split, which.limit) for path in paths]
-    tokenized = [_tokenized(source, encoder, config, which.schema, takes) for source in sources]
-    form = _form(field, [store for _, store in tokenized], num_responses)
+    text = TextFormat(which.encoding, which.delimiter)
+    sources = [open_source(path, which.split_of(number), which.limit, text) for number, path in enumerate(paths)]
+    tokenized = [
+        _tokenized(source, encoder, config, RowForm(which.schema, which.columns_of(number), tuple(takes)))
+        for number, source in enumerate(sources)
+    ]
+    responses = _form(field, [store for _, store in tokenized], num_responses)
     for number, (source, (key, store), weight) in enumerate(zip(sources, tokenized, weights, strict=True)):
         for reason, count in store.meta.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
-        usable = _within_budget(source, store, config, dropped, form)
+        usable = _within_budget(source, store, config, dropped, responses)
         budget = None if usable is None else [config.row_budget, config.share_prompt]
         parts.append(_Part(source, key, weight, budget, share_of(store, weight, number, usable)))
     if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
-    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, form)
+    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, responses)
 
 
 def _form(field: str, stores: Sequence[Store], wanted: int | None) -> int:
@@ -251,11 +256,9 @@ def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
     )
 
 
-def _tokenized(
-    source: Source, encoder: Encoder, config: DataConfig, schema: str, takes: Sequence[str]
-) -> tuple[str, Store]:
+def _tokenized(source: Source, encoder: Encoder, config: DataConfig, form: RowForm) -> tuple[str, Store]:
     """The source's examples from the cache, tokenized before if need be, and what they are called there."""
-    key = _cache_key(source, encoder, schema, config.on_unused_fields, takes)
+    key = _cache_key(source, encoder, form, config.on_unused_fields)
     cache = cache_root(config.cache_dir)
 
     def build(directory: Path) -> None:
@@ -263,11 +266,10 @@ def _tokenized(
         tokenize_source(
             source,
             encoder,
-            schema,
+            form,
             directory,
             on_bad_row=config.on_bad_row,
             on_unused_fields=config.on_unused_fields,
-            takes=takes,
             num_workers=config.num_workers,
         )
 
@@ -289,19 +291,18 @@ def _tokenized(
     return key, store
 
 
-def _cache_key(source: Source, encoder: Encoder, schema: str, on_unused_fields: str, takes: Sequence[str]) -> str:
+def _cache_key(source: Source, encoder: Encoder, form: RowForm, on_unused_fields: str) -> str:
     """A hash of everything that decides the stored rows."""
     return _hash(
         {
             "version": CODE_VERSION,
             "source": source.fingerprint,
             "ids": source.short_name,
-            "schema": schema,
+            **form.key(),
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "encoder": encoder.settings,
             "special_tokens": encoder.special_tokens.policy,
             "on_unused_fields": on_unused_fields,
-            "takes": list(takes),
         }
     )
 

@@ -5,6 +5,7 @@ Whatever the source is, its rows become a memory-mapped `datasets.Dataset`, so t
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -12,19 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.builtin.tiny_task import builtin_rows
 from nemo_lmpo.data.hub import cache_only_without_network, downloaded_dataset
-from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.progress import on_terminal, progress_bars
+from nemo_lmpo.data.raw import Places, RawRow, raw_rows
 from nemo_lmpo.data.text import (
-    CSV_SUFFIXES,
     FILE_SUFFIXES,
+    PLAIN_TEXT,
     TEXT_SUFFIXES,
-    is_document,
-    parse_line,
+    TextFormat,
     read_lines,
+    text_unit,
     uncompressed_name,
 )
 from nemo_lmpo.errors import DataError, first_line, shown
@@ -32,7 +33,6 @@ from nemo_lmpo.runtime.files import is_hub_name
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 BUILTIN_PREFIX = "builtin:"
 PAIRS_SUMMARY = "pairs.json"
@@ -41,16 +41,6 @@ _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
 _READ_ROWS = 1024
 _LONGEST_NAME = 200
 _LONGEST_REASON = 300
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as read, or what was wrong with it."""
-
-    number: int
-    """Line of a text file, else the row; counted from 1."""
-    value: Any
-    """The row's fields, or a :class:`RowError` if it could not be read."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,19 @@ class Source:
     """Changes whenever the content does."""
     load: Callable[[str | None], datasets.Dataset]
     """The rows, memory-mapped; those of files are converted into the directory given (None: the libraries' cache)."""
+    files: tuple[str, ...] = ()
+    """As :attr:`Places.files`."""
+    form: TextFormat = PLAIN_TEXT
+    """Of text files."""
+
+    @property
+    def places(self) -> Places:
+        """How messages name a row, by its number."""
+        return Places(self.name, self.unit, self.files, self.form)
 
     def location(self, number: int) -> str:
         """How messages name a row."""
-        return f"{self.name} {self.unit} {number}"
+        return self.places(number)
 
     def rows(self, directory: str | None = None) -> datasets.Dataset:
         """The rows as :func:`raw_rows` takes them.
@@ -95,41 +94,16 @@ class Source:
                 yield from raw_rows(table, range(start, start + table.num_rows))
 
 
-def raw_rows(table: pa.Table, indices: Sequence[int]) -> list[RawRow]:
-    """Rows of a part of :meth:`Source.rows`; ``indices`` are their places in the whole."""
-    if table.column_names == ["number", "line"]:
-        numbers, lines = (table.column(name).to_pylist() for name in table.column_names)
-        return [RawRow(number, parse_line(line)) for number, line in zip(numbers, lines, strict=True)]
-    try:
-        values: list[Any] = table.to_pylist()
-    except UnicodeDecodeError:
-        values = [_row_value(table.slice(place, 1)) for place in range(table.num_rows)]
-    return [RawRow(index + 1, _without_nulls(value)) for index, value in zip(indices, values, strict=True)]
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without fields that are null: objects of a column all have the same fields, whatever was in them."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _row_value(row: pa.Table) -> Any:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return RowError("not text", f"a field is not UTF-8 text ({error.reason} at byte {error.start})")
-
-
-def open_source(path: str, split: str, limit: int | None = None) -> Source:
+def open_source(path: str, split: str, limit: int | None = None, form: TextFormat = PLAIN_TEXT) -> Source:
     """Find a source and hash its content; rows are read only when asked for.
 
     Args:
-        path: a JSON lines, JSON, CSV or Parquet file, a directory written by `datasets`' `save_to_disk` or fetched
-            by `hf download --repo-type dataset`, `builtin:NAME`, or a hub name: `OWNER/NAME`, and `OWNER/NAME:CONFIG`
-            for a dataset of several configurations.
+        path: a JSON lines, JSON, CSV or Parquet file, a pattern of files of one of these kinds, a directory written by
+            `datasets`' `save_to_disk`, fetched by `hf download --repo-type dataset` or of files of one kind,
+            `builtin:NAME`, or a hub name: `OWNER/NAME`, and `OWNER/NAME:CONFIG` for one of several configurations.
         split: the split of hub datasets, saved dataset dictionaries and builtin tasks; files have none.
         limit: only the first so many rows.
+        form: of text files.
 
     Raises:
         DataError: nothing there, empty, no such split, or unreadable.
@@ -137,19 +111,19 @@ def open_source(path: str, split: str, limit: int | None = None) -> Source:
     if path.startswith(BUILTIN_PREFIX):
         return _builtin(path, split, limit)
     with progress_bars(show=on_terminal()):
-        return _found(path, split, limit)
+        return _found(path, split, limit, form)
 
 
-def _found(path: str, split: str, limit: int | None) -> Source:
+def _found(path: str, split: str, limit: int | None, form: TextFormat) -> Source:
     try:
         file = Path(path).expanduser()
         if file.is_dir():
             pairs = _pairs_within(file)
             if pairs is not None:
-                return _file(str(pairs), pairs, limit)
+                return _files(str(pairs), [str(pairs)], pairs.name, limit, form)
             return _saved_dataset(path, file, split, limit)
         if file.is_file():
-            return _file(path, file, limit)
+            return _files(path, [path], file.name, limit, form)
         special = file.exists()
     except DataError:
         raise
@@ -160,7 +134,7 @@ def _found(path: str, split: str, limit: int | None) -> Source:
     if special:
         raise DataError(f"{path} is neither a file nor a directory; give a file with preference pairs")
     if re.search(r"[*?\[]", path):
-        raise DataError(f"{path} is a pattern, and patterns are not expanded; give the files as a list")
+        return _pattern(path, limit, form)
     if not is_hub_dataset(path):
         raise DataError(f"{path} does not exist; give a file ({_FORMATS}), a saved dataset or a hub name")
     return _hub_dataset(path, split, limit)
@@ -199,21 +173,41 @@ def _builtin(path: str, split: str, limit: int | None) -> Source:
     return Source(path, f"{name}-{split}", "row", digest, lambda directory: datasets.Dataset.from_list(rows))
 
 
-def _file(path: str, file: Path, limit: int | None) -> Source:
-    name = uncompressed_name(path)
-    parquet = path.lower().endswith(".parquet")
-    if not parquet and not name.endswith(TEXT_SUFFIXES):
-        raise DataError(f"{path} has an unknown ending; give {_FORMATS}, a saved dataset or a hub name")
+def _pattern(path: str, limit: int | None, form: TextFormat) -> Source:
+    """All files of a pattern in the order of their names, as one source; `**` stands for folders of any depth."""
     try:
-        if file.stat().st_size == 0:
-            raise DataError(f"{path} is empty; give a file with preference pairs")
-        digest = _hash_files([file]) + _first(limit)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if parquet:
-        return Source(path, file.name, "row", digest, partial(_load_parquet, path, file, limit))
-    unit = "row" if not name.endswith(CSV_SUFFIXES) and is_document(path) else "line"
-    return Source(path, file.name, unit, digest, partial(_load_text, path, limit))
+        found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))  # noqa: PTH207 (Path's knows no "/a/*")
+        files = [name for name in found if Path(name).is_file()]
+    except (OSError, RuntimeError, re.error) as error:
+        raise DataError(f"{path} cannot be looked for ({first_line(error)}); correct the path") from None
+    if not files:
+        raise DataError(f"{path} matches no file; correct the pattern, or put quotes around it in a shell")
+    return _files(path, files, Path(path).name, limit, form)
+
+
+def _files(path: str, files: Sequence[str], short_name: str, limit: int | None, form: TextFormat) -> Source:
+    """One file, or several of one kind, as a source."""
+    parquet = [name.lower().endswith(".parquet") for name in files]
+    for name, is_parquet in zip(files, parquet, strict=True):
+        if not is_parquet and not uncompressed_name(name).endswith(TEXT_SUFFIXES):
+            raise DataError(f"{name} has an unknown ending; give {_FORMATS}, a saved dataset or a hub name")
+    if len(set(parquet)) > 1:
+        raise DataError(f"{path} matches Parquet and text files; give a pattern for each kind")
+    paths = [Path(name).expanduser() for name in files]
+    for name, file in zip(files, paths, strict=True):
+        try:
+            if file.stat().st_size == 0:
+                raise DataError(f"{name} is empty; give a file with preference pairs")
+            with file.open("rb"):
+                pass
+        except OSError as error:
+            raise DataError(f"{name} cannot be read ({error.strerror}); check its permissions") from None
+    digest = _hash_files(paths) + _first(limit)
+    if all(parquet):
+        return Source(path, short_name, "row", digest, partial(_load_parquet, path, paths, limit))
+    unit = text_unit(files[0], form) if len(files) == 1 else "row"
+    load = partial(_load_text, tuple(files), limit, form)
+    return Source(path, short_name, unit, digest + form.key(), load, tuple(files) if len(files) > 1 else (), form)
 
 
 def _first(limit: int | None) -> str:
@@ -232,16 +226,19 @@ def _hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _load_text(path: str, limit: int | None, directory: str | None) -> datasets.Dataset:
+def _load_text(paths: tuple[str, ...], limit: int | None, form: TextFormat, directory: str | None) -> datasets.Dataset:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     features = datasets.Features({"number": datasets.Value("int64"), "line": datasets.Value("large_binary")})
-    if next(read_lines(path, limit), None) is None:  # which `datasets` takes for an error
+    if next(read_lines(paths, limit, form), None) is None:  # which `datasets` takes for an error
         return datasets.Dataset.from_dict({"number": [], "line": []}, features=features)
     try:
         return datasets.Dataset.from_generator(
-            read_lines, features=features, cache_dir=directory, gen_kwargs={"path": path, "limit": limit}
+            read_lines,
+            features=features,
+            cache_dir=directory,
+            gen_kwargs={"paths": paths, "limit": limit, "form": form},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError | OSError):
@@ -249,12 +246,12 @@ def _load_text(path: str, limit: int | None, directory: str | None) -> datasets.
         raise
 
 
-def _load_parquet(path: str, file: Path, limit: int | None, directory: str | None) -> datasets.Dataset:
+def _load_parquet(path: str, files: list[Path], limit: int | None, directory: str | None) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
 
     try:
-        loaded = datasets.Dataset.from_parquet(str(file), cache_dir=directory)
+        loaded = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=directory)
     except (pa.ArrowException, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise DataError(f"{path} is not a readable Parquet file ({first_line(cause)}); restore the file") from None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +29,34 @@ MOST_DOCUMENT_BYTES = 1 << 30
 
 _SPACE = re.compile(r"\s*")
 
+_DELIMITERS = (",", ";", "\t", "|")
+
 Line = tuple[int, bytes]
 """A row's number, from 1 (its line where rows are lines), and its JSON."""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text files are to be read."""
+
+    encoding: str = "utf-8"
+    """As `data.train.encoding`."""
+    delimiter: str | None = None
+    """As `data.train.delimiter`."""
+
+    @property
+    def is_utf8(self) -> bool:
+        """Whether lines can be taken as they are."""
+        return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
+
+    def key(self) -> str:
+        """What belongs into a hash of a file's rows beside its content; empty where nothing was set."""
+        parts = [] if self.is_utf8 else [f"encoding {codecs.lookup(self.encoding).name}"]
+        parts += [] if self.delimiter is None else [f"delimiter {self.delimiter}"]
+        return "".join(f"/{part}" for part in parts)
+
+
+PLAIN_TEXT = TextFormat()
 
 
 def uncompressed_name(name: str) -> str:
@@ -37,19 +65,40 @@ def uncompressed_name(name: str) -> str:
     return next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
 
 
-def read_lines(path: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a text file as `number` and `line` (JSON), the form in which `datasets` stores them.
+def read_lines(
+    paths: Sequence[str], limit: int | None = None, form: TextFormat = PLAIN_TEXT
+) -> Iterator[dict[str, Any]]:
+    """The rows of text files as `number` and `line` (JSON), the form in which `datasets` stores them.
 
     Args:
-        path: the file.
+        paths: the files; of several, rows are counted through.
         limit: only the first so many rows.
+        form: encoding and delimiter.
 
     Raises:
         DataError: the file breaks off or cannot be read.
     """
-    lines = _csv_lines(path) if uncompressed_name(path).endswith(CSV_SUFFIXES) else _json_lines(path)
-    for number, line in islice(lines, limit):
-        yield {"number": number, "line": line}
+    rows = (row for path in paths for row in _lines_of(path, form))
+    for place, (number, line) in enumerate(islice(rows, limit), start=1):
+        yield {"number": number if len(paths) == 1 else place, "line": line}
+
+
+def place_of(paths: Sequence[str], number: int, form: TextFormat = PLAIN_TEXT) -> str:
+    """File and line of a row of several files, by its place in all of them; the files are read up to there."""
+    rows = ((path, line) for path in paths for line, _ in _lines_of(path, form))
+    path, line = next(islice(rows, number - 1, None), (paths[-1], number))
+    return f"{path} {text_unit(path, form)} {line}"
+
+
+def text_unit(path: str, form: TextFormat = PLAIN_TEXT) -> str:
+    """What the numbers of a text file's rows count: `line`, or `row` of a JSON document."""
+    table = uncompressed_name(path).endswith(CSV_SUFFIXES)
+    return "row" if not table and _document(path, form) is not None else "line"
+
+
+def _lines_of(path: str, form: TextFormat) -> Iterator[Line]:
+    table = uncompressed_name(path).endswith(CSV_SUFFIXES)
+    return _csv_lines(path, form) if table else _json_lines(path, form)
 
 
 def parse_line(line: bytes) -> Any:
@@ -57,7 +106,8 @@ def parse_line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
-        return RowError("broken JSON", f"the line is not UTF-8 text ({error.reason} at byte {error.start})")
+        said = f"the line is not UTF-8 text ({error.reason} at byte {error.start}); {_meant_encoding(line)}"
+        return RowError("broken JSON", said)
     except json.JSONDecodeError as error:
         return RowError("broken JSON", f"the JSON is broken: {error.msg} at column {error.colno}")
     except RecursionError:
@@ -66,14 +116,34 @@ def parse_line(line: bytes) -> Any:
         return RowError("broken JSON", "the JSON holds a number of too many digits")
 
 
-def _raw_lines(path: str) -> Iterator[Line]:
-    """Lines with their numbers, from 1; blank ones are left out."""
+def _meant_encoding(line: bytes) -> str:
+    """What the bytes of a line that is not UTF-8 look like, and what to do."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it begins as UTF-16 does: set data.train.encoding=utf-16, or convert the file"
+    try:
+        letter = next(letter for letter in line.decode("cp1252") if not letter.isascii())
+    except (UnicodeDecodeError, StopIteration):
+        return "convert the file, or name its encoding: data.train.encoding=latin-1, ..."
+    return (
+        f"it looks like Latin-1 or Windows text (with {letter!r}): convert the file to UTF-8, or set "
+        "data.train.encoding=cp1252"
+    )
+
+
+def _raw_lines(path: str, form: TextFormat) -> Iterator[Line]:
+    """Lines in UTF-8 with their numbers, from 1; blank ones are left out."""
     number = 0
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
+            lines = stream if form.is_utf8 else _recoded(stream, form.encoding)
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
+    except UnicodeError as error:
+        raise DataError(
+            f"{path} is not {form.encoding} text after line {number} ({getattr(error, 'reason', error)}); "
+            "correct data.train.encoding"
+        ) from None
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):
             raise DataError(f"{path} cannot be read after line {number} ({reason})") from None
@@ -82,6 +152,12 @@ def _raw_lines(path: str) -> Iterator[Line]:
             f"{path} is damaged after line {number} ({first_line(error)}); "
             "restore the file, it may be a broken download"
         ) from None
+
+
+def _recoded(stream: IO[bytes], encoding: str) -> Iterator[bytes]:
+    with io.TextIOWrapper(stream, encoding=encoding, newline="\n") as text:
+        for line in text:
+            yield line.encode()
 
 
 def _open(path: str) -> IO[bytes]:
@@ -95,16 +171,11 @@ def _open(path: str) -> IO[bytes]:
     return file.open("rb")
 
 
-def is_document(path: str) -> bool:
-    """Whether a JSON file is one document, or several over many lines each, instead of lines."""
-    return _document(path) is not None
-
-
-def _json_lines(path: str) -> Iterator[Line]:
+def _json_lines(path: str, form: TextFormat) -> Iterator[Line]:
     """JSON lines as they are; the rows of a file that is one or several JSON documents over many lines."""
-    document = _document(path)
+    document = _document(path, form)
     if document is None:
-        yield from _raw_lines(path)
+        yield from _raw_lines(path, form)
         return
     for number, row in enumerate(document, start=1):
         yield number, json.dumps(row).encode()
@@ -122,9 +193,9 @@ def _may_be_document(start: list[Line]) -> bool:
     return first[:1] in (b"[", b"{") and not (len(start) == 2 and isinstance(parse_line(start[1][1]), dict))
 
 
-def _document(path: str) -> list[Any] | None:
+def _document(path: str, form: TextFormat) -> list[Any] | None:
     """The rows of an array, an object, or objects behind each other; None if the file is none of these."""
-    start = list(islice(_raw_lines(path), 2))
+    start = list(islice(_raw_lines(path, form), 2))
     if not start or not _may_be_document(start):
         return None
     with _open(path) as stream:
@@ -132,7 +203,7 @@ def _document(path: str) -> list[Any] | None:
     if len(content) > MOST_DOCUMENT_BYTES:
         raise DataError(f"{path} is one large JSON document; write one object per line, e.g. with: jq -c '.[]'")
     try:
-        text = content.decode("utf-8-sig").strip()
+        text = content.decode("utf-8-sig" if form.is_utf8 else form.encoding).strip()
         decoder = json.JSONDecoder()
         values, place = [], 0
         while place < len(text):
@@ -144,11 +215,12 @@ def _document(path: str) -> list[Any] | None:
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
-def _csv_lines(path: str) -> Iterator[Line]:
+def _csv_lines(path: str, form: TextFormat) -> Iterator[Line]:
     """Rows of a table whose first line names the columns, as JSON objects of texts; a number is a row's last line."""
-    separator = "\t" if uncompressed_name(path).endswith(".tsv") else ","
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader((_decoded(path, *line) for line in _all_lines(path)), delimiter=separator, strict=True)
+    lines = (_decoded(path, *line) for line in _all_lines(path, form))
+    first = next(lines, "")
+    reader = csv.DictReader(chain([first], lines), delimiter=_delimiter(path, first, form), strict=True)
     try:
         for row in reader:
             if None in row:
@@ -159,10 +231,31 @@ def _csv_lines(path: str) -> Iterator[Line]:
         raise DataError(f"{place}: the table is broken ({error}); correct the file") from None
 
 
-def _all_lines(path: str) -> Iterator[Line]:
+def _delimiter(path: str, first: str, form: TextFormat) -> str:
+    """What was set; else the usual one, unless the first line holds only another."""
+    if form.delimiter is not None:
+        return "\t" if form.delimiter == "tab" else form.delimiter
+    usual = "\t" if uncompressed_name(path).endswith(".tsv") else ","
+    held = [one for one in _DELIMITERS if _cells(first, one) > 1]
+    if usual in held or not held:
+        return usual
+    if len(held) > 1:
+        found = ", ".join("tab" if one == "\t" else f"'{one}'" for one in held)
+        raise DataError(f"{path}: the first line may be split at {found}; set data.train.delimiter to the right one")
+    return held[0]
+
+
+def _cells(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), []))
+    except csv.Error:  # a line break within quotes, which is no cell more
+        return 0
+
+
+def _all_lines(path: str, form: TextFormat) -> Iterator[Line]:
     """Lines with their numbers; blank ones, too, as a quoted text may hold them."""
     before = 0
-    for number, line in _raw_lines(path):
+    for number, line in _raw_lines(path, form):
         yield from ((blank, b"\n") for blank in range(before + 1, number))
         yield number, line
         before = number
@@ -173,5 +266,5 @@ def _decoded(path: str, number: int, line: bytes) -> str:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start}); convert the file"
+            f"{path} line {number} is not UTF-8 text ({error.reason} at byte {error.start}); {_meant_encoding(line)}"
         ) from None

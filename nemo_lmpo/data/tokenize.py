@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.progress import on_terminal, progress_bars
-from nemo_lmpo.data.read import RawRow, Source, raw_rows
-from nemo_lmpo.data.rows.parse import parse_taken
+from nemo_lmpo.data.raw import Places, RawRow, raw_rows
+from nemo_lmpo.data.read import Source
+from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.schema import Row
 from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
@@ -38,14 +39,12 @@ class RowsToPairs:
     """What `datasets` maps over a source: rows in, pairs out; a row that cannot be used says why in its columns."""
 
     encoder: Encoder
-    schema: str
+    form: RowForm
     short_name: str
-    stop_at: str | None
-    """What an error calls the source's rows, before a number, if it is to stop at one that cannot be used."""
+    stop_at: Places | None
+    """What an error calls the source's rows, if it is to stop at one that cannot be used."""
     on_unused_fields: str = "warn"
     """As `data.on_unused_fields`."""
-    takes: tuple[str, ...] = ("pairs",)
-    """The kinds of rows that the loss takes."""
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The pairs of ``table`` (columns of :func:`pairs_schema`); ``indices`` are its rows' places in the source.
@@ -61,6 +60,7 @@ class RowsToPairs:
         return pa.concat_tables([pa.Table.from_pylist(list(self._pairs(chunk)), schema=schema) for chunk in chunks])
 
     def _pairs(self, rows: list[RawRow]) -> Iterator[dict[str, Any]]:
+        rows = [self.form.named(raw) for raw in rows]
         parsed = [self._parsed(raw.value) for raw in rows]
         encoded = iter(self.encoder.encode([row for row in parsed if not isinstance(row, RowError)]))
         for raw, result in zip(rows, parsed, strict=True):
@@ -70,10 +70,10 @@ class RowsToPairs:
                 yield place | vars(row) | {"columns": result.columns, "notes": (*result.notes, *row.notes)}
                 continue
             assert isinstance(row, RowError)
-            kind = "pair" if self.takes == ("pairs",) else "row"
+            kind = "pair" if self.form.takes == ("pairs",) else "row"
             detail = f"{row.detail} ({kind} {shown(place['example_id'])})"
             if self.stop_at is not None:
-                raise bad_row_error(f"{self.stop_at} {raw.number}", detail)
+                raise bad_row_error(self.stop_at(raw.number), detail)
             yield place | {"reason": row.reason, "detail": detail}
 
     def _judged(self, row: EncodedRow | RowError) -> EncodedRow | RowError:
@@ -84,7 +84,7 @@ class RowsToPairs:
 
     def _parsed(self, value: Any) -> Row | RowError:
         try:
-            return parse_taken(value, self.schema, self.takes)
+            return self.form.parse(value)
         except RowError as error:
             return error
 
@@ -92,12 +92,11 @@ class RowsToPairs:
 def tokenize_source(
     source: Source,
     encoder: Encoder,
-    schema: str,
+    form: RowForm,
     directory: Path,
     *,
     on_bad_row: str,
     on_unused_fields: str,
-    takes: Sequence[str] = ("pairs",),
     num_workers: int | None,
 ) -> None:
     """Write the tokenized pairs of ``source`` into ``directory`` in the order of its rows.
@@ -105,8 +104,8 @@ def tokenize_source(
     Raises:
         DataError: the source breaks while reading; or, for ``on_bad_row="error"``, at an unusable row.
     """
-    stop_at = f"{source.name} {source.unit}" if on_bad_row == "error" else None
-    job = RowsToPairs(encoder, schema, source.short_name, stop_at, on_unused_fields, tuple(takes))
+    stop_at = source.places if on_bad_row == "error" else None
+    job = RowsToPairs(encoder, form, source.short_name, stop_at, on_unused_fields)
     rows_directory = directory / "rows"
     try:
         with progress_bars(show=False):

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_lmpo.config.row_fields import IN_EVERY_LAYOUT
 from nemo_lmpo.data.messages import Inputs, Message, RowError, text_of
-from nemo_lmpo.data.read import RawRow, Source, open_source
-from nemo_lmpo.data.rows.parse import ALWAYS_USED, parse_preference, parse_row
+from nemo_lmpo.data.raw import RawRow
+from nemo_lmpo.data.read import Source, open_source
+from nemo_lmpo.data.rows.parse import parse_preference, parse_row
 from nemo_lmpo.data.rows.prompts import messages_of, prompt_messages
 from nemo_lmpo.data.schema import ConversationRow
 from nemo_lmpo.errors import DataError, shown
@@ -139,7 +141,7 @@ def _prompt_alone(row: Mapping[str, Any], name: str | None) -> tuple[list[Messag
     if name is not None and row.get(name) is None:
         raise RowError("missing field", f"the field '{name}' is missing (fields: {shown(list(row))})")
     messages = prompt_messages(row)[0] if name is None else messages_of(row[name], name)
-    beside = {key: row[key] for key in ALWAYS_USED if key in row}
+    beside = {key: row[key] for key in IN_EVERY_LAYOUT if key in row}
     parsed = parse_preference({**beside, "prompt": messages, **_STANDINS})
     return parsed.prompt, parsed.inputs
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.preference import load_preference_dataset, pair_encoder
 from nemo_lmpo.data.read import Source
+from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.data.tokenize import RowsToPairs
 from nemo_lmpo.errors import DataError, UserError
@@ -154,7 +155,7 @@ def error_job(tokenizer: PreTrainedTokenizerFast) -> tuple[RowsToPairs, Source]:
     """What maps rows in error mode, and the source that messages name."""
     encoder = pair_encoder(DataConfig(max_length=400, max_prompt_length=200), tokenizer)
     source = Source("rows.jsonl", "rows.jsonl", "line", "", lambda directory: datasets.Dataset.from_list([]))
-    return RowsToPairs(encoder, "auto", "rows.jsonl", stop_at="rows.jsonl line"), source
+    return RowsToPairs(encoder, RowForm(), "rows.jsonl", stop_at=source.places), source
 
 
 def load(path: str, cache: Path, tokenizer: PreTrainedTokenizerFast, mode: str) -> Any:

@@ -23,6 +23,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.names,
     settings.profile,
     settings.sources,
+    settings.rows,
     settings.lengths,
     settings.template_date,
     settings.schedule,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
 from collections.abc import Iterator
 from datetime import date
 from operator import attrgetter
+from typing import Any
 
+from nemo_lmpo.config.row_fields import ROW_FIELDS
 from nemo_lmpo.config.schema import Config, all_settings
-from nemo_lmpo.errors import ConfigError, nearest, shown
+from nemo_lmpo.errors import ConfigError, did_you_mean, nearest, shown
 from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
 
 LONGEST_NAME = 255
@@ -61,6 +64,39 @@ def sources(config: Config) -> Iterator[str]:
             yield f"{key}.weights has {len(which.weights)} values for {len(which.paths)} paths; give one a path"
         elif which.weights is not None and which.paths and not any(which.weights):
             yield f"{key}.weights={which.weights} take no row; give at least one above 0"
+
+
+def rows(config: Config) -> Iterator[str]:
+    """Columns map fields that layouts have, and files have an encoding and a delimiter that exist."""
+    for key, which in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        for name, value in (("columns", which.columns), ("split", which.split)):
+            if isinstance(value, list) and len(value) != len(which.paths):
+                yield f"{key}.{name} has {len(value)} values for {len(which.paths)} paths; give one a path, or one only"
+        if isinstance(which.columns, list) and not any(which.columns):
+            yield f"{key}.columns={shown(which.columns)} maps no column; unset it"
+        for columns in which.columns if isinstance(which.columns, list) else [which.columns]:
+            yield from _wrong_columns(f"{key}.columns", columns)
+        try:
+            codecs.lookup(which.encoding.strip())
+        except (LookupError, ValueError):
+            yield f"{key}.encoding={shown(which.encoding)} is unknown; give utf-8, cp1252, latin-1, utf-16, ..."
+        if which.delimiter is not None and which.delimiter != "tab" and len(which.delimiter) != 1:
+            yield f"{key}.delimiter={shown(which.delimiter)} is not one character; give one, or tab"
+
+
+def _wrong_columns(key: str, columns: Any) -> Iterator[str]:
+    if columns is None:
+        return
+    if not isinstance(columns, dict):
+        yield f"{key} holds {shown(columns)}, which is no group; give {{prompt: COLUMN, ...}} or null for each path"
+        return
+    for field, column in columns.items():
+        if field not in ROW_FIELDS:
+            meant = did_you_mean(field, ROW_FIELDS)
+            yield f"{key}.{field} is no field of a layout{meant} Known: {', '.join(ROW_FIELDS)}"
+        parts = column if isinstance(column, list) else [column]
+        if not parts or not all(isinstance(part, str | int) or part is None for part in parts):
+            yield f"{key}.{field}={shown(column)} is not a column; give its name, a path, a list of these, or null"
 
 
 def lengths(config: Config) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_lmpo.config.row_fields import CONVERSATION_FIELDS
 from nemo_lmpo.data.messages import Message, RowError, is_list, is_message, kind, structured, text, whole_messages
 from nemo_lmpo.data.rows.pairs import check_prompt
 from nemo_lmpo.data.rows.prompts import answer_of, prompt_messages
@@ -12,7 +13,6 @@ from nemo_lmpo.data.rows.transcripts import awaits_answer, is_transcript, turns_
 from nemo_lmpo.data.schema import ConversationRow, UnpairedRow
 from nemo_lmpo.errors import shown
 
-CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_lmpo.config.row_fields import PAIR_FIELDS
 from nemo_lmpo.data.messages import (
     Message,
     RowError,
@@ -32,7 +33,6 @@ from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.errors import shown
 
 SIDES = ("chosen", "rejected")
-PAIR_FIELDS = ("prompt", *SIDES)
 PAIR_SCHEMAS = ("messages", "strings", "hh")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nemo_lmpo.config.row_fields import ANSWER_LISTS, IN_EVERY_LAYOUT
 from nemo_lmpo.data.messages import Message, RowError, is_list, kind, label, row_inputs, text, text_of
 from nemo_lmpo.data.rows.conversations import (
     conversation_field,
@@ -15,13 +16,12 @@ from nemo_lmpo.data.rows.conversations import (
     parse_instruction,
     parse_unpaired,
 )
+from nemo_lmpo.data.rows.guess import guessed_line
 from nemo_lmpo.data.rows.pairs import PAIR_SCHEMAS, SIDES, checked_pair, parse_pair
-from nemo_lmpo.data.rows.ranked import ANSWER_LISTS, parse_ranked, ranked_field
+from nemo_lmpo.data.rows.ranked import parse_ranked, ranked_field
 from nemo_lmpo.data.schema import MEANINGFUL_COLUMNS, ConversationRow, PreferenceRow, Row, UnpairedRow
 from nemo_lmpo.errors import shown
 
-ALWAYS_USED = {"prompt_id", "id", "system", "history", "tools", "chat_template_kwargs"}
-"""Columns that have the same meaning in every layout."""
 _MOST_COLUMNS = 16
 """Unused columns of a row that are noted at most."""
 
@@ -132,6 +132,16 @@ def _parsed(row: Any, schema: str, *, chosen_alone: bool) -> Row:
         raise row
     if not isinstance(row, Mapping):
         raise RowError("not an object", f"the row is {kind(row)}, not an object with fields")
+    try:
+        return _of_known_layout(row, schema, chosen_alone)
+    except RowError as error:
+        line = guessed_line(row) if error.reason in ("missing field", "unknown layout") else None
+        if line is None:
+            raise
+        raise RowError(error.reason, f"{error.detail}; {line}") from None
+
+
+def _of_known_layout(row: Mapping[str, Any], schema: str, chosen_alone: bool) -> Row:
     found = detect_schema(row) if schema == "auto" else schema
     parsed: Row
     if found == "unknown":
@@ -160,7 +170,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[Row, set[str]]]] = {
 
 def _with_columns(parsed: Row, row: Mapping[str, Any], used: set[str]) -> Row:
     """The row with what its other columns say."""
-    known = used | ALWAYS_USED
+    known = used.union(IN_EVERY_LAYOUT)
     unused = [str(name) for name, value in row.items() if name not in known and not _is_empty(value)]
     unused = sorted(unused, key=lambda name: (name not in MEANINGFUL_COLUMNS, name))[:_MOST_COLUMNS]
     columns, inputs = tuple(map(label, unused)), row_inputs(row)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemo_lmpo.config.row_fields import ANSWER_LISTS, RANK_LISTS, SCORE_LISTS
 from nemo_lmpo.data.messages import Message, RowError, is_list, is_message, kind
 from nemo_lmpo.data.rows.pairs import pair_of
 from nemo_lmpo.data.rows.prompts import PROMPT_FIELDS, answer_of, prompt_messages
@@ -19,9 +20,6 @@ from nemo_lmpo.data.rows.transcripts import awaits_answer
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.errors import shown
 
-ANSWER_LISTS = ("responses", "completions", "answers", "candidates")
-SCORE_LISTS = ("scores", "ratings", "rewards")
-RANK_LISTS = ("ranks", "rankings", "rank")
 _TEXTS = ("response", "answer", "completion", "text", "content", "output")
 _SCORES = ("score", "overall_score", "rating", "reward")
 TIED = "answers share the best or the worst place; the first of them is taken"

@@ -230,6 +230,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "empty_validation": (("data.validation.path=[]",), 1, ("data.validation.path=[]", "set it to null")),
     "no_rows": (("data.train.limit=0",), 1, ("data.train.limit=0", "at least 1", "unset it")),
     "weights_for_other_paths": (("data.train.weights=[1,2]",), 1, ("data.train.weights has 2 values for 1 paths",)),
+    "encoding_of_nothing": (("data.train.encoding=utf-9",), 1, ("data.train.encoding='utf-9'", "cp1252")),
     "weights_of_nothing": (("data.train.weights=[0]",), 1, ("data.train.weights=[0.0]", "take no row")),
     "weight_that_is_none": (("data.train.weights=[nan]",), 1, ("data.train.weights=[nan]", "finite")),
     "endless_weight": (("data.train.weights=[1e30]",), 1, ("data.train.weights=[1e+30]", "at most 1000")),

@@ -138,10 +138,35 @@ def test_validation_looks_into_the_cache(cache):
     assert look_at_data(config, None)[0] == ["owner/elsewhere"]
 
 
-def test_patterns_are_refused(cache):
+def test_files_of_a_pattern_are_one_source(cache, tmp_path):
     for path in ("data/*.jsonl", "part-?.parquet", "[ab].csv"):
-        with pytest.raises(DataError, match="is a pattern, and patterns are not expanded; give the files as a list"):
+        with pytest.raises(DataError, match="matches no file; correct the pattern"):
             open_source(path, "train")
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    for name, some in {"data/b.jsonl": ROWS[2:4], "data/a.jsonl": ROWS[:2], "data/deep/c.jsonl": ROWS[4:]}.items():
+        (tmp_path / name).write_text(lines(some))
+    source = open_source("data/*.jsonl", "train")
+    assert values(source) == ROWS[:4]
+    assert [source.location(row.number) for row in source.read()] == [
+        f"data/{name}.jsonl line {number}" for name in "ab" for number in (1, 2)
+    ]
+    assert values(open_source("data/**/*.jsonl", "train")) == ROWS
+    assert values(open_source("data/*.jsonl", "train", limit=3)) == ROWS[:3]
+    for name, some in {"x-1.parquet": ROWS[3:], "x-0.parquet": ROWS[:3]}.items():
+        datasets.Dataset.from_list(some).to_parquet(tmp_path / "data" / name)
+    assert values(open_source("data/x-*.parquet", "train")) == ROWS
+    with pytest.raises(DataError, match=r"data/\*.\* matches Parquet and text files"):
+        open_source("data/*.*", "train")
+    before = source.fingerprint
+    (tmp_path / "data" / "b.jsonl").write_text(lines(ROWS[2:3]))
+    assert open_source("data/*.jsonl", "train").fingerprint != before
+
+
+def test_a_folder_of_parquet_files_is_one_source(cache, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name, some in {"train-00001.parquet": ROWS[3:], "train-00000.parquet": ROWS[:3]}.items():
+        datasets.Dataset.from_list(some).to_parquet(tmp_path / "shards" / name)
+    assert values(open_source("shards", "train")) == ROWS
 
 
 def test_a_folder_gives_its_own_rows_and_those_of_now(tmp_path, cache):

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from pair_rows import message_row
 
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import open_source
+from nemo_lmpo.data.text import TextFormat
 from nemo_lmpo.errors import DataError
 
 ROWS = [message_row(f"Q{i}", f"good {i}", f"bad {i}", prompt_id=f"p{i}") for i in range(5)]
@@ -303,3 +305,52 @@ def test_libraries_write_no_progress_into_a_log(tmp_path, capfd, write_jsonl):
     for path in (write_jsonl(rows), str(tmp_path / "pairs.parquet")):
         assert len(list(open_source(path, "train").read())) == 1
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "settings"),
+    [
+        ("a.csv", ";", TextFormat()),
+        ("a.csv", "\t", TextFormat()),
+        ("a.tsv", "|", TextFormat()),
+        ("a.csv", ",", TextFormat(delimiter=",")),
+        ("a.csv", "\t", TextFormat(delimiter="tab")),
+        ("a.csv", "^", TextFormat(delimiter="^")),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "utf-16"])
+def test_delimiters_and_encodings(tmp_path, name, delimiter, settings, encoding):
+    path = tmp_path / name
+    row = {"prompt": "Caf\u00e9, or; tea\n|\t^?", "chosen": "\u00fc", "rejected": "a\u2019b"}
+    with path.open("w", encoding=encoding, newline="") as stream:
+        writer = csv.DictWriter(stream, row, delimiter=delimiter)
+        writer.writeheader()
+        writer.writerow(row)
+    source = open_source(str(path), "train", form=replace(settings, encoding=encoding))
+    assert [raw.value for raw in source.read()] == [row]
+    plain = open_source(str(path), "train", form=settings)
+    assert (source.fingerprint == plain.fingerprint) == (encoding == "utf-8")
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding=encoding)
+    source = open_source(str(lines), "train", form=TextFormat(encoding))
+    assert [raw.value for raw in source.read()] == [row]
+
+
+def test_other_encodings_are_named(tmp_path):
+    row = '{"prompt": "Caf\u00e9"}\n'
+    (tmp_path / "a.jsonl").write_text(row, encoding="latin-1")
+    (raw,) = open_source(str(tmp_path / "a.jsonl"), "train").read()
+    assert "looks like Latin-1 or Windows text (with '\u00e9')" in str(raw.value)
+    assert "data.train.encoding=cp1252" in str(raw.value)
+    (tmp_path / "a.csv").write_text("prompt,chosen\ncaf\u00e9,x\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"a.csv line 2 .*Latin-1.*data.train.encoding=cp1252"):
+        list(open_source(str(tmp_path / "a.csv"), "train").read())
+    (tmp_path / "w.csv").write_text("prompt,chosen\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"UTF-16.*data.train.encoding=utf-16"):
+        list(open_source(str(tmp_path / "w.csv"), "train").read())
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"is not ascii text after line 0 .*correct data.train.encoding"):
+        list(open_source(str(tmp_path / "b.jsonl"), "train", form=TextFormat("ascii")).read())
+    (tmp_path / "c.csv").write_text("a;b|c\n")
+    with pytest.raises(DataError, match=r"may be split at ';', '\|'; set data.train.delimiter"):
+        list(open_source(str(tmp_path / "c.csv"), "train").read())

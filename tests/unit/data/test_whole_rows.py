@@ -10,7 +10,7 @@ from template_walk import byte_tokenizer, templates_in
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import load_preference_dataset
-from nemo_lmpo.data.read import raw_rows
+from nemo_lmpo.data.raw import raw_rows
 from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.errors import DataError
