@@ -98,7 +98,7 @@ lint: $(STAMP)  ## style, types, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@if command -v shellcheck >/dev/null; then shellcheck -x slurm/*.sbatch slurm/*.sh tests/slurm/*.sh .ci/run; else echo "shellcheck is not installed; skipped"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x examples/*.sh slurm/*.sbatch slurm/*.sh tests/slurm/*.sh .ci/run; else echo "shellcheck is not installed; skipped"; fi
 
 format: $(STAMP)  ## rewrite to the project's style
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ PAGES = {
     "README.md": "index.md",
     "SECURITY.md": "project/security.md",
     "benchmarks/results/README.md": "project/benchmarks.md",
+    "examples/README.md": "examples.md",
 }
 """Files of the repository, and the page of the site that shows each."""
 REPOSITORY = "NEMO_LMPO_REPOSITORY"

@@ -88,3 +88,18 @@ def test_two_nodes_are_submitted(tmp_path: Path) -> None:
     assert "--nodes=2 --gpus-per-node=1" in line
     assert "train_multinode.sbatch lmpo_tiny" in line
     assert "trainer.max_steps=2" in line
+
+
+def test_pairs_of_its_own(tmp_path: Path) -> None:
+    """A function of the test is the reward: it tells all answers apart, so that small samples make pairs."""
+    (tmp_path / "lengths.py").write_text(
+        "def count(prompt, answers):\n    return [float(len(one)) for one in answers]\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    variables = {"SAMPLES": "3", "SAMPLING": "--limit 24 --max-new-tokens 24 --quiet", "REWARD": "lengths:count"}
+    tell("pairs_of_its_own", tmp_path, *SMALL, "model.global_batch_size=2", PYTHONPATH=path, **variables)
+    work = tmp_path / "pairs_of_its_own"
+    pairs = [json.loads(line) for line in (work / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) >= 2
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert (work / "lmpo" / "report.html").is_file()
