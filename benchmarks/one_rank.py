@@ -15,6 +15,10 @@ import statistics
 import time
 from typing import Any
 
+from nemo_lmpo.runtime.environment import prepare_environment
+
+prepare_environment()  # as a run does, before torch is loaded
+
 import numpy as np
 import torch
 

@@ -24,6 +24,7 @@ from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 from nemo_lmpo.runtime.command import RESUME, answer, leave_out_working_directory, run_parser
 from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
+from nemo_lmpo.runtime.launch import several_ranks
 
 if TYPE_CHECKING:
     from nemo_lmpo.config.schema import Config
@@ -146,7 +147,7 @@ def _leave_at_once(status: int) -> int:
     One of several ranks does not return, as leaving in order would wait for the others; nor does a process whose
     tracker hangs, as it would wait for that.
     """
-    if any_failed() or os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+    if any_failed() or several_ranks():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -248,8 +248,9 @@ class TrainerConfig:
     """End the run after so many validations in a row without a better `checkpoint.monitor`; 0: never."""
     max_time_per_run: str | None = setting(None, may_change=True)
     """`DD:HH:MM:SS` (NeMo's form) or `HH:MM:SS`: save and exit 0 before this much time has passed."""
-    distributed_timeout: float = setting(30.0, may_change=True, above=0)
-    """Minutes that a process waits for another one before the run ends."""
+    distributed_timeout: float = setting(90.0, may_change=True, above=0)
+    """Minutes that a process waits for another one before the run ends; longer than `step_timeout`, which shows where
+    it waits."""
     num_threads: int | None = setting(
         None, may_change=True, minimum=1, maximum=1024, remedy="unset it to share the cores"
     )

@@ -12,14 +12,24 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
+from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.flight_recorder import PREFIX, dump_collectives
+from nemo_lmpo.runtime.launch import several_ranks
 from nemo_lmpo.runtime.threads import timer
 
 EXIT_STATUS = 70
 """Of a process that hung (`EX_SOFTWARE`): neither success nor a refused configuration."""
 _GRACE_SECONDS = 30.0
+_LINGER_SECONDS = 5.0
+
+_DIRECTORIES: list[Path] = []
+"""Where hangs are kept; of blocks within blocks the innermost counts."""
 
 _PHASES: list[tuple[str, float | None]] = []
 """What the main thread is in, with the seconds that it may take, the outermost first."""
@@ -65,15 +75,45 @@ def _watch_innermost() -> None:
     faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
 
 
+@contextmanager
+def reporting_hangs_in(directory: Path) -> Iterator[None]:
+    """Keep there, too, what a hang within the block shows: the stacks and the last collectives of every rank."""
+    _DIRECTORIES.append(directory)
+    try:
+        yield
+    finally:
+        _DIRECTORIES.pop()
+
+
 def _give_up(what: str, seconds: float) -> None:
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    message = (
-        f"error: {what} on rank {rank} has taken more than trainer.step_timeout={seconds:g} seconds; this process "
-        f"stands here:\n"
-    )
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    message = f"error: {what} on rank {rank} has taken more than trainer.step_timeout={seconds:g} seconds; "
     if (stream := sys.__stderr__) is not None:
-        stream.write(message)
+        stream.write(f"{message}this process stands here:\n")
         stream.flush()
         faulthandler.dump_traceback(file=stream, all_threads=True)
         stream.flush()
+        # A file system that hangs, too, does not keep the process: the timer without a lock is still there.
+        with suppress(OSError, RuntimeError):
+            _keep(message, rank, stream)
+        stream.flush()
+    if several_ranks():
+        # The first one that ends makes the launcher end the others, which are about to say where they stand.
+        time.sleep(_LINGER_SECONDS)
     os._exit(EXIT_STATUS)
+
+
+def _keep(message: str, rank: int, stream: TextIO) -> None:
+    """Write this rank's files, and name them."""
+    if not _DIRECTORIES:
+        return
+    directory = _DIRECTORIES[-1]
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{run_files.STACKS}{rank}.txt").open("w") as file:
+        file.write(f"{message}this process stood here:\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
+    stream.write(f"the stacks of all ranks are kept in {directory}\n")
+    if several_ranks() and (path := dump_collectives(directory, rank)) is not None:
+        compare = f"`torchfrtrace --prefix {PREFIX} {directory}` compares those of all ranks where NCCL made them"
+        stream.write(f"rank {rank}'s last collectives are in {path}; {compare}\n")

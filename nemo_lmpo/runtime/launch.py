@@ -48,6 +48,12 @@ def read_launch_info(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     return LaunchInfo()
 
 
+def several_ranks(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher started more processes than this one."""
+    environ = os.environ if environ is None else environ
+    return environ.get("WORLD_SIZE", environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
+
+
 def _from_srun(environ: Mapping[str, str], tasks: int) -> LaunchInfo:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID") if name not in environ]
     if missing:

@@ -12,6 +12,7 @@ A run directory (``runs/<recipe>`` unless set)::
     run.json           what the report cannot see in the metrics
     changes.jsonl      settings that a resume changed on purpose
     checkpoints/       step_0000100/, and what was set aside: step_0000100.damaged/
+    hang/              what a run that hung left: stacks_RANK.txt, and collectives_RANK for `torchfrtrace`
     .lock, .owner.json who works in it
     job.json           the batch job that does
     tensorboard/, report.html, report/, wandb_id
@@ -46,6 +47,9 @@ OWNER = ".owner.json"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
 HUGGINGFACE = "huggingface"
+HANG = "hang"
+STACKS = "stacks_"
+"""Beginning of the files' names in there; the rank follows."""
 
 STATE = "state"
 COMMON = "common.pt"

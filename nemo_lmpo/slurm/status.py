@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_lmpo.errors import ConfigError, UserError
+from nemo_lmpo.errors import ConfigError, UserError, counted
 from nemo_lmpo.report.escape import visible
 from nemo_lmpo.report.read import Metrics, Run, read_run
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import JOB_FILE, OUTCOME_DONE, OUTCOME_REFUSED, JobRecord, read_record
+from nemo_lmpo.runtime.files import read_small
 
 _RECENT_STEPS = 50
 _PATIENCE = 30.0
@@ -43,7 +45,20 @@ def show_status(run_dirs: list[Path]) -> str:
     rows = [_COLUMNS, *(tuple(describe_run(path)) for path in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for path in found if (line := _hang(path)) is not None)])
+
+
+def _hang(path: Path) -> str | None:
+    """What a run that hung left, unless a step was finished since."""
+    stacks = sorted((path / run_files.HANG).glob(f"{run_files.STACKS}*.txt"), key=lambda file: file.stat().st_mtime)
+    metrics = path / run_files.METRICS
+    if not stacks or (metrics.exists() and metrics.stat().st_mtime > stacks[-1].stat().st_mtime):
+        return None
+    first = read_small(stacks[0]).decode(errors="replace").split("\n", 1)[0].removeprefix("error: ").split(";")[0]
+    ranks = counted(len(stacks), "rank")
+    return (
+        f"{visible(str(path))}: {visible(first)}; stacks and last collectives of {ranks} are in its {run_files.HANG}/"
+    )
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -26,10 +26,12 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
-from nemo_lmpo.monitor.watchdog import watched
+from nemo_lmpo.monitor.watchdog import reporting_hangs_in, watched
 from nemo_lmpo.parallel.groups import ParallelGroups
+from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import BatchJob, expired_end, read_batch_job
 from nemo_lmpo.runtime.environment import uses_gpu
+from nemo_lmpo.runtime.flight_recorder import record_collectives
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.sizing.memory import moment_bytes
 from nemo_lmpo.training.facts import banner_facts
@@ -205,8 +207,14 @@ def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None =
     use_cuda = uses_gpu(config.trainer.accelerator, launch)
     kernels_for(config, base.architecture, use_cuda=use_cuda)  # refused before data is read
     job = read_batch_job()
-    with run.taken() if launch.is_main else nullcontext():
+    hang = run.path / run_files.HANG
+    if launch.world_size > 1:
+        limits = config.trainer
+        record_collectives(hang, step_timeout=limits.step_timeout, collective_timeout=60 * limits.distributed_timeout)
+    with reporting_hangs_in(hang), run.taken() if launch.is_main else nullcontext():
         if launch.is_main and job is not None:
             job.record(run.path)
+        if launch.is_main and use_cuda and launch.world_size > 1:
+            hang.mkdir(exist_ok=True)  # NCCL's own watchdog makes no directory
         with distributed_session(config, launch) as (groups, device):
             yield TrainingSession(config, base, run, launch, groups, device, job)

@@ -41,6 +41,15 @@ class Driver:
         self._of_thread = threading.local()
         self._streams = 0
 
+    def as_new(self) -> None:
+        """Be as in a process that has not used a GPU yet."""
+        import torch
+
+        cuda: Any = torch.cuda
+        cuda._initialized = False
+        self.calls.clear()
+        self._of_thread = threading.local()
+
     @property
     def device(self) -> int:
         """The calling thread's."""

@@ -40,6 +40,8 @@ def install(devices: int = DEVICES) -> Any:
     Returns:
         The :class:`~tests.rehearsal.driver.Driver`, which knows the calls.
     """
+    if _DRIVERS:
+        return _DRIVERS[0]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
@@ -55,7 +57,7 @@ def install(devices: int = DEVICES) -> Any:
     _replace_objects(driver)
     _transformer_engine()
     tensor: Any = torch.Tensor
-    tensor.is_cuda = property(is_cuda)
+    tensor.is_cuda = property(lambda self: driver.count() > 0 and is_cuda())
     tensor.record_stream = lambda self, stream: None
     _gloo_for_nccl()
     _enter_in_threads(driver)

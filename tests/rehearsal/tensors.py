@@ -41,6 +41,8 @@ class OnCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.driver.count() == 0:  # a run on the CPU of a machine with GPUs
+            return func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.cuda:
@@ -125,7 +127,7 @@ class LiveBytes(TorchDispatchMode):
         self.driver.allocated(-size)
 
 
-def is_cuda(tensor: Tensor) -> bool:
+def is_cuda() -> bool:
     """`Tensor.is_cuda`: yes to those who ask in order to choose a kernel."""
-    asking: str = sys._getframe(1).f_globals.get("__name__", "")
+    asking: str = sys._getframe(2).f_globals.get("__name__", "")
     return asking.startswith(ASK_FOR_A_GPU)

@@ -99,7 +99,7 @@ def test_a_rank_that_fails_alone_is_quoted(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_is_named_when_the_time_is_over(tmp_path: Path) -> None:
-    with two_ranks(tmp_path, "trainer.distributed_timeout=0.1") as ranks:
+    with two_ranks(tmp_path, "trainer.distributed_timeout=0.1", "trainer.step_timeout=null") as ranks:
         wait_for_steps(ranks, tmp_path, 2)
         os.kill(ranks[1].pid, signal.SIGSTOP)
         ranks[0].join(timeout=60)

@@ -29,6 +29,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.schedule,
     settings.amount,
     settings.duration,
+    settings.timeouts,
     settings.monitor,
     settings.early_stopping,
     settings.samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from datetime import date
@@ -15,6 +16,8 @@ from nemo_lmpo.config.schema import Config, all_settings
 from nemo_lmpo.errors import ConfigError, did_you_mean, nearest, shown
 from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
 
+LEAST_SLACK = 60.0
+"""Seconds between the two limits of a hang, in which every rank shows its stacks and writes them down."""
 LONGEST_NAME = 255
 """Bytes of a file's name."""
 VALIDATION_METRICS = (
@@ -169,6 +172,18 @@ def parse_duration(text: str | None) -> float | None:
     for number, unit in zip(reversed(str(text).split(":")), (1, 60, 3600, 86400), strict=False):
         seconds += int(number) * unit
     return float(seconds)
+
+
+def timeouts(config: Config) -> Iterator[str]:
+    """A hang ends by the watchdog that shows the stacks, not by the library that ends the process before it."""
+    trainer = config.trainer
+    if trainer.step_timeout is not None and 60 * trainer.distributed_timeout < trainer.step_timeout + LEAST_SLACK:
+        least = math.ceil((trainer.step_timeout + LEAST_SLACK) / 60)
+        yield (
+            f"trainer.distributed_timeout={trainer.distributed_timeout:g} minutes ends a run that hangs before "
+            f"trainer.step_timeout={trainer.step_timeout:g} seconds can show where it stands; set "
+            f"trainer.distributed_timeout={least} or more, or a shorter trainer.step_timeout"
+        )
 
 
 def profile(config: Config) -> Iterator[str]:
