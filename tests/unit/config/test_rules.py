@@ -269,6 +269,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "no_log_lines": (("logging.log_interval=0",), 1, ("logging.log_interval=0", "at least 1")),
     "nul_in_a_path": (("run_dir='a\x00b'",), 1, ("run_dir='a\\x00b'", "control characters")),
     "no_workers": (("data.num_workers=0",), 1, ("data.num_workers=0", "at least 1")),
+    "hangs_without_stacks": (
+        ("trainer.distributed_timeout=30",),
+        1,
+        ("trainer.distributed_timeout=30 minutes", "trainer.step_timeout=3600", "trainer.distributed_timeout=61"),
+    ),
     "odd_duration": (("trainer.max_time_per_run=4h",), 1, ("trainer.max_time_per_run='4h'", "DD:HH:MM:SS")),
 }
 
