@@ -32,6 +32,10 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
+OF_CONVERSATIONS = "_ultrachat"
+"""How settings end whose data are conversations: SFT alone trains on them."""
+
+
 def recipe_names(config_dir: Path | None = None) -> list[str]:
     """Names that ``--config-name`` takes: files, and every loss on every setting as `LOSS_SETTING`."""
     return _names(_folders(config_dir))
@@ -128,7 +132,12 @@ def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
     """Loss and setting by the name of both together; files of the group `loss` that vary a loss are left out."""
     own = _choices(LOSS, folders[:-1])  # of packages, too
     losses = [choice for choice in _choices(LOSS, folders) if choice in own or _names_a_loss(folders[-1], choice)]
-    return {f"{loss}_{setting}": (loss, setting) for loss in losses for setting in _choices(SETTING, folders)}
+    return {
+        f"{loss}_{setting}": (loss, setting)
+        for loss in losses
+        for setting in _choices(SETTING, folders)
+        if loss == "sft" or not setting.endswith(OF_CONVERSATIONS)
+    }
 
 
 def _names_a_loss(folder: Path, choice: str) -> bool:

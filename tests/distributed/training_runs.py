@@ -46,7 +46,15 @@ def train(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], archive:
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl without what depends on the clock or the machine."""
-    volatile = ("time", "step_seconds", "pairs_per_second", "tokens_per_second", "memory/peak", "data/imbalance")
+    volatile = (
+        "time",
+        "step_seconds",
+        "pairs_per_second",
+        "conversations_per_second",
+        "tokens_per_second",
+        "memory/peak",
+        "data/imbalance",
+    )
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name not in volatile and not name.startswith("checkpoint/")}

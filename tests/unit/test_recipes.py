@@ -96,6 +96,37 @@ def test_published_values(setting):
         assert (config.optim.sched.name, config.optim.sched.warmup_fraction) == ("cosine", 0.1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "start", "template"),
+    [
+        ("mistral_7b", "mistralai/Mistral-7B-v0.1", "zephyr"),
+        ("llama3_8b", "meta-llama/Meta-Llama-3-8B", "llama3"),
+    ],
+)
+def test_published_values_of_sft(setting, start, template):
+    """alignment-handbook's zephyr-7b-beta and SimPO's llama-3-8b-base-sft; the Base settings go on from the result."""
+    config = recipe(f"sft_{setting}_ultrachat")
+    assert (config.model.restore_from_path, config.data.chat_template) == (start, template)
+    assert (config.data.train.path, config.data.train.split) == ("HuggingFaceH4/ultrachat_200k", "train_sft")
+    assert (config.data.validation.path, config.data.validation.split) == (config.data.train.path, "test_sft")
+    assert (config.optim.lr, config.data.max_length, config.model.global_batch_size) == (2e-5, 2048, 128)
+    assert (config.optim.sched.name, config.optim.sched.warmup_fraction) == ("cosine", 0.1)
+    assert (config.trainer.max_epochs, config.trainer.precision, config.model.seed) == (1, "bf16", 42)
+    base = recipe(f"lmpo_{setting}_base")
+    assert base.model.architecture == config.model.architecture
+    assert f"lmpo_{setting}_ultrachat" not in recipe_names()  # it has no pairs
+
+
+def test_published_values_on_pairs_ranked_by_armorm():
+    """SimPO's llama-3-8b-instruct-simpo-v2; LMPO's are untuned."""
+    simpo, lmpo = recipe("simpo_llama3_8b_v2"), recipe("lmpo_llama3_8b_v2")
+    assert simpo.data.train.path == lmpo.data.train.path == "princeton-nlp/llama3-ultrafeedback-armorm"
+    assert (simpo.loss.beta, simpo.loss.gamma, simpo.optim.lr) == (10.0, 3.0, 1e-6)
+    assert (lmpo.loss, lmpo.optim, lmpo.model) == tuple(
+        getattr(recipe("lmpo_llama3_8b"), name) for name in ("loss", "optim", "model")
+    )
+
+
 # As their model cards give them.
 QWEN_PARAMETERS = {"qwen3_8b": 8_190_735_360, "qwen2_5_7b": 7_615_616_512}
 
