@@ -97,6 +97,7 @@ def split_of(layout: ParallelLayout) -> Split:
         shared_copies=model.fsdp,
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
+        accumulate=8 if model.transformer_engine is not False else 10,
         rounded_moments=optim.moments_dtype == "bf16",
         chunk=logprob_chunk(model, layout.architecture),
         passes=len(further_passes(layout.config)),

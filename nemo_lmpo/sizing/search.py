@@ -17,6 +17,7 @@ from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import split_of
 from nemo_lmpo.sizing.step_time import StepTime, step_time
 from nemo_lmpo.sizing.typical_pairs import row_of, step_rows
+from nemo_lmpo.sizing.uncertainty import fast_end, slow_end
 
 FRAGMENTATION, CONTEXT = 1.07, 3.0 * 2**30
 """What the allocator and the libraries take beside the tensors: a share of them, and bytes of CUDA and NCCL."""
@@ -30,6 +31,14 @@ class Candidate:
     memory: float
     """Bytes of tensors on the busiest rank."""
     time: StepTime
+    slow: float
+    """Seconds of a step where everything assumed is at its slow end."""
+    fast: float
+    """The same at the fast end."""
+
+    def time_on(self, machine: Machine) -> StepTime:
+        """Time of a step on another machine with as many GPUs."""
+        return _time(self.layout, machine)
 
     @property
     def pairs_per_second(self) -> float:
@@ -71,8 +80,9 @@ def rank_layouts(config: Config, architecture: Architecture, machine: Machine) -
         memory = estimate_memory(layout).total
         if memory * FRAGMENTATION + CONTEXT > machine.card.memory:
             continue
-        rows, row = step_rows(layout.config, layout.data_parallel_size)
-        candidate = Candidate(layout, memory, step_time(shape_of(architecture), split_of(layout), row, rows, machine))
+        rows, _ = step_rows(layout.config, layout.data_parallel_size)
+        usual, slow, fast = (_time(layout, each) for each in (machine, slow_end(machine), fast_end(machine)))
+        candidate = Candidate(layout, memory, usual, slow.total, fast.total)
         # Of row budgets that differ in nothing the smallest stands.
         found.setdefault((split_of(layout), rows), candidate)
     if not found:
@@ -82,6 +92,11 @@ def rank_layouts(config: Config, architecture: Architecture, machine: Machine) -
             f"model.global_batch_size that replicas divide"
         )
     return sorted(found.values(), key=lambda candidate: candidate.time.total)
+
+
+def _time(layout: ParallelLayout, machine: Machine) -> StepTime:
+    rows, row = step_rows(layout.config, layout.data_parallel_size)
+    return step_time(shape_of(layout.architecture), split_of(layout), row, rows, machine)
 
 
 def _layouts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nemo_lmpo.sizing.cards import Card, Machine
 from nemo_lmpo.sizing.flops import Shape
@@ -82,9 +83,9 @@ def rate_of(ranks: int, stride: int, card: Card) -> float:
         stride: distance of two neighbors of it, in ranks of the job.
         card: the GPU and its node.
     """
-    if ranks * stride <= card.node:
+    if ranks * stride <= card.joined:
         return card.link * card.collectives
-    together = max(1, card.node // stride)  # members on a node, whose network cards the group's rings share
+    together = max(1, card.joined // stride)  # members on a node, whose network cards the group's rings share
     return min(card.link, card.network * together) * card.collectives
 
 
@@ -103,6 +104,15 @@ def communication_seconds(work: Work, group: str, rate: float, card: Card) -> fl
     sent = sum(number for (_, name), number in work.sent.items() if name == group)
     calls = sum(number for (_, name), number in work.calls.items() if name == group)
     return sent / rate + calls * card.latency
+
+
+def hides_nothing(split: Split, card: Card) -> bool:
+    """Whether no collective of tensor parallelism can be counted on to hide behind a product.
+
+    Before Blackwell that takes CUDA_DEVICE_MAX_CONNECTIONS=1, with which FSDP's own communication would stand still
+    (Megatron-LM warns of the two together), so the run leaves the variable alone with FSDP.
+    """
+    return split.shard == "all" and split.tensor > 1 and card.before_blackwell
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     device = device_seconds(work, attention, card)
     host = work.num_kernels * card.launch
     inside = communication_seconds(work, "tensor", rate_of(split.tensor, 1, card), card)
-    if split.sequence_parallel:
+    if split.sequence_parallel and not hides_nothing(split, card):
         inside *= EXPOSED_OF_SEQUENCE_PARALLEL
     inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
     inside += communication_seconds(work, "expert", all_to_all_rate(split.expert, split.expert_tensor, card), card)
@@ -143,9 +153,15 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     return MicroBatchTime(max(device, host), inside, host > device)
 
 
+@lru_cache(maxsize=64)
+def _work(shape: Shape, split: Split, row: RowSize, last: bool) -> Work:
+    """Counted once for all machines that a plan compares."""
+    return micro_batch_work(shape, split, row, last=last)
+
+
 def counted(shape: Shape, split: Split, row: RowSize, card: Card, *, last: bool) -> MicroBatchTime:
     """Time of a micro-batch by the formulas of :mod:`nemo_lmpo.sizing.rank_work`."""
-    work = micro_batch_work(shape, split, row, last=last)
+    work = _work(shape, split, row, last)
     return micro_batch_time(work, attention_flops(shape, split, row), split, card)
 
 

@@ -16,6 +16,9 @@ from nemo_lmpo.sizing.step_time import MicroBatchTime, StepTime, micro_batch_tim
 from nemo_lmpo.sizing.typical_pairs import LENGTHS, step_rows
 from nemo_lmpo.trace.run import Trace, trace_rank
 
+TIMED = ("a100", "h100", "h200", "b200")
+"""Cards that a step's time is told for."""
+
 
 def describe_trace(layout: ParallelLayout) -> str:
     """Execute the busiest ranks and tell what they need and do."""
@@ -89,7 +92,7 @@ def _times(layout: ParallelLayout, traces: Sequence[Trace]) -> list[str]:
     cells: list[tuple[str, list[str]]] = [("", ["step, s", "pairs/s", "collectives", "bubble"])]
     for engine in dict.fromkeys(trace.transformer_engine for trace in traces):
         chosen = [trace for trace in traces if trace.transformer_engine == engine]
-        for card in CARDS.values():
+        for card in map(CARDS.__getitem__, TIMED):
             machine = replace(card, node=min(card.node, max(layout.config.trainer.devices, 1)))
             time = _step(layout, chosen, rows, row.tokens / max(chosen[-1].row.tokens, 1), machine)
             shares = [f"{100 * part / time.total:.0f} %" for part in (time.communicate + time.reduce, time.bubble)]

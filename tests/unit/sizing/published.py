@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nemo_lmpo.sizing.cards import CARDS, Machine
@@ -97,10 +98,10 @@ def published_speed(run: Published) -> float:
     return run.mfu * CARDS[run.card].peak / run.shape.model_flops(1, 1, run.length)
 
 
-def computed_speed(run: Published) -> float:
-    """Tokens/s of a GPU by the model."""
+def computed_speed(run: Published, end: Callable[[Machine], Machine] = lambda machine: machine) -> float:
+    """Tokens/s of a GPU by the model; ``end`` makes another machine of the one that is assumed."""
     card = CARDS[run.card]
-    machine = Machine(replace(card, node=min(card.node, run.gpus)), max(1, run.gpus // card.node))
+    machine = end(Machine(replace(card, node=min(card.node, run.gpus)), max(1, run.gpus // card.node)))
     tokens = run.length * run.sequences
     row = RowSize(tokens, tokens, run.sequences * run.length * (run.length + 1) // 2)
     if run.split.dense_scores:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,23 @@ from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import validate
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.architecture import architecture_from_hf
-from nemo_lmpo.sizing.cards import CARDS, Machine, read_gpus
+from nemo_lmpo.sizing.cards import CARDS, Card, Machine, peak_flops, read_gpus
 from nemo_lmpo.sizing.describe_plan import describe_plan
 from nemo_lmpo.sizing.flops import Shape
 from nemo_lmpo.sizing.memory import estimate_memory
-from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, further_passes, head_work, layer_work
+from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, further_passes, head_work, layer_work, split_of
 from nemo_lmpo.sizing.search import CONTEXT, FRAGMENTATION, rank_layouts
-from nemo_lmpo.sizing.step_time import MicroBatchTime, rate_of, step_of, step_time
+from nemo_lmpo.sizing.step_time import (
+    MicroBatchTime,
+    communication_seconds,
+    micro_batch_time,
+    rate_of,
+    step_of,
+    step_time,
+)
 from nemo_lmpo.sizing.typical_pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
-from tests.unit.sizing.published import PUBLISHED, error, table
+from nemo_lmpo.sizing.uncertainty import fast_end, shares, slow_end
+from tests.unit.sizing.published import PUBLISHED, computed_speed, error, published_speed, table
 
 SHAPE = Shape(layers=4, hidden=512, ffn=1024, query=512, key_value=256, vocabulary=4096)
 ROW = RowSize(tokens=256, predicted=128, attended=1000)
@@ -136,6 +146,10 @@ def test_the_documentation_shows_these_runs() -> None:
         ("16x4xA100", "A100 80 GB SXM", 4, 16),
         ("8xa100-pcie", "A100 80 GB SXM, PCIe", 8, 1),
         ("2x8xh200-ethernet", "H200 141 GB SXM, Ethernet", 8, 2),
+        ("8xh200-nvl", "H200 NVL", 8, 1),
+        ("64xH800-pcie-200g", "H800 PCIe, 200g", 8, 8),
+        ("72xGB200", "GB200 NVL72", 4, 18),
+        ("8xRTX-PRO-6000", "RTX PRO 6000 Blackwell", 8, 1),
     ],
 )
 def test_gpus(text: str, card: str, node: int, nodes: int) -> None:
@@ -143,10 +157,118 @@ def test_gpus(text: str, card: str, node: int, nodes: int) -> None:
     assert (machine.card.name, machine.card.node, machine.nodes) == (card, node, nodes)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0x8xA100", "4xV100", "12", "four", "-4", "8xa100-token", "1x2x3x4"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0x8xA100", "4xV100", "12", "four", "-4", "8xa100-token", "8xh100-0g", "1x2x3x4"]
+)
 def test_gpus_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=f"^GPUS={text} "):
         read_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "gigabit"), [("64xh100", 400), ("64xh100-200g", 200), ("64xh100-1600g/node", 200), ("16x4xa100-400g", 400)]
+)
+def test_networks(text: str, gigabit: float) -> None:
+    machine = read_gpus(text)
+    assert machine.card.network * 8 == gigabit * 1e9
+    assert machine.network_is_known == text.endswith(("g", "node"))
+    slow = slow_end(machine).card.network * 8
+    assert slow == (gigabit if machine.network_is_known else gigabit / 2) * 1e9
+    assert fast_end(machine).card.network == machine.card.network
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_a_cards_figures_are_those_of_its_cuda_name(key: str) -> None:
+    """The name says peak and architecture; FP8 runs at twice BF16's rate, and from Hopper on."""
+    card = CARDS[key]
+    assert card.peak == peak_flops(card.name)
+    assert card.peak_fp8 == pytest.approx(0 if key == "a100" else 2 * card.peak, rel=0.01)
+    assert card.before_blackwell == key.startswith(("a", "h"))
+
+
+def test_published_runs_lie_between_fast_and_slow() -> None:
+    """All but one, of 1 T parameters over 64 stages."""
+    outside = [
+        run.name
+        for run in PUBLISHED
+        if not computed_speed(run, slow_end) <= published_speed(run) <= computed_speed(run, fast_end)
+    ]
+    assert outside == ["GPT 1T"]
+
+
+def test_what_decides_a_step() -> None:
+    """Of a step of 6 s of products, 3 of memory and 1 that nothing changes; and of one at the network's edge."""
+    card = CARDS["h100"]
+
+    def seconds(other: Card) -> float:
+        return 6 * card.products / other.products + 3 * card.bandwidth / other.bandwidth + 1
+
+    found = dict(shares(seconds, card))
+    assert found == pytest.approx({"tensor cores": 0.6, "memory": 0.3, "host": 0, "links in a node": 0, "network": 0})
+    assert list(found)[:2] == ["tensor cores", "memory"]
+    edge = dict(shares(lambda other: max(10.0, 10 * card.network / other.network), card))
+    assert edge["network"] == pytest.approx(1.0), "hidden as long as it is not slower"
+
+
+def test_fsdp_hides_nothing_of_tensor_parallelism_before_blackwell() -> None:
+    """Megatron-LM: TP's overlap wants CUDA_DEVICE_MAX_CONNECTIONS=1, FSDP's another value; Blackwell needs neither."""
+    for card, sharded in itertools.product((CARDS["h100"], CARDS["b200"]), ("all", "optimizer")):
+        split = Split(tensor=4, data=2, sequence_parallel=True, shard=sharded)
+        work = layer_work(SHAPE, split, ROW)
+        all_of_it = communication_seconds(work, "tensor", rate_of(4, 1, card), card)
+        hidden = 0.0 if sharded == "all" and card.before_blackwell else 0.4
+        assert micro_batch_time(work, 0.0, split, card).communicate == pytest.approx((1 - hidden) * all_of_it)
+
+
+def test_gradients_are_added_inside_of_products_with_transformer_engine() -> None:
+    """Eight bytes a weight, the float32 sum read and written; a kernel of its own reads two more, and a BF16 product
+    wrote them.
+    """
+    for overrides, each in (([], 8), (["model.transformer_engine=false"], 10)):
+        config = load_recipe("lmpo_llama3_8b", overrides)
+        assert config.model.architecture is not None
+        layout = validate(config, architecture_from_hf(config.model.architecture), 4)
+        assert layer_work(SHAPE, split_of(layout), ROW).moved["gradients"] == each * SHAPE.layer_weights // 2
+
+
+SEVENTY_B = (
+    "model.global_batch_size=512",
+    "model.architecture.hidden_size=8192",
+    "model.architecture.intermediate_size=28672",
+    "model.architecture.num_hidden_layers=80",
+    "model.architecture.num_attention_heads=64",
+)
+
+
+def plan_of_70b(gpus: str) -> str:
+    config = load_recipe("lmpo_llama3_8b", SEVENTY_B)
+    assert config.model.architecture is not None
+    return describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus(gpus))
+
+
+def test_the_plan_says_how_sure_it_is() -> None:
+    """70 B on 64 x H100 by the audit's arithmetic: FSDP's traffic just hides at 400 Gbit/s and not at 200."""
+    text = plan_of_70b("64xh100")
+    lines = text.splitlines()
+    assert "network: 400 Gbit/s a GPU, at the slow end 200; name yours: GPUS=...-200g" in lines
+    sharded = next(line for line in lines if "FSDP  " in line)
+    fast, slow = map(float, re.findall(r"([\d.]+) to ([\d.]+)", sharded)[0])
+    assert slow > 2 * fast
+    assert "network 9" in sharded, "it decides about all of the step there"
+    pipeline = next(line for line in lines if "PP 4" in line)
+    fast, slow = map(float, re.findall(r"([\d.]+) to ([\d.]+)", pipeline)[0])
+    assert slow < 1.5 * fast
+    assert "tensor cores" in pipeline
+    (network,) = [line for line in lines if line.startswith("  network, Gbit/s a GPU: 25 to")]
+    assert network.endswith("FSDP"), "where the network is fast"
+    assert any("Megatron-LM warns" in line for line in lines)
+    assert any(line.startswith("the first at the slow end (") for line in lines)
+
+
+def test_a_slow_network_takes_fsdp_off_the_first_places() -> None:
+    text = plan_of_70b("64xh100-200g")
+    assert "network: 200 Gbit/s a GPU\n" in text
+    assert "FSDP  " not in text.split("and 4")[0]
 
 
 def test_pairs_fill_a_row() -> None:
