@@ -129,11 +129,13 @@ class _SourceLook:
             seen += 1
             if not isinstance(self._laid(row), RowError):
                 return
-        if seen < MOST_SKIPPED:
-            reasons = Counter(result.reason for _, result in results if isinstance(result, RowError))
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            place, error = source.location(results[0][0].number), results[0][1]
-            raise DataError(f"{source.name} has no usable row (the first: {counts}; {place}: {error}); check the data")
+        reasons = Counter(result.reason for _, result in results if isinstance(result, RowError))
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        place, error = source.location(results[0][0].number), results[0][1]
+        among = f" among its first {MOST_SKIPPED}" if seen == MOST_SKIPPED else ""
+        raise DataError(
+            f"{source.name} has no usable row{among} (the first: {counts}; {place}: {error}); check the data"
+        )
 
     def _told(self, path: str, results: list[_Laid]) -> list[str]:
         counts: Counter[str] = Counter()

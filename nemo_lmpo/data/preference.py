@@ -158,6 +158,11 @@ class PreferenceDataset:
             )
         self._reference = values
 
+    @property
+    def first_unusable(self) -> list[str]:
+        """Place and reason of the first row of each source that is not used."""
+        return _first_unusable(self._parts)
+
     def example_text(self, index: int = 0) -> str:
         """One example as the model sees it, decoded, with what is predicted between markers."""
         return example_text(self[index], self._tokenizer)
@@ -215,8 +220,14 @@ def load_preference_dataset(
         parts.append(_Part(source, key, weight, budget, share_of(store, weight, number, usable)))
     if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
-        raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({reasons}); check the data")
+        said = "; ".join([reasons, *_first_unusable(parts)[:1]])
+        raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({said}); check the data")
     return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, responses)
+
+
+def _first_unusable(parts: Sequence[_Part]) -> list[str]:
+    found = ((part.source, part.share.store.meta.first_bad) for part in parts)
+    return [f"{source.location(bad[0])}: {bad[2]}" for source, bad in found if bad is not None]
 
 
 def _form(field: str, stores: Sequence[Store], wanted: int | None) -> int:

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from nemo_lmpo.config.row_fields import ROW_FIELDS
-from nemo_lmpo.config.schema import Config, all_settings
+from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
 from nemo_lmpo.errors import ConfigError, did_you_mean, nearest, shown
 from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
 
@@ -72,19 +72,24 @@ def sources(config: Config) -> Iterator[str]:
 def rows(config: Config) -> Iterator[str]:
     """Columns map fields that layouts have, and files have an encoding and a delimiter that exist."""
     for key, which in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        for name, value in (("columns", which.columns), ("split", which.split)):
-            if isinstance(value, list) and len(value) != len(which.paths):
-                yield f"{key}.{name} has {len(value)} values for {len(which.paths)} paths; give one a path, or one only"
-        if isinstance(which.columns, list) and not any(which.columns):
-            yield f"{key}.columns={shown(which.columns)} maps no column; unset it"
-        for columns in which.columns if isinstance(which.columns, list) else [which.columns]:
-            yield from _wrong_columns(f"{key}.columns", columns)
-        try:
-            codecs.lookup(which.encoding.strip())
-        except (LookupError, ValueError):
-            yield f"{key}.encoding={shown(which.encoding)} is unknown; give utf-8, cp1252, latin-1, utf-16, ..."
-        if which.delimiter is not None and which.delimiter != "tab" and len(which.delimiter) != 1:
-            yield f"{key}.delimiter={shown(which.delimiter)} is not one character; give one, or tab"
+        yield from wrong_rows(key, which)
+
+
+def wrong_rows(key: str, which: DatasetConfig) -> Iterator[str]:
+    """What cannot be of how the rows of some paths are to be read."""
+    for name, value in (("columns", which.columns), ("split", which.split)):
+        if isinstance(value, list) and len(value) != len(which.paths):
+            yield f"{key}.{name} has {len(value)} values for {len(which.paths)} paths; give one a path, or one only"
+    if isinstance(which.columns, list) and not any(which.columns):
+        yield f"{key}.columns={shown(which.columns)} maps no column; unset it"
+    for columns in which.columns if isinstance(which.columns, list) else [which.columns]:
+        yield from _wrong_columns(f"{key}.columns", columns)
+    try:
+        codecs.lookup(which.encoding.strip())
+    except (LookupError, ValueError):
+        yield f"{key}.encoding={shown(which.encoding)} is unknown; give utf-8, cp1252, latin-1, utf-16, ..."
+    if which.delimiter is not None and which.delimiter != "tab" and len(which.delimiter) != 1:
+        yield f"{key}.delimiter={shown(which.delimiter)} is not one character; give one, or tab"
 
 
 def _wrong_columns(key: str, columns: Any) -> Iterator[str]:

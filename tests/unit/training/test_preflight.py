@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_lmpo.compare import main as compare
 from nemo_lmpo.config.recipe import load_recipe
+from nemo_lmpo.data import first_look
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import UserError
 from nemo_lmpo.slurm.submit import Submission, check
@@ -76,6 +77,17 @@ def test_data_of_which_no_row_is_usable_is_refused_where_bad_rows_are_skipped() 
     config = load_recipe("lmpo_tiny", ["data.train.path=bad.jsonl", "data.on_bad_row=skip"])
     with pytest.raises(UserError, match=r"bad.jsonl has no usable row \(the first: 1 missing field; "):
         preflight(config, 1, fetch=False)
+
+
+def test_data_without_a_usable_row_is_not_valid_however_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_look, "MOST_SKIPPED", 20)
+    Path("long.jsonl").write_text((json.dumps({"question": "x", "best": "y", "worst": "z"}) + "\n") * 30)
+    config = load_recipe("lmpo_tiny", ["data.train.path=long.jsonl", "data.on_bad_row=skip"])
+    with pytest.raises(UserError, match=r"no usable row among its first 20 .*columns={prompt: question, chosen: best"):
+        preflight(config, 1, fetch=False)
+    columns = "data.train.columns={prompt: question, chosen: best, rejected: worst}"
+    config = load_recipe("lmpo_tiny", ["data.train.path=long.jsonl", columns])
+    assert preflight(config, 1, fetch=False).unseen == ()
 
 
 def test_a_usable_row_behind_many_bad_ones_suffices() -> None:
