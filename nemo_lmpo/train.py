@@ -23,7 +23,7 @@ from nemo_lmpo.monitor.watchdog import go_on, watched
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.batch_job import OUTCOME_DONE, OUTCOME_REFUSED, leave_outcome, stopped
 from nemo_lmpo.runtime.command import RESUME, answer, leave_out_working_directory, run_parser
-from nemo_lmpo.runtime.environment import prepare_environment, start_kernels_in_order
+from nemo_lmpo.runtime.environment import order_kernels, prepare_environment
 from nemo_lmpo.runtime.launch import several_ranks
 
 if TYPE_CHECKING:
@@ -173,14 +173,27 @@ def _run(options: argparse.Namespace, mode: Mode, started: float) -> int:
     if not options.show_config:
         _logger.info("reading recipe %s", options.config_name)
     config = load_recipe(options.config_name, options.overrides, config_dir=options.config_dir)
-    if not config.model.fsdp:
-        start_kernels_in_order()
+    _order_kernels(config)
     if options.show_config:
         import yaml
 
         print(yaml.safe_dump(config_as_dict(config), sort_keys=False), end="")  # noqa: T201
         return 0
     return _dry_run(config, mode) if mode.dry_run else _train(config, launch, started)
+
+
+def _order_kernels(config: Config) -> None:
+    """Before CUDA starts."""
+    from nemo_lmpo.runtime.nvml import oldest_architecture
+
+    model = config.model
+    known = order_kernels(
+        fsdp=model.fsdp,
+        splits_layers=model.tensor_model_parallel_size > 1 or model.context_parallel_size > 1,
+        architecture=None if config.trainer.accelerator == "cpu" else oldest_architecture(),
+    )
+    if known is not None:
+        _logger.warning(known)
 
 
 def _train(config: Config, launch: LaunchInfo, started: float) -> int:

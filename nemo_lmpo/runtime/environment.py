@@ -13,6 +13,8 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.launch import LaunchInfo
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_BLACKWELL = 10
+"""Major compute capability from which the order of kernels no longer rests on that variable."""
 BEFORE_TORCH = {
     # Threads that wait for others sleep instead of burning a core: on a shared machine busy waiting makes steps up
     # to fourteen times slower (docs/architecture.md, CPU).
@@ -37,13 +39,42 @@ def prepare_environment(environ: MutableMapping[str, str] | None = None) -> None
             environ.setdefault(name, value)
 
 
-def start_kernels_in_order(environ: MutableMapping[str, str] | None = None) -> None:
-    """Let kernels start in the order in which they were given, unless the user chose; has to come before CUDA starts.
+def order_kernels(
+    *, fsdp: bool, splits_layers: bool, architecture: int | None, environ: MutableMapping[str, str] | None = None
+) -> str | None:
+    """Let kernels start in the order in which they were given where that is wanted; has to come before CUDA starts.
 
-    So communication overlaps computation as megatron-core intends under tensor and sequence parallelism. Not for FSDP:
-    what gathers the next layer would wait behind the computation of this one.
+    Before Blackwell, megatron-core's overlap of communication with computation under tensor and context parallelism
+    rests on that order. FSDP wants the opposite: what gathers the next layer would wait behind the computation of this
+    one. What the user set stays.
+
+    Args:
+        fsdp: whether weights are gathered layer by layer.
+        splits_layers: whether there is tensor or context parallelism.
+        architecture: major compute capability of the machine's GPUs; None: not known.
+        environ: unset: this process's.
+
+    Returns:
+        What the user should know of a layout that wants both.
     """
-    (os.environ if environ is None else environ).setdefault(_CONNECTIONS, "1")
+    environ = os.environ if environ is None else environ
+    if architecture is not None and architecture >= _BLACKWELL:
+        return None
+    if not fsdp:
+        environ.setdefault(_CONNECTIONS, "1")
+        return None
+    if environ.get(_CONNECTIONS) == "1":
+        return (
+            f"{_CONNECTIONS}=1 is set, and with model.fsdp=true what gathers a layer then waits behind the computation "
+            f"before it; unset it"
+        )
+    if splits_layers and architecture is not None:
+        return (
+            f"model.fsdp=true leaves {_CONNECTIONS} unset, without which GPUs before Blackwell hide less of the "
+            f"communication of tensor and context parallelism; compare with a layout that has one of the two "
+            f"(nemo-lmpo plan)"
+        )
+    return None
 
 
 def hide_gpus(environ: MutableMapping[str, str] | None = None) -> None:

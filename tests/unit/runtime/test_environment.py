@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.runtime.environment import BEFORE_TORCH, prepare_environment, start_kernels_in_order, uses_gpu
+from nemo_lmpo.runtime.environment import BEFORE_TORCH, order_kernels, prepare_environment, uses_gpu
 from nemo_lmpo.runtime.launch import LaunchInfo
 
 
@@ -16,13 +16,39 @@ def test_variables_are_set_unless_the_user_did() -> None:
     environ: dict[str, str] = {}
     prepare_environment(environ)
     assert environ == BEFORE_TORCH
-    start_kernels_in_order(environ)
-    assert environ == {**BEFORE_TORCH, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    own = {"OMP_WAIT_POLICY": "active", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    own = {"OMP_WAIT_POLICY": "active", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     given = dict(own)
     prepare_environment(given)
-    start_kernels_in_order(given)
     assert given == own, "the allocator's older name counts as set"
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "splits", "architecture", "given", "expected", "told"),
+    [
+        (False, True, 9, None, "1", None),
+        (False, True, None, None, "1", None),  # no driver: as before there were other GPUs
+        (False, True, 9, "8", "8", None),
+        (False, True, 10, None, None, None),
+        (False, True, 12, None, None, None),
+        (True, False, 9, None, None, None),
+        (True, True, 9, None, None, "hide less"),
+        (True, True, 8, None, None, "hide less"),
+        (True, True, 10, None, None, None),
+        (True, True, 9, "1", "1", "unset it"),
+        (True, False, None, "1", "1", "unset it"),
+        (True, True, None, None, None, None),
+    ],
+)
+def test_kernels_are_ordered_where_that_is_wanted(
+    fsdp: bool, splits: bool, architecture: int | None, given: str | None, expected: str | None, told: str | None
+) -> None:
+    environ = {} if given is None else {CONNECTIONS: given}
+    message = order_kernels(fsdp=fsdp, splits_layers=splits, architecture=architecture, environ=environ)
+    assert environ.get(CONNECTIONS) == expected
+    assert message is None if told is None else message is not None and told in message
 
 
 @pytest.fixture
