@@ -40,7 +40,7 @@ def rounds(folder: Path, num_bytes: int, times: int) -> dict[str, list[float]]:
     tensors = [torch.randn(2**22) for _ in range(num_bytes // 2**24)]
     files = [folder / f"__0_{number}.distcp" for number in (0, 1)]
     items: list[list[Any]] = [[(SimpleNamespace(index=n), t) for n, t in enumerate(tensors)][k::2] for k in (0, 1)]
-    buckets = [(str(file), file.name, ([], part)) for file, part in zip(files, items, strict=True)]
+    buckets: list[Any] = [(str(file), file.name, ([], part)) for file, part in zip(files, items, strict=True)]
     names = " ".join(map(str, files))
     found: dict[str, list[float]] = {"write": [], "cat and sync": [], "check": [], "cat": []}
     for _ in range(times):
