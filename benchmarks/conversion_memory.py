@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Peak memory and time of the converters on a Llama-shaped random checkpoint (3 GB in bfloat16 by default).
 
-    python benchmarks/conversion_memory.py [--gigabytes 3] [--directory DIR]
+    python benchmarks/conversion_memory.py [--gigabytes 3] [--mixture] [--directory DIR]
 
 Each conversion runs in a process of its own; its peak resident memory is what the kernel counted, mapped files
 included. The promise is at most 1.25 times the model's bytes plus 1 GB.
@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_lmpo.formats.architecture import Architecture, architecture_to_hf
+from nemo_lmpo.formats.architecture import Architecture, Experts, architecture_to_hf
 
 _SHAPE = Architecture(
     model_type="llama",
@@ -37,16 +37,26 @@ _SHAPE = Architecture(
     rope_theta=500000.0,
 )
 
+_MIXTURE = replace(
+    _SHAPE,
+    model_type="mixtral",
+    vocab_size=32000,
+    ffn_hidden_size=3584,
+    experts=Experts(number=8, per_token=2, ffn_hidden_size=3584),
+)
+
 
 def main() -> None:
     """Make the checkpoint, convert it there and back, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint (decimal, default 3)")
+    parser.add_argument("--mixture", action="store_true", help="of a Mixtral-shaped checkpoint of 8 experts")
     parser.add_argument("--directory", type=Path, help="where to write about five times as much (default: temporary)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         directory = Path(name)
-        architecture = _sized(int(options.gigabytes * 1e9))
+        shape = _MIXTURE if options.mixture else _SHAPE
+        architecture = _sized(shape, int(options.gigabytes * 1e9))
         size = 2 * architecture.num_parameters()
         # Apart, because the kernel counts the memory of the starting process as its children's.
         maker = multiprocessing.get_context("spawn").Process(target=_make, args=(directory / "hf", architecture))
@@ -65,10 +75,10 @@ def main() -> None:
         _measure("HF -> .nemo, float32", "hf-to-nemo", "--input", directory / "hf", "--output", wide, "--dtype", "fp32")
 
 
-def _sized(target: int) -> Architecture:
+def _sized(shape: Architecture, target: int) -> Architecture:
     """As many layers as come closest to ``target`` bytes in bfloat16."""
-    one, two = (2 * replace(_SHAPE, num_layers=layers).num_parameters() for layers in (1, 2))
-    return replace(_SHAPE, num_layers=max(1, round((target - one) / (two - one)) + 1))
+    one, two = (2 * replace(shape, num_layers=layers).num_parameters() for layers in (1, 2))
+    return replace(shape, num_layers=max(1, round((target - one) / (two - one)) + 1))
 
 
 def _make(directory: Path, architecture: Architecture) -> None:

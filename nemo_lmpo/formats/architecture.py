@@ -184,12 +184,10 @@ def _experts(fields: Fields, names: ExpertNames | None) -> Experts | None:
     chosen = fields.size("num_experts_per_tok", absent=names.absent["num_experts_per_tok"])
     if chosen > experts:
         raise fields.error("num_experts_per_tok", f"is more than the {experts} experts that there are; correct it")
-    return Experts(
-        number=experts,
-        per_token=chosen,
-        ffn_hidden_size=fields.size(names.width, absent=names.absent[names.width]),
-        normalized=names.normalized is None or fields.flag(names.normalized),
-    )
+    normalized = names.normalized is None or fields.flag(names.normalized)
+    if chosen == 1 and normalized:
+        raise fields.error("num_experts_per_tok", "makes every weight 1, so that no router could learn; correct it")
+    return Experts(experts, chosen, fields.size(names.width, absent=names.absent[names.width]), normalized)
 
 
 def start_deviation(fields: Fields, name: str) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.data.cache import cache_root, cached_directory
-from nemo_lmpo.data.order import validation_steps
+from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
@@ -113,6 +113,7 @@ class ReferenceLogps:
     ) -> None:
         """Take what computing needs; the policy must still hold the start weights."""
         self.config = config = policy.config
+        self.base = base
         self.sums = ResponseSums(policy)
         self.batches = batches
         self.root = cache_root(config.data.cache_dir) / "reference"
@@ -140,11 +141,27 @@ class ReferenceLogps:
         columns = len(SUMS) if build_loss(self.config.loss).needs_shared_logps else 2
         dataset.attach_reference(values[:, :columns])
 
+    def _order(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
+        """Where no order has to be kept, examples of similar length together, which makes fewer rows.
+
+        A mixture's are laid in rows as the first epoch, or validation, lays them: rounding differs with a row, and
+        where it makes a router choose another expert, the policy would not start as its reference.
+        """
+        by_length = np.argsort(np.asarray(dataset.lengths).sum(axis=1), kind="stable")
+        if self.base.architecture.experts is None:
+            return by_length
+        if name != "train":
+            return np.arange(len(dataset))
+        model = self.config.model
+        sampler = PairSampler(len(dataset), model.global_batch_size, model.seed)
+        steps = [sampler.pairs_of_step(step) for step in range(sampler.steps_per_epoch)]
+        left = by_length[~np.isin(by_length, np.concatenate(steps))]
+        return np.concatenate([*steps, left])
+
     def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
         _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
         size = self.config.model.global_batch_size
-        # Pairs of similar length together: fewer rows, and no order has to be kept here.
-        order = np.argsort(np.asarray(dataset.lengths).sum(axis=1), kind="stable")
+        order = self._order(dataset, name)
         values = np.zeros((len(dataset), len(SUMS)))
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
         with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:

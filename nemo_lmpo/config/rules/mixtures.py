@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_lmpo.config.rules.layout import ParallelLayout
+from nemo_lmpo.errors import shown
+from nemo_lmpo.formats.lora_targets import ATTENTION, projections_of
 
 
 def experts(layout: ParallelLayout) -> Iterator[str]:
@@ -41,10 +43,11 @@ def experts(layout: ParallelLayout) -> Iterator[str]:
             "among which experts lie apart; set it to false, with optim.use_distributed_optimizer=true and "
             "model.expert_model_parallel_size"
         )
-    if model.peft.name is not None:
+    targets = projections_of(model.peft.target_modules)
+    if model.peft.name is not None and not set(targets) <= set(ATTENTION):
         yield (
-            f"model.peft.name={model.peft.name} is not supported for a mixture of experts; unset it to train all of "
-            f"its weights"
+            f"model.peft.target_modules={shown(model.peft.target_modules)} names projections of experts, on which "
+            f"adapters are not supported; set it to [{','.join(ATTENTION)}]"
         )
 
 

@@ -147,7 +147,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("tensor_model_parallel_size=2", "sequence_parallel=true", "set it"),
     ),
     "mixture_fsdp": (("model.fsdp=true",), 1, ("model.fsdp=true", "experts lie apart", "set it to false")),
-    "mixture_adapters": (("model.peft.name=lora",), 1, ("model.peft.name=lora", "not supported", "unset it")),
+    "mixture_adapters": (("model.peft.name=lora",), 1, ("['all-linear']", "not supported", "[q_proj,")),
     "no_experts": (
         ("model.expert_model_parallel_size=2",),
         2,

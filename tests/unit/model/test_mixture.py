@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.data.example import Example
 from nemo_lmpo.data.pack import pack_examples
+from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.fused_experts import separate_experts
 from nemo_lmpo.formats.mapping import separate
@@ -166,7 +167,6 @@ def test_membership() -> None:
 
 
 def test_a_frozen_router(directory: Path, one_process: ParallelGroups) -> None:
-    from nemo_lmpo.formats.architecture import read_architecture
     from nemo_lmpo.model.build import build_model_chunks
     from nemo_lmpo.model.kernels import Kernels
 

@@ -1,0 +1,121 @@
+"""Checkpoints of mixtures resume over other numbers of expert-parallel ranks, and are models for everything else."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_lmpo.runtime.launch import LaunchInfo
+from tests.distributed.mixture_runs import EP, TP, assert_equal_runs, balance, run
+from tests.distributed.training_runs import metrics_of
+from tests.distributed.workers import run_workers
+
+HALT = ("checkpoint.save_interval=1", "checkpoint.keep_last=9")
+
+
+def resumed_from(directory: Path, step: int, where: Path) -> Path:
+    """A copy of a run as it was after ``step``."""
+    shutil.copytree(directory, where)
+    for later in (where / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    lines = (where / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (where / "metrics.jsonl").write_text("".join(lines[:step]))
+    return where
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(1, tmp_path_factory.mktemp("one") / "run", (*balance("sequence"), *HALT))
+
+
+def test_one_two_one(one_process: Path, tmp_path: Path) -> None:
+    """The second step on two ranks with the distributed optimizer, which share the experts; the third on one again."""
+    first = resumed_from(one_process, 1, tmp_path / "two")
+    run(2, first, (*balance("sequence"), *HALT, *TP, *EP, "optim.use_distributed_optimizer=true"))
+    assert_equal_runs(first, one_process)
+    second = resumed_from(first, 2, tmp_path / "one")
+    run(1, second, (*balance("sequence"), *HALT))
+    assert_equal_runs(second, one_process)
+
+
+def test_export_is_what_transformers_loads(one_process: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from nemo_lmpo.export.write import export_run
+    from tests.distributed.training_runs import weights_of
+
+    exported = export_run(one_process, tmp_path / "hf")
+    model, info = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    weights, layer = weights_of(one_process, 3), model.model.layers[1].mlp
+    first = "model.layers.1.mlp.experts.5"
+    expected = torch.cat([weights[f"{first}.gate_proj.weight"], weights[f"{first}.up_proj.weight"]])
+    assert torch.equal(layer.experts.gate_up_proj[5], expected)
+    assert torch.equal(layer.experts.down_proj[5], weights[f"{first}.down_proj.weight"])
+    assert torch.equal(layer.gate.weight, weights["model.layers.1.mlp.gate.weight"])
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_first_loss_of_dpo(memory: bool, tmp_path: Path) -> None:
+    """Policy and reference choose the same experts, whether the reference is computed before or beside."""
+    settings = ("loss=dpo", "trainer.precision=bf16", f"model.reference_in_memory={str(memory).lower()}")
+    found = run(
+        2,
+        tmp_path / "run",
+        (*settings, *EP, "trainer.max_steps=1", "data.train.limit=30", f"data.cache_dir={tmp_path}"),
+    )
+    assert metrics_of(found)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def save_as_megatron_core_does(launch: LaunchInfo, start: str, output: str) -> None:
+    """Save a model of megatron-core's local layers as they come, whose norms have a dense model's names."""
+    from megatron.core import dist_checkpointing
+
+    from nemo_lmpo.convert.megatron import megatron_model
+    from nemo_lmpo.formats.model_files import open_model
+
+    model = open_model(Path(start))
+    with megatron_model(model.architecture, model.source) as built:
+        for layer in built.decoder.layers:
+            layer.submodules_config.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        dist_checkpointing.save(built.sharded_state_dict(prefix="model."), output)
+
+
+def test_what_megatron_core_saves(tmp_path: Path) -> None:
+    """Experts that it computes one after the other, stored as its grouped ones are."""
+    from nemo_lmpo.formats.archive import DirectoryFiles
+    from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+    from nemo_lmpo.formats.megatron import MegatronSource
+    from nemo_lmpo.formats.model_files import open_model
+    from tests.unit.formats.tiny_models import save
+
+    start = save("qwen3_moe", tmp_path / "hf")
+    (tmp_path / "saved").mkdir()
+    run_workers(1, save_as_megatron_core_does, str(start), str(tmp_path / "saved"))
+    stored, expected = DistributedCheckpoint(DirectoryFiles(tmp_path / "saved")), open_model(start)
+    assert tuple(stored.tensors["model.decoder.layers.mlp.experts.experts.linear_fc1.weight"].size) == (2, 6, 80, 64)
+    assert "model.decoder.layers.mlp.linear_fc1.layer_norm_weight" in stored.tensors
+    found = MegatronSource(stored, expected.architecture)
+    assert all(torch.equal(found.get(name), expected.source.get(name)) for name in expected.source.names())
+
+
+def test_adapters_on_attention(tmp_path: Path) -> None:
+    """Beside frozen experts that lie on two ranks; merged, they are a model."""
+    from nemo_lmpo.formats.model_files import open_model
+
+    lora = ("model.peft.name=lora", "model.peft.rank=4", "model.peft.target_modules=[q_proj,o_proj]")
+    one, two = (run(size, tmp_path / str(size), (*lora, *more)) for size, more in ((1, ()), (2, EP)))
+    lines, expected = metrics_of(two), metrics_of(one)
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line["val/loss" if "val/loss" in line else "loss"] == pytest.approx(
+            wanted["val/loss" if "val/loss" in wanted else "loss"], rel=1e-5
+        )
+    merged = [open_model(directory / "checkpoints" / "step_0000003").source for directory in (one, two)]
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(merged[0].get(changed), merged[1].get(changed), rtol=1e-5, atol=1e-7)
