@@ -172,6 +172,9 @@ class DataConfig:
     tokens. Of a pair it is the chosen response."""
     compat: Literal["released_code"] | None = None
     """`released_code` lays pairs as the paper authors' released trainer does; see docs/data.md."""
+    add_special_tokens: list[str] = setting([])
+    """Marks of the chat template that become tokens of their own where the tokenizer has none, as
+    `['<|im_start|>','<|im_end|>']` for a base model: the embedding grows, and new rows start as the mean of the old."""
     special_tokens_in_text: Literal["keep", "error", "split"] = "keep"
     """Special tokens that texts hold: they act as such (`keep`), make a row unusable (`error`), or are ordinary text
     (`split`); the start of a run counts them."""

@@ -21,6 +21,15 @@ _MARKS = re.compile("[\U000f6001-\U000f6004]")
 _PROBE = "ok {0} a  b.{0}{0}\n{0}\u00e9 <x"
 
 
+_TEMPLATE_MARK = re.compile(r"<\|[^|<>\s'\"{}]+\|>")
+
+
+def split_marks(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Marks as `<|im_start|>` in a template's text that the tokenizer splits into pieces."""
+    found = dict.fromkeys(_TEMPLATE_MARK.findall(template))
+    return [mark for mark in found if len(tokenizer(mark, add_special_tokens=False)["input_ids"]) > 1]
+
+
 Sayable = TypeVar("Sayable", PreferenceRow, ConversationRow)
 
 

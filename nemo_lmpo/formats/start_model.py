@@ -19,3 +19,5 @@ class StartModel:
     """Weights on disk, in any form that conversion reads; None: random ones."""
     sidecars: Path | None = None
     """Directory with the model's own `config.json`."""
+    added_ids: tuple[int, ...] = ()
+    """Tokens of the tokenizer that the weights have no rows of yet."""

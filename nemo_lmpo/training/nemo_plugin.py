@@ -26,6 +26,7 @@ from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss.options import DEFAULT_LOSS
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.runtime.launch import read_launch_info
+from nemo_lmpo.training.added_tokens import with_added_tokens
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
@@ -85,7 +86,11 @@ class MegatronGPTLMPOModel(ModelPT):
         super().__init__(cfg=cfg, trainer=trainer)
         config = config_from_nemo(cfg)
         groups, device = _present_layout(config)
-        self.base = find_start_model(config.model)
+        self.base = with_added_tokens(
+            find_start_model(config.model),
+            config.data.add_special_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         validate(config, self.base.architecture, dist.get_world_size())
         self.policy = start_policy(config, self.base, groups, device)
         self.chunks = self.policy.chunks  # registered, so that NeMo sees the parameters

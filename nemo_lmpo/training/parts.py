@@ -135,7 +135,8 @@ class PolicyFiles:
         parts = output.with_name(f"{output.name}.parts")
         model = self.policy.config.model
         # By this name NeMo shall load a tokenizer that a `.nemo` cannot hold in NeMo's own way.
-        tokenizer = model.tokenizer or model.restore_from_path or EMBEDDED_FOLDER
+        named = model.tokenizer or model.restore_from_path
+        tokenizer = EMBEDDED_FOLDER if named is None or self.base.added_ids else named
 
         def prepare() -> None:
             shutil.rmtree(parts, ignore_errors=True)

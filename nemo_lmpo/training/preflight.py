@@ -7,12 +7,15 @@ is valid for the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.rules import ParallelLayout, check_settings, validate
 from nemo_lmpo.data.first_look import look_at_data, look_at_tokenizer
+from nemo_lmpo.data.read import BUILTIN_PREFIX
 from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.training.added_tokens import with_added_tokens
 from nemo_lmpo.training.start_model import find_start_model
 
 if TYPE_CHECKING:
@@ -47,6 +50,9 @@ def preflight(config: Config, world_size: int, *, fetch: bool, owns_directory: b
     """
     check_settings(config)
     base = find_start_model(config.model, fetch=fetch)
+    if fetch or Path(base.tokenizer).is_dir() or base.tokenizer.startswith(BUILTIN_PREFIX):
+        trust = config.model.trust_remote_code
+        base = with_added_tokens(base, config.data.add_special_tokens, trust_remote_code=trust)
     layout = validate(config, base.architecture, world_size)
     run = RunDirectory(config) if owns_directory else None
     encoder = look_at_tokenizer(

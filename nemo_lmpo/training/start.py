@@ -15,10 +15,12 @@ from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.rules.settings import CONVERSATION_METRICS, VALIDATION_METRICS
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
+from nemo_lmpo.data.special_tokens import split_marks
 from nemo_lmpo.data.template_day import without_day
 from nemo_lmpo.data.tokenizer import check_vocabulary, load_tokenizer
 from nemo_lmpo.errors import CheckpointError, ConfigError, counted
 from nemo_lmpo.formats.export_record import changed_weights
+from nemo_lmpo.formats.grown_source import GrownSource
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
@@ -97,6 +99,7 @@ def _refuse_other_monitor(config: Config, validation: PreferenceDataset | None) 
 def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: RunDirectory | None) -> str:
     """The text that the run to be resumed keeps; of a new run, what `data.chat_template` stands for."""
     kept = run.kept_template() if run is not None else None
+    _warn_of_split_marks(config, tokenizer, kept)
     try:
         asked = pair_encoder(config.data, tokenizer).template
     except ConfigError:
@@ -114,6 +117,21 @@ def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: Ru
     return kept or str(asked)
 
 
+def _warn_of_split_marks(config: Config, tokenizer: PreTrainedTokenizerBase, kept: str | None) -> None:
+    """Say which marks of the template are no tokens, so that a model has to learn them letter by letter."""
+    try:
+        split = split_marks(kept or pair_encoder(config.data, tokenizer).template, tokenizer)
+    except ConfigError:  # told where the template is settled
+        return
+    if split:
+        _logger.warning(
+            "the chat template's marks %s are no tokens of this tokenizer: each is split into pieces; "
+            "data.add_special_tokens=[%s] makes tokens of them",
+            ", ".join(split),
+            ",".join(f"'{mark}'" for mark in split),
+        )
+
+
 def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups, base: StartModel, seed: int) -> None:
     """Fill a model with the start's weights; each rank reads its own part. Communicates: small objects over all ranks.
 
@@ -122,6 +140,8 @@ def load_start_weights(chunks: Sequence[torch.nn.Module], groups: ParallelGroups
     """
     if base.path is not None:
         source: TensorSource = open_model(base.path).source
+        if base.added_ids:
+            source = GrownSource(source, base.architecture.vocab_size, base.added_ids)
         share = torch.distributed.get_rank(), torch.distributed.get_world_size()
         for reason in from_all_ranks(changed_weights(base.path, share)):
             if reason is not None:

@@ -33,6 +33,7 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.monitor,
     settings.early_stopping,
     settings.samples,
+    settings.added_tokens,
     settings.prediction,
     settings.reference,
     settings.adapters,

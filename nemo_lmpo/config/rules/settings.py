@@ -232,6 +232,19 @@ def samples(config: Config) -> Iterator[str]:
         )
 
 
+def added_tokens(config: Config) -> Iterator[str]:
+    """Adapters leave the embedding as it is, in which new tokens would all stay alike."""
+    if config.data.add_special_tokens and config.model.peft.name is not None:
+        yield (
+            f"data.add_special_tokens={config.data.add_special_tokens} adds rows to the embedding, which "
+            f"model.peft.name={config.model.peft.name} leaves untrained; train the whole model, or give a chat "
+            f"template whose marks are tokens already"
+        )
+    for token in config.data.add_special_tokens:
+        if not token.strip():
+            yield f"data.add_special_tokens holds {shown(token)}, which is no mark; leave it out"
+
+
 def prediction(config: Config) -> Iterator[str]:
     """What is predicted of conversations matters where conversations are trained on, and leaves prompts to answer."""
     predict = config.data.predict

@@ -244,6 +244,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("logging.samples=4", "set data.validation.path, or logging.samples to 0"),
     ),
+    "new_tokens_under_adapters": (
+        ("data.add_special_tokens=['<|im_end|>']", "model.peft.name=lora"),
+        1,
+        ("data.add_special_tokens", "train the whole model"),
+    ),
     "predict_without_conversations": (
         ("data.predict=last",),
         1,
