@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_lmpo.errors import CheckpointError, UserError
+from nemo_lmpo.errors import CheckpointError, UserError, printable
 from nemo_lmpo.formats.architecture import architecture_to_hf, parse_json
 from nemo_lmpo.formats.distributed_writer import write_distributed_checkpoint
-from nemo_lmpo.formats.export_record import write_record
+from nemo_lmpo.formats.export_record import EDITABLE, foreign_files, write_record
 from nemo_lmpo.formats.huggingface import MAX_SHARD_BYTES, write_safetensors
 from nemo_lmpo.formats.mapping import hf_shapes, megatron_shape, part_shapes, rules, stacked
 from nemo_lmpo.formats.model_files import EMBEDDED_FOLDER, NEMO_CONFIG, NEMO_WEIGHTS, ModelFiles, open_model
@@ -216,17 +216,39 @@ def holds(plan: Conversion) -> bool:
 
 
 def renew_side_files(plan: Conversion) -> None:
-    """Give an output that :func:`holds` the side files of today: an earlier version may have written other ones."""
+    """Give an output that :func:`holds` the side files of today, and say which ones it replaces.
+
+    Somebody may have edited them, and an earlier version may have written other ones. A process that is killed
+    meanwhile leaves an output that its record refuses, until the same is done again.
+
+    Raises:
+        CheckpointError: a file was added that decides token ids or templates; nothing is changed.
+    """
     output, files = plan.output, hf_files(plan)
+    earlier, added = foreign_files(output, files)
+    if added:
+        raise CheckpointError(
+            f"{output}: {printable(added[0], 200)} is not what was written there: it was added, and would change what "
+            "the export says of the run; remove it, or give another output"
+        )
     halves = (*output.glob(".*.tmp"), *output.glob("*/.*.tmp"))  # of a process that was killed
     templates = output.glob("additional_chat_templates/*.jinja")
     for path in (*halves, *(path for path in templates if path.relative_to(output).as_posix() not in files)):
         path.unlink()
-    for name, content in files.items():
-        if not (output / name).is_file() or (output / name).read_bytes() != content:
-            (output / name).parent.mkdir(exist_ok=True)
-            replace_file(output / name, content)
-    write_record(output)
+    for name in earlier:
+        (output / name).unlink(missing_ok=True)
+    write_record(output, files)
+    # First what the record lets users set: while that is the old one, another file makes the record refuse it.
+    for name, content in sorted(files.items(), key=lambda file: file[0] not in EDITABLE):
+        there = (output / name).read_bytes() if (output / name).is_file() else None
+        if there == content:
+            continue
+        if there is not None:
+            _logger.warning(
+                "%s: %s was edited, or written by another version; it is replaced by what the model gives", output, name
+            )
+        (output / name).parent.mkdir(exist_ok=True)
+        replace_file(output / name, content)
 
 
 def hf_files(plan: Conversion) -> dict[str, bytes]:

@@ -8,37 +8,61 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, printable
 from nemo_lmpo.formats.adapters import PEFT_CONFIG
 from nemo_lmpo.formats.sidecars import sidecar_names
-from nemo_lmpo.runtime.files import CHECKSUM, file_checksum, read_small, replace_file
+from nemo_lmpo.runtime.files import CHECKSUM, checksum, file_checksum, read_small, replace_file
 
 RECORD = "nemo_lmpo.json"
 _VERSION = 1
 _WEIGHTS = "*.safetensors"
 _TEXTS = ("LICENSE", "NOTICE", "USE_POLICY")
-_EDITABLE = ("generation_config.json", PEFT_CONFIG)
+EDITABLE = ("generation_config.json", PEFT_CONFIG)
 """Settings of generation, and where an adapter's base lies: users set these, so a change is told and no error."""
 
 _logger = logging.getLogger(__name__)
 
 
-def write_record(directory: Path) -> None:
+def write_record(directory: Path, coming: Mapping[str, bytes] = MappingProxyType({})) -> None:
     """List what ``directory`` holds; the last file of an export.
 
     Reads the weights again, while the system still has them in memory.
+
+    Args:
+        directory: the export.
+        coming: content by name of files that are written after this: until they are there, the export is refused.
     """
-    names = _small_files(directory) + _weight_files(directory)
+    present = _small_files(directory) + _weight_files(directory)
+    names = list(dict.fromkeys([*present, *(name for name in coming if not name.startswith(_TEXTS))]))
     content = {
         "version": _VERSION,
         "algorithm": CHECKSUM,
-        "files": {name: (directory / name).stat().st_size for name in names},
-        "checksums": {name: file_checksum(directory / name) for name in names},
+        "files": {name: len(coming[name]) if name in coming else (directory / name).stat().st_size for name in names},
+        "checksums": {
+            name: checksum(coming[name]) if name in coming else file_checksum(directory / name) for name in names
+        },
     }
     replace_file(directory / RECORD, json.dumps(content, indent=1) + "\n")
+
+
+def foreign_files(directory: Path, own: Container[str]) -> tuple[list[str], list[str]]:
+    """Small files beside those that an export has, by name: written by an earlier version, and added by somebody.
+
+    Without a record that can be read, nobody knows who wrote them: both lists are empty.
+    """
+    try:
+        record = _read(directory)
+    except CheckpointError:
+        record = None
+    if record is None:
+        return [], []
+    others = [name for name in sidecar_names(directory) if name not in own and not name.startswith(_TEXTS)]
+    return [name for name in others if name in record[0]], [name for name in others if name not in record[0]]
 
 
 def check_record(directory: Path) -> None:
@@ -58,7 +82,7 @@ def check_record(directory: Path) -> None:
         )
         if change is None:
             continue
-        if name in _EDITABLE:
+        if name in EDITABLE:
             _logger.warning("%s: %s is not what was written there: it %s; it is used as it is", directory, name, change)
         else:
             raise CheckpointError(_refusal(directory, name, change))

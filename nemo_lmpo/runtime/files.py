@@ -176,6 +176,11 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checksum(content: bytes) -> str:
+    """:func:`file_checksum` of what is in memory."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def file_stamp(path: Path) -> list[list[Any]]:
     """Names, sizes and times of a file, or of all files of a directory: equal as long as nobody writes them again."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.export.write import export_run
 from nemo_lmpo.formats import outputs
-from nemo_lmpo.formats.conversion import plan, write_huggingface, write_nemo
+from nemo_lmpo.formats.conversion import plan, renew_side_files, write_huggingface, write_nemo
+from nemo_lmpo.formats.export_record import write_record
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.outputs import check_output
 from tests.unit.checkpoint.runs import content
@@ -196,6 +199,47 @@ def kill_an_export(folder: Path, *, stride: int, every: bool = False) -> int:
 
 def test_a_killed_export_of_a_run_is_completed_by_the_same_command(tmp_path: Path) -> None:
     assert kill_an_export(tmp_path / "run", stride=31) > 40
+
+
+def test_a_kill_while_side_files_are_renewed(models: dict[str, Path], tmp_path: Path) -> None:
+    """What is there is as before, as today, or refused; the same command gives that of today."""
+    output = tmp_path / "place" / "out"
+    output.parent.mkdir()
+    conversion = plan(open_model(models["hf"]), output)
+    write_huggingface(conversion)
+    today = state(output)
+    earlier = {
+        "generation_config.json": b'{"eos_token_id": 1}',
+        "chat_template.jinja": b"of an earlier version",
+        "added_tokens.json": b"{}",  # which is not written today
+    }
+    for name, said in earlier.items():
+        (output / name).write_bytes(said)
+    changed = json.loads((output / "config.json").read_bytes())
+    (output / "config.json").write_text(json.dumps(changed))
+    write_record(output)
+    before = content(output)
+    assert isinstance(today, dict)
+    assert set(before) - set(today) == {"added_tokens.json"}
+    point, refused, killed = 0, 0, True
+    while killed:
+        point += 1
+        clear(output)
+        output.mkdir()
+        for name, said in before.items():
+            (output / name).write_bytes(said)
+        killed = killed_at(point, lambda: renew_side_files(conversion))
+        found = content(output)
+        if {name: said for name, said in found.items() if not name.endswith(".tmp")} in (before, today):
+            open_model(output)
+        else:
+            refused += 1
+            with pytest.raises(CheckpointError, match="is not what was written there"):
+                open_model(output)
+        renew_side_files(conversion)
+        assert state(output) == today
+    assert point > 8
+    assert refused > 3
 
 
 def clear(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.conversion import holds, plan, renew_side_files, write_huggingface
-from nemo_lmpo.formats.export_record import RECORD, changed_weights, check_weights
+from nemo_lmpo.formats.export_record import RECORD, changed_weights, check_weights, write_record
 from nemo_lmpo.formats.model_files import open_model
 from tests.unit.formats import tiny_models as tiny
 
@@ -109,14 +109,40 @@ def test_settings_of_generation_may_be_set(export: Path, caplog: pytest.LogCaptu
     ]
 
 
-def test_the_same_command_again_mends_it(exported: Path, export: Path) -> None:
+def test_the_same_command_again_mends_it_and_says_so(
+    exported: Path, export: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     conversion = plan(open_model(exported), export)
     (export / "chat_template.jinja").write_text("{{ 1 }}")
+    (export / "generation_config.json").write_text('{"temperature": 0.5}')  # users may set it, and it is told when lost
     assert holds(conversion)
     renew_side_files(conversion)
+    said = "was edited, or written by another version; it is replaced by what the model gives"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{export}: {name} {said}" for name in ("generation_config.json", "chat_template.jinja")
+    ]
+    caplog.clear()
+    renew_side_files(conversion)
+    assert not caplog.records
     open_model(export)
     names = [path.name for path in exported.iterdir()]
     assert all((export / name).read_bytes() == (exported / name).read_bytes() for name in names)
+
+
+def test_a_file_that_was_added_does_not_become_one_of_the_export(exported: Path, export: Path) -> None:
+    (export / "added_tokens.json").write_text("{}")
+    (export / "chat_template.jinja").write_text("{{ 1 }}")
+    with pytest.raises(CheckpointError, match=r"added_tokens.json is not what was written there: it was added"):
+        renew_side_files(plan(open_model(exported), export))
+    assert (export / "chat_template.jinja").read_text() == "{{ 1 }}"
+
+
+def test_a_file_that_only_an_earlier_version_wrote_goes(exported: Path, export: Path) -> None:
+    (export / "added_tokens.json").write_text("{}")
+    write_record(export)
+    renew_side_files(plan(open_model(exported), export))
+    assert not (export / "added_tokens.json").exists()
+    open_model(export)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 9, "algorithm": "x", "files": {}}'])
