@@ -28,7 +28,7 @@ from nemo_lmpo.parallel.groups import ParallelGroups, destroy_groups
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
 from nemo_lmpo.trace.meter import Meter
 
-_COMPILED = {
+COMPILED = {
     "megatron.core.fusions.fused_bias_swiglu": ("swiglu", "swiglu_back", "bias_swiglu", "bias_swiglu_back"),
     "megatron.core.fusions.fused_bias_dropout": ("bias_dropout_add_fused_train", "bias_dropout_add_fused_inference"),
 }
@@ -132,7 +132,7 @@ def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
     if transformer_engine:
         attention = importlib.import_module("megatron.core.transformer.attention")
         patches.append((attention, "apply_rotary_pos_emb", rotary))
-    for path, names in _COMPILED.items():
+    for path, names in COMPILED.items():
         module = importlib.import_module(path)
         patches += [(module, name, _fuse(meter, getattr(module, name))) for name in names]
     return patches

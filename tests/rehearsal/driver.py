@@ -34,6 +34,8 @@ class Driver:
     current_bytes: int = 0
     peak_bytes: int = 0
     sync_debug_mode: int = 0
+    counter: Any = None
+    """What looks at every tensor, where memory is counted."""
     ranges: int = 0
     """Profiler ranges that are open."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import sys
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,10 +58,11 @@ def install(devices: int = DEVICES) -> Any:
     driver = Driver(devices)
     _replace_calls(driver)
     _replace_objects(driver)
-    _transformer_engine()
+    _transformer_engine(driver)
     tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: driver.count() > 0 and is_cuda())
     tensor.record_stream = lambda self, stream: None
+    _compiled(driver)
     _gloo_for_nccl()
     _enter_in_threads(driver)
     _LASTING.enter_context(flash_on_cpu())
@@ -136,7 +140,7 @@ def _replace_objects(driver: Any) -> None:
     cuda.nvtx._nvtx = SimpleNamespace(rangePushA=driver.push_range, rangePop=driver.pop_range)
 
 
-def _transformer_engine() -> None:
+def _transformer_engine(driver: Any) -> None:
     """Its emulation, without the GPU that the emulation itself stands in for."""
     import torch
 
@@ -150,6 +154,30 @@ def _transformer_engine() -> None:
     emulation.install(folder)
     for name, function in real.items():
         setattr(torch.cuda, name, function)
+    extension = sys.modules["transformer_engine_torch"]
+    for name in [name for name in vars(extension) if name.startswith("multi_tensor_")]:
+        setattr(extension, name, one_kernel(getattr(extension, name), driver))
+
+
+def one_kernel(function: Callable[..., Any], driver: Any) -> Callable[..., Any]:
+    """A stand-in for one kernel, whose intermediate tensors are no memory of the GPU."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        if driver.counter is None:
+            return function(*arguments, **named)
+        return driver.counter.one_kernel(function, *arguments, **named)
+
+    return run
+
+
+def _compiled(driver: Any) -> None:
+    """What megatron-core gives to torch.compile, which makes one kernel of each."""
+    from nemo_lmpo.trace.world import COMPILED
+
+    for path, names in COMPILED.items():
+        module = importlib.import_module(path)
+        for name in names:
+            setattr(module, name, one_kernel(getattr(module, name), driver))
 
 
 def _gloo_for_nccl() -> None:

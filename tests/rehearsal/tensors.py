@@ -105,13 +105,36 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.driver = driver
         self._known: set[int] = set()
+        self._in_kernel = False
+
+    def __enter__(self) -> LiveBytes:
+        self.driver.counter = self
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self.driver.counter = None
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not self._in_kernel:
+            self._add_all(result)
+        return result
+
+    def one_kernel(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Call what is one kernel on a GPU: what it makes on the way stays in registers there."""
+        before, self._in_kernel = self._in_kernel, True
+        try:
+            result = function(*arguments, **named)
+        finally:
+            self._in_kernel = before
+        self._add_all(result)
+        return result
+
+    def _add_all(self, result: Any) -> None:
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
-        return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)  # torch keeps the object as long as the memory
