@@ -46,6 +46,7 @@ COMMANDS = (
     Command("trace", "run the busiest ranks' step on fake tensors", "nemo_lmpo.train:trace_parser"),
     Command("slurm", "submit runs to Slurm, and show their state", "nemo_lmpo.slurm.command:build_parser"),
     Command("data", "show data as a run would load it", "nemo_lmpo.data.command:build_parser"),
+    Command("fetch", "bring a recipe's model and data from the hub", "nemo_lmpo.fetch.command:build_parser"),
     Command("report", "draw a run's curves as one page", "nemo_lmpo.report.command:build_parser"),
     Command("generate", "answer prompts with a model", "nemo_lmpo.generate.command:build_parser"),
     Command("pairs", "make preference pairs of a model's own answers", "nemo_lmpo.pairs.command:build_parser"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_lmpo.errors import CheckpointError, first_line
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.files import is_hub_name
+from nemo_lmpo.runtime.hub_errors import hub_errors
 
 MODEL_HELP = "a run, checkpoint, .nemo file, NeMo 2 or Hugging Face directory, PEFT adapter, or hub name OWNER/NAME"
 """What a MODEL on a command line can be."""
@@ -47,6 +48,14 @@ def find_model(given: str | Path, *, fetch: bool = True) -> FoundModel:
     return FoundModel(_from_hub(name, fetch=fetch), hub_name=name)
 
 
+def model_patterns() -> list[str]:
+    """The files of a model's repository that are used: weights as safetensors, adapters, config and tokenizer."""
+    from nemo_lmpo.formats.export_record import RECORD
+    from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
+
+    return ["model*.safetensors", "model.safetensors.index.json", "adapter*", RECORD, *TOKENIZER_PATTERNS]
+
+
 def hub_name_of(path: Path) -> tuple[str, str] | None:
     """Name and revision of a hub model by its place in the hub's cache; None for any other path."""
     repository = path.parent.parent.name
@@ -69,15 +78,10 @@ def _in_run(path: Path) -> FoundModel:
 
 def _from_hub(name: str, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from nemo_lmpo.formats.export_record import RECORD
-    from nemo_lmpo.formats.sidecars import TOKENIZER_PATTERNS
-
-    patterns = ["model*.safetensors", "model.safetensors.index.json", "adapter*", RECORD, *TOKENIZER_PATTERNS]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(snapshot_download(name, allow_patterns=model_patterns(), local_files_only=not fetch))
+    except hub_errors() as error:
         if not fetch:
             raise CheckpointError(
                 f"{name} is neither a local path nor in the hub's cache on this machine, and nothing is fetched here; "

@@ -24,7 +24,7 @@ ROOMS = (
     ("checkpoint", "monitor"),
     ("training",),
     ("trace",),
-    ("train", "doctor", "slurm", "generate", "evaluate", "convert", "export", "pairs"),
+    ("train", "doctor", "slurm", "generate", "evaluate", "convert", "export", "fetch", "pairs"),
     ("paper",),
     ("cli",),
     ("compare", "__main__"),

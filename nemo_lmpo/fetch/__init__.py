@@ -1,0 +1,1 @@
+"""What a recipe needs of the hub, brought to this machine or into a folder for an offline cluster."""
