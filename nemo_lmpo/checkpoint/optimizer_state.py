@@ -84,7 +84,11 @@ def _is_shared(inner: Any) -> bool:
 
 
 def _set_step(inner: Any, step: int) -> None:
-    """Torch keeps the count with each parameter, the fused optimizers with each group."""
+    """Torch keeps the count with each parameter, the fused optimizers with each group; on the host torch steps."""
+    if inner.config.optimizer_cpu_offload:
+        for state in inner.optimizer.state.values():
+            state["step"].fill_(step)
+        return
     for group in inner.optimizer.param_groups:
         if "step" in group or not isinstance(inner.optimizer, torch.optim.AdamW):
             group["step"] = step

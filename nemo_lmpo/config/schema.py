@@ -86,8 +86,17 @@ class ModelConfig:
     attention_backend: Literal["auto", "flash", "te", "sdpa"] = setting("auto", may_change=True)
     """`flash` (torch's variable-length kernel: A100 or newer, bf16), `te` (Transformer Engine's: H100, or A100 with
     flash-attn; bf16), `sdpa` (torch, a call a span, runs everywhere), or `auto`: the first of these that runs."""
+    fp8: Literal["hybrid", "tensorwise", "blockwise"] | None = None
+    """Matrix products of layers in FP8 (Transformer Engine, H100 or newer; unset: BF16): `tensorwise` (E4M3, a scale a
+    tensor), `hybrid` (the same, gradients in E5M2), `blockwise` (E4M3, a scale a block). Everything else stays BF16."""
+    tp_comm_overlap: bool = setting(False, may_change=True)
+    """Run tensor parallelism's collectives inside of the products (Transformer Engine, with sequence parallelism); all
+    rows are padded to `data.row_tokens`."""
     activations_checkpoint_granularity: Literal["selective", "full"] | None = setting(None, may_change=True)
-    """Recompute activations in backward: unset, `selective` (attention) or `full` (whole layers)."""
+    """Recompute activations in backward: unset, `selective` (`model.recompute_modules`) or `full` (whole layers)."""
+    recompute_modules: list[Literal["mlp", "core_attn"]] = setting(["mlp"], may_change=True)
+    """For `selective`: the MLP, with Transformer Engine its norm, too; or the attention kernel, which frees nothing
+    with `flash` or `te`."""
     activations_checkpoint_method: Literal["uniform", "block"] = setting("uniform", may_change=True)
     """For `full`: `uniform` or `block`."""
     activations_checkpoint_num_layers: int = setting(1, may_change=True, minimum=1)
@@ -225,6 +234,10 @@ class OptimConfig:
     """Shard optimizer state over the data-parallel group."""
     overlap_grad_reduce: bool = setting(False, may_change=True)
     """Reduce gradients while backward still runs."""
+    overlap_param_gather: bool = setting(False, may_change=True)
+    """With the distributed optimizer, gather weights while the next forward already runs."""
+    cpu_offload: bool = setting(False, may_change=True)
+    """Keep main parameters and moments in the host's memory, and step there (GPUs, with the distributed optimizer)."""
     sched: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 

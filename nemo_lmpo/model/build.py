@@ -39,8 +39,18 @@ _PARALLEL = (
     "sequence_parallel",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "tp_comm_overlap",
 )
 """Settings of the layout, which megatron-core's configuration has under the same names."""
+
+
+_FP8: dict[str, dict[str, Any]] = {
+    "hybrid": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "tensorwise": {"fp8": "e4m3", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+"""megatron-core's format and recipe of `model.fp8`. None of them keeps a history of scales, so that checkpoints hold no
+more than in BF16 and a resumed run goes on as it was; the recipe that has one, delayed scaling, is left out."""
 
 
 def transformer_config(
@@ -50,7 +60,6 @@ def transformer_config(
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    pipelined = model.pipeline_model_parallel_size > 1
     interleaved = model.virtual_pipeline_model_parallel_size is not None
     recomputed = model.activations_checkpoint_granularity == "full"
     return TransformerConfig(
@@ -85,10 +94,12 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         recompute_granularity=model.activations_checkpoint_granularity,
+        recompute_modules=list(model.recompute_modules),
         recompute_method=model.activations_checkpoint_method if recomputed else None,
         recompute_num_layers=model.activations_checkpoint_num_layers if recomputed else None,
         # The loss is divided by the step's pairs already: gradients are to be added up over ranks, not averaged.
         calculate_per_token_loss=True,
+        **(_FP8[model.fp8] if model.fp8 is not None else {}),
         perform_initialization=False,
         # Weights that ranks share come to the device a layer at a time; untouched memory of the host costs nothing.
         use_cpu_initialization=model.fsdp or not kernels.gpu,
@@ -100,7 +111,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=kernels.gpu,
         apply_rope_fusion=kernels.transformer_engine,
-        deallocate_pipeline_outputs=pipelined,
+        deallocate_pipeline_outputs=model.pipeline_model_parallel_size > 1,
     )
 
 

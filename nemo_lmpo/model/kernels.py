@@ -76,6 +76,7 @@ def choose_kernels(model: ModelConfig, *, precision: str, head_dim: int, device:
         )
     engine = find_transformer_engine() if device.gpu else TransformerEngine(problem="there is no GPU")
     layers, reasons = _layers(model, engine)
+    _refuse_without_its_layers(model, device, engine, layers)
     attention, te_attention, attention_reasons = _attention(model, precision, head_dim, device, engine)
     return Kernels(layers, attention, device.gpu, te_attention, (*reasons, *attention_reasons))
 
@@ -92,6 +93,20 @@ def _layers(model: ModelConfig, engine: TransformerEngine) -> tuple[bool, list[s
     if engine.warning is not None:
         return False, [f"layers without Transformer Engine: {engine.warning}; model.transformer_engine=true uses it"]
     return True, []
+
+
+def _refuse_without_its_layers(model: ModelConfig, device: Device, engine: TransformerEngine, layers: bool) -> None:
+    """Raise where settings need Transformer Engine's layers, or a device, that are not there."""
+    wanted = {f"model.fp8={model.fp8}": model.fp8 is not None, "model.tp_comm_overlap=true": model.tp_comm_overlap}
+    for setting in (name for name, on in wanted.items() if on):
+        if not layers:
+            reason = engine.problem or engine.warning or "model.transformer_engine=false"
+            raise ConfigError(f"{setting} needs Transformer Engine's layers: {reason}; remove it")
+    if model.fp8 is not None and device.capability < _HOPPER:
+        raise ConfigError(
+            f"model.fp8={model.fp8} needs a GPU of compute capability 9.0 (H100) or newer, but {device.name} has "
+            f"{_dotted(device.capability)}; unset it"
+        )
 
 
 def _attention(

@@ -99,8 +99,12 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
     else:
         inside += _expert_bytes(architecture.experts, hidden, config, tokens / split)
     chunks, layers = chunks_in_flight(model), layers_per_chunk(architecture, model)
-    if model.activations_checkpoint_granularity != "full":
+    if model.activations_checkpoint_granularity is None:
         return chunks * layers * (outside + inside)
+    if model.activations_checkpoint_granularity == "selective":
+        # The kernel of attention keeps nothing that its neighbors do not keep. A layer is whole again in its backward.
+        again = 3 * ffn * tokens * size / tensor if "mlp" in model.recompute_modules else 0.0
+        return chunks * layers * (outside + inside - again) + again
     layer_input, unit = hidden * tokens * size / split, model.activations_checkpoint_num_layers
     if model.activations_checkpoint_method == "block":
         recomputed = min(unit, layers)
@@ -166,9 +170,15 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     size = number_bytes(config)
     weights = (frozen + trained) * size
     optimizer = ((4.0 if size == 2 else 0.0) + moment_bytes(config)) * trained
+    if config.optim.cpu_offload:
+        optimizer = 0.0  # on the host
     if config.optim.use_distributed_optimizer:
         part = 0.0 if frozen else stage_expert_parameters(architecture, config) / trained
         optimizer *= (1 - part) / max(layout.replicas, 1) + part / max(layout.expert_replicas, 1)
+    if config.model.fp8 is not None:
+        # Layers keep their weights in FP8 besides, in rows and in columns, until the optimizer's step.
+        ends = 1 if config.model.pipeline_model_parallel_size > 1 or architecture.tie_word_embeddings else 2
+        weights += 2 * (parameters - ends * vocabulary_rows(config.model, architecture) * architecture.hidden_size)
     # Beside the logits there is room that autograd asks for beside the output matrix.
     matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
     logits = chunk_of_logits(layout) + (0.0 if frozen else size * matrix)

@@ -35,6 +35,8 @@ class Split:
     sequence_parallel: bool = False
     recompute: bool = False
     """Whole layers are computed again in backward."""
+    recompute_mlp: bool = False
+    """The MLPs are."""
     shard: str = "nothing"
     """What data-parallel ranks share: `nothing`, `optimizer` (its state) or `all` (weights and gradients, too)."""
     overlap: bool = False
@@ -49,6 +51,14 @@ class Split:
     shared_copies: bool = False
     """Weights that ranks share are gathered through one buffer per layer, and so are gradients shared out, as torch's
     FSDP2 does. Not counted for published runs, most of which kept a layer's weights in one piece."""
+    overlap_gather: bool = False
+    """Weights are gathered behind the first micro-batch's forward."""
+    offload: bool = False
+    """The optimizer steps on the host."""
+    hide_tensor: bool = False
+    """Tensor parallelism's collectives run inside of the products."""
+    fp8: bool = False
+    """Products of layers are in FP8."""
     chunk: int = 1024
     """Positions whose logits exist at a time."""
     passes: int = 0
@@ -93,11 +103,16 @@ def split_of(layout: ParallelLayout) -> Split:
         expert_tensor=model.expert_tensor_parallel_size,
         sequence_parallel=model.sequence_parallel,
         recompute=model.activations_checkpoint_granularity == "full",
+        recompute_mlp=model.activations_checkpoint_granularity == "selective" and "mlp" in model.recompute_modules,
         shard="all" if model.fsdp else "optimizer" if optim.use_distributed_optimizer else "nothing",
         shared_copies=model.fsdp,
         overlap=optim.overlap_grad_reduce,
         fused=model.transformer_engine is not False,
         accumulate=8 if model.transformer_engine is not False else 10,
+        overlap_gather=optim.overlap_param_gather,
+        offload=optim.cpu_offload,
+        hide_tensor=model.tp_comm_overlap,
+        fp8=model.fp8 is not None,
         rounded_moments=optim.moments_dtype == "bf16",
         chunk=logprob_chunk(model, layout.architecture),
         passes=len(further_passes(layout.config)),
@@ -132,25 +147,37 @@ def layer_work(shape: Shape, split: Split, row: RowSize) -> Work:
     tokens, tensor = row.tokens // split.context, split.tensor
     outside = tokens // tensor if split.sequence_parallel else tokens
     forwards = (2 if split.recompute else 1) + split.passes
-    products = [((shape.query + shape.key_value) // tensor, shape.hidden), (shape.hidden, shape.query // tensor)]
+    mlp_forwards = forwards + split.recompute_mlp
+    products = [
+        ((shape.query + shape.key_value) // tensor, shape.hidden, forwards),
+        (shape.hidden, shape.query // tensor, forwards),
+    ]
     if not shape.experts:
-        products += [(shape.fc1 // tensor, shape.hidden), (shape.hidden, shape.ffn // tensor)]
-    for columns, depth in products:
-        work.products[Product(tokens, columns, depth)] += forwards
-        work.products[Product(tokens, depth, columns)] += 1
-        work.products[Product(columns, depth, tokens)] += 1
+        products += [
+            (shape.fc1 // tensor, shape.hidden, mlp_forwards),
+            (shape.hidden, shape.ffn // tensor, mlp_forwards),
+        ]
+    for columns, depth, times in products:
+        work.products[Product(tokens, columns, depth, fp8=split.fp8)] += times
+        work.products[Product(tokens, depth, columns, fp8=split.fp8)] += 1
+        work.products[Product(columns, depth, tokens, fp8=split.fp8)] += 1
+        if split.fp8:
+            # Each operand's largest value is looked for (2 bytes), then it is read and written in rows and in columns
+            # (4): the input in each forward, the output's gradient once.
+            work.moved["fp8"] += 6 * tokens * (depth * times + columns)
+            work.kernels["fp8"] += 2 * (times + 1)
     inner = shape.fc1 // tensor + shape.ffn // tensor
     heads = (shape.query + shape.key_value) // tensor
     # Two norms (2 and 3) and two residual additions (3 and 3); the activation; keys laid out, rotation, QKV parted.
     work.moved["outside"] = SIZE * outside * shape.hidden * (2 * (2 * forwards + 3) + 2 * (3 * forwards + 3))
     if not shape.experts:
-        work.moved["activation"] = SIZE * tokens * (inner * forwards + inner + shape.fc1 // tensor)
+        work.moved["activation"] = SIZE * tokens * (inner * mlp_forwards + inner + shape.fc1 // tensor)
     again = forwards - 1
     work.moved["heads"] = SIZE * tokens * heads * (14 + 7 * again if split.fused else 24 + 16 * again)
     # Weights that ranks share are gathered for each forward and for backward.
     gathered = (2 + split.passes) * split.gathering
     work.moved["gradients"] = round((split.sharing_out + gathered) * layer_rank_weights(shape, split))
-    work.kernels["layer"] = 47 + 20 * again if split.fused else 81 + 42 * again
+    work.kernels["layer"] = (47 + 20 * again if split.fused else 81 + 42 * again) + 4 * split.recompute_mlp
     if split.dense_scores:
         # Forward, forward again, backward; masks, softmax and dropout go over the scores some sixteen times.
         scores = tokens * split.dense_scores * shape.query // (tensor * HEAD)
@@ -211,10 +238,10 @@ def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwar
     elif split.sequence_parallel:
         # Each block gathers its input and scatters its output; backward does both again, and gathers the input
         # once more for the weight's gradient.
-        work.send("all-gather", "tensor", whole, split.tensor, 2 * forwards + 4)
-        work.send("reduce-scatter", "tensor", whole, split.tensor, 2 * forwards + 2)
+        work.send("all-gather", "tensor", whole, split.tensor, 2 * forwards + split.recompute_mlp + 4)
+        work.send("reduce-scatter", "tensor", whole, split.tensor, 2 * forwards + split.recompute_mlp + 2)
     else:
-        work.send("all-reduce", "tensor", whole, split.tensor, 2 * forwards + 2)
+        work.send("all-reduce", "tensor", whole, split.tensor, 2 * forwards + split.recompute_mlp + 2)
 
 
 def head_work(shape: Shape, split: Split, row: RowSize) -> Work:

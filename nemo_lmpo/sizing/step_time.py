@@ -36,6 +36,15 @@ OPTIMIZER_BYTES, ROUNDING_BYTES = 60, 56
 float32 (12), and of each a random number made (4), added (12) and cut off (6)."""
 
 
+FP8_RATE = 1.6
+"""Of an FP8 product against a BF16 one. Peaks are twice as high; an assumption, as no FP8 run was published with all
+that it takes to compute it."""
+OVERLAPPED_IN_PRODUCTS = 0.8
+"""Share of tensor parallelism's collectives that run inside of products with `model.tp_comm_overlap`; an assumption."""
+HOST_BANDWIDTH, HOST_LINK = 200e9, 25e9
+"""Bytes/s of a node's memory that AdamW on the host gets, and that a GPU exchanges with it over PCIe 4.0; assumed."""
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step by what they are spent on; together they are the step."""
@@ -65,7 +74,8 @@ def product_seconds(product: Product, card: Card) -> float:
     # Libraries choose smaller tiles or split the depth where the last wave would leave processors idle: half of it.
     full = 0.5 + 0.5 * waves / -(-tiles // card.processors)
     rate = card.peak * card.products * full * product.k / (product.k + PROLOGUE) * (GROUPED if product.grouped else 1)
-    return max(product.flops / rate, product.elements * 2 / (card.bandwidth * card.moved))
+    rate, size = (rate * FP8_RATE, 1) if product.fp8 else (rate, 2)
+    return max(product.flops / rate, product.elements * size / (card.bandwidth * card.moved))
 
 
 def device_seconds(work: Work, attention: float, card: Card) -> float:
@@ -141,7 +151,9 @@ def micro_batch_time(work: Work, attention: float, split: Split, card: Card) -> 
     device = device_seconds(work, attention, card)
     host = work.num_kernels * card.launch
     inside = communication_seconds(work, "tensor", rate_of(split.tensor, 1, card), card)
-    if split.sequence_parallel and not hides_nothing(split, card):
+    if split.sequence_parallel and split.hide_tensor:
+        inside *= 1 - OVERLAPPED_IN_PRODUCTS
+    elif split.sequence_parallel and not hides_nothing(split, card):
         inside *= EXPOSED_OF_SEQUENCE_PARALLEL
     inside += communication_seconds(work, "context", rate_of(split.context, split.tensor, card), card)
     inside += communication_seconds(work, "expert", all_to_all_rate(split.expert, split.expert_tensor, card), card)
@@ -186,18 +198,22 @@ def step_of(
     """Seconds of a step from those of a micro-batch on the last stage, which is the busiest, and on the others."""
     reduce, gather = _between_replicas(shape, split, micro_batches, last, card)
     each = OPTIMIZER_BYTES + (ROUNDING_BYTES if split.rounded_moments else 0)
-    moved = each * (
+    own = (
         rank_weights(shape, split)
         if split.shard == "nothing"
         else shared_rank_weights(shape, split) / split.replicas
         + expert_rank_weights(shape, split) / split.expert_replicas
     )
+    optimizer = own * each / (card.bandwidth * card.moved)
+    if split.offload:
+        # Gradients down and weights up, behind which the host reads and writes 28 bytes of a weight.
+        optimizer = own * max((4 + 2) / HOST_LINK, 28 * card.node / HOST_BANDWIDTH)
     return StepTime(
         compute=micro_batches * last.compute,
         communicate=micro_batches * last.communicate + gather,
         bubble=(split.pipeline - 1) * other.total / split.virtual,
         reduce=reduce,
-        optimizer=moved / (card.bandwidth * card.moved),
+        optimizer=optimizer,
         host_bound=last.host_bound,
     )
 
@@ -225,6 +241,8 @@ def _between_replicas(
     gradients = seconds * 4  # float32, a reduce-scatter
     exposed = max(0.0, gradients - HIDDEN * backward) if split.overlap else gradients
     gathered = seconds * (2 if split.shard == "optimizer" else 4)
+    if split.overlap_gather:
+        gathered = max(0.0, gathered - HIDDEN * micro.total / 3)  # behind one forward
     if split.shard == "nothing" and split.overlap:
         gathered = max(0.0, gathered + gradients - HIDDEN * backward) - exposed
     return exposed + gathered, 0.0

@@ -18,6 +18,8 @@ class Product:
     batch: int = 1
     grouped: bool = False
     """Of several experts in one kernel, ``batch`` of them, with ``m`` rows each in the mean."""
+    fp8: bool = False
+    """Of FP8 numbers."""
 
     @property
     def flops(self) -> float:

@@ -212,14 +212,12 @@ class BatchBuilder:
         self.max_examples_per_row = config.model.micro_batch_size
         interleaved = config.model.virtual_pipeline_model_parallel_size is not None
         self.multiple_of_rows = groups.pipeline.size() if interleaved else 1
-        self.pad_to_multiple = math.lcm(
-            2 * groups.context.size() if groups.context.size() > 1 else 1,
-            groups.context.size() * groups.tensor.size() if config.model.sequence_parallel else 1,
-            GPU_TILE if device.type == "cuda" else 1,
-        )
+        self.pad_to_multiple = row_multiple(config, groups, device)
         # Pipeline stages exchange one shape; on GPUs, one shape also means memory that fits again and no kernel that
         # is compiled anew.
         self.equal_lengths = groups.pipeline.size() > 1 or device.type == "cuda"
+        # Buffers inside of which collectives run are of one shape for the whole run.
+        self.one_length = longest_row(config, groups, device) if config.model.tp_comm_overlap else None
 
     def build(self, examples: Examples, indices: np.ndarray) -> StepBatch:
         """The step that is made of ``examples[indices]``, on the device."""
@@ -244,7 +242,8 @@ class BatchBuilder:
                 positions,
                 share_prompt=self.share_prompt,
                 responses=examples.num_responses,
-                pad_to_multiple=self._length(own, lengths) if self.equal_lengths else self.pad_to_multiple,
+                pad_to_multiple=self.one_length
+                or (self._length(own, lengths) if self.equal_lengths else self.pad_to_multiple),
                 pad_id=self.pad_id,
             )
             for positions in own
@@ -269,6 +268,21 @@ class BatchBuilder:
         costs = example_tokens(lengths, self.share_prompt)
         longest = max(int(costs[positions].sum()) for positions in plan)
         return -(-max(longest, 1) // self.pad_to_multiple) * self.pad_to_multiple
+
+
+def row_multiple(config: Config, groups: ParallelGroups, device: torch.device) -> int:
+    """What the length of every row divides by: equal parts for all ranks, and whole tiles of GPUs' products."""
+    return math.lcm(
+        2 * groups.context.size() if groups.context.size() > 1 else 1,
+        groups.context.size() * groups.tensor.size() if config.model.sequence_parallel else 1,
+        GPU_TILE if device.type == "cuda" else 1,
+    )
+
+
+def longest_row(config: Config, groups: ParallelGroups, device: torch.device) -> int:
+    """Tokens of the longest row that there can be, with its padding."""
+    multiple = row_multiple(config, groups, device)
+    return -(-config.data.row_budget // multiple) * multiple
 
 
 def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:

@@ -39,6 +39,7 @@ def wrap_replicas(chunks: list[PackedGPTModel], optim: OptimConfig) -> list[_Bas
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
         use_distributed_optimizer=optim.use_distributed_optimizer,
     )
     config = chunks[0].config
@@ -52,7 +53,23 @@ def wrap_replicas(chunks: list[PackedGPTModel], optim: OptimConfig) -> list[_Bas
     if optim.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    if optim.overlap_param_gather:
+        for chunk in wrapped:
+            # The head reads the output matrix outside of any module's forward, before which megatron-core waits.
+            chunk.register_forward_hook(lambda chunk, *_: gather_weights([chunk]))
     return wrapped
+
+
+def gather_weights(chunks: Iterable[Any]) -> None:
+    """Wait for weights that are gathered behind forward, and begin where none has (`optim.overlap_param_gather`).
+
+    Whoever reads weights outside of forward after a step, to save them, calls it first. Communicates over the data-
+    and context-parallel group, if it is the first to read.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            for group in chunk.bucket_groups:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
@@ -91,6 +108,12 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
             clip_grad=config.trainer.gradient_clip_val,
             # Parts of weights have parts of a plain optimizer's state.
             use_distributed_optimizer=optim.use_distributed_optimizer and not config.model.fsdp,
+            overlap_param_gather=optim.overlap_param_gather,
+            # With main parameters on the host, too: this leaves none on the GPU.
+            use_precision_aware_optimizer=optim.cpu_offload,
+            optimizer_cpu_offload=optim.cpu_offload,
+            optimizer_offload_fraction=1.0,
+            overlap_cpu_optimizer_d2h_h2d=True,
         ),
         list(chunks),
         use_gloo_process_groups=False,
@@ -100,6 +123,9 @@ def build_optimizer(chunks: Iterable[Any], config: Config) -> MegatronOptimizer:
             continue
         if optim.moments_dtype == "bf16":
             _round_moments(inner, optim)
+        if optim.cpu_offload:
+            # A step with gradients of no meaning, whose results a checkpoint writes over.
+            inner.init_state_fn = lambda optimizer, _=None: None if optimizer.state else optimizer.dummy_step()
         _use_one_kernel(inner)
     if config.model.fsdp:
         _make_parts_of_moments(optimizer)
@@ -178,5 +204,6 @@ def clip_and_step(optimizer: MegatronOptimizer, norm: float, max_norm: float) ->
         for inner in inner_optimizers(optimizer):
             parameters = inner.get_parameters()
             if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
+                decoupled = inner.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, max_norm, norm, use_decoupled_grad=decoupled)
     optimizer.step_with_ready_grads()

@@ -151,7 +151,7 @@ class PolicyFiles:
         with watched(f"writing {output}", self.policy.config.trainer.step_timeout):
             on_main_rank(prepare)
             try:
-                weights = sharded_weights(describe_weights(self.policy.models))
+                weights = sharded_weights(describe_weights(self.policy.whole_models()))
                 write_state(weights, parts / run_files.STATE)
                 on_main_rank(convert)
             finally:

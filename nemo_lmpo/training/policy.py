@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.loss.interface import Statistics
 from nemo_lmpo.loss.registry import build_loss
@@ -23,7 +24,7 @@ from nemo_lmpo.sizing.memory import logprob_chunk
 from nemo_lmpo.training.batches import StepBatch
 from nemo_lmpo.training.example_table import ExampleTable
 from nemo_lmpo.training.expert_load import ExpertLoad
-from nemo_lmpo.training.optimizer import wrap_data_parallel
+from nemo_lmpo.training.optimizer import gather_weights, wrap_data_parallel
 from nemo_lmpo.training.pair_metrics import STATISTIC
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.step import MicroBatchStep
@@ -56,11 +57,17 @@ def kernels_for(config: Config, architecture: Architecture, *, use_cuda: bool) -
     Raises:
         ConfigError: what the configuration asks for cannot run here.
     """
+    device = this_device(use_cuda=use_cuda)
+    if config.optim.cpu_offload and not device.gpu:
+        raise ConfigError(
+            "optim.cpu_offload=true has no effect without a GPU: the optimizer is in the host's memory anyway; remove "
+            "it"
+        )
     return choose_kernels(
         config.model,
         precision=config.trainer.precision,
         head_dim=architecture.head_dim,
-        device=this_device(use_cuda=use_cuda),
+        device=device,
     )
 
 
@@ -114,6 +121,14 @@ class Policy:
         from megatron.core.utils import unwrap_model
 
         return cast(list[PackedGPTModel], unwrap_model(list(self.chunks)))
+
+    def whole_models(self) -> list[PackedGPTModel]:
+        """As :attr:`models`, with the weights of now, for whoever reads them outside of a step.
+
+        Communicates over the data- and context-parallel group where these are gathered behind forward.
+        """
+        gather_weights(self.chunks)
+        return self.models
 
     def num_local_parameters(self) -> int:
         """Parameters that this process holds."""

@@ -24,6 +24,7 @@ from nemo_lmpo.config.rules.settings import parse_duration
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.model.comm_overlap import communication_buffers
 from nemo_lmpo.monitor.profile import StepProfiler
 from nemo_lmpo.monitor.reporter import Reporter
 from nemo_lmpo.monitor.watchdog import reporting_hangs_in, watched
@@ -34,6 +35,7 @@ from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.flight_recorder import record_collectives
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.sizing.memory import moment_bytes
+from nemo_lmpo.training.batches import longest_row
 from nemo_lmpo.training.facts import banner_facts
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
@@ -103,7 +105,7 @@ class TrainingSession:
 
     def sharded_state(self, progress: Progress | None) -> dict[str, Any]:
         """Weights and optimizer as megatron-core's sharded state dict; ``progress`` is None for saving."""
-        description = describe_weights(self.policy.models)
+        description = describe_weights(self.policy.models if progress is not None else self.policy.whole_models())
         state = sharded_weights(description)
         state["optimizer"] = optimizer_sharded_state(self.optimizer, description, is_loading=progress is not None)
         return state
@@ -216,5 +218,13 @@ def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None =
             job.record(run.path)
         if launch.is_main and use_cuda and launch.world_size > 1:
             hang.mkdir(exist_ok=True)  # NCCL's own watchdog makes no directory
-        with distributed_session(config, launch) as (groups, device):
+        with (
+            distributed_session(config, launch) as (groups, device),
+            communication_buffers(
+                config.model,
+                groups,
+                row_tokens=longest_row(config, groups, device),
+                hidden_size=base.architecture.hidden_size,
+            ),
+        ):
             yield TrainingSession(config, base, run, launch, groups, device, job)

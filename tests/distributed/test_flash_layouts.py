@@ -25,7 +25,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "window": (1, WINDOW),
     "prompt_twice": (1, ("data.share_prompt=false",)),
-    "recompute_selective": (1, ("model.activations_checkpoint_granularity=selective",)),
+    "recompute_selective": (
+        1,
+        ("model.activations_checkpoint_granularity=selective", "model.recompute_modules=[core_attn]"),
+    ),
     "tp2_sequence": (2, TP2_SEQUENCE),
     "cp2_window_recompute": (2, ("model.context_parallel_size=2", *WINDOW, *FULL)),
     # Forward passes of later micro-batches stand between a layer's forward and its recomputation.

@@ -59,7 +59,15 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("model.context_parallel_size=2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
     ),
     "recompute_full": (1, ("model.activations_checkpoint_granularity=full",)),
-    "recompute_selective": (1, ("model.activations_checkpoint_granularity=selective",)),
+    "recompute_selective_tp2_sequence": (
+        2,
+        (
+            "model.tensor_model_parallel_size=2",
+            "model.sequence_parallel=true",
+            "model.activations_checkpoint_granularity=selective",
+            "model.recompute_modules=[mlp,core_attn]",
+        ),
+    ),
     "one_pair_a_row": (1, ("model.micro_batch_size=1",)),
     "all_pairs_in_one_row": (1, ("data.row_tokens=2000",)),
     "prompt_twice": (1, ("data.share_prompt=false",)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.training_runs import COMMON, train
@@ -143,3 +146,60 @@ def accumulate(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> 
 
 
 IN_PLACE = "gemm_accumulated"
+
+
+class OnHost(torch.Tensor):
+    """A tensor that would be in the host's memory, and so would be what is made of it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In checkpoints it is a plain one."""
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+class _Stream:
+    """Copies are done when they return."""
+
+    def wait_stream(self, _: object) -> None:
+        """Nothing is under way."""
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        """As above."""
+
+    def wait(self, *_: object) -> None:
+        """As above."""
+
+
+def train_offloaded(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]) -> tuple[int, int]:
+    """As on a GPU, with the optimizer on the host: its parameters are on a GPU until they are copied and pinned.
+
+    How many parameters were stepped on the host and how many on the GPU, over all steps.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+
+    stepped = [0, 0]
+    step = hybrid_optimizer.HybridDeviceOptimizer.step
+
+    def count_and_step(hybrid: Any, closure: Any = None) -> Any:
+        stepped[0] += len(hybrid.cpu_optimizers)
+        stepped[1] += hybrid.gpu_optimizer is not None
+        return step(hybrid, closure)
+
+    def on_gpu(tensor: torch.Tensor) -> bool:
+        asking = sys._getframe(1).f_globals["__name__"]
+        if asking == hybrid_optimizer.__name__:
+            return not isinstance(tensor, OnHost)
+        return asking.startswith("transformer_engine.")
+
+    with as_on_a_gpu() as patch:
+        patch.setattr(optimizer, "OptimizerConfig", partial(optimizer.OptimizerConfig, pin_cpu_grads=False))
+        patch.setattr(hybrid_optimizer.HybridDeviceOptimizer, "step", count_and_step)
+        patch.setattr(torch.Tensor, "is_cuda", property(on_gpu))
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone().as_subclass(OnHost))
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        train(launch, run_dir, ("optim.cpu_offload=true", *overrides))
+    return stepped[0], stepped[1]

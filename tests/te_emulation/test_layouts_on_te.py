@@ -123,6 +123,20 @@ def test_kernels_may_change_at_a_resume(host: Host, reference: Reference, tmp_pa
     assert_same_weights(weights_of(tmp_path, STEPS), weights_of(reference(STEADY), STEPS), RELATIVE)
 
 
+def test_an_optimizer_on_the_host_trains_like_one_on_the_gpu(host: Host, reference: Reference, tmp_path: Path) -> None:
+    """Two replicas, resumed in the middle from what a plain optimizer saved, and gone on from by one."""
+    ends = (*BF16, *STEADY)
+    host.run(2, runs.train_te, str(tmp_path), (*ends, *SHARDED, "trainer.max_steps=1"))
+    for on_host, on_gpu in host.run(2, runs.train_offloaded, str(tmp_path), (*ends, *SHARDED, "trainer.max_steps=2")):
+        assert on_host > 10
+        assert on_gpu == 0
+    host.run(1, runs.train_local, str(tmp_path), (*ends, "trainer.max_steps=3"))
+    training = [line for line in metrics_of(tmp_path) if "loss" in line]
+    assert_same_metrics_in_bfloat16(training, [line for line in metrics_of(reference(ends)) if "loss" in line])
+    # AdamW makes a whole step of what is left of a gradient where it is next to nothing, rounded either way.
+    assert_same_weights(weights_of(tmp_path, STEPS), weights_of(reference(ends), STEPS), 2.0**-6)
+
+
 FAULTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "norms without their mark": (2, TP2_SEQUENCE, r"layernorm\.weight"),
     "gradients added again": (1, (), "the gradient norm of step 1 is nan"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from nemo_lmpo.config.coerce import as_far_as_known, raise_all
 from nemo_lmpo.config.rules import layout as layouts
-from nemo_lmpo.config.rules import mixtures, settings
+from nemo_lmpo.config.rules import mixtures, performance, settings
 from nemo_lmpo.config.rules.layout import ParallelLayout
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.formats.architecture import Architecture, check_architecture
@@ -42,6 +42,11 @@ SETTING_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     settings.parallelism,
     settings.balance,
     settings.fully_sharded,
+    performance.recompute_modules,
+    performance.overlap_param_gather,
+    performance.fp8,
+    performance.tp_comm_overlap,
+    performance.cpu_offload,
     settings.allowed_changes,
 )
 """Rules that look at the settings alone."""
@@ -55,6 +60,8 @@ LAYOUT_RULES: tuple[Callable[[ParallelLayout], Iterator[str]], ...] = (
     layouts.pipeline,
     layouts.recompute,
     layouts.positions,
+    performance.fp8_sizes,
+    performance.dense_models,
 )
 """Rules that look at the model and the number of processes, too."""
 

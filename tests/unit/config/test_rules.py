@@ -87,6 +87,61 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
             "checkpoint.keep_best",
         )
     },
+    "modules_that_are_not_recomputed": (
+        ("model.recompute_modules=[core_attn]",),
+        1,
+        ("model.recompute_modules=['core_attn']", "granularity=selective"),
+    ),
+    "no_module_to_recompute": (
+        ("model.recompute_modules=[]", "model.activations_checkpoint_granularity=selective"),
+        1,
+        ("model.recompute_modules=[]", "give mlp or core_attn"),
+    ),
+    "gathering_without_sharing": (
+        ("optim.overlap_param_gather=true",),
+        1,
+        ("optim.overlap_param_gather=true", "use_distributed_optimizer=true", "overlap_grad_reduce=true"),
+    ),
+    "gathering_twice": (
+        ("optim.overlap_param_gather=true", "model.fsdp=true"),
+        1,
+        ("optim.overlap_param_gather=true", "model.fsdp=true", "remove it"),
+    ),
+    "fp8_of_float32": (
+        ("model.fp8=tensorwise", "trainer.precision='32'"),
+        1,
+        ("model.fp8=tensorwise", "precision=bf16"),
+    ),
+    "fp8_without_its_layers": (
+        ("model.fp8=hybrid", "model.transformer_engine=false"),
+        1,
+        ("model.fp8=hybrid", "model.transformer_engine=false"),
+    ),
+    "fp8_of_odd_sizes": (
+        ("model.fp8=tensorwise", "trainer.precision=bf16"),
+        1,
+        ("intermediate_size over tensor parallelism is 100", "by 16"),
+    ),
+    "collectives_of_whole_sequences": (
+        ("model.tp_comm_overlap=true",),
+        1,
+        ("model.tp_comm_overlap=true", "sequence_parallel=true"),
+    ),
+    "rows_of_many_lengths": (
+        ("model.tp_comm_overlap=true", "logging.samples=2"),
+        1,
+        ("model.tp_comm_overlap=true", "logging.samples=2", "one length"),
+    ),
+    "offloading_what_all_have": (
+        ("optim.cpu_offload=true",),
+        1,
+        ("optim.cpu_offload=true", "optim.use_distributed_optimizer=true"),
+    ),
+    "offloading_rounded_moments": (
+        ("optim.cpu_offload=true", "optim.use_distributed_optimizer=true", "optim.moments_dtype=bf16"),
+        1,
+        ("optim.cpu_offload=true", "optim.moments_dtype=bf16", "remove one"),
+    ),
     "profile_backwards": (("trainer.profile=[3,2]",), 1, ("trainer.profile=[3, 2]", "as [10,12]")),
     "too_few_processes": (("model.tensor_model_parallel_size=2",), 1, ("1 processes", "size=2", "a multiple of 2")),
     "processes_do_not_divide": (
@@ -145,6 +200,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("model.tensor_model_parallel_size=2",),
         2,
         ("tensor_model_parallel_size=2", "sequence_parallel=true", "set it"),
+    ),
+    "mixture_in_fp8": (
+        ("model.fp8=tensorwise", "trainer.precision=bf16"),
+        1,
+        ("model.fp8=tensorwise", "mixture of experts", "remove it"),
     ),
     "mixture_fsdp": (("model.fsdp=true",), 1, ("model.fsdp=true", "experts lie apart", "set it to false")),
     "mixture_adapters": (("model.peft.name=lora",), 1, ("['all-linear']", "not supported", "[q_proj,")),

@@ -137,3 +137,18 @@ def test_what_was_passed_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_machine() -> None:
     assert this_device(use_cuda=False) == CPU
+
+
+def test_fp8_and_overlapped_collectives_need_transformer_engine_and_fp8_an_h100(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(monkeypatch, H100, TE, fp8="tensorwise", tp_comm_overlap=True).transformer_engine
+    assert choose(monkeypatch, A100, TE, tp_comm_overlap=True).transformer_engine
+    for device, engine, options, expected in (
+        (A100, TE, {"fp8": "hybrid"}, r"model\.fp8=hybrid needs a GPU of compute capability 9\.0 .* has 8\.0; unset"),
+        (H100, NONE, {"fp8": "blockwise"}, r"model\.fp8=blockwise needs Transformer Engine's layers: .* not installed"),
+        (H100, OTHER_TE, {"tp_comm_overlap": True}, r"model\.tp_comm_overlap=true needs .*2\.20\.2 is outside"),
+        (CPU, NONE, {"fp8": "tensorwise"}, r"model\.fp8=tensorwise needs Transformer Engine's layers: there is no GPU"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            choose(monkeypatch, device, engine, **options)  # type: ignore[arg-type]

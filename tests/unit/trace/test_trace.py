@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "tp4_recomputed": (4, ("model.activations_checkpoint_granularity=full",)),
+    "tp4_mlp_recomputed": (4, ("model.activations_checkpoint_granularity=selective",)),
 }
 
 
