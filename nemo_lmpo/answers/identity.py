@@ -26,7 +26,7 @@ def weights_hash(
 ) -> str:
     """SHA-256 of all tensors under their Hugging Face names, the same in whatever form the model is stored.
 
-    Kept in ``folder``, so that a command that goes on does not read the weights again unless they changed.
+    Kept in ``folder``, so that a command that resumes does not read the weights again unless they changed.
     """
     stamp = file_stamp(path)
     kept = folder / kept_as

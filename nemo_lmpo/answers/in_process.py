@@ -54,7 +54,7 @@ class InProcessSource:
     def answer(self, names: Sequence[str], keep: Journal, progress: Progress) -> None:
         """Answer in batches of similar length; a batch that was kept as a whole is not made again.
 
-        Batches are those of all prompts, so a run that goes on makes the same ones, with the same seeds.
+        Batches are those of all prompts, so a resumed run makes the same ones, with the same seeds.
         """
         missing, size = set(names), self.sampling.batch_size
         order = sorted(self.prompts, key=lambda name: (len(self.prompts[name]), name))

@@ -50,7 +50,7 @@ class Gateway(TokenServer):
     def respond(self, body: dict[str, Any]) -> dict[str, Any]:
         """The judge's answer to a request, in the package's form.
 
-        One without a usable answer gets one that has no preference, so that the package goes on with the others;
+        One without a usable answer gets one that has no preference, so that the package continues with the others;
         :attr:`failures` tells afterwards.
 
         Raises:

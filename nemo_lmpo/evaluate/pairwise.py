@@ -1,4 +1,4 @@
-"""The two judged suites from beginning to end: answers, judgments, scores. Each stage goes on from what is there."""
+"""The two judged suites from beginning to end: answers, judgments, scores. Each stage resumes from what is there."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def sampling_of(settings: GenerationSettings, seed: int) -> Sampling:
 
 
 def identity(plan: PreparedEvaluation) -> dict[str, Any]:
-    """What answers are made of; the same in every command that goes on with a folder."""
+    """What answers are made of; the same in every command that continues a folder."""
     hashes = (plan.model.weights_sha256, plan.model.template_sha256, plan.model.tokenizer_sha256)
     return {"evaluation set": plan.set.sha256, "model": hashes, "generation": lasting(plan.source.generation())}
 

@@ -183,7 +183,7 @@ class MetricsLog:
         self._trackers.log_samples(step, samples)
 
     def note_early_stop(self, facts: Mapping[str, Any]) -> None:
-        """Keep in `run.json`, for the report, that the run is done before its last step, and why, until it goes on."""
+        """Keep in `run.json`, for the report, why the run is done before its last step, until it is resumed."""
         self._facts["stopped_early"] = dict(facts)
         self._write_facts()
 

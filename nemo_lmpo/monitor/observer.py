@@ -1,6 +1,6 @@
 """The boundary to everything that only watches a run: it can neither end training nor hold it up.
 
-A tracker works on a thread of its own, which takes one call after the other. Training hands over a call and goes on;
+A tracker works on a thread of its own, which takes one call after the other. Training hands over a call and continues;
 it waits only at the start, where a tracker that cannot start is still an error of the configuration, and at the end,
 for a limited time. What a tracker raises, and that it does not answer, becomes one warning per tracker.
 """

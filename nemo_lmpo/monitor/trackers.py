@@ -50,7 +50,7 @@ class _Wanted:
     remedy: str
     """Where it cannot start."""
     begun: bool
-    """Whether this run has used it before: it is resumed, and goes on without a tracker that is gone meanwhile."""
+    """Whether this run has used it before: it is resumed, and continues without a tracker that is gone meanwhile."""
     open: Callable[[], _Open]
 
 

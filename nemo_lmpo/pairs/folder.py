@@ -6,7 +6,7 @@ A pairs folder (``pairs/NAME``)::
     pairs.json         models, seeds, rule, counts and versions; written last
     README.md          the data card, by which `datasets` finds the pairs in the folder
     report.html        the page; its pictures lie in figures/
-    work/              what a command that goes on reads: settings and journals of each stage, hashes of weights
+    work/              what a command that resumes reads: settings and journals of each stage, hashes of weights
     .lock, .owner.json who works in it
 """
 

@@ -1,4 +1,4 @@
-"""The command from beginning to end: sample, score, choose. Each stage goes on from what is there."""
+"""The command from beginning to end: sample, score, choose. Each stage resumes from what is there."""
 
 from __future__ import annotations
 

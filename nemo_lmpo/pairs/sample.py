@@ -41,7 +41,7 @@ class SamplePlan:
     seeds: Sequence[int]
 
     def identity(self) -> dict[str, Any]:
-        """What candidates are made of; the same in every command that goes on with a folder."""
+        """What candidates are made of; the same in every command that continues a folder."""
         return {
             "prompts": self.prompts_sha256,
             "model": [model.weights_sha256 for model in self.models],

@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_commands_parse(path: Path) -> None:
             assert key in {*known_keys(), *_GROUPS, *MODE_WORDS, "run_dir", "name", "compat", "setting"} or any(
                 key.startswith(f"{group}.architecture") for group in _GROUPS
             ), f"{names(path)}: {word}"
+
+
+def test_the_hubs_command_is_todays() -> None:
+    """`huggingface-cli`, which docs named, is gone; what fills the hub's cache is a command that is installed."""
+    installed = {script.name for script in distribution("huggingface_hub").entry_points}
+    named = set()
+    for path in PAGES:
+        text = path.read_text()
+        assert "huggingface-cli" not in text, names(path)
+        named |= set(re.findall(r"(?:^|`)(\S+) (?:download|upload|auth login)\b", text, flags=re.MULTILINE))
+    assert named
+    assert named <= installed
 
 
 @pytest.mark.parametrize("path", PAGES, ids=names)

@@ -69,7 +69,7 @@ class RewardModelScorer:
         }
 
     def score(self, prompts: Missing, missing: set[str], keep: Keep) -> None:
-        """A batch at a time. Batches follow from all candidates, so a command that goes on makes the same ones.
+        """A batch at a time. Batches follow from all candidates, so a command that resumes makes the same ones.
 
         Raises:
             UserError: the model cannot be loaded, or does not give one value.

@@ -27,6 +27,8 @@ EXPECTED = PreferenceRow([USER], "good", "bad")
         ({"prompt": [USER], "chosen": [said("good")], "rejected": [said("bad")]}, "messages"),
         ({"prompt": [USER], "chosen": [USER, said("good")], "rejected": [USER, said("bad")]}, "messages"),
         ({"prompt": "Q", "chosen": [said("good")], "rejected": [said("bad")]}, "messages"),
+        ({"prompt": [USER], "chosen": said("good"), "rejected": said("bad")}, "messages"),
+        ({"prompt": "Q", "chosen": said("good"), "rejected": said("bad")}, "messages"),
         ({"prompt": "Q", "chosen": "good", "rejected": "bad", "score": 3}, "strings"),
         ({"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"}, "hh"),
         ({"prompt": np.array([USER]), "chosen": np.array([said("good")]), "rejected": "bad"}, "messages"),
