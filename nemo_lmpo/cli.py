@@ -50,6 +50,7 @@ COMMANDS = (
     Command("report", "draw a run's curves as one page", "nemo_lmpo.report.command:build_parser"),
     Command("generate", "answer prompts with a model", "nemo_lmpo.generate.command:build_parser"),
     Command("pairs", "make preference pairs of a model's own answers", "nemo_lmpo.pairs.command:build_parser"),
+    Command("rounds", "pairs of own answers and training on them, repeated", "nemo_lmpo.rounds.command:build_parser"),
     Command(
         "evaluate",
         "score a model on AlpacaEval 2, Arena-Hard and the leaderboard's tasks",

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # job_dir, step_options and inside come from common.sh
-# A model's server for the time of a job, and evaluations against it. Sourced by evaluate.sbatch, after common.sh.
+# A model's server for the time of a job, and evaluations or samples of it. Sourced by evaluate.sbatch and pairs.sbatch,
+# after common.sh.
 
 # Suites and options: those of the judge go to the suites that have one.
 run_evaluation() { # SUITE,SUITE,... OPTION...
@@ -36,13 +37,43 @@ run_evaluation() { # SUITE,SUITE,... OPTION...
     remove_job_dir
 }
 
+# Samples from a server, and scores when it is gone: the GPUs are the reward model's then.
+run_pairs() { # --model MODEL --output DIR OPTION...
+    local usage="sbatch slurm/pairs.sbatch --model runs/RUN --output pairs/NAME --prompts SOURCE --reward-model MODEL"
+    local model= rest=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --model) [ -z "$model" ] || die "give one --model a job"; model=${2:-}; shift ;;
+            --model=*) [ -z "$model" ] || die "give one --model a job"; model=${1#--model=} ;;
+            --endpoint* | --served-name*) die "$1 is the job's own; leave it out" ;;
+            *) rest+=("$1") ;;
+        esac
+        shift
+    done
+    [ -n "$model" ] || die "give --model: $usage"
+    setup_job
+    announce 1
+    trap stop_server EXIT
+    start_server "$model"
+    local where=(--model "$model" --endpoint "http://127.0.0.1:$server_port" --served-name "$served_model")
+    local again="failed; see above, and submit the same line again to resume"
+    say "pairs: sampling"
+    in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.pairs "${where[@]}" "${rest[@]}" --until sample || die "sampling $again"
+    stop_server
+    say "pairs: scoring and choosing"
+    in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.pairs "${where[@]}" "${rest[@]}" || die "scoring $again"
+    say "the pairs are done"
+    remove_job_dir
+}
+
 # A command on the job's node, in the container if there is one; beside the server, so with --overlap.
 in_step() {
     container_command
     srun --overlap --nodes=1 --ntasks=1 "${step_options[@]}" "${inside[@]}" "$@"
 }
 
-# Exports the model if need be, starts the server on all GPUs of the job, and waits until it is ready: server_port.
+# Exports the model if need be, starts the server on all GPUs of the job, and waits until it is ready: server_port and
+# served_model.
 start_server() { # MODEL
     local served serve=${NEMO_LMPO_SERVE:-vllm serve --generation-config vllm} seconds=${NEMO_LMPO_SERVE_SECONDS:-1800} log=$job_dir/server.log
     [[ $seconds =~ ^[0-9]+$ ]] || die "NEMO_LMPO_SERVE_SECONDS=$seconds is not a whole number of seconds"
@@ -51,6 +82,7 @@ start_server() { # MODEL
     local port=$((30000 + SLURM_JOB_ID % 20000))
     until port_is_free "$port"; do port=$((port + 1)); done
     server_port=$port
+    served_model=$served
     say "server: starting on port $port for $served (its output: $log)" # not its command, which may hold a key
     # NEMO_LMPO_SERVE is a shell command of the site, variables included.
     srun --overlap --nodes=1 --ntasks=1 bash -c "exec $serve \"\$@\"" serve "$served" --host 127.0.0.1 --port "$port" \

@@ -105,6 +105,9 @@ class ModelConfig:
         None, may_change=True, minimum=1, remedy="unset it to let it follow from the vocabulary"
     )
     """Predicting positions whose logits exist at a time."""
+    reference_from_path: str | None = None
+    """Reference model of a loss that has one, where it is not the starting weights: a model as `restore_from_path`
+    takes it, of the same architecture and tokenizer."""
     reference_in_memory: bool = setting(False, may_change=True)
     """Keep the reference model of a loss that has one in memory, instead of computing its log-probabilities before.
     With adapters it is the policy without them, and costs no memory."""

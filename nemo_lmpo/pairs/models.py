@@ -124,7 +124,8 @@ def open_model(
         device = choose_device(how.device)
         source = InProcessSource(prompting, {}, how.sampling, device, how.dtype or default_dtype(device), NOUN)
     else:
-        served = choose_model(server[0], server[1], "--served-name")
+        # A name that is given is not looked up: where all answers are there, the server may be gone.
+        served = server[1] or choose_model(server[0], None, "--served-name")
         requests = CompletionRequests(served, prompting.stop_ids, how.sampling)
         source = EndpointSource(server[0], {}, requests, positions, NOUN)
     return SampledModel(given, found.hub_name, prompting, ids, weights, source)

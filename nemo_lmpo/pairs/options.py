@@ -81,6 +81,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def words_of(options: argparse.Namespace) -> list[str]:
+    """The options that :func:`add_options` adds as words of a command line, those at their defaults left out."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(options, action.dest)
+        if value == action.default:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *([] if value is True else map(str, values))]
+    return words
+
+
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--samples", type=int, default=5, metavar="N", help="answers of each model (default: 5)")
     group.add_argument(

@@ -1,8 +1,9 @@
 """Log-probabilities under a frozen reference model, for losses that compare with one, as DPO.
 
-The reference is the model that training starts from. Usually its log-probabilities are computed once before
-training, with the policy itself while it still holds the start weights, and kept on disk; then no second model is
-in memory. With `model.reference_in_memory` a second, frozen model computes them for every batch.
+The reference is the model that training starts from, or `model.reference_from_path`. Usually its log-probabilities are
+computed once before training, with the policy itself while it still holds the start weights, and kept on disk; then no
+second model is in memory. A reference of its own is in memory for that pass only. With `model.reference_in_memory` a
+second, frozen model computes them for every batch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
+from nemo_lmpo.errors import CheckpointError, ConfigError
 from nemo_lmpo.formats.fingerprint import weights_fingerprint
 from nemo_lmpo.formats.start_model import StartModel
 from nemo_lmpo.loss.options import SFTConfig
@@ -39,6 +42,7 @@ from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy, build_frozen_chunks
 from nemo_lmpo.training.start import LoadedData, load_start_weights
+from nemo_lmpo.training.start_model import find_start_model
 from nemo_lmpo.training.step import MicroBatchStep
 
 if TYPE_CHECKING:
@@ -111,10 +115,23 @@ class ReferenceLogps:
     def __init__(
         self, policy: Policy, base: StartModel, tokenizer: PreTrainedTokenizerBase, batches: BatchBuilder
     ) -> None:
-        """Take what computing needs; the policy must still hold the start weights."""
+        """Take what computing needs; the policy must still hold the start weights.
+
+        Args:
+            policy: what is trained.
+            base: what it started from.
+            tokenizer: of both.
+            batches: builds rows of pairs.
+
+        Raises:
+            UserError: the reference is another model than the policy.
+        """
         self.config = config = policy.config
         self.base = base
         self.sums = ResponseSums(policy)
+        if config.model.reference_from_path is not None:
+            base = reference_model(config, base)
+            self.sums = ResponseSums(policy, load_reference(policy, base))
         self.batches = batches
         self.root = cache_root(config.data.cache_dir) / "reference"
         with watched("reading the start model", config.trainer.step_timeout):
@@ -223,9 +240,36 @@ def reference_in_memory(policy: Policy, base: StartModel) -> Callable[[StepBatch
                 sums.attach(batch)
 
         return attach
+    return ResponseSums(policy, load_reference(policy, reference_model(config, base))).attach
+
+
+def reference_model(config: Config, base: StartModel) -> StartModel:
+    """The frozen model that a run compares with: what `model.reference_from_path` names, or the start.
+
+    Raises:
+        ConfigError: it is another architecture than the policy's.
+        CheckpointError: there is no model.
+    """
+    named = config.model.reference_from_path
+    if named is None:
+        return base
+    try:
+        found = find_start_model(replace(config.model, restore_from_path=named, architecture=None))
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("restore_from_path", "reference_from_path", 1)) from None
+    if found.architecture != base.architecture:
+        raise ConfigError(
+            f"model.reference_from_path={named} has another architecture than the model that is trained; give the one "
+            "that it was trained from"
+        )
+    return found
+
+
+def load_reference(policy: Policy, reference: StartModel) -> list[torch.nn.Module]:
+    """A second model that lies as the policy's own, frozen, with the reference's weights."""
     chunks = build_frozen_chunks(policy)
-    load_start_weights(chunks, policy.groups, base, config.model.seed)
-    return ResponseSums(policy, chunks).attach
+    load_start_weights(chunks, policy.groups, reference, policy.config.model.seed)
+    return chunks
 
 
 def attach_reference_logps(data: LoadedData, policy: Policy, base: StartModel, batches: BatchBuilder) -> None:

@@ -20,6 +20,7 @@ def test_the_templates_are_there() -> None:
         "convert.sbatch",
         "evaluate.sbatch",
         "generate.sbatch",
+        "pairs.sbatch",
         "sweep.sbatch",
         "train.sbatch",
         "train_multinode.sbatch",

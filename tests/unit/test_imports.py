@@ -25,7 +25,7 @@ ROOMS = (
     ("training",),
     ("trace",),
     ("train", "doctor", "slurm", "generate", "evaluate", "convert", "export", "fetch", "pairs"),
-    ("paper",),
+    ("paper", "rounds"),
     ("cli",),
     ("compare", "__main__"),
 )

@@ -48,6 +48,7 @@ def names(config: Config) -> Iterator[str]:
         "data.cache_dir": config.data.cache_dir,
         "data.chat_template": config.data.chat_template,
         "model.restore_from_path": config.model.restore_from_path,
+        "model.reference_from_path": config.model.reference_from_path,
         "model.tokenizer": config.model.tokenizer,
         "data.train.path": config.data.train.path,
         "data.validation.path": config.data.validation.path,
@@ -259,6 +260,16 @@ def prediction(config: Config) -> Iterator[str]:
 
 def reference(config: Config) -> Iterator[str]:
     """A reference model is kept only where a loss compares with one."""
+    other = config.model.reference_from_path
+    if other is not None and not config.loss.needs_reference:
+        yield (
+            f"model.reference_from_path={shown(other)}, but loss.name={config.loss.name} compares with no reference "
+            "model; leave it out"
+        )
+    if other is not None and config.loss.needs_reference and config.model.peft.name is not None:
+        yield (
+            f"model.reference_from_path={shown(other)} is not for adapters, whose reference is their base; leave it out"
+        )
     if config.model.reference_in_memory and not config.loss.needs_reference:
         yield (
             f"model.reference_in_memory=true, but loss.name={config.loss.name} compares with no reference model; "

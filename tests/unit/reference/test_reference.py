@@ -105,6 +105,22 @@ def test_resume_goes_on_with_the_start_as_reference(trainer, kind, monkeypatch):
     assert resumed[3]["rewards/chosen"] == whole[3]["rewards/chosen"] != 0.0
 
 
+@pytest.mark.parametrize("kind", ["false", "true"])
+def test_another_model_is_the_reference(trainer, kind):
+    """Rewards are beta times the distance from its log-probabilities, which a run from it says at its first step."""
+    one_step = ("trainer.max_steps=1", "loss.beta=0.5", "model.architecture=null", "model.tokenizer=null")
+    trainer.train("trainer.max_steps=2", "optim.lr=1e-2", run="first")
+    first, second = (f"{trainer.tmp_path / name}" for name in ("first", "second"))
+    trainer.train("trainer.max_steps=2", "optim.lr=1e-2", f"model.restore_from_path={first}", run="second")
+    from_first = trainer.train(*one_step, f"model.restore_from_path={first}", run="a")[1]
+    given = (f"model.restore_from_path={second}", f"model.reference_from_path={first}")
+    found = trainer.train(*one_step, *given, f"model.reference_in_memory={kind}", run="b")[1]
+    for side in ("chosen", "rejected"):
+        distance = found[f"logps/{side}_sum"] - from_first[f"logps/{side}_sum"]
+        assert abs(distance) > 0.1
+        assert found[f"rewards/{side}"] == pytest.approx(0.5 * distance, abs=1e-4)
+
+
 def _must_not_run(*arguments):
     raise AssertionError("the cache was not used")
 

@@ -1,0 +1,1 @@
+"""The command that samples, scores, chooses and trains again and again, each round from the newest policy."""
