@@ -74,9 +74,6 @@ test-distributed: $(STAMP)  ## layouts over several processes
 test-system: $(STAMP)  ## commands, in processes of their own
 	$(PYTEST) tests/system
 
-test-te: $(STAMP) te-python  ## Transformer Engine's layers on a stand-in of its kernels
-	$(PYTEST) tests/te_emulation
-
 LLAMA_CPP := .llama-cpp
 $(LLAMA_CPP): | $(STAMP)
 	@# Its source archive holds the chat templates of 70 models; the tests read them there.
@@ -88,11 +85,21 @@ fuzz: $(STAMP) | $(LLAMA_CPP)  ## thousands of damaged inputs, 70 chat templates
 test-slurm: $(STAMP)  ## templates on a local Slurm (Debian, root)
 	$(BIN)/python -m pytest tests/slurm
 
-test-latest:  ## unit and distributed tests on Python 3.12 with the newest engine
+TE_PYTHON_LATEST := .te-python-latest
+$(TE_PYTHON_LATEST): constraints-te-latest.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r constraints-te-latest.txt
+	@touch $@
+
+test-te: $(TE_STAMP) $(TE_PYTHON_LATEST)  ## layers of the oldest and the newest Transformer Engine that are tried
+	for python in $(TE_PYTHON) $(TE_PYTHON_LATEST); do \
+		NEMO_LMPO_TE_PYTHON=$$PWD/$$python $(PYTEST) tests/te_emulation || exit 1; done
+
+test-latest: $(TE_PYTHON_LATEST)  ## unit, distributed and Transformer Engine's tests, all of the newest, on Python 3.12
 	$(LATEST_PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --upgrade pip
 	.venv-latest/bin/python -m pip install --quiet -c constraints-latest.txt -e '.[test]'
-	.venv-latest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit tests/distributed
+	NEMO_LMPO_TE_PYTHON=$$PWD/$(TE_PYTHON_LATEST) .venv-latest/bin/python -m pytest -n $(TEST_WORKERS) \
+		--dist loadfile tests/unit tests/distributed tests/te_emulation
 
 lint: $(STAMP)  ## style, types, shell scripts
 	$(BIN)/ruff check .
@@ -136,4 +143,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval $(DOCS_VENV) $(OLDER) $(TE_PYTHON) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-latest .venv-eval $(DOCS_VENV) $(OLDER) $(TE_PYTHON) $(TE_PYTHON_LATEST) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
