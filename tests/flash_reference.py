@@ -75,7 +75,7 @@ class Spans:
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     def _of_groups(self, gradient: Tensor) -> Tensor:
-        return gradient.unflatten(1, (-1, self.repeat)).sum(dim=2)
+        return gradient.unflatten(1, (-1, self.repeat)).sum(dim=2)  # type: ignore[no-any-return]
 
 
 def _bounds(causal: bool, left: int | None, right: int | None) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class KernelCount(TorchDispatchMode):
     """The kernels launched inside a ``with`` block."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_name: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,4 +58,4 @@ def of_attention(module: torch.nn.Module, plan: Any, tokens: int, heads: int, gr
         with KernelCount() as count:
             attended = module(*states, attention_bias=plan)
             attended.backward(torch.empty_like(attended))
-    return count.by_name
+    return count.by_name  # type: ignore[no-any-return]

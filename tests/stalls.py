@@ -30,7 +30,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 class _Operations(TorchDispatchMode):
     def __init__(self, found: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

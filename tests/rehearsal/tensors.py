@@ -113,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         self.driver.counter = None
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -34,10 +34,10 @@ def install(folder: Path) -> None:
         warnings.simplefilter("ignore")
         # Its own search for the compiled module, which fails, is left out of the second import.
         common = importlib.import_module("transformer_engine.common")
-        common.load_framework_extension = lambda framework: None
+        common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
         importlib.import_module("transformer_engine.pytorch")
     # It imports all names at once, which the stand-in makes when they are asked for.
-    importlib.import_module("transformer_engine.pytorch.cpp_extensions").__getattr__ = extension.__getattr__
+    importlib.import_module("transformer_engine.pytorch.cpp_extensions").__getattr__ = extension.__getattr__  # type: ignore[method-assign]
     _say_that_there_is_cuda()
 
 
@@ -138,7 +138,7 @@ def _say_that_there_is_cuda() -> None:
 def _is_cuda(tensor: torch.Tensor) -> bool:
     """Yes to Transformer Engine; the truth to everybody else."""
     asking = sys._getframe(1).f_globals["__name__"]
-    return asking.startswith("transformer_engine.") or torch._C.TensorBase.is_cuda.__get__(tensor)
+    return asking.startswith("transformer_engine.") or torch._C.TensorBase.is_cuda.__get__(tensor)  # type: ignore[no-any-return, attr-defined]
 
 
 class _DummyGradients(dict[tuple[int, int, torch.dtype], torch.Tensor]):

@@ -27,7 +27,7 @@ _DTYPES = {
     "kFloat8E4M3": torch.float8_e4m3fn,
     "kFloat8E5M2": torch.float8_e5m2,
 }
-DType: Any = enum.IntEnum("DType", {name: number for number, name in enumerate([*_DTYPES, "kFloat4E2M1"])})
+DType: Any = enum.IntEnum("DType", {name: number for number, name in enumerate([*_DTYPES, "kFloat4E2M1"])})  # type: ignore[misc]
 
 
 def _count(operation: str) -> None:

@@ -83,7 +83,7 @@ class Host:
             raise WorkerError("the process with Transformer Engine ended; its error is above") from None
         if not finished:
             raise WorkerError(result)
-        return result
+        return result  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         """End the process, which has nothing to lose."""

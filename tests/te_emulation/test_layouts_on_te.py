@@ -118,7 +118,7 @@ def test_kernels_may_change_at_a_resume(host: Host, reference: Reference, tmp_pa
     """Transformer Engine's layers have other names and more state; its optimizer goes on from torch's, and back."""
     parts = ((2, runs.train_te, TP2_SEQUENCE), (1, runs.train_local, ()), (2, runs.train_te, PP2))
     for steps, (world_size, train_part, layout) in enumerate(parts, start=1):
-        host.run(world_size, train_part, str(tmp_path), (*STEADY, *layout, f"trainer.max_steps={steps}"))
+        host.run(world_size, train_part, str(tmp_path), (*STEADY, *layout, f"trainer.max_steps={steps}"))  # type: ignore[arg-type]
     assert len(parts) == STEPS
     assert_same_weights(weights_of(tmp_path, STEPS), weights_of(reference(STEADY), STEPS), RELATIVE)
 
