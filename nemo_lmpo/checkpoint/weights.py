@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from nemo_lmpo.model.lora import adapters_of
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.shards import gathered_dtype, is_shared, own_part
 
-EXTRA_STATE = "_extra_state"
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
+"""A module's, or with a number that of an expert in a grouped one."""
 
 
 def describe_weights(chunks: Sequence[PackedGPTModel]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def _described(chunk: PackedGPTModel) -> dict[str, Any]:
         if adapters is not None:
             return adapters.sharded_state_dict(prefix=PREFIX)
         entries = chunk.sharded_state_dict(prefix="model.")
-        return {name: entry for name, entry in entries.items() if not name.endswith(EXTRA_STATE)}
+        return {name: entry for name, entry in entries.items() if not _EXTRA_STATE.search(name)}
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def load_weights(chunks: Sequence[PackedGPTModel], state: dict[str, Any]) -> Non
             adapters.load(tensors)
         else:
             result = chunk.load_state_dict(tensors, strict=False)
-            missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+            missing = [name for name in result.missing_keys if not _EXTRA_STATE.search(name)]
             _refuse_other_names(missing, result.unexpected_keys)
 
 

@@ -71,6 +71,32 @@ def generic_gemm(
     return out, bias_gradient, None, None
 
 
+def te_general_grouped_gemm(
+    A: list[Tensor], transa: bool, B: list[Tensor], transb: bool, out: list[Tensor], out_dtype: Any, rows: list[int],
+    bias: object, bias_dtype: object, single_output: bool, gelu_in: object, grad: bool, workspaces: object, size: int,
+    accumulate: bool, split_accumulator: bool, processors: int,
+) -> object:  # fmt: skip
+    """A product for each expert, into tensors of their own, or into rows of one."""
+    _count("grouped_gemm")
+    outputs = list(out[0].split(rows)) if single_output else out
+    for left, right, result in zip(A, B, outputs, strict=True):
+        if right.numel() or result.numel():
+            generic_gemm(
+                *(left, transa, right, transb, result, None, out_dtype, None, None, False, None, grad, None, 0),
+                *(accumulate, split_accumulator),
+                **dict.fromkeys(("comm_overlap", "comm_type", "extra_output")),
+                bulk_overlap=False,
+                alpha=1.0,
+                beta=None,
+            )
+    return bias
+
+
+def get_num_cublas_streams() -> int:
+    """Streams over which the products of experts are dealt."""
+    return 1
+
+
 def rmsnorm_fwd(
     hidden: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: object, dtype: Any, margin: int,
     zero_centered: bool,

@@ -31,6 +31,11 @@ FSDP = "model.fsdp=true"
 BF16 = ("trainer.precision=bf16",)
 TE_ATTENTION = (*BF16, "model.attention_backend=te")
 WINDOW = ("model.architecture.model_type=mistral", "+model.architecture.sliding_window=16")
+MIXTURE = (
+    *("model.architecture.model_type=qwen3_moe", "+model.architecture.num_experts=4"),
+    *("+model.architecture.num_experts_per_tok=2", "+model.architecture.moe_intermediate_size=48"),
+    *("+model.architecture.norm_topk_prob=true", "+model.architecture.head_dim=8"),
+)
 STEADY = ("optim.sched.name=constant",)  # the rate must not follow the run's length, which differs
 Reference = Callable[[tuple[str, ...]], Path]
 
@@ -44,6 +49,8 @@ FLOAT32: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp2": (2, CP2),
     # Biases, whose gradients come with those of the weights; norms over heads, of which each rank has some.
     "qwen2_tp2_sequence": (2, (*QWEN2, *TP2_SEQUENCE)),
+    # Grouped products, on ranks that hold different experts.
+    "mixture_dp2_ep2": (2, (*MIXTURE, "model.expert_model_parallel_size=2")),
     "qwen3_tp2": (2, (*QWEN3, "model.tensor_model_parallel_size=2")),
 }
 BFLOAT16: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -124,3 +124,15 @@ def test_other_mixtures(name: str, value: object) -> None:
     config = {**tiny.config("qwen3_moe").to_dict(), name: value}
     with pytest.raises(CheckpointError, match=name):
         architecture_from_hf(config)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_engine_that_answers_has_all_weights(family: str, tmp_path: Path) -> None:
+    """It makes transformers' model of tensors in memory, which may keep experts in another form than files do."""
+    from nemo_lmpo.answers.engine import transformers_model
+
+    directory = tiny.save(family, tmp_path / "hf")
+    expected = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    found = transformers_model(open_model(directory), torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
