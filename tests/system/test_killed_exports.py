@@ -15,7 +15,7 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.export.write import export_run
 from nemo_lmpo.formats import outputs
 from nemo_lmpo.formats.conversion import plan, renew_side_files, write_huggingface, write_nemo
-from nemo_lmpo.formats.export_record import write_record
+from nemo_lmpo.formats.export_record import RECORD, write_record
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.outputs import check_output
 from tests.unit.checkpoint.runs import content
@@ -201,7 +201,8 @@ def test_a_killed_export_of_a_run_is_completed_by_the_same_command(tmp_path: Pat
     assert kill_an_export(tmp_path / "run", stride=31) > 40
 
 
-def test_a_kill_while_side_files_are_renewed(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_kill_while_side_files_are_renewed(recorded: bool, models: dict[str, Path], tmp_path: Path) -> None:
     """What is there is as before, as today, or refused; the same command gives that of today."""
     output = tmp_path / "place" / "out"
     output.parent.mkdir()
@@ -211,16 +212,18 @@ def test_a_kill_while_side_files_are_renewed(models: dict[str, Path], tmp_path: 
     earlier = {
         "generation_config.json": b'{"eos_token_id": 1}',
         "chat_template.jinja": b"of an earlier version",
-        "added_tokens.json": b"{}",  # which is not written today
+        **({"added_tokens.json": b"{}"} if recorded else {}),  # which is not written today
     }
     for name, said in earlier.items():
         (output / name).write_bytes(said)
     changed = json.loads((output / "config.json").read_bytes())
     (output / "config.json").write_text(json.dumps(changed))
     write_record(output)
+    if not recorded:  # as versions before the record left it
+        (output / RECORD).unlink()
     before = content(output)
     assert isinstance(today, dict)
-    assert set(before) - set(today) == {"added_tokens.json"}
+    assert set(before) ^ set(today) == {"added_tokens.json" if recorded else RECORD}
     point, refused, killed = 0, 0, True
     while killed:
         point += 1
