@@ -67,7 +67,7 @@ def test_error_with_workers_is_the_same(data_config, tmp_path):
     rows[500] = {"prompt": "q"}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"pairs.jsonl line 501: the field 'chosen' is missing .*on_bad_row=skip"):
+    with pytest.raises(DataError, match=r"pairs.jsonl line 501: the row is of no known layout .*on_bad_row=skip"):
         load(data_config(str(path), num_workers=2))
 
 

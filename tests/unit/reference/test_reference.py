@@ -66,7 +66,7 @@ def test_first_step_starts_at_the_reference(trainer):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
     of_step = PairSampler(24, 8, seed=42).pairs_of_step(0)
-    sums = [trainer.pairs[index].reference_chosen_logp for index in of_step]
+    sums = [trainer.pairs[index].responses[0].reference_logp for index in of_step]
     assert first["logps/chosen_sum"] == pytest.approx(np.mean(sums), rel=1e-6)
     assert len(trainer.entries()) == 2  # training and validation
 
