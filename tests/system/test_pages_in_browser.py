@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_lmpo.evaluate.local_server import JsonHandler, serve
-from tests.unit.test_text_from_outside import PLANTED, comparison_pages, report_pages, tables_pages
+from tests.unit.test_text_from_outside import MAKERS, PLANTED
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -78,7 +78,7 @@ def test_nothing_leaves_a_page(tmp_path: Path, asked: tuple[str, list[str]]) -> 
     planted = " ".join(PLANTED.values()).replace("evil.example", host)
     planted = re.sub("[\ud800-\udfff]", "", planted)
     pages = []
-    for make in (report_pages, comparison_pages, tables_pages):
+    for make in MAKERS:
         (tmp_path / make.__name__).mkdir()
         pages += [page for page in make(tmp_path / make.__name__, planted) if page.suffix == ".html"]
     # Had the escaping a hole, the page's policy would hold; without it, this is what would leave.
@@ -117,7 +117,7 @@ def look(page: Path, *, width: int, dark: bool) -> dict:
 LONG = "a setting with words, and_one_without_any_place_to_break_it=" + "x" * 60
 
 
-@pytest.mark.parametrize("make", [report_pages, comparison_pages, tables_pages])
+@pytest.mark.parametrize("make", MAKERS)
 def test_pages_can_be_read_on_screens_and_phones(make, tmp_path: Path) -> None:
     page = make(tmp_path, LONG)[0]
     for width, dark in ((1280, True), (390, False)):

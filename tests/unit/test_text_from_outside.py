@@ -21,7 +21,14 @@ from markdown_it import MarkdownIt
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, read_result, write_result
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL
 from nemo_lmpo.export.card import build_card
+from nemo_lmpo.pairs.candidate import Answered, AskedPrompt, Candidate
+from nemo_lmpo.pairs.card import write_card
+from nemo_lmpo.pairs.choose import choose_pairs
+from nemo_lmpo.pairs.page import write_page as write_pairs_page
+from nemo_lmpo.pairs.rules import parse_rule
+from nemo_lmpo.pairs.statistics import statistics_of
 from nemo_lmpo.paper.comparison.figures import measure_picture
+from nemo_lmpo.paper.comparison.own_runs import write_own_page
 from nemo_lmpo.paper.comparison.page import Comparison, write_page
 from nemo_lmpo.paper.comparison.scales import TINY
 from nemo_lmpo.paper.comparison.suites import FIGURE2, LMPO, SIMPO, Variant
@@ -137,6 +144,44 @@ def tables_pages(folder: Path, text: str) -> list[Path]:
     return [page, page.with_suffix(".md")]
 
 
+def own_runs_pages(folder: Path, text: str) -> list[Path]:
+    config = re.sub(
+        r"\\u[dD][89a-fA-F]..", "x", yaml.safe_dump({"name": text, "loss": {"name": text}, "model": {"a": text}})
+    )
+    places = [folder / "one", folder / "two"]
+    for place, seed in zip(places, (1, 2), strict=True):
+        place.mkdir()
+        run = write_run(place, config=f"{config}\nseed: {seed}", validate=(10, 20))
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 20, f"val/{text}": 0.5}) + "\n")
+    page = write_own_page([next(iter(place.rglob("metrics.jsonl"))).parent for place in places], folder / "page", text)
+    return [page, page.with_suffix(".md")]
+
+
+def pairs_pages(folder: Path, text: str) -> list[Path]:
+    asked = AskedPrompt(text, [{"role": "user", "content": text}])
+    answers = [Candidate(str(place), 0, place, text + "y" * place, place + 1, True, float(place)) for place in range(3)]
+    chosen = choose_pairs([Answered(asked, answers)] * 3, parse_rule("best-worst", None, 1), length_control=True)
+    left_out = {text: 1}
+    summary = {
+        "models": [{"name": text, "weights_sha256": text, "template_sha256": text, "tokenizer_sha256": text}],
+        "prompts": {"source": text, "split": text, "sha256": text},
+        "sampling": {text: text},
+        "seeds": [1, 2, 3],
+        "scores": {text: text},
+        "rule": {"text": text, "max_length_ratio": None, "length_control": True, "seed": None},
+        "counts": {
+            **{"prompts": 3, "answers": 9, "pairs": 3, "rows_left_out": left_out, "prompts_not_asked": left_out},
+            **{"prompts_left_out": left_out, "answers_left_out": left_out},
+        },
+        "statistics": statistics_of(chosen),
+        "packages": {text: text},
+    }
+    pictures = write_pairs_page(folder, text, summary, chosen)
+    write_card(folder, text, "jsonl", summary, pictures)
+    return [folder / "report.html", folder / "README.md"]
+
+
 class Elements(HTMLParser):
     """Tags with attributes, in order, pictures by the kind of their address; and the texts."""
 
@@ -148,7 +193,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         kept = [(name, "data:" if str(value).startswith("data:image/png;base64,") else value) for name, value in attrs]
-        self.found.append((tag, [(name, "" if name == "alt" else value) for name, value in kept]))
+        self.found.append((tag, [(name, "" if name in ("alt", "data-label") else value) for name, value in kept]))
 
     def handle_endtag(self, tag: str) -> None:
         self.found.append(f"/{tag}")
@@ -172,7 +217,13 @@ def of_page(path: Path) -> Elements:
     return Elements(text)
 
 
-CARD_FIELDS = {"library_name", "pipeline_tag", "tags", "model_name", "model-index", "datasets", "base_model"}
+CARD_FIELDS = {
+    *("library_name", "pipeline_tag", "tags", "model_name", "model-index", "datasets", "base_model"),
+    *("task_categories", "source_datasets", "configs", "pretty_name"),  # of the card of pairs
+}
+
+
+MAKERS = [report_pages, comparison_pages, tables_pages, own_runs_pages, pairs_pages]
 
 
 @pytest.fixture
@@ -186,7 +237,7 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_drawing")
-@pytest.mark.parametrize("make", [report_pages, comparison_pages, tables_pages])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_text_makes_nothing(make: Pages, name: str, tmp_path: Path) -> None:
     planted = PLANTED[name]
