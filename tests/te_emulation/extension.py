@@ -84,7 +84,9 @@ def te_general_grouped_gemm(
             generic_gemm(
                 *(left, transa, right, transb, result, None, out_dtype, None, None, False, None, grad, None, 0),
                 *(accumulate, split_accumulator),
-                **dict.fromkeys(("comm_overlap", "comm_type", "extra_output")),
+                comm_overlap=None,
+                comm_type=None,
+                extra_output=None,
                 bulk_overlap=False,
                 alpha=1.0,
                 beta=None,

@@ -194,7 +194,7 @@ def train_offloaded(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]
         asking = sys._getframe(1).f_globals["__name__"]
         if asking == hybrid_optimizer.__name__:
             return not isinstance(tensor, OnHost)
-        return asking.startswith("transformer_engine.")
+        return bool(asking.startswith("transformer_engine."))
 
     with as_on_a_gpu() as patch:
         patch.setattr(optimizer, "OptimizerConfig", partial(optimizer.OptimizerConfig, pin_cpu_grads=False))

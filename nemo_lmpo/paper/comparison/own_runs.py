@@ -131,9 +131,8 @@ def _about(groups: Sequence[Group]) -> list[Text]:
 
 def _tables(groups: Sequence[Group]) -> list[Block]:
     values = measured(groups)
-    names = sorted(
-        {name for numbers in values.values() for name in numbers}, key=lambda name: (name in _WHOLE_RUN, name)
-    )
+    found = dict.fromkeys(name for numbers in values.values() for name in numbers)  # in the order of the log
+    names = sorted(found, key=lambda name: name in _WHOLE_RUN)
     variants = [group.variant for group in groups]
     numbers = [
         [name, *(_text(estimate(list(of_variant(values, one, name).values()))) for one in variants)] for name in names
@@ -170,7 +169,7 @@ def _settings(groups: Sequence[Group]) -> list[list[str]]:
     """Settings that not all groups have alike."""
     tables = [dict(leaf for key, value in group.config.items() for leaf in leaves(key, value)) for group in groups]
     rows = []
-    for key in sorted({key for table in tables for key in table}):
+    for key in dict.fromkeys(key for table in tables for key in table):
         if key.partition(".")[0] in NO_IDENTITY or key == "model.seed":
             continue
         cells = [str(table.get(key, "-")) for table in tables]
