@@ -66,7 +66,7 @@ def parse_preference(row: Any, schema: str = "auto") -> PreferenceRow:
     if isinstance(found, PreferenceRow):
         return found
     if isinstance(found, UnpairedRow):
-        detail = "the row is one answer with a label, not a pair; loss=kto trains on labels"
+        detail = "the row is one answer with a label, not a pair, and no loss here trains on labels yet; give pairs"
     else:
         detail = "the row is a conversation without a preferred and a rejected answer; loss=sft trains on such rows"
     raise RowError("other kind of row", detail)
@@ -97,8 +97,8 @@ def parse_conversation(row: Any, schema: str = "auto") -> ConversationRow:
     if isinstance(found, UnpairedRow):
         raise RowError(
             "other kind of row",
-            "the row is an answer with a label, which loss=kto trains on; for loss=sft keep the good answers and hide "
-            "the label with columns={label: null}",
+            "the row is an answer with a label; for loss=sft keep the good answers and hide the label with "
+            "columns={label: null}",
         )
     return conversation_of(found) if isinstance(found, PreferenceRow) else found
 
