@@ -146,6 +146,17 @@ def test_a_card_has_what_the_starts_own_card_says(tmp_path: Path) -> None:
     assert origin_of(trained_from(None, "owner/pairs")) == Origin(datasets=("owner/pairs",))
 
 
+def test_the_written_card_has_it(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(HEAD)
+    written = build_card(replace(read_run(run), config=trained_from(tmp_path, "owner/pairs")), "name", "name", [], [])
+    metadata = yaml.safe_load(written.split("---\n")[1])
+    said = yaml.safe_load(HEAD.split("---\n")[1])
+    for name in ("license", "license_name", "license_link", "language"):
+        assert metadata[name] == said[name], name
+    assert metadata["base_model"] == "meta-llama/Llama-3.1-8B"
+    assert metadata["datasets"] == ["owner/pairs", *said["datasets"]]
+
+
 @pytest.mark.parametrize("head", ["", "---\n[1\n---\n", "---\n- a\n---\n", "---\nlicense: [1, {a: b}]\n---\n", "\0"])
 def test_a_card_that_says_nothing_gives_nothing(head: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(head)
