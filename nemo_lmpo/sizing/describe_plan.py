@@ -114,7 +114,7 @@ def decided_by(candidate: Candidate, machine: Machine) -> str:
 
 
 def layout_name(candidate: Candidate) -> str:
-    """For example `TP 2 x PP 4 (VPP 2) x DP 8, recomputed`, `TP 1 x DP 8, FSDP`."""
+    """For example `TP 2 x PP 4 (VPP 2) x DP 8, recomputed`, `TP 1 x DP 8, FSDP, MLP recomputed`."""
     model = candidate.layout.config.model
     virtual = (
         f" (VPP {model.virtual_pipeline_model_parallel_size})" if model.virtual_pipeline_model_parallel_size else ""
@@ -123,5 +123,6 @@ def layout_name(candidate: Candidate) -> str:
     sizes += [("CP", model.context_parallel_size, ""), ("DP", candidate.layout.data_parallel_size, "")]
     sizes += [("EP", model.expert_model_parallel_size, "")]
     named = [f"{name} {size}{more}" for name, size, more in sizes if size > 1 or name == "TP"]
-    recomputed = ", recomputed" if model.activations_checkpoint_granularity == "full" else ""
-    return " x ".join(named) + (", FSDP" if model.fsdp else "") + recomputed
+    recomputed = {"full": ", recomputed", "selective": ", MLP recomputed"}
+    of_layers = recomputed.get(model.activations_checkpoint_granularity or "", "")
+    return " x ".join(named) + (", FSDP" if model.fsdp else "") + of_layers

@@ -38,7 +38,7 @@ class Candidate:
 
     def time_on(self, machine: Machine) -> StepTime:
         """Time of a step on another machine with as many GPUs."""
-        return _time(self.layout, machine)
+        return layout_time(self.layout, machine)
 
     @property
     def pairs_per_second(self) -> float:
@@ -72,16 +72,17 @@ def rank_layouts(config: Config, architecture: Architecture, machine: Machine) -
     """All layouts that fit, fastest first.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none does, or the card cannot do what the settings ask for.
     """
+    check_card(config, machine)
     found: dict[tuple[object, ...], Candidate] = {}
     refused: list[str] = []
     for layout in _layouts(config, architecture, machine, refused):
         memory = estimate_memory(layout).total
-        if memory * FRAGMENTATION + CONTEXT > machine.card.memory:
+        if not fits(memory, machine):
             continue
         rows, _ = step_rows(layout.config, layout.data_parallel_size)
-        usual, slow, fast = (_time(layout, each) for each in (machine, slow_end(machine), fast_end(machine)))
+        usual, slow, fast = (layout_time(layout, each) for each in (machine, slow_end(machine), fast_end(machine)))
         candidate = Candidate(layout, memory, usual, slow.total, fast.total)
         # Of row budgets that differ in nothing the smallest stands.
         found.setdefault((split_of(layout), rows), candidate)
@@ -94,7 +95,26 @@ def rank_layouts(config: Config, architecture: Architecture, machine: Machine) -
     return sorted(found.values(), key=lambda candidate: candidate.time.total)
 
 
-def _time(layout: ParallelLayout, machine: Machine) -> StepTime:
+def check_card(config: Config, machine: Machine) -> None:
+    """Refuse what no layout could make up for.
+
+    Raises:
+        ConfigError: FP8 on a card that has none.
+    """
+    if config.model.fp8 is not None and not machine.card.peak_fp8:
+        raise ConfigError(
+            f"model.fp8={config.model.fp8} needs a GPU with FP8 (H100 or newer), and {machine.card.name} has none; "
+            f"unset it, or plan for another card, as GPUS={machine.gpus}xH100"
+        )
+
+
+def fits(memory: float, machine: Machine) -> bool:
+    """Whether so many bytes of tensors leave room for the allocator and the libraries."""
+    return memory * FRAGMENTATION + CONTEXT <= machine.card.memory
+
+
+def layout_time(layout: ParallelLayout, machine: Machine) -> StepTime:
+    """Time of a step of typical pairs."""
     rows, row = step_rows(layout.config, layout.data_parallel_size)
     return step_time(shape_of(layout.architecture), split_of(layout), row, rows, machine)
 
@@ -103,11 +123,12 @@ def _layouts(
     config: Config, architecture: Architecture, machine: Machine, refused: list[str]
 ) -> Iterator[ParallelLayout]:
     powers = [2**power for power in range(8)]
-    granularities: tuple[Literal["full"] | None, ...] = (None, "full")
     tensors = [size for size in powers if size <= machine.card.node]
     stages = [size for size in range(1, 65) if machine.gpus % size == 0]
     pair = 2 * config.data.max_length  # two full-length sequences
-    for tensor, stage, context, recompute, times in product(tensors, stages, (1, 2, 4), granularities, (1, 2, 4)):
+    for tensor, stage, context, recompute, times in product(
+        tensors, stages, (1, 2, 4), granularities(config, architecture), (1, 2, 4)
+    ):
         if machine.gpus % (tensor * stage * context):
             continue
         choices = product(_virtual_stages(architecture, stage), _expert_splits(architecture, machine, stage))
@@ -130,13 +151,27 @@ def _layouts(
                 fsdp=fsdp,
             )
             shared = replicas > 1 and not fsdp
-            optim = replace(config.optim, use_distributed_optimizer=shared, overlap_grad_reduce=shared)
+            optim = replace(
+                config.optim,
+                use_distributed_optimizer=shared or (config.optim.cpu_offload and not fsdp),
+                overlap_grad_reduce=shared,
+            )
             data = replace(config.data, row_tokens=pair * times)
             changed = replace(config, model=model, optim=optim, data=data)
             try:
                 yield validate(changed, architecture, machine.gpus)
             except ConfigError as error:
                 refused.append(first_line(error))
+
+
+def granularities(config: Config, architecture: Architecture) -> list[Literal["selective", "full"] | None]:
+    """What a layer may compute again in backward: nothing, its MLP (not tried with a mixture), or all.
+
+    Named modules are valid with `selective` alone.
+    """
+    if config.model.recompute_modules != type(config.model)().recompute_modules:
+        return ["selective"]
+    return [None, "full"] if architecture.experts is not None else [None, "selective", "full"]
 
 
 def _expert_splits(architecture: Architecture, machine: Machine, stages: int) -> list[tuple[int, bool]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.sizing.flops import causal_pairs
 from nemo_lmpo.sizing.rank_work import RowSize
@@ -32,7 +34,11 @@ def step_rows(config: Config, data_parallel: int) -> tuple[int, RowSize]:
     if config.model.virtual_pipeline_model_parallel_size is not None:
         stages = config.model.pipeline_model_parallel_size
         rows = -(-rows // stages) * stages
-    return rows, row_of(pairs / rows, share_prompt=config.data.share_prompt)
+    row = row_of(pairs / rows, share_prompt=config.data.share_prompt)
+    if config.model.tp_comm_overlap:
+        # Transformer Engine's buffers have one shape, to which every row is padded.
+        row = replace(row, tokens=config.data.row_budget)
+    return rows, row
 
 
 def row_of(pairs: float, *, share_prompt: bool) -> RowSize:

@@ -88,7 +88,10 @@ def test_the_plans_of_the_performance_page() -> None:
     plans = runpy.run_path(str(BENCHMARK))
     page = (DOCS / "performance.md").read_text()
     made = {"layouts of 8 B": plans["layouts_of_8b"](), "forward passes": plans["forward_passes"]()}
+    made["networks 8b"] = plans["networks"](plans["SETUPS"]["8b"])
     made["flags 8b"] = plans["flags"](plans["SETUPS"]["8b"])
+    settings = (DOCS / "flags.md").read_text()
+    assert plans["place"](settings, "one GPU", plans["one_gpu"]()) == settings
     for name, content in made.items():
         assert plans["place"](page, name, content) == page, f"run python {BENCHMARK.name} --write"
     other = made["forward passes"].replace("=paper` | 0", "=paper` | 9")

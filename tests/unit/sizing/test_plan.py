@@ -20,7 +20,7 @@ from nemo_lmpo.sizing.describe_plan import describe_plan
 from nemo_lmpo.sizing.flops import Shape
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import RowSize, Split, attention_flops, further_passes, head_work, layer_work, split_of
-from nemo_lmpo.sizing.search import CONTEXT, FRAGMENTATION, rank_layouts
+from nemo_lmpo.sizing.search import CONTEXT, FRAGMENTATION, Candidate, granularities, rank_layouts
 from nemo_lmpo.sizing.step_time import (
     MicroBatchTime,
     communication_seconds,
@@ -310,3 +310,91 @@ def test_a_model_that_fits_nowhere_is_refused() -> None:
     assert config.model.architecture is not None
     with pytest.raises(ConfigError, match="no layout of lmpo_llama3_8b fits 1 x A100"):
         rank_layouts(config, architecture_from_hf(config.model.architecture), read_gpus("1"))
+
+
+def plan_of_8b(gpus: str, *overrides: str) -> list[Candidate]:
+    config = load_recipe("lmpo_llama3_8b", overrides)
+    assert config.model.architecture is not None
+    return rank_layouts(config, architecture_from_hf(config.model.architecture), read_gpus(gpus))
+
+
+WEIGHTS = 8_030_261_248
+"""Of Llama 3 8B, by its publisher."""
+
+
+def first_of_tp2(*overrides: str) -> Candidate:
+    """TP 2 x DP 2 with rows of 8,192 tokens, on 4 x A100."""
+    wanted = {"model.tensor_model_parallel_size=2", "data.row_tokens=8192", "optim.use_distributed_optimizer=true"}
+    found = plan_of_8b("4", *overrides)
+    return next(
+        each
+        for each in found
+        if wanted <= set(each.overrides())
+        and each.layout.data_parallel_size == 2
+        and each.layout.config.model.activations_checkpoint_granularity is None
+    )
+
+
+def test_what_the_optimizer_on_the_host_takes_and_frees() -> None:
+    """By hand: 12 bytes a weight of a quarter; 28 bytes at 200 GB/s of four GPUs against 60 at 80 % of 2,039."""
+    plain, offloaded = first_of_tp2(), first_of_tp2("optim.cpu_offload=true")
+    assert plain.memory - offloaded.memory == pytest.approx(12 * WEIGHTS / 4, rel=1e-3)
+    host, gpu = 28 * 4 * WEIGHTS / 4 / 200e9, 60 * WEIGHTS / 4 / (0.8 * 2.039e12)
+    assert offloaded.time.total - plain.time.total == pytest.approx(host - gpu, rel=1e-3)
+
+
+def test_what_gathering_behind_forward_frees() -> None:
+    """By hand: half of the rank's BF16 weights from the other replica, at 75 % of NVLink's 300 GB/s."""
+    plain, overlapped = first_of_tp2(), first_of_tp2("optim.overlap_param_gather=true")
+    assert plain.memory == overlapped.memory
+    seconds = 2 * (WEIGHTS / 2) / 2 / (0.75 * 300e9)
+    assert plain.time.total - overlapped.time.total == pytest.approx(seconds, rel=1e-3)
+
+
+def test_overlap_inside_of_products_pads_rows() -> None:
+    """Transformer Engine's buffers have one shape: 64 pairs in 6 rows leave an eighth of 8,192 tokens empty."""
+    plain, padded = (
+        step_rows(load_recipe("lmpo_llama3_8b", ["data.row_tokens=8192", *more]), 2)
+        for more in ([], ["model.tp_comm_overlap=true"])
+    )
+    assert plain[0] == padded[0] == 6
+    assert (plain[1].tokens, padded[1].tokens) == (round(64 * 671 / 6), 8192)
+    assert plain[1].predicted == padded[1].predicted
+
+
+def test_8b_on_one_gpu_with_the_optimizer_on_the_host() -> None:
+    """By hand: 6 bytes a weight, and rows of 4,096 tokens whose activations are kept. Its overrides are a valid run."""
+    first = plan_of_8b("1", "optim.cpu_offload=true")[0]
+    config = first.layout.config
+    assert (config.data.row_tokens, config.model.activations_checkpoint_granularity) == (4096, None)
+    inside = 4 * 4096 + (4096 + 2 * 1024 + 2 * 4096) + 3 * 14336
+    logits = 128256 * (1024 * (4 + 2) + 4096 * 2)
+    assert first.memory == pytest.approx(6 * WEIGHTS + 32 * inside * 4096 * 2 + logits, rel=1e-3)
+    again = load_recipe("lmpo_llama3_8b", ["optim.cpu_offload=true", *first.overrides()])
+    assert estimate_memory(validate(again, first.layout.architecture, 1)).total == first.memory
+
+
+def test_fp8_is_refused_on_a_card_without_it() -> None:
+    told = (
+        "^model.fp8=hybrid needs a GPU with FP8 .H100 or newer., and A100 80 GB SXM has none; unset it, or plan for "
+        "another card, as GPUS=4xH100$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        plan_of_8b("4", "model.fp8=hybrid")
+    assert plan_of_8b("4xH100", "model.fp8=hybrid")[0].time.total < plan_of_8b("4xH100")[0].time.total
+
+
+def test_what_the_plan_recomputes() -> None:
+    """All there is for a dense model; no MLP of a mixture, by the rules; and modules that are named."""
+    for recipe, overrides, kinds in (
+        ("lmpo_llama3_8b", (), {None, "selective", "full"}),
+        ("lmpo_mixtral_8x7b", (), {None, "full"}),
+        ("lmpo_llama3_8b", NAMED, {"selective"}),
+    ):
+        config = load_recipe(recipe, overrides)
+        assert config.model.architecture is not None
+        assert set(granularities(config, architecture_from_hf(config.model.architecture))) == kinds
+    assert plan_of_8b("4", *NAMED), "valid in itself"
+
+
+NAMED = ("model.activations_checkpoint_granularity=selective", "model.recompute_modules=[core_attn]")
