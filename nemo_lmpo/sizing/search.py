@@ -104,7 +104,7 @@ def check_card(config: Config, machine: Machine) -> None:
     if config.model.fp8 is not None and not machine.card.peak_fp8:
         raise ConfigError(
             f"model.fp8={config.model.fp8} needs a GPU with FP8 (H100 or newer), and {machine.card.name} has none; "
-            f"unset it, or plan for another card, as GPUS={machine.gpus}xH100"
+            f"unset it, or plan for another card, as GPUS={machine.nodes}x{machine.card.node}xH100"
         )
 
 

@@ -377,7 +377,7 @@ def test_8b_on_one_gpu_with_the_optimizer_on_the_host() -> None:
 def test_fp8_is_refused_on_a_card_without_it() -> None:
     told = (
         "^model.fp8=hybrid needs a GPU with FP8 .H100 or newer., and A100 80 GB SXM has none; unset it, or plan for "
-        "another card, as GPUS=4xH100$"
+        "another card, as GPUS=1x4xH100$"
     )
     with pytest.raises(ConfigError, match=told):
         plan_of_8b("4", "model.fp8=hybrid")
