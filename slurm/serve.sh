@@ -40,7 +40,7 @@ run_evaluation() { # SUITE,SUITE,... OPTION...
 # Samples from a server, and scores when it is gone: the GPUs are the reward model's then.
 run_pairs() { # --model MODEL --output DIR OPTION...
     local usage="sbatch slurm/pairs.sbatch --model runs/RUN --output pairs/NAME --prompts SOURCE --reward-model MODEL"
-    local model= rest=()
+    local model="" rest=()
     while [ $# -gt 0 ]; do
         case $1 in
             --model) [ -z "$model" ] || die "give one --model a job"; model=${2:-}; shift ;;

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     # In the order of `testpaths`: by default what has few tests comes last, though it takes long.
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def log_levels_of_other_tests() -> Iterator[None]:
+    """Commands set the level of the project's log; what a test did must not hide messages from the next one."""
+    logger = logging.getLogger("nemo_lmpo")
+    before = logger.level, logger.propagate
+    yield
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.find_model import hub_name_of
 from nemo_lmpo.formats.lora_targets import PROJECTIONS, hf_module
+from nemo_lmpo.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from nemo_lmpo.formats.source import TensorSource
 from nemo_lmpo.runtime import run_files
 
 PREFIX = "model.lora."
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

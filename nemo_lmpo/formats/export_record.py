@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, printable
-from nemo_lmpo.formats.adapters import PEFT_CONFIG
+from nemo_lmpo.formats.peft_files import PEFT_CONFIG
 from nemo_lmpo.formats.sidecars import sidecar_names
 from nemo_lmpo.runtime.files import CHECKSUM, checksum, file_checksum, read_small, replace_file
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from nemo_lmpo.formats.adapters import PEFT_CONFIG
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.find_model import find_model
+from nemo_lmpo.formats.peft_files import PEFT_CONFIG
 
 
 def weights_fingerprint(path: Path | None, architecture: Architecture, seed: int = 0) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lmpo.errors import CheckpointError, counted
-from nemo_lmpo.formats.adapters import PEFT_CONFIG, AdapterTensors, MergedSource, read_adapter_json
+from nemo_lmpo.formats.adapters import AdapterTensors, MergedSource, read_adapter_json
 from nemo_lmpo.formats.architecture import (
     Architecture,
     architecture_from_hf,
@@ -30,6 +30,7 @@ from nemo_lmpo.formats.megatron import MegatronSource, stored_rows
 from nemo_lmpo.formats.nemo import architecture_from_nemo, architecture_from_nemo2, nemo_fields
 from nemo_lmpo.formats.older_transformers import older_tokenizer_config
 from nemo_lmpo.formats.peft import PeftAdapter
+from nemo_lmpo.formats.peft_files import PEFT_CONFIG
 from nemo_lmpo.formats.sidecars import SideFile, is_sidecar, pruned_vocabulary, sentencepiece_files, side_files
 from nemo_lmpo.formats.source import RandomSource, TensorSource, check_source
 from nemo_lmpo.runtime import run_files

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_lmpo.errors import CheckpointError, shown
-from nemo_lmpo.formats.adapters import PEFT_CONFIG, PEFT_WEIGHTS
+from nemo_lmpo.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _NEUTRAL: tuple[object, ...] = (None, False, 0, "none", [], {})

@@ -242,7 +242,7 @@ def added_tokens(config: Config) -> Iterator[str]:
             f"template whose marks are tokens already"
         )
     for token in config.data.add_special_tokens:
-        if not token.strip():
+        if not token.strip() or token.isalnum():  # a word would be one token in every text
             yield f"data.add_special_tokens holds {shown(token)}, which is no mark; leave it out"
 
 

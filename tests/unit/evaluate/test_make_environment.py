@@ -99,4 +99,4 @@ def test_it_is_found_where_it_is_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_versions_come_with_the_package() -> None:
     assert make_environment.CONSTRAINTS.is_relative_to(ROOT / "nemo_lmpo")
-    assert "alpaca_eval==" in make_environment.CONSTRAINTS.read_text()
+    assert "alpaca-eval==" in make_environment.CONSTRAINTS.read_text()

@@ -22,6 +22,7 @@ def test_page_holds_every_picture_and_loads_nothing(example_page):
         "accuracy",
         "rewards",
         "loss",
+        "perplexity",
         "margin_statistics",
         "lengths",
         "logps_sum",
@@ -30,7 +31,7 @@ def test_page_holds_every_picture_and_loads_nothing(example_page):
     }
     inside = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)]
     assert sorted(inside) == sorted(file.read_bytes() for file in files)
-    assert len(inside) == 10
+    assert len(inside) == 11
     assert all(png.startswith(PNG_START) for png in inside)
     assert not re.search(r'(src|href|srcset)="(?!data:)', text)
     assert "<script" not in text
