@@ -238,15 +238,14 @@ def test_group_of_another_setting():
 
 
 def test_expected_architecture_is_compared(tmp_path):
-    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from nemo_lmpo.config.schema import ModelConfig
 
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, '
-        '"num_hidden_layers": 2, "num_attention_heads": 4}'
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    save_file({}, tmp_path / "model.safetensors")  # no tensors are read
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
     expected = {**SMOLLM2, "vocab_size": 64}
     with pytest.raises(ConfigError, match=r"hidden_size 32 instead of 576.*model\.architecture=null"):
         find_start_model(ModelConfig(restore_from_path=str(tmp_path), architecture=expected))
