@@ -127,7 +127,8 @@ class Stories:
         return Job(job_id, self.log(job_id), ending, self.folder / "runs" / "slurm" / job_id, notes)
 
     def log(self, job_id: str) -> str:
-        return "".join(path.read_text() for path in self.folder.glob(f"*-{job_id}*.log"))
+        logs = (*self.folder.glob(f"*-{job_id}.log"), *self.folder.glob(f"*-{job_id}_*.log"))  # not of job 10 for 1
+        return "".join(path.read_text() for path in logs)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
