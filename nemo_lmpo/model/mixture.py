@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_lmpo.formats.architecture import Architecture, Experts
+from nemo_lmpo.formats.nemo_experts import expert_keys
 from nemo_lmpo.model.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -43,14 +44,8 @@ def expert_fields(architecture: Architecture, kernels: Kernels) -> dict[str, Any
     if experts is None:
         return {}
     return {
-        "num_moe_experts": experts.number,
-        "moe_router_topk": experts.per_token,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_router_pre_softmax": not experts.normalized,
+        **expert_keys(experts),  # NeMo has megatron-core's names
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": kernels.transformer_engine,
         "moe_permute_fusion": kernels.transformer_engine and _fused_permutation(),
     }
