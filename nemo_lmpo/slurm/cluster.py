@@ -16,12 +16,13 @@ _OWN_FILES = ("cluster.env",)
 """Which a checkout may hold beside the templates: the user's settings, not for others."""
 
 
-def templates_dir(environ: Mapping[str, str] = os.environ) -> Path:
+def templates_dir(environ: Mapping[str, str] | None = None) -> Path:
     """Where the templates are: NEMO_LMPO_SLURM_DIR, inside an installed wheel, or beside the package in a checkout.
 
     Raises:
         ConfigError: they are in none of these.
     """
+    environ = os.environ if environ is None else environ
     package = Path(__file__).resolve().parent
     places = [package / "templates", package.parent.parent / "slurm"]
     if "NEMO_LMPO_SLURM_DIR" in environ:
@@ -58,12 +59,13 @@ def _differs(template: Path, other: Path) -> bool:
     return other.exists() and other.read_bytes() != template.read_bytes()
 
 
-def settings_file(templates: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+def settings_file(templates: Path, environ: Mapping[str, str] | None = None) -> Path | None:
     """The user's copy of `cluster.env.example`; None if there is none.
 
     Raises:
         ConfigError: NEMO_LMPO_CLUSTER_ENV names a file that does not exist.
     """
+    environ = os.environ if environ is None else environ
     named = environ.get("NEMO_LMPO_CLUSTER_ENV")
     path = Path(named) if named else templates / "cluster.env"
     if path.is_file():

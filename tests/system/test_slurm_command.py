@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -142,6 +143,8 @@ def test_sbatch_gets_the_settings_and_its_answer_is_shown(
 ) -> None:
     put_program(tmp_path, monkeypatch, "sbatch", 'echo "$SBATCH_PARTITION $*" >called; echo "123;cluster"')
     (tmp_path / "settings").write_text("export SBATCH_PARTITION='a b'\nexport NEMO_LMPO_GPU_TYPE=a100\nOTHER=1\n")
+    # As `datasets` does when a parallel map has ended.
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
     monkeypatch.setenv("NEMO_LMPO_CLUSTER_ENV", str(tmp_path / "settings"))
     assert main(["submit", "lmpo_tiny"]) == 0
     said = capsys.readouterr().out

@@ -129,3 +129,12 @@ def test_pickle_is_never_loaded_freely() -> None:
             if isinstance(owner, ast.Name) and owner.id == "pickle" and node.func.attr in ("load", "loads"):
                 found.append(path.parent.name + "/" + path.name)
     assert found == ["checkpoint/writers.py"]
+
+
+def test_no_default_remembers_the_environment() -> None:
+    """`datasets` puts a copy in `os.environ`'s place after a parallel map: a default would keep the old one."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arguments):
+                for default in [*node.defaults, *node.kw_defaults]:
+                    assert default is None or ast.unparse(default) != "os.environ", f"{path.name}:{default.lineno}"
