@@ -20,7 +20,7 @@ from nemo_lmpo.model.build import attention_module
 from nemo_lmpo.model.kernels import choose_kernels, this_device
 from nemo_lmpo.parallel.context import attention_spans
 from nemo_lmpo.runtime.cpu_adapter import ADAPTER
-from nemo_lmpo.sizing.typical_pairs import TYPICAL
+from nemo_lmpo.sizing.typical_rows import PAIR
 
 HEAD_DIM = 128
 
@@ -43,7 +43,7 @@ def main() -> None:
         num_layers=1, hidden_size=heads * HEAD_DIM, num_attention_heads=heads, num_query_groups=groups,
         kv_channels=HEAD_DIM, bf16=True,
     )  # fmt: skip
-    prompt, chosen, rejected = ([1] * length for length in TYPICAL)
+    prompt, chosen, rejected = ([1] * length for length in (PAIR.prompt, *PAIR.responses))
     pairs = [Example.pair(str(number), prompt, chosen, rejected) for number in range(options.pairs)]
     row = pack_examples(pairs, range(options.pairs), share_prompt=True)
     spans = attention_spans(row.segments, row.num_tokens, cp_rank=0, cp_size=1)

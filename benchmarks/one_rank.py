@@ -34,7 +34,7 @@ from nemo_lmpo.sizing.flops import model_flops, shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import split_of
 from nemo_lmpo.sizing.step_time import step_time
-from nemo_lmpo.sizing.typical_pairs import TYPICAL, step_rows
+from nemo_lmpo.sizing.typical_rows import PAIR, step_rows
 from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.optimizer import build_optimizer, clip_and_step, gradient_norm
 from nemo_lmpo.training.policy import Policy, kernels_for
@@ -50,7 +50,8 @@ class SpreadPairs:
 
     def __init__(self, count: int, config: Config, vocabulary: int) -> None:
         random = np.random.default_rng(0)
-        lengths = np.array(TYPICAL) * np.exp(random.normal(0, SPREAD, (count, 3)) - SPREAD**2 / 2)
+        typical = np.array((PAIR.prompt, *PAIR.responses))
+        lengths = typical * np.exp(random.normal(0, SPREAD, (count, 3)) - SPREAD**2 / 2)
         limit = config.data.max_length - config.data.max_prompt_length
         self.lengths = np.clip(lengths.astype(np.int64), 2, [config.data.max_prompt_length, limit, limit])
         self.vocabulary = vocabulary

@@ -26,7 +26,7 @@ from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import split_of
 from nemo_lmpo.sizing.search import Candidate, fits, layout_time, model_flops, rank_layouts
 from nemo_lmpo.sizing.step_time import step_time
-from nemo_lmpo.sizing.typical_pairs import step_rows
+from nemo_lmpo.sizing.typical_rows import step_rows
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RECIPE = "lmpo_llama3_8b"
@@ -111,7 +111,7 @@ def cells(candidate: Candidate, machine: Machine) -> list[str]:
         f"{candidate.memory / GIB:.1f}",
         f"{candidate.time.total:.2f}",
         f"{candidate.fast:.2f} to {candidate.slow:.2f}",
-        f"{candidate.pairs_per_second:.1f}",
+        f"{candidate.examples_per_second:.1f}",
         f"{100 * mfu:.0f} %",
         decided_by(candidate, machine),
     ]
@@ -148,7 +148,7 @@ def forward_passes() -> str:
         ("loss=kto model.reference_in_memory=true", 2),
     ):
         first = plan("4", tuple(given.split()))[0][0]
-        rows.append([f"`{given}`", str(passes), f"{first.time.total:.2f}", f"{first.pairs_per_second:.1f}"])
+        rows.append([f"`{given}`", str(passes), f"{first.time.total:.2f}", f"{first.examples_per_second:.1f}"])
     return markdown(["", "forward passes more", "step s", "pairs/s"], rows)
 
 

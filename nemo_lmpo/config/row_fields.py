@@ -7,6 +7,8 @@ SCORE_LISTS = ("scores", "ratings", "rewards")
 RANK_LISTS = ("ranks", "rankings", "rank")
 COMPLETION_FIELDS = ("completion", "label")
 INSTRUCTION_FIELDS = ("instruction", "input", "output")
+CONVERSATION_SCHEMAS = ("conversation", "completion", "instruction")
+"""Layouts of `data.train.schema` whose rows have no rejected answer."""
 IN_EVERY_LAYOUT = ("prompt_id", "id", "system", "history", "tools", "chat_template_kwargs")
 """Columns that have the same meaning in every layout."""
 ROW_FIELDS = (

@@ -14,7 +14,7 @@ from nemo_lmpo.sizing.choice import contenders, dependence
 from nemo_lmpo.sizing.rank_work import further_passes, split_of
 from nemo_lmpo.sizing.search import Candidate, model_flops, rank_layouts
 from nemo_lmpo.sizing.step_time import hides_nothing
-from nemo_lmpo.sizing.typical_pairs import LENGTHS, step_rows
+from nemo_lmpo.sizing.typical_rows import assumption, step_rows, typical_row
 from nemo_lmpo.sizing.uncertainty import NETWORK, shares
 
 SHOWN = 10
@@ -24,16 +24,19 @@ def describe_plan(config: Config, architecture: Architecture, machine: Machine) 
     """Layouts that fit, fastest first, with memory, a step's time and range, and what makes a recipe of the first."""
     candidates = rank_layouts(config, architecture, machine)
     card = machine.card
+    kind = typical_row(config).kind
     places = {id(each): place for place, each in enumerate(sorted(candidates, key=lambda each: each.slow), 1)}
     lines = [
         f"{config.name}: {architecture.num_parameters() / 1e9:.2f} B parameters{_active(architecture)} on "
         f"{machine.gpus} x {card.name}, "
-        f"{counted(machine.nodes, 'node')} of {card.node}; {config.model.global_batch_size} pairs per step, {LENGTHS}",
+        f"{counted(machine.nodes, 'node')} of {card.node}; {config.model.global_batch_size} {kind} per step",
+        f"assumed: {assumption(config)}",
         *(f"with one more forward pass per step, for {what}" for what in further_passes(config)),
         *_network(machine),
         "",
-        f"  {'layout':<34} {'row':>6} {'rows':>5} {'GiB':>6} {'step s':>8} {'pairs/s':>8} {'MFU':>5}  "
-        f"{'fast to slow':>13} {'if slow':>7}  {'decided by':<38}  time goes to",
+        f"  {'layout':<34} {'row':>6} {'rows':>5} {'GiB':>6} {'step s':>8} "
+        f"{_rate(kind):>{len(_rate(kind)) + 1}} {'MFU':>5}  {'fast to slow':>13} {'if slow':>7}  "
+        f"{'decided by':<38}  time goes to",
     ]
     lines += [_line(candidate, machine, places[id(candidate)]) for candidate in candidates[:SHOWN]]
     if len(candidates) > SHOWN:
@@ -74,6 +77,10 @@ def _overrides(candidate: Candidate, machine: Machine) -> str:
     return " ".join([f"trainer.devices={machine.card.node}", *nodes, *candidate.overrides()])
 
 
+def _rate(kind: str) -> str:
+    return f"{kind}/s"
+
+
 def _notes(shown: Sequence[Candidate], machine: Machine) -> list[str]:
     if any(hides_nothing(split_of(candidate.layout), machine.card) for candidate in shown):
         return [
@@ -88,6 +95,7 @@ def _line(candidate: Candidate, machine: Machine, place: int) -> str:
     mfu = model_flops(candidate) / (time.total * machine.gpus * machine.card.peak)
     data = candidate.layout.config.data
     rows, _ = step_rows(candidate.layout.config, candidate.layout.data_parallel_size)
+    rate = _rate(typical_row(candidate.layout.config).kind)
     parts = {
         "host launches" if time.host_bound else "kernels": time.compute,
         "collectives": time.communicate,
@@ -100,7 +108,7 @@ def _line(candidate: Candidate, machine: Machine, place: int) -> str:
     )
     return (
         f"  {layout_name(candidate):<34} {data.row_budget:>6} {rows:>5} {candidate.memory / GIB:>6.1f} "
-        f"{time.total:>8.2f} {candidate.pairs_per_second:>8.1f} {100 * mfu:>4.0f}%  "
+        f"{time.total:>8.2f} {candidate.examples_per_second:>{len(rate) + 1}.1f} {100 * mfu:>4.0f}%  "
         f"{f'{candidate.fast:.2f} to {candidate.slow:.2f}':>13} {f'{place}.':>7}  "
         f"{decided_by(candidate, machine):<38}  "
         f"{shares_of_time}"

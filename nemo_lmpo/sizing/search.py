@@ -16,7 +16,7 @@ from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import split_of
 from nemo_lmpo.sizing.step_time import StepTime, step_time
-from nemo_lmpo.sizing.typical_pairs import row_of, step_rows
+from nemo_lmpo.sizing.typical_rows import row_of, step_rows
 from nemo_lmpo.sizing.uncertainty import fast_end, slow_end
 
 FRAGMENTATION, CONTEXT = 1.07, 3.0 * 2**30
@@ -41,8 +41,8 @@ class Candidate:
         return layout_time(self.layout, machine)
 
     @property
-    def pairs_per_second(self) -> float:
-        """Of all GPUs."""
+    def examples_per_second(self) -> float:
+        """Rows of data, of all GPUs."""
         return self.layout.config.model.global_batch_size / self.time.total
 
     def overrides(self) -> list[str]:
@@ -114,7 +114,7 @@ def fits(memory: float, machine: Machine) -> bool:
 
 
 def layout_time(layout: ParallelLayout, machine: Machine) -> StepTime:
-    """Time of a step of typical pairs."""
+    """Time of a step of typical rows of data."""
     rows, row = step_rows(layout.config, layout.data_parallel_size)
     return step_time(shape_of(layout.architecture), split_of(layout), row, rows, machine)
 
@@ -125,7 +125,7 @@ def _layouts(
     powers = [2**power for power in range(8)]
     tensors = [size for size in powers if size <= machine.card.node]
     stages = [size for size in range(1, 65) if machine.gpus % size == 0]
-    pair = 2 * config.data.max_length  # two full-length sequences
+    least = 2 * config.data.max_length  # two full-length sequences
     for tensor, stage, context, recompute, times in product(
         tensors, stages, (1, 2, 4), granularities(config, architecture), (1, 2, 4)
     ):
@@ -156,7 +156,7 @@ def _layouts(
                 use_distributed_optimizer=shared or (config.optim.cpu_offload and not fsdp),
                 overlap_grad_reduce=shared,
             )
-            data = replace(config.data, row_tokens=pair * times)
+            data = replace(config.data, row_tokens=least * times)
             changed = replace(config, model=model, optim=optim, data=data)
             try:
                 yield validate(changed, architecture, machine.gpus)
@@ -195,7 +195,7 @@ def _virtual_stages(architecture: Architecture, stages: int) -> list[tuple[int |
 
 
 def model_flops(candidate: Candidate) -> float:
-    """Of a step of typical pairs over all GPUs, by the mathematics of the model."""
+    """Of a step of typical rows of data over all GPUs, by the mathematics of the model."""
     config = candidate.layout.config
-    row = row_of(config.model.global_batch_size, share_prompt=config.data.share_prompt)
+    row = row_of(config, config.model.global_batch_size)
     return shape_of(candidate.layout.architecture).model_flops(row.tokens, row.predicted, row.attended)

@@ -13,7 +13,7 @@ from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import Split, attention_flops, split_of
 from nemo_lmpo.sizing.step_time import MicroBatchTime, StepTime, micro_batch_time, step_of
-from nemo_lmpo.sizing.typical_pairs import LENGTHS, step_rows
+from nemo_lmpo.sizing.typical_rows import assumption, step_rows, typical_row
 from nemo_lmpo.trace.run import Trace, trace_rank
 
 TIMED = ("a100", "h100", "h200", "b200")
@@ -88,8 +88,9 @@ def _work(traces: Sequence[Trace]) -> list[str]:
 
 def _times(layout: ParallelLayout, traces: Sequence[Trace]) -> list[str]:
     rows, row = step_rows(layout.config, layout.data_parallel_size)
-    lines = [f"time of a step, computed: {rows} micro-batches of {row.tokens:,} tokens, {LENGTHS}"]
-    cells: list[tuple[str, list[str]]] = [("", ["step, s", "pairs/s", "collectives", "bubble"])]
+    lines = [f"time of a step, computed: {rows} micro-batches of {row.tokens:,} tokens, {assumption(layout.config)}"]
+    rate = f"{typical_row(layout.config).kind}/s"
+    cells: list[tuple[str, list[str]]] = [("", ["step, s", rate, "collectives", "bubble"])]
     for engine in dict.fromkeys(trace.transformer_engine for trace in traces):
         chosen = [trace for trace in traces if trace.transformer_engine == engine]
         for card in map(CARDS.__getitem__, TIMED):

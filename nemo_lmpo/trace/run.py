@@ -13,11 +13,11 @@ import torch
 
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.example import Example, Response
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.parallel.groups import ParallelGroups, create_groups
 from nemo_lmpo.sizing.rank_work import RowSize
-from nemo_lmpo.sizing.typical_pairs import filling_lengths, pairs_of_a_row
+from nemo_lmpo.sizing.typical_rows import Lengths, filling_lengths, rows_of_data
 from nemo_lmpo.sizing.work import Work
 from nemo_lmpo.trace.meter import Meter
 from nemo_lmpo.trace.world import (
@@ -120,9 +120,10 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
     config = layout.config
     mark = partial(_mark, meter, trace)
     mixture = layout.architecture.experts is not None
-    pairs = filling_pairs(config, trace.micro_batches * layout.data_parallel_size)
+    examples = filling_examples(config, trace.micro_batches * layout.data_parallel_size)
     # Lengths and layouts are values, so the batch is a real one.
-    batch = BatchBuilder(config, groups, device=CPU, pad_id=0, mixture=mixture).build(pairs, np.arange(len(pairs)))
+    builder = BatchBuilder(config, groups, device=CPU, pad_id=0, mixture=mixture)
+    batch = builder.build(examples, np.arange(len(examples)))
     rows = trace.micro_batches * layout.data_parallel_size
     trace.row = RowSize(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
     with measured(meter, transformer_engine=trace.transformer_engine):
@@ -146,14 +147,21 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
         trace.end_of_step = meter.work.since(before)
 
 
-def filling_pairs(config: Config, micro_batches: int) -> ExampleList:
-    """As many pairs as fill ``micro_batches`` up to the row's budget, all of the same lengths.
+def filling_examples(config: Config, micro_batches: int) -> ExampleList:
+    """As many pairs or conversations as fill ``micro_batches`` up to the row's budget, all of the same lengths.
 
     Their ids are of no consequence, and neither are the reference log-probabilities that some losses want.
     """
-    prompt, chosen, rejected = filling_lengths(config)
-    pair = Example.pair("0", [1] * prompt, [1] * chosen, [1] * rejected, -1.0, -1.0, (-1.0, -1.0))
-    return ExampleList([pair] * (pairs_of_a_row(config) * micro_batches))
+    return ExampleList([_example(filling_lengths(config))] * (rows_of_data(config) * micro_batches))
+
+
+def _example(lengths: Lengths) -> Example:
+    prompt, first, *others = ([1] * length for length in (lengths.prompt, *lengths.responses))
+    if others:
+        return Example.pair("0", prompt, first, others[0], -1.0, -1.0, (-1.0, -1.0))
+    # what is not predicted stands in the midst, as the user's further turns do
+    gap = len(first) - lengths.predicted
+    return Example("0", prompt, (Response(first, ((0, 1), (gap + 1, len(first))) if gap else None),))
 
 
 def _finish(policy: Policy, optimizer: MegatronOptimizer, meter: Meter, mark: Callable[[str], None]) -> None:

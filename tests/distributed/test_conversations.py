@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.test_lora import write_base
 from tests.distributed.training_runs import COMMON, metrics_of, train, weights_of
@@ -117,12 +119,12 @@ def test_adapters_go_on_in_another_layout(data: tuple[str, ...], tmp_path: Path)
 
 
 def our_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...], directory: str) -> dict[str, Any]:
-    """Losses, accuracies and gradients (by Hugging Face names) of three steps, and the order of the data."""
+    """Losses and accuracies of three steps and the order of the data; each gradient becomes a model in a folder."""
     from nemo_lmpo.config.recipe import load_recipe
-    from nemo_lmpo.formats.model_files import open_model
     from nemo_lmpo.training.session import open_session
 
-    found: dict[str, Any] = {"losses": [], "accuracies": [], "gradients": [], "ids": []}
+    found: dict[str, Any] = {"losses": [], "accuracies": [], "gradients": [f"{directory}/{n}" for n in range(3)]}
+    found["ids"] = []
     with open_session(load_recipe(recipe, list(overrides)), launch) as session:
         trainer = session.trainer()
         for step in range(3):
@@ -139,9 +141,7 @@ def our_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...], direc
             kept = [parameter.data.clone() for parameter in parameters]
             for parameter in parameters:
                 parameter.data.copy_(parameter.main_grad)
-            session.files.save_to(f"{directory}/{step}")
-            source = open_model(Path(directory) / str(step)).source
-            found["gradients"].append({name: source.get(name).numpy() for name in source.names()})
+            session.files.save_to(found["gradients"][step])
             for parameter, values in zip(parameters, kept, strict=True):
                 parameter.data.copy_(values)
             trainer.train_step(step)
@@ -156,20 +156,21 @@ def trl_steps(
     padding_free: bool,
     batch: int,
     output: Path,
-    max_length: int,
+    learning_rate: float = 1e-3,
 ) -> dict[str, Any]:
-    """The same of TRL's trainer, which is given the rows in our order."""
+    """The same of TRL's trainer, which is given the rows in our order; its gradients become files of tensors."""
     import datasets
+    from safetensors.torch import save_file
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    gradients: list[dict[str, Any]] = []
+    gradients: list[Path] = []
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            named = model.named_parameters()
-            gradients.append({name: parameter.grad.clone().numpy() for name, parameter in named})
+            gradients.append(output.with_name(f"{output.name}_{len(gradients)}.safetensors"))
+            save_file({name: parameter.grad for name, parameter in model.named_parameters()}, gradients[-1])
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -187,7 +188,7 @@ def trl_steps(
         max_length=None,
         per_device_train_batch_size=batch,
         max_steps=3,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         adam_epsilon=1e-5,
         max_grad_norm=0.0,
@@ -216,14 +217,20 @@ def trl_steps(
     }
 
 
-def assert_alike(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def assert_alike(ours: dict[str, Any], theirs: dict[str, Any], *, each: float = 1e-5) -> None:
+    """Losses, accuracies and whole gradients within 1e-5; the gradient of ``each`` tensor within that of its norm."""
+    from safetensors.torch import load_file
+
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
     assert ours["accuracies"] == pytest.approx(theirs["accuracies"], rel=1e-5)
-    for found, wanted in zip(ours["gradients"], theirs["gradients"], strict=True):
-        assert found.keys() >= wanted.keys()
-        norm = max(float(abs(gradient).max()) for gradient in wanted.values())
-        for name, gradient in wanted.items():
-            assert abs(found[name] - gradient).max() <= 1e-5 * norm, name
+    for directory, file in zip(ours["gradients"], theirs["gradients"], strict=True):
+        wanted, source = load_file(file), open_model(Path(directory)).source
+        assert set(source.names()) >= wanted.keys()
+        apart = {name: float((source.get(name) - gradient).norm()) for name, gradient in wanted.items()}
+        norms = {name: float(gradient.norm()) for name, gradient in wanted.items()}
+        assert math.hypot(*apart.values()) <= 1e-5 * math.hypot(*norms.values())
+        for name, distance in apart.items():
+            assert distance <= each * norms[name], name
 
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding_free"])
@@ -250,7 +257,5 @@ def test_equals_trl(padding_free: bool, tmp_path: Path) -> None:
     )
     (ours,) = run_workers(1, our_steps, "sft_tiny", overrides, str(tmp_path / "gradients"))
     ordered = [rows[index] for step in ours["ids"] for index in step]
-    theirs = trl_steps(
-        base, MARKED, ordered, padding_free=padding_free, batch=BATCH, output=tmp_path / "trl", max_length=120
-    )
+    theirs = trl_steps(base, MARKED, ordered, padding_free=padding_free, batch=BATCH, output=tmp_path / "trl")
     assert_alike(ours, theirs)

@@ -29,7 +29,7 @@ from nemo_lmpo.sizing.step_time import (
     step_of,
     step_time,
 )
-from nemo_lmpo.sizing.typical_pairs import TYPICAL, filling_lengths, pair_tokens, step_rows
+from nemo_lmpo.sizing.typical_rows import filling_lengths, row_of, rows_of_data, step_rows, typical_row
 from nemo_lmpo.sizing.uncertainty import fast_end, shares, slow_end
 from tests.unit.sizing.published import PUBLISHED, computed_speed, error, published_speed, table
 
@@ -275,9 +275,9 @@ def test_pairs_fill_a_row() -> None:
     for overrides in ([], ["data.share_prompt=false"], ["data.row_tokens=8192"], ["model.micro_batch_size=1"]):
         config = load_recipe("lmpo_llama3_8b", overrides)
         share = config.data.share_prompt
-        pairs = max(1, config.data.row_budget // pair_tokens(TYPICAL, share_prompt=share))
+        pairs = max(1, config.data.row_budget // ((150 if share else 300) + 280 + 243 - 2))
         pairs = min(pairs, config.model.micro_batch_size or pairs)
-        filled = pairs * pair_tokens(filling_lengths(config), share_prompt=share)
+        filled = pairs * filling_lengths(config).tokens(share_prompt=share)
         assert config.data.row_budget - pairs <= filled <= config.data.row_budget
 
 
@@ -286,6 +286,55 @@ def test_the_step_holds_all_pairs() -> None:
     rows, row = step_rows(config, data_parallel=2)
     assert rows == -(-64 // 6)
     assert rows * row.tokens == pytest.approx(64 * (150 + 280 + 243 - 2), rel=1e-3)
+
+
+def test_conversations_are_planned_as_conversations() -> None:
+    """Lengths by hand, and what packing makes of such rows; every position of a row but a target is fed once."""
+    config = load_recipe("sft_llama3_8b_ultrachat", ["data.row_tokens=4096"])
+    conversation = typical_row(config)
+    tokens = 185 + 1075 - 1
+    assert conversation.tokens(share_prompt=True) == conversation.tokens(share_prompt=False) == tokens
+    assert rows_of_data(config) == 4096 // tokens == 3
+    rows, row = step_rows(config, data_parallel=2)
+    assert rows == -(-64 // 3)
+    assert rows * row.tokens == pytest.approx(64 * tokens, rel=1e-3)
+    assert rows * row.predicted == pytest.approx(64 * 990, rel=1e-3)
+    assert row_of(config, 1).attended == tokens * (tokens + 1) // 2
+    whole = row_of(load_recipe("sft_llama3_8b_ultrachat", ["data.predict=all"]), 1)
+    assert (whole.tokens, whole.predicted, whole.attended) == (tokens, tokens, row_of(config, 1).attended)
+    last = row_of(load_recipe("sft_llama3_8b_ultrachat", ["data.predict=last"]), 1)
+    assert (last.tokens, last.predicted) == (tokens, round(990 / 3.16))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "told"),
+    [
+        ("lmpo_llama3_8b", (), "pairs of 150 + 280 + 243 tokens (prompt, chosen, rejected; UltraFeedback's means)"),
+        ("lmpo_llama3_8b", ("data.train.schema=conversation",), "pairs of"),  # which it will refuse
+        (
+            "sft_llama3_8b",
+            (),
+            "pairs of 150 + 280 + 243 tokens (prompt, chosen, rejected; UltraFeedback's means); for conversations give "
+            "data.train.schema=conversation",
+        ),
+        ("sft_llama3_8b", ("data.train.schema=instruction",), "conversations of"),
+        (
+            "sft_llama3_8b_ultrachat",
+            (),
+            "conversations of 185 + 1075 tokens (prompt, all behind it, 990 of them predicted; UltraChat's means)",
+        ),
+    ],
+)
+def test_the_plan_says_what_rows_it_assumes(recipe: str, overrides: tuple[str, ...], told: str) -> None:
+    config = load_recipe(recipe, overrides)
+    assert config.model.architecture is not None
+    lines = describe_plan(config, architecture_from_hf(config.model.architecture), read_gpus("4")).splitlines()
+    (line,) = [line for line in lines if line.startswith("assumed: ")]
+    assert line.startswith(f"assumed: {told}")
+    kind = told.split()[0]
+    assert f"128 {kind} per step" in lines[0]
+    (head,) = [line for line in lines if line.startswith("  layout ")]
+    assert f" {kind}/s " in head
 
 
 def test_every_layout_is_one_that_runs_and_fits() -> None:

@@ -14,7 +14,7 @@ from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
 from nemo_lmpo.sizing.rank_work import micro_batch_work, split_of
 from nemo_lmpo.sizing.step_time import ROUNDING_BYTES
-from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Phase, Trace, filling_pairs, trace_rank
+from nemo_lmpo.trace.run import FORWARD_BACKWARD, MODEL, OPTIMIZER, STEP, Phase, Trace, filling_examples, trace_rank
 from nemo_lmpo.training.rounded_moments import AT_A_TIME
 
 LAYERS = 2
@@ -176,7 +176,20 @@ def test_fsdp_keeps_a_share_of_all_and_sends_layers_around() -> None:
 
 
 def test_pairs_have_what_any_loss_wants() -> None:
-    pair = filling_pairs(load_recipe("lmpo_tiny"), 1)[0]
+    pair = filling_examples(load_recipe("lmpo_tiny"), 1)[0]
     known = [(response.reference_logp, response.reference_shared_logp) for response in pair.responses]
     assert len(known) == 2
     assert None not in sum(known, ())
+
+
+def test_conversations_fill_a_row_and_have_their_share_of_predicted_tokens() -> None:
+    config = load_recipe("sft_llama3_8b_ultrachat", ["data.row_tokens=4096"])
+    examples = filling_examples(config, 2)
+    assert len(examples) == 2 * 3
+    (response,) = examples[0].responses
+    used = len(examples[0].prompt_ids) + len(response.ids) - 1
+    assert 4096 // 3 - 1 <= used <= 4096 // 3
+    assert response.predicted == pytest.approx(len(response.ids) * 990 / 1075, abs=1)
+    assert response.spans is not None
+    assert response.spans[0][0] == 0
+    assert response.spans[-1][1] == len(response.ids)
