@@ -110,6 +110,7 @@ _COUNTERPARTS: dict[str, str] = {
     "dataset_test_split": "data.validation.split",
     "validation_file": "data.validation.path",
     "dataset_num_proc": "data.num_workers",
+    "assistant_only_loss": "data.predict",
     "max_train_samples": "data.train.limit",
     "max_eval_samples": "data.validation.limit",
     "max_samples": "data.train.limit",

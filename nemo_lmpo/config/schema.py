@@ -179,9 +179,9 @@ class DataConfig:
     prompt_from: Literal["conversation", "generation_prompt"] = "conversation"
     """Where the template's generation prompt is not how its finished conversations go on (DeepSeek-R1 opens a thought):
     `conversation` lays pairs as finished conversations, `generation_prompt` on what a model is prompted with."""
-    predict: Literal["assistant", "last", "all"] = "assistant"
-    """What SFT predicts of a conversation: all turns of the `assistant`, their ends included, its `last` one, or `all`
-    tokens. Of a pair it is the chosen response."""
+    predict: Literal["assistant", "last", "all", "marked"] = "assistant"
+    """What SFT predicts of a conversation: all turns of the `assistant`, their ends included, its `last` one, `all`
+    tokens, or what the template marks with `{% generation %}` (`marked`). Of a pair it is the chosen response."""
     compat: Literal["released_code"] | None = None
     """`released_code` lays pairs as the paper authors' released trainer does; see docs/data.md."""
     add_special_tokens: list[str] = setting([])

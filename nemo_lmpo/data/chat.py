@@ -136,6 +136,19 @@ class ChatFormat:
         """
         return self._render([messages], inputs, generate=True)[0]
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template marks what the assistant says (`{% generation %}`)."""
+        return self._render.has_marks
+
+    def marked(self, messages: list[Message], inputs: Inputs = PLAIN_INPUTS) -> list[tuple[int, int]]:
+        """Start and stop of what the template marks in a finished conversation.
+
+        Raises:
+            TemplateRefusal: the template does not take the messages.
+        """
+        return self._render.marked(messages, inputs)
+
     def header_of(self, prompt: str) -> str:
         """How a finished conversation goes up to its answer, where its generation prompt is ``prompt``."""
         _, _, cut, added = self._plain

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message
 from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
@@ -12,6 +13,7 @@ from nemo_lmpo.formats.template_limits import TemplateFailed, within_limits
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks around what the assistant says, which transformers adds to Jinja."""
 
@@ -62,6 +64,38 @@ class TemplateRenderer:
             return list(within_limits(render))
         except TemplateFailed as error:
             raise TemplateRefusal(str(error)) from None
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template marks what the assistant says (`{% generation %}`)."""
+        return _MARK.search(self.template) is not None
+
+    def marked(self, conversation: list[Message], inputs: Inputs = PLAIN_INPUTS) -> list[tuple[int, int]]:
+        """Start and stop, in a conversation's text, of the tokens that transformers takes for the assistant's.
+
+        Raises:
+            TemplateRefusal: the template raises, or fails.
+        """
+
+        def render() -> Any:
+            return self.tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
+                tools=inputs.tools,
+                **inputs.options,
+            )
+
+        try:
+            found = within_limits(render)
+        except TemplateFailed as error:
+            raise TemplateRefusal(str(error)) from None
+        tokens = zip(found["offset_mapping"], found["assistant_masks"], strict=True)
+        runs = (list(run) for marked, run in groupby(tokens, key=lambda token: bool(token[1])) if marked)
+        return [(run[0][0][0], run[-1][0][1]) for run in runs]
 
     def variables(self) -> frozenset[str]:
         """The variables that the template reads and does not set itself."""

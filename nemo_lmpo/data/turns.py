@@ -5,6 +5,9 @@ of the messages before it, and behind its text the end of turn. Where the templa
 last ones, a turn is found by texts that stand for any in its place: all around it must stay as it is. A turn whose own
 text the whole conversation does not have (a thought that is dropped) is not predicted, and told. Nothing is found by
 searching.
+
+A template's own marks (`{% generation %}`) are what is predicted only where that is asked for: authors put them around
+headers that belong to the prompt, and behind ends of turn. Elsewhere the marks are compared, and a difference is told.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from dataclasses import dataclass
 
 from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.layout import BLANKS_CHANGED, BLANKS_LEFT_OUT, shared_beginning, shared_end
+from nemo_lmpo.data.marks import Span, behind, differences
 from nemo_lmpo.data.messages import Inputs, Message, RowError, text_of
 from nemo_lmpo.data.render import TemplateRefusal
 from nemo_lmpo.data.schema import ConversationRow
 from nemo_lmpo.data.unused import given_fields
-from nemo_lmpo.errors import shown
+from nemo_lmpo.errors import ConfigError, shown
 
 REWRITTEN = "the chat template rewrites an answer, which is not predicted"
 OPEN_ENDED = "the chat template ends earlier answers otherwise than last ones; their ends are not predicted"
@@ -26,8 +30,6 @@ MESSAGES_LEFT_OUT = "messages behind the last answer are left out"
 OTHER_CONTEXT = "the chat template renders what is before an answer otherwise than for generation"
 _PROBES = ("zqprobeqz", "xkmarkerkx")
 """Answers that stand for any: they share neither beginning nor end."""
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,17 @@ class ConversationFormat:
     Args:
         chat: the template with its tokenizer.
         predict: as `data.predict`.
+
+    Raises:
+        ConfigError: the template has no marks to predict.
     """
 
     def __init__(self, chat: ChatFormat, predict: str) -> None:
+        if predict == "marked" and not chat.has_marks:
+            raise ConfigError(
+                "data.predict=marked predicts what the chat template marks with {% generation %}, and this one marks "
+                "nothing; set data.predict=assistant, or mark it"
+            )
         self.chat = chat
         self.predict = predict
 
@@ -83,17 +93,38 @@ class ConversationFormat:
         try:
             text = self.chat.whole(messages, row.inputs)
             notes = [MESSAGES_LEFT_OUT] if last + 1 < len(given) else []
-            spans = [(0, len(text))] if self.predict == "all" else self._spans(text, messages, turns, row.inputs, notes)
+            spans = self._predicted(text, messages, turns, row.inputs, notes)
             if not spans:
+                what = "marks no answer" if self.predict == "marked" else "writes no answer as it stands"
                 return RowError(
-                    "refused by the chat template",
-                    f"the chat template writes no answer as it stands: {shown(text_of(messages[-1]))}",
+                    "refused by the chat template", f"the chat template {what}: {shown(text_of(messages[-1]))}"
                 )
             lost = self.chat.left_out(messages, row, text)
         except TemplateRefusal as error:
             return RowError("refused by the chat template", f"the chat template refuses the row: {error}")
         end = spans[-1][1]
         return RenderedConversation(text[:end], tuple(spans), tuple(dict.fromkeys(notes)), lost)
+
+    def _predicted(
+        self, text: str, messages: list[Message], turns: list[int], inputs: Inputs, notes: list[str]
+    ) -> list[Span]:
+        """What is predicted; what there is to say is added to ``notes``."""
+        if self.predict == "all":
+            return [(0, len(text))]
+        marked = self._marked(text, messages, turns[0], inputs) if self.chat.has_marks else []
+        if self.predict == "marked":
+            return marked
+        spans = self._spans(text, messages, turns, inputs, notes)
+        if self.chat.has_marks and self.predict == "assistant":
+            notes += differences(text, spans, marked)
+        return spans
+
+    def _marked(self, text: str, messages: list[Message], first: int, inputs: Inputs) -> list[Span]:
+        """What the template marks, of answers that belong to a prompt nothing."""
+        marked = self.chat.marked(messages, inputs)
+        if all(message["role"] != "assistant" for message in messages[:first]):
+            return marked
+        return behind(marked, len(shared_beginning(text, self.chat.generation_prompt(messages[:first], inputs))))
 
     def _spans(
         self, text: str, messages: list[Message], turns: list[int], inputs: Inputs, notes: list[str]
