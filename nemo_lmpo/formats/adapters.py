@@ -18,7 +18,7 @@ from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
 from nemo_lmpo.formats.find_model import hub_name_of
-from nemo_lmpo.formats.lora_targets import PROJECTIONS, hf_module
+from nemo_lmpo.formats.lora_targets import ATTENTION, PROJECTIONS, hf_module, hf_projection
 from nemo_lmpo.formats.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from nemo_lmpo.formats.source import TensorSource
 from nemo_lmpo.runtime import run_files
@@ -70,19 +70,31 @@ def read_adapter_json(path: Path) -> AdapterDescription:
 
 
 class AdapterTensors:
-    """The adapters of a checkpoint by layer and projection.
+    """The adapters of a checkpoint by layer, projection and, in a mixture, expert.
+
+    Adapters on the experts of a layer are stored in one tensor for each projection and side, stacked on the first axis.
 
     Raises:
         CheckpointError: with every tensor that is missing, unexpected or of the wrong rank.
     """
 
-    def __init__(self, checkpoint: DistributedCheckpoint, description: AdapterDescription, layers: int) -> None:
-        self.checkpoint = checkpoint
-        self.description = description
+    def __init__(
+        self, checkpoint: DistributedCheckpoint, description: AdapterDescription, architecture: Architecture
+    ) -> None:
+        self.checkpoint, self.description = checkpoint, description
+        self.origin, self.scale = checkpoint.origin, description.scale
+        self._of_layer: tuple[int, dict[str, Tensor]] = (0, {})
+        """A layer, and what was read of its stacked tensors: experts are asked for in turn."""
+        self._stacked = frozenset(PROJECTIONS if architecture.experts is not None else ()) - set(ATTENTION)
+        self._places = {
+            f"{hf_module(layer, name, architecture.family.experts, expert)}.weight": (layer, name, expert)
+            for layer in range(architecture.num_layers)
+            for name in description.projections
+            for expert in range(architecture.experts.number if architecture.experts and name in self._stacked else 1)
+        }
         expected = {
             f"{PREFIX}layers.{layer}.{name}.{side}"
-            for layer in range(layers)
-            for name in description.projections
+            for layer, name, _ in self._places.values()
             for side in ("lora_A", "lora_B")
         }
         stored = {name for name in checkpoint.tensors if name.startswith(PREFIX)}
@@ -92,12 +104,19 @@ class AdapterTensors:
                 f"{checkpoint.origin} holds other adapters than {run_files.ADAPTER} says: {len(missing)} are missing "
                 f"and {len(unknown)} unknown, first {[*missing, *unknown][0]}"
             )
-        self.origin, self.scale = checkpoint.origin, description.scale
-        self._places = {
-            f"{hf_module(layer, name)}.weight": (layer, name)
-            for layer in range(layers)
-            for name in description.projections
-        }
+        self._check_experts(architecture)
+
+    def _check_experts(self, architecture: Architecture) -> None:
+        number = architecture.experts.number if architecture.experts is not None else 0
+        for layer, name, _ in self._places.values():
+            if name not in self._stacked:
+                continue
+            for key in (f"{PREFIX}layers.{layer}.{name}.{side}" for side in ("lora_A", "lora_B")):
+                size = list(self.checkpoint.tensors[key].size)
+                if len(size) != 3 or size[0] != number:
+                    raise CheckpointError(
+                        f"{self.origin}: {key} is {size}, and the model has {number} experts; restore the file"
+                    )
 
     def changed(self) -> list[str]:
         """Hugging Face names of the weights that adapters are added to."""
@@ -107,14 +126,17 @@ class AdapterTensors:
         """A and B of a weight by its Hugging Face name, as :meth:`pair`."""
         return self.pair(*self._places[name])
 
-    def pair(self, layer: int, projection: str) -> tuple[Tensor, Tensor]:
-        """A ``[rank, in]`` and B ``[out, rank]`` as stored."""
+    def pair(self, layer: int, projection: str, expert: int = 0) -> tuple[Tensor, Tensor]:
+        """A ``[rank, in]`` and B ``[out, rank]`` as stored; ``expert`` counts if the projection is an expert's."""
         first = f"{PREFIX}layers.{layer}.{projection}"
-        down, up = self.checkpoint.read(f"{first}.lora_A"), self.checkpoint.read(f"{first}.lora_B")
-        if down.shape[0] != self.description.rank or up.shape[1] != self.description.rank:
+        down, up = (self._read(layer, f"{first}.{side}") for side in ("lora_A", "lora_B"))
+        if projection in self._stacked:
+            down, up = down[expert], up[expert]
+        rank = self.description.rank
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != rank or up.shape[1] != rank:
             raise CheckpointError(
-                f"{self.checkpoint.origin}: {first} has rank {down.shape[0]}, and {run_files.ADAPTER} says "
-                f"{self.description.rank}; restore the file"
+                f"{self.checkpoint.origin}: {first} is {list(down.shape)} and {list(up.shape)}, and "
+                f"{run_files.ADAPTER} says that its rank is {rank}; restore the file"
             )
         if not (down.isfinite().all() and up.isfinite().all()):
             raise CheckpointError(
@@ -122,6 +144,15 @@ class AdapterTensors:
                 f"whose adapters are finite"
             )
         return down, up
+
+    def _read(self, layer: int, key: str) -> Tensor:
+        if not self._stacked:
+            return self.checkpoint.read(key)
+        if self._of_layer[0] != layer:
+            self._of_layer = (layer, {})
+        if key not in self._of_layer[1]:
+            self._of_layer[1][key] = self.checkpoint.read(key)
+        return self._of_layer[1][key]
 
 
 class Adapters(Protocol):
@@ -193,6 +224,9 @@ def write_peft(
 ) -> None:
     """An adapter directory as `peft` and vLLM load it, with the ``files`` of tokenizer and chat template.
 
+    A mixture's experts are modules of their own there, as in transformers 4.57; with transformers 5, `peft` stacks
+    their adapters when it loads them.
+
     Raises:
         CheckpointError: the base is random weights, which nobody else has.
         OSError: it cannot be written.
@@ -202,12 +236,11 @@ def write_peft(
     description = adapters.description
     base, revision = named_base(description, adapters.origin)
     tensors: dict[str, Tensor] = {}
-    for layer in range(architecture.num_layers):
-        for name in description.projections:
-            first = f"base_model.model.{hf_module(layer, name)}"
-            down, up = adapters.pair(layer, name)
-            tensors[f"{first}.lora_A.weight"] = down.contiguous()
-            tensors[f"{first}.lora_B.weight"] = up.contiguous()
+    for name in adapters.changed():
+        first = f"base_model.model.{name.removesuffix('.weight')}"
+        down, up = adapters.pair_of(name)
+        tensors[f"{first}.lora_A.weight"] = down.contiguous()
+        tensors[f"{first}.lora_B.weight"] = up.contiguous()
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -216,7 +249,7 @@ def write_peft(
         "r": description.rank,
         "lora_alpha": description.alpha,
         "lora_dropout": description.dropout,
-        "target_modules": list(description.projections),
+        "target_modules": [hf_projection(name, architecture.family.experts) for name in description.projections],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -226,7 +226,7 @@ def adapter_side_files(path: Path) -> dict[str, bytes]:
 
 
 def _adapter_tensors(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> AdapterTensors:
-    return AdapterTensors(checkpoint, read_adapter_json(path / run_files.ADAPTER), architecture.num_layers)
+    return AdapterTensors(checkpoint, read_adapter_json(path / run_files.ADAPTER), architecture)
 
 
 def _merged_source(path: Path, checkpoint: DistributedCheckpoint, architecture: Architecture) -> TensorSource:

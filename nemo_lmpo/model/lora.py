@@ -7,16 +7,15 @@ their output, so names of weights, checkpoints and loading do not change.
 
 Tensor parallelism follows the base layer. Where its output is split (`linear_qkv`, `linear_fc1`), A is whole on every
 rank and B is cut by rows; where its input is split (`linear_proj`, `linear_fc2`), A is cut by columns and B is whole.
-Only the low-rank activations are communicated.
+Only the low-rank activations are communicated. Adapters on the experts of a mixture are those of
+:mod:`nemo_lmpo.model.expert_lora`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,37 +24,19 @@ from torch import Tensor, nn
 from nemo_lmpo.config.schema import PeftConfig
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.formats.lora_targets import ADAPTERS, LINEARS, projections_of
+from nemo_lmpo.model.expert_lora import ExpertAdapter
+from nemo_lmpo.model.lora_parts import LowRank, drawn, typed_modules
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def typed_modules(modules: dict[str, ModuleT]) -> Mapping[str, ModuleT]:
-    """The same as submodules; torch's own type does not tell of what class they are."""
-    return cast(Mapping[str, ModuleT], nn.ModuleDict(modules))
-
-
-class LowRank(nn.Module):
-    """A and B of one projection, this rank's part.
-
-    Args:
-        rank: of the product.
-        columns: this rank's inputs.
-        rows: this rank's outputs.
-        like: gives dtype and device.
-    """
-
-    def __init__(self, rank: int, columns: int, rows: int, *, like: Tensor) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.zeros(rank, columns, dtype=like.dtype, device=like.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=like.dtype, device=like.device))
 
 
 class LinearAdapter(nn.Module):
     """The adapters on one linear layer of one decoder layer; called with the layer's input, gives what is added."""
 
-    def __init__(self, linear: nn.Module, name: str, layer: int, peft: PeftConfig, architecture: Architecture) -> None:
+    def __init__(
+        self, linear: nn.Module, name: str, layer: int, peft: PeftConfig, architecture: Architecture, group: Any
+    ) -> None:
         super().__init__()
+        self._tensor_group = group
         config: Any = linear.config
         self.linear_name = name
         self.layer = layer
@@ -162,6 +143,32 @@ class LinearAdapter(nn.Module):
             yield f"{first}.lora_A", part.lora_A, None if self.splits_output else 1
             yield f"{first}.lora_B", part.lora_B, 0 if self.splits_output else None
 
+    def sharded_tensors(self, prefix: str) -> dict[str, Any]:
+        """As megatron-core's distributed checkpoints take them."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        result: dict[str, Any] = {}
+        for name, parameter, axis in self.named_tensors():
+            axes = {} if axis is None else {name: axis}
+            result.update(make_sharded_tensors_for_checkpoint({name: parameter}, prefix, axes))
+        return result
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Start every A at random."""
+        for name, parameter, axis in self.named_tensors():
+            if name.endswith("lora_A"):
+                part = (self._tensor_group.rank(), self._tensor_group.size()) if axis == 1 else (0, 1)
+                parameter.copy_(drawn(f"{seed} {name}", parameter, *part))
+
+    def attach(self, enabled: Callable[[], bool]) -> None:
+        """Add to the linear layer's output while ``enabled``."""
+
+        def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            return (output[0] + self(inputs[0]), *output[1:]) if enabled() else None
+
+        self.linear.register_forward_hook(add)
+
 
 def _rows_of_parts(name: str, rows: int, architecture: Architecture) -> dict[str, int]:
     """This rank's outputs of each projection in a linear layer with ``rows`` outputs."""
@@ -176,7 +183,7 @@ def _rows_of_parts(name: str, rows: int, architecture: Architecture) -> dict[str
 class Adapters(nn.Module):
     """All adapters of a model chunk, by layer and linear layer."""
 
-    def __init__(self, adapters: dict[str, LinearAdapter]) -> None:
+    def __init__(self, adapters: dict[str, LinearAdapter | ExpertAdapter]) -> None:
         super().__init__()
         self.by_linear = typed_modules(adapters)
         self.enabled = True
@@ -186,13 +193,9 @@ class Adapters(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """As megatron-core's distributed checkpoints take it; layers are counted over the whole model."""
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
         result: dict[str, Any] = {}
         for adapter in self.by_linear.values():
-            for name, parameter, axis in adapter.named_tensors():
-                axes = {} if axis is None else {name: axis}
-                result.update(make_sharded_tensors_for_checkpoint({name: parameter}, prefix, axes))
+            result.update(adapter.sharded_tensors(prefix))
         return result
 
     def by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -220,7 +223,8 @@ def add_adapters(chunks: Sequence[PackedGPTModel], peft: PeftConfig, architectur
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
-        found: dict[str, LinearAdapter] = {}
+        found: dict[str, LinearAdapter | ExpertAdapter] = {}
+        groups = chunk.pg_collection
         for layer in chunk.decoder.layers:
             number = layer.layer_number - 1
             for name, block in (
@@ -231,38 +235,21 @@ def add_adapters(chunks: Sequence[PackedGPTModel], peft: PeftConfig, architectur
             ):
                 if set(LINEARS[name]).isdisjoint(projections_of(peft.target_modules)):
                     continue
-                found[f"{number}_{name}"] = LinearAdapter(getattr(block, name), name, number, peft, architecture)
+                if block is layer.mlp and architecture.experts is not None:
+                    found[f"{number}_{name}"] = ExpertAdapter(block.experts, name, number, peft, groups)
+                    continue
+                linear = getattr(block, name)
+                found[f"{number}_{name}"] = LinearAdapter(linear, name, number, peft, architecture, groups.tp)
         adapters = Adapters(found)
         chunk.add_module(ADAPTERS, adapters)
-        _draw(adapters, seed, chunk.pg_collection.tp)
+        for adapter in adapters.by_linear.values():
+            adapter.draw(seed)
         _hook(chunk, adapters)
-
-
-def _draw(adapters: Adapters, seed: int, group: Any) -> None:
-    for adapter in adapters.by_linear.values():
-        for name, parameter, axis in adapter.named_tensors():
-            if not name.endswith("lora_A"):
-                continue
-            rank, columns = parameter.shape
-            whole = columns * (group.size() if axis == 1 else 1)
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            # Kaiming's uniform bound with PEFT's slope of sqrt(5).
-            drawn = (torch.rand(rank, whole, generator=generator) * 2 - 1) / math.sqrt(whole)
-            first = group.rank() * columns if axis == 1 else 0
-            with torch.no_grad():
-                parameter.copy_(drawn[:, first : first + columns])
 
 
 def _hook(chunk: PackedGPTModel, adapters: Adapters) -> None:
     for adapter in adapters.by_linear.values():
-
-        def add(module: nn.Module, inputs: tuple[Any, ...], output: Any, adapter: LinearAdapter = adapter) -> Any:
-            if not adapters.enabled:
-                return None
-            return (output[0] + adapter(inputs[0]), *output[1:])
-
-        adapter.linear.register_forward_hook(add)
+        adapter.attach(lambda: adapters.enabled)
     if chunk.pre_process:
         # Nothing before the first adapter needs a gradient, and a recomputed layer whose input needs none has none.
         chunk.embedding.register_forward_hook(_with_gradient)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_lmpo.config.rules import ParallelLayout
-from nemo_lmpo.formats.lora_targets import projections_of
+from nemo_lmpo.formats.lora_targets import MLP, projections_of
 from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import (
     estimate_memory,
     experts_cut,
     number_bytes,
-    stage_expert_parameters,
-    stage_parameters,
+    trained_experts_part,
     vocabulary_rows,
 )
 
@@ -40,7 +39,7 @@ def background_bytes(layout: ParallelLayout) -> float:
         return devices * (weights + main + states)
     # Ranks count through tensor parallelism first, then the replicas of one stage; so do those that hold experts.
     tensor, cut = config.model.tensor_model_parallel_size, experts_cut(config.model)
-    part = stage_expert_parameters(layout.architecture, config) / stage_parameters(layout.architecture, config)
+    part = trained_experts_part(layout.architecture, config)
     writes = [
         (1 - part) * (rank // tensor % layout.replicas == 0) + part * (rank // cut % layout.expert_replicas == 0)
         for rank in range(layout.world_size)
@@ -80,8 +79,15 @@ def _tensors(layout: ParallelLayout) -> Iterator[tuple[int, int]]:
     tensor, layers = model.tensor_model_parallel_size, layout.architecture.num_layers
     stage = -(-layers // model.pipeline_model_parallel_size)
     if model.peft.name is not None:
-        for count in (shape.hidden, shape.ffn // tensor):
-            yield -(-count * model.peft.rank // shards), stage * len(projections_of(model.peft.target_modules))
+        targets = projections_of(model.peft.target_modules)
+        on_experts = [name for name in targets if shape.experts and name in MLP]
+        # Adapters of a dense model are sized by its MLP, the widest; of attention in a mixture, by its queries.
+        wide = shape.query if shape.experts else shape.ffn
+        for count in (shape.hidden, wide // tensor) if len(targets) > len(on_experts) else ():
+            yield -(-count * model.peft.rank // shards), stage * (len(targets) - len(on_experts))
+        local = shape.experts // model.expert_model_parallel_size
+        for count in (shape.hidden, shape.ffn // model.expert_tensor_parallel_size) if on_experts else ():
+            yield count * model.peft.rank * local, stage * len(on_experts)
         return
     mlp = [shape.ffn] * (3 if shape.gated else 2)
     for columns in (shape.query + shape.key_value, shape.query, *([] if shape.experts else mlp)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config, ModelConfig
 from nemo_lmpo.formats.architecture import Architecture, Experts
-from nemo_lmpo.formats.lora_targets import projections_of
+from nemo_lmpo.formats.lora_targets import MLP, projections_of
 
 LOGIT_BYTES = 2**29
 """Float32 logits that exist at a time, unless `model.logprob_chunk_tokens` says otherwise."""
@@ -71,14 +71,35 @@ def adapter_parameters(architecture: Architecture, config: Config) -> float:
     """Parameters of the adapters on the busiest rank."""
     model = config.model
     tensor = model.tensor_model_parallel_size
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    hidden = architecture.hidden_size
     query = architecture.num_attention_heads * architecture.head_dim
     key = architecture.num_query_groups * architecture.head_dim
     # A rank has a part of the width inside of the block: A is whole and B split where that is the output, and reversed.
     attention = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query}
-    inside = [attention.get(name, ffn) for name in projections_of(model.peft.target_modules)]
+    dense = {**attention, **({} if architecture.experts else dict.fromkeys(MLP, architecture.mlp_size))}
+    inside = [dense[name] for name in projections_of(model.peft.target_modules) if name in dense]
     layers = architecture.num_layers / model.pipeline_model_parallel_size
-    return layers * model.peft.rank * sum(hidden + width / tensor for width in inside)
+    on_experts = expert_adapter_parameters(architecture, config)
+    return layers * model.peft.rank * sum(hidden + width / tensor for width in inside) + on_experts
+
+
+def expert_adapter_parameters(architecture: Architecture, config: Config) -> float:
+    """Those of them that are on experts."""
+    model = config.model
+    if architecture.experts is None or model.peft.name is None:
+        return 0.0
+    experts = architecture.experts.number / model.expert_model_parallel_size
+    width = architecture.mlp_size / model.expert_tensor_parallel_size
+    adapted = len(set(projections_of(model.peft.target_modules)) & set(MLP))
+    layers = architecture.num_layers / model.pipeline_model_parallel_size
+    return layers * experts * adapted * model.peft.rank * (architecture.hidden_size + width)
+
+
+def trained_experts_part(architecture: Architecture, config: Config) -> float:
+    """What part of a stage's trained parameters is of experts, or of adapters on them."""
+    if config.model.peft.name is not None:
+        return expert_adapter_parameters(architecture, config) / adapter_parameters(architecture, config)
+    return stage_expert_parameters(architecture, config) / stage_parameters(architecture, config)
 
 
 def activation_bytes(architecture: Architecture, config: Config, row_tokens: int) -> float:
@@ -173,7 +194,7 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     if config.optim.cpu_offload:
         optimizer = 0.0  # on the host
     if config.optim.use_distributed_optimizer:
-        part = 0.0 if frozen else stage_expert_parameters(architecture, config) / trained
+        part = trained_experts_part(architecture, config)
         optimizer *= (1 - part) / max(layout.replicas, 1) + part / max(layout.expert_replicas, 1)
     if config.model.fp8 is not None:
         # Layers keep their weights in FP8 besides, in rows and in columns, until the optimizer's step.

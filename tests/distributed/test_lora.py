@@ -31,11 +31,11 @@ LAYOUTS = {
 
 
 def adapters_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    adapters, architecture = open_adapters(run_dir / "checkpoints" / f"step_{step:07d}")
+    """By the name of the weight, and side."""
+    adapters, _ = open_adapters(run_dir / "checkpoints" / f"step_{step:07d}")
     found = {}
-    for layer in range(architecture.num_layers):
-        for name in adapters.description.projections:
-            found[f"{layer}.{name}.A"], found[f"{layer}.{name}.B"] = adapters.pair(layer, name)
+    for name in adapters.changed():
+        found[f"{name}.A"], found[f"{name}.B"] = adapters.pair_of(name)
     return found
 
 

@@ -114,6 +114,14 @@ def test_adapters_train_like_those_on_local_layers(host: Host, reference: Refere
     assert_same_adapters(tmp_path / "run", reference(overrides))
 
 
+def test_adapters_on_grouped_experts(host: Host, reference: Reference, tmp_path: Path) -> None:
+    """All experts of a rank in one product; each expert is cut over two ranks, and lies on two of four."""
+    layout = (*TP2_SEQUENCE, "model.expert_model_parallel_size=2", "model.expert_tensor_parallel_size=2")
+    overrides = (*LORA, *STEADY, *MIXTURE, *layout)
+    train(host, 4, tmp_path / "run", overrides)
+    assert_same_adapters(tmp_path / "run", reference(overrides))
+
+
 def assert_same_adapters(run: Path, expected: Path) -> None:
     assert_same_metrics(metrics_of(run), metrics_of(expected))
     wanted = adapters_of(expected, STEPS)

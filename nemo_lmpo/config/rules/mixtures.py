@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_lmpo.config.rules.layout import ParallelLayout
+from nemo_lmpo.config.schema import ModelConfig
 from nemo_lmpo.errors import shown
-from nemo_lmpo.formats.lora_targets import ATTENTION, projections_of
+from nemo_lmpo.formats.lora_targets import MIXTRAL, MLP, projections_of
 
 
 def experts(layout: ParallelLayout) -> Iterator[str]:
@@ -43,16 +44,24 @@ def experts(layout: ParallelLayout) -> Iterator[str]:
             "among which experts lie apart; set it to false, with optim.use_distributed_optimizer=true and "
             "model.expert_model_parallel_size"
         )
-    targets = projections_of(model.peft.target_modules)
-    if model.peft.name is not None and not set(targets) <= set(ATTENTION):
+    yield from _adapters(model, layout)
+
+
+def _adapters(model: ModelConfig, layout: ParallelLayout) -> Iterator[str]:
+    """With transformers 5, PEFT loads gate and up projections as one, and without down projections loads them wrong."""
+    if model.peft.name is None:
+        return
+    targets = set(projections_of(model.peft.target_modules)) & set(MLP)
+    if targets and targets != {"down_proj"} and targets != set(MLP):
         yield (
-            f"model.peft.target_modules={shown(model.peft.target_modules)} names projections of experts, on which "
-            f"adapters are not supported; set it to [{','.join(ATTENTION)}]"
+            f"model.peft.target_modules={shown(model.peft.target_modules)} names some projections of experts, which "
+            f"peft does not load with transformers 5; name {', '.join(MLP)}, or down_proj alone, or none of them"
         )
 
 
 def no_experts(layout: ParallelLayout) -> Iterator[str]:
     """Settings of experts belong to a model that has some."""
+    yield from _names_of_mixtral(layout)
     if layout.architecture.experts is not None:
         return
     model, plain = layout.config.model, type(layout.config.model)()
@@ -63,4 +72,14 @@ def no_experts(layout: ParallelLayout) -> Iterator[str]:
             yield (
                 f"model.{name}={shown} is for mixtures of experts, and a {layout.architecture.model_type} has no "
                 f"experts; leave it out"
+            )
+
+
+def _names_of_mixtral(layout: ParallelLayout) -> Iterator[str]:
+    experts = layout.architecture.family.experts
+    for name in layout.config.model.peft.target_modules:
+        if name in MIXTRAL and (experts is None or name not in (experts.gate, experts.up, experts.down)):
+            yield (
+                f"model.peft.target_modules names {shown(name)}, which a {layout.architecture.model_type} does not "
+                f"have; write {MIXTRAL[name]}"
             )

@@ -14,7 +14,7 @@ from typing import Any
 from nemo_lmpo.config.row_fields import ROW_FIELDS
 from nemo_lmpo.config.schema import Config, DatasetConfig, all_settings
 from nemo_lmpo.errors import ConfigError, did_you_mean, nearest, shown
-from nemo_lmpo.formats.lora_targets import LINEARS, PROJECTIONS
+from nemo_lmpo.formats.lora_targets import LINEARS, MIXTRAL, PROJECTIONS
 
 LEAST_SLACK = 60.0
 """Seconds between the two limits of a hang, in which every rank shows its stacks and writes them down."""
@@ -282,7 +282,7 @@ def adapters(config: Config) -> Iterator[str]:
     targets = config.model.peft.target_modules
     known = (*PROJECTIONS, *LINEARS, "all-linear")
     for name in targets:
-        if name not in known:
+        if name not in known and name not in MIXTRAL:
             yield f"model.peft.target_modules names {shown(name)}, which no layer has; choose of {', '.join(known)}"
     if not targets:
         yield "model.peft.target_modules=[] names no projection; give at least one, or [all-linear]"

@@ -207,7 +207,20 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("model.fp8=tensorwise", "mixture of experts", "remove it"),
     ),
     "mixture_fsdp": (("model.fsdp=true",), 1, ("model.fsdp=true", "experts lie apart", "set it to false")),
-    "mixture_adapters": (("model.peft.name=lora",), 1, ("['all-linear']", "not supported", "[q_proj,")),
+    "mixture_adapters": (
+        ("model.peft.name=lora", "model.peft.target_modules=[q_proj,up_proj,gate_proj]"),
+        1,
+        (
+            "['q_proj', 'up_proj', 'gate_proj']",
+            "peft does not load",
+            "gate_proj, up_proj, down_proj, or down_proj alone",
+        ),
+    ),
+    "mixture_adapters_of_mixtral": (
+        ("model.peft.name=lora", "model.peft.target_modules=[w1,w2,w3]"),
+        1,
+        ("names 'w1'", "a qwen3_moe does not have", "write gate_proj"),
+    ),
     "no_experts": (
         ("model.expert_model_parallel_size=2",),
         2,

@@ -151,6 +151,29 @@ def test_context_parallel_splits_rows() -> None:
     assert activations(context_parallel_size=2) == pytest.approx(activations() / 2)
 
 
+def test_adapters_on_experts_by_hand() -> None:
+    """Rank 16 on all projections of a Qwen3-30B-A3B whose experts lie on eight ranks, each in two parts."""
+    layout = ("model.expert_model_parallel_size=8", "model.expert_tensor_parallel_size=2", "trainer.devices=16")
+    one = (
+        "model.tensor_model_parallel_size=1",
+        "model.sequence_parallel=false",
+        "optim.use_distributed_optimizer=true",
+    )
+    stages = ("model.pipeline_model_parallel_size=1", "model.virtual_pipeline_model_parallel_size=null")
+    config = load_recipe(
+        "lmpo_qwen3_30b_a3b",
+        ["model.peft.name=lora", "model.peft.rank=16", *layout, *one, *stages, "trainer.num_nodes=1"],
+    )
+    architecture = find_start_model(config.model, fetch=False).architecture
+    # q and o: 2048 + 4096; k and v: 2048 + 512. Of 16 experts: gate, up and down, 2048 + 768 / 2 each.
+    attention, experts = 48 * 16 * (2 * 6144 + 2 * 2560), 48 * 16 * 16 * 3 * 2432
+    assert adapter_parameters(architecture, config) == attention + experts
+    memory = estimate_memory(validate(config, architecture, 16))
+    assert memory.gradients == 4 * (attention + experts)
+    # Sixteen ranks share those on attention; each part of an expert is on one.
+    assert memory.optimizer == pytest.approx(12 * (attention / 16 + experts))
+
+
 def test_adapters_of_llama3_8b_by_hand():
     """Rank 16 on all projections of an 8B: 41.9 million parameters, as PEFT counts them."""
     config = load_recipe(
