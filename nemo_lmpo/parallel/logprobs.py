@@ -66,6 +66,17 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(torch.mm(left, right))
 
 
+def _accept_own_dtype(weight: Tensor) -> None:
+    """Let a gathered weight of FSDP keep its gradient in the weight's dtype until it is reduced.
+
+    From torch 2.15 on FSDP asks autograd for gradients in the dtype of their reduction, float32, and takes that back for
+    a layer before its backward, because the reduction copies them to float32 in any case. The head's gradient comes
+    before it does: without this, twice the memory would be taken until the end of backward.
+    """
+    if getattr(weight, "grad_dtype", None) not in (None, weight.dtype):
+        weight.grad_dtype = None
+
+
 class WeightGradient:
     """Where the gradient of the output matrix goes.
 
@@ -101,6 +112,7 @@ class WeightGradient:
         gradients are ready. An unused tensor makes it, unless the embedding's gradient does.
         """
         if not self.is_main:
+            _accept_own_dtype(self.weight)
             return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
         if self.used_elsewhere:
             return None
