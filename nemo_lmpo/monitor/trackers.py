@@ -1,4 +1,4 @@
-"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases and MLflow, through Lightning's loggers."""
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, and Weights & Biases and MLflow through Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_lmpo.runtime.credentials import Address, whole
 from nemo_lmpo.runtime.files import replace_file
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 MLFLOW_ID_FILE = "mlflow_id"
 _COLUMNS = tuple(field.name for field in fields(Sample))
@@ -35,7 +35,8 @@ _MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_
 class _Open:
     """A tracker that is open."""
 
-    logger: Logger
+    log: Callable[[int, Mapping[str, float]], object]
+    """How the metrics of a step are shown there."""
     log_samples: Callable[[int, Sequence[Sample]], object]
     """How answers are shown there, by step."""
     finish: Callable[[], object]
@@ -89,7 +90,7 @@ class Trackers:
         """One line; steps that a tracker saw before an interruption are repeated exactly."""
         values = dict(metrics)
         for watching, tracker in self._open:
-            watching.tell(partial(tracker.logger.log_metrics, values, step=step))
+            watching.tell(partial(tracker.log, step, values))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """The answers of a validation; as :meth:`log`, repeated ones take the place of those before."""
@@ -179,20 +180,26 @@ def _require(package: str, setting: str) -> None:
 
 
 def _tensorboard(run_dir: Path, resume_step: int) -> _Open:
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from torch.utils.tensorboard import SummaryWriter
 
-    # TensorBoard hides what earlier files have of this step and later ones.
-    logger = TensorBoardLogger(
-        run_dir, name=run_files.TENSORBOARD, version="", default_hp_metric=False, purge_step=resume_step + 1
-    )
     _keep_writers_quiet()
-    logger.experiment  # noqa: B018  # opens the file, which hides the steps even if none follows
+    # Lightning's logger would be the same writer; importing it takes two seconds.
+    # TensorBoard hides what earlier files have of this step and later ones.
+    writer = SummaryWriter(run_dir / run_files.TENSORBOARD, purge_step=resume_step + 1)
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
 
     def log_samples(step: int, samples: Sequence[Sample]) -> None:
         for index, sample in enumerate(samples):
-            logger.experiment.add_text(f"val/samples/{index}", as_markdown(sample), step)
+            writer.add_text(f"val/samples/{index}", as_markdown(sample), step)
 
-    return _Open(logger, log_samples, lambda: logger.finalize(""))
+    def finish() -> None:
+        writer.flush()
+        writer.close()
+
+    return _Open(log, log_samples, finish)
 
 
 @cache
@@ -226,7 +233,7 @@ def _wandb(run_dir: Path, config: WandbConfig, settings: Mapping[str, Any]) -> _
         rows = [[step, *asdict(sample).values()] for sample in samples]
         logger.log_text("val/samples", columns=["step", *_COLUMNS], data=rows, step=step)
 
-    return _Open(logger, log_samples, logger.experiment.finish)
+    return _Open(partial(_log_metrics, logger), log_samples, logger.experiment.finish)
 
 
 def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any], uri: str) -> _Open:
@@ -252,7 +259,11 @@ def _mlflow(run_dir: Path, config: MlflowConfig, settings: Mapping[str, Any], ur
         table = [asdict(sample) for sample in samples]
         logger.experiment.log_dict(logger.run_id, {"step": step, "samples": table}, f"samples/step_{step:07d}.json")
 
-    return _Open(logger, log_samples, lambda: logger.finalize("success"))
+    return _Open(partial(_log_metrics, logger), log_samples, lambda: logger.finalize("success"))
+
+
+def _log_metrics(logger: WandbLogger | MLFlowLogger, step: int, metrics: Mapping[str, float]) -> None:
+    logger.log_metrics(dict(metrics), step=step)
 
 
 def _kept_id(path: Path) -> str:

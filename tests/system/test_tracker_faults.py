@@ -80,7 +80,7 @@ def check(run_dir: Path, records: list[logging.LogRecord], tracker: str) -> None
 
 
 class FakeLogger:
-    """A Lightning logger whose methods all fail once they shall."""
+    """A writer or Lightning logger whose methods all fail once they shall."""
 
     def __init__(self, failing: list[Callable[[], object]]) -> None:
         self.failing = failing
@@ -123,6 +123,7 @@ def test_whatever_a_tracker_raises(
     tracker: str, phase: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     import lightning.pytorch.loggers as loggers
+    import torch.utils.tensorboard as writers
 
     monkeypatch.setattr(observer, "START_SECONDS", 0.2)
     monkeypatch.setattr(observer, "CLOSE_SECONDS", 0.2)
@@ -133,7 +134,8 @@ def test_whatever_a_tracker_raises(
         logger()
         return logger
 
-    for name in ("TensorBoardLogger", "WandbLogger", "MLFlowLogger"):
+    monkeypatch.setattr(writers, "SummaryWriter", make)
+    for name in ("WandbLogger", "MLFlowLogger"):
         monkeypatch.setattr(loggers, name, make)
     follow_a_run(tmp_path, TRACKERS[tracker], phase, lambda: failing.append(KINDS[kind]))
     check(tmp_path, caplog.records, tracker)
