@@ -1,4 +1,7 @@
-"""Where metrics go besides `metrics.jsonl`: TensorBoard, and Weights & Biases and MLflow through Lightning's loggers."""
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases and MLflow.
+
+The last two go through Lightning's loggers.
+"""
 
 from __future__ import annotations
 

@@ -38,11 +38,13 @@ def run(config: Config, launch: LaunchInfo, *, started: float | None = None) -> 
     _logger.info("loading torch and megatron-core")
     from nemo_lmpo.monitor.watchdog import watched
     from nemo_lmpo.parallel.groups import wait_for_all
-    from nemo_lmpo.runtime.environment import uses_gpu
+    from nemo_lmpo.runtime.environment import leave_out_compiler, uses_gpu
     from nemo_lmpo.runtime.transformer_engine import leave_out_transformer_engine
 
     if not uses_gpu(config.trainer.accelerator, launch):
-        leave_out_transformer_engine()  # before anything imports megatron-core
+        # Before anything imports megatron-core.
+        leave_out_transformer_engine()
+        leave_out_compiler()
     from nemo_lmpo.training.session import open_session
 
     with open_session(config, launch, checked) as session:

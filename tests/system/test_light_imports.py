@@ -129,3 +129,24 @@ def test_wrong_settings_are_refused_without_torch(wrong: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, wrong], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"], done.stderr
+
+
+def test_training_on_a_cpu_imports_no_metrics_package_and_no_compiler(tmp_path: Path) -> None:
+    """Lightning brings torchmetrics and scipy.signal, megatron-core torch's compiler: half of a start without them."""
+    heavy = ("lightning", "torchmetrics", "scipy.signal", "torch._inductor.compile_fx")
+    program = (
+        "import sys; from nemo_lmpo.train import main\n"
+        f"status = main(sys.argv[1:]); print([name for name in {heavy!r} if name in sys.modules]); sys.exit(status)"
+    )
+    settings = ["--config-name", "lmpo_tiny", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    environ = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *settings],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environ,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
