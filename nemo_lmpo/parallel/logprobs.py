@@ -69,8 +69,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _accept_own_dtype(weight: Tensor) -> None:
     """Let a gathered weight of FSDP keep its gradient in the weight's dtype until it is reduced.
 
-    From torch 2.15 on FSDP asks autograd for gradients in the dtype of their reduction, float32, and takes that back for
-    a layer before its backward, because the reduction copies them to float32 in any case. The head's gradient comes
+    From torch 2.15 on FSDP asks autograd for gradients in the dtype of their reduction, float32, and takes that back
+    for a layer before its backward, because the reduction copies them to float32 in any case. The head's gradient comes
     before it does: without this, twice the memory would be taken until the end of backward.
     """
     if getattr(weight, "grad_dtype", None) not in (None, weight.dtype):
