@@ -5,11 +5,16 @@ tests/distributed, or says why not by its marker. Forks are left alone: megatron
 from __future__ import annotations
 
 import subprocess
+import warnings
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 from typing import NoReturn
 
 import pytest
 import torch  # noqa: F401  (its first import may ask ldconfig for libraries)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # megatron-core reports each missing GPU package
+    import megatron.core  # noqa: F401  (its first import, in 0.19, asks git for a commit)
 
 
 def _refuse(*arguments: object, **names: object) -> NoReturn:
