@@ -53,7 +53,7 @@ def train_with(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], att
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory):
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs of one process with SDPA, by what changes the model."""
     done: dict[tuple[str, ...], tuple[list[dict[str, float]], dict[str, torch.Tensor]]] = {}
 
@@ -68,7 +68,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_flash_attention_trains_like_sdpa_in_one_process(layout: str, reference, tmp_path: Path) -> None:
+def test_flash_attention_trains_like_sdpa_in_one_process(layout: str, reference: Any, tmp_path: Path) -> None:
     world_size, overrides = LAYOUTS[layout]
     metrics, weights = reference(tuple(override for override in overrides if "model.architecture" in override))
     calls = run_workers(world_size, train_with, str(tmp_path / "run"), overrides, "flash")

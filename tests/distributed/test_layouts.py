@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ BF16_GRADIENT = 2**0.5 * BF16_LOSS
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory):
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs of one process, by the settings that change what is learned."""
     done: dict[tuple[str, ...], Path] = {}
 
@@ -177,7 +178,7 @@ def changes_model(overrides: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_trains_like_one_process(layout: str, reference, tmp_path: Path) -> None:
+def test_layout_trains_like_one_process(layout: str, reference: Any, tmp_path: Path) -> None:
     world_size, overrides = LAYOUTS[layout]
     expected = reference(changes_model(overrides))
     statistics = run_workers(world_size, train, str(tmp_path / "run"), overrides)
@@ -200,7 +201,7 @@ LOSSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_that_look_beyond_their_micro_batch(loss: str, reference, tmp_path: Path) -> None:
+def test_losses_that_look_beyond_their_micro_batch(loss: str, reference: Any, tmp_path: Path) -> None:
     options, layout = LOSSES[loss]
     expected = reference((*options, f"data.cache_dir={tmp_path / 'one'}"))
     # A cache of its own, so that this layout computes the reference's log-probabilities itself.
@@ -219,7 +220,7 @@ def test_losses_that_look_beyond_their_micro_batch(loss: str, reference, tmp_pat
 
 
 @pytest.mark.parametrize("layout", BF16_LAYOUTS)
-def test_layout_trains_like_one_process_in_bfloat16(layout: str, reference, tmp_path: Path) -> None:
+def test_layout_trains_like_one_process_in_bfloat16(layout: str, reference: Any, tmp_path: Path) -> None:
     """Main parameters and sums over the data are float32 in every layout; only the layers' roundings differ."""
     world_size, overrides = LAYOUTS[layout]
     bf16 = ("trainer.precision=bf16",)

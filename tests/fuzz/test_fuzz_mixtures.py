@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory):
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[tuple[str, ...], Path] = {}
 
     def found(settings: tuple[str, ...]) -> Path:
@@ -60,7 +61,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("family", ["qwen3_moe", "plain", "mixtral"])
 @pytest.mark.parametrize("kind", [None, "global_batch", "sequence"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_is_one_process(layout: str, kind: str | None, family: str, one_process, tmp_path: Path) -> None:
+def test_layout_is_one_process(layout: str, kind: str | None, family: str, one_process: Any, tmp_path: Path) -> None:
     size, overrides = LAYOUTS[layout]
     settings = {"qwen3_moe": (), "plain": PLAIN, "mixtral": MIXTRAL}[family] + (() if kind is None else balance(kind))
     found = run(size, tmp_path / "run", (*LAYERS, *settings, *overrides))

@@ -1,5 +1,7 @@
 """Whole comparisons, small: runs are forked from a server."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -35,7 +37,9 @@ SMALL = [
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
-def test_small_comparison_end_to_end(tmp_path, monkeypatch, capsys):
+def test_small_comparison_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = dataclasses.replace(TINY, start=(*TINY.start, *SMALL), answers=4, answer_tokens=8)
     monkeypatch.setitem(SCALES, "tiny", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -57,7 +61,9 @@ def test_small_comparison_end_to_end(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
-def test_failed_run_is_named_and_the_page_is_written(tmp_path, monkeypatch, capsys):
+def test_failed_run_is_named_and_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = dataclasses.replace(TINY, start=(), answers=0)
     monkeypatch.setitem(SCALES, "tiny", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -88,7 +94,7 @@ def of_session(session: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
-def test_nothing_of_a_killed_comparison_works_on(tmp_path):
+def test_nothing_of_a_killed_comparison_works_on(tmp_path: Path) -> None:
     """Its run saves, as where the comparison is asked to end (tests/unit/paper/test_execute.py)."""
     command = [sys.executable, "-m", "nemo_lmpo.compare", "--suite", "figure2", "--output", "out", "--quiet"]
     started = time.monotonic()
@@ -121,7 +127,9 @@ def test_nothing_of_a_killed_comparison_works_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs are forked")
-def test_the_listed_commands_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_the_listed_commands_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In their order: the start model is trained, written, and started from."""
     small = dataclasses.replace(TINY, start=(*TINY.start, *SMALL))
     monkeypatch.setitem(SCALES, "tiny", small)

@@ -38,7 +38,7 @@ def test_help_is_fast(command: str, tmp_path: Path) -> None:
     assert seconds < 2.0, f"{seconds:.1f} s of processor time, {time.monotonic() - started:.1f} s in all"
 
 
-def test_wrong_directory_is_answered_without_loading_anything_heavy(tmp_path):
+def test_wrong_directory_is_answered_without_loading_anything_heavy(tmp_path: Path) -> None:
     program = (
         "import sys; sys.argv = ['report', sys.argv[1]]\n"
         "from nemo_lmpo.report.__main__ import main\n"
@@ -50,7 +50,7 @@ def test_wrong_directory_is_answered_without_loading_anything_heavy(tmp_path):
     assert result.stdout.strip() == "1 []"
 
 
-def test_report_never_imports_torch(tmp_path):
+def test_report_never_imports_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from nemo_lmpo.report import write_report; write_report(sys.argv[1])\n"
         "print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
@@ -60,7 +60,7 @@ def test_report_never_imports_torch(tmp_path):
     assert result.stdout.split() == ["False", "False"]
 
 
-def test_detection_imports_nothing_heavy():
+def test_detection_imports_nothing_heavy() -> None:
     program = (
         "import sys; from nemo_lmpo.monitor import banner; banner.detect_kernels(); banner.package_versions(); "
         "print([m for m in ('torch', 'megatron', 'nemo', 'transformers', 'numpy') if m in sys.modules])"
@@ -69,7 +69,7 @@ def test_detection_imports_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
-def test_importing_the_data_room_is_cheap():
+def test_importing_the_data_room_is_cheap() -> None:
     code = (
         "import sys; import nemo_lmpo.data.preference, nemo_lmpo.data.order;"
         "print([name for name in ('transformers', 'datasets', 'pyarrow', 'sentencepiece') if name in sys.modules])"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def start_model(family: str, directory: Path) -> Path:
     return directory
 
 
-def qwen_tokenizer():
+def qwen_tokenizer() -> Any:
     """Byte by byte, with tokens of its own for the roles; transformers 5 reads Qwen2 with no other class."""
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,7 @@ LONG = "a setting with words, and_one_without_any_place_to_break_it=" + "x" * 60
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_pages_can_be_read_on_screens_and_phones(make, tmp_path: Path) -> None:
+def test_pages_can_be_read_on_screens_and_phones(make: Callable[..., Any], tmp_path: Path) -> None:
     page = make(tmp_path, LONG)[0]
     for width, dark in ((1280, True), (390, False)):
         found = look(page, width=width, dark=dark)

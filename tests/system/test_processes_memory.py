@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_used_again():
+def test_freed_memory_is_used_again() -> None:
     faults = {}
     for keep in (False, True):
         done = subprocess.run(
@@ -41,7 +42,7 @@ def test_freed_memory_is_used_again():
     assert faults[False] >= 5 * 32  # pages of 2 MiB at the largest
 
 
-def test_peak_memory_of_a_child_counts_its_own_allocations():
+def test_peak_memory_of_a_child_counts_its_own_allocations() -> None:
     program = (
         "import torch; torch.cuda.is_available = lambda: False\n"
         "from nemo_lmpo.monitor.throughput import peak_memory_gib\n"
@@ -55,7 +56,7 @@ def test_peak_memory_of_a_child_counts_its_own_allocations():
     assert later >= after - 1e-3
 
 
-def test_killed_process_loses_at_most_the_last_line(tmp_path):
+def test_killed_process_loses_at_most_the_last_line(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
         import sys

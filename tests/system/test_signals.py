@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ COMMAND = (
 )
 
 
-def wait_for_steps(process, directory: Path, steps: int) -> None:
+def wait_for_steps(process: Any, directory: Path, steps: int) -> None:
     path = directory / "run" / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
         assert process.is_alive(), (directory / "output").read_text()

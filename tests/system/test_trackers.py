@@ -1,5 +1,7 @@
 """W&B and MLflow themselves, without a server: both start programs of their own."""
 
+from __future__ import annotations
+
 import json
 from contextlib import closing
 from pathlib import Path
@@ -14,18 +16,18 @@ from nemo_lmpo.monitor.samples import Sample
 SAMPLES = [Sample("<user> a", "b", 2, True), Sample("<user> c", "d d", 3, False)]
 
 
-def open_log(run_dir, config, *, resume_step=0):
+def open_log(run_dir: Path, config: LoggingConfig, *, resume_step: int = 0) -> MetricsLog | None:
     return MetricsLog(run_dir, config, settings={"name": "t"}, resume_step=resume_step)
 
 
 WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
 
 
-def offline_runs(run_dir):
+def offline_runs(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "wandb").glob("offline-run-*"))
 
 
-def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
+def test_wandb_run_is_resumed_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with closing(open_log(tmp_path / "r", WANDB)) as log:
@@ -46,7 +48,7 @@ def test_wandb_run_is_resumed_by_its_id(tmp_path, monkeypatch):
     assert table["data"] == [[1, "<user> a", "b", 2, True], [1, "<user> c", "d d", 3, False]]
 
 
-def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file:{tmp_path / 'mlruns'}"
@@ -72,7 +74,7 @@ def test_mlflow_has_the_metrics_and_goes_on_with_its_run(tmp_path, monkeypatch):
     ]
 
 
-def test_mlflow_without_a_server_says_what_to_set(tmp_path, monkeypatch):
+def test_mlflow_without_a_server_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e"))

@@ -1,7 +1,11 @@
 """Every recipe composes, has known keys only, and is valid for the processes that it is laid out for."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +33,7 @@ SMOLLM2 = {
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_is_valid_for_its_own_world_size(name):
+def test_is_valid_for_its_own_world_size(name: str) -> None:
     config = copy.deepcopy(recipe(name))
     if config.model.architecture is None:
         config.model.architecture = SMOLLM2
@@ -39,7 +43,7 @@ def test_is_valid_for_its_own_world_size(name):
     assert config.name == ("lmpo_tiny" if name == "train" else name)
 
 
-def test_every_group_file_is_used_or_can_be_chosen():
+def test_every_group_file_is_used_or_can_be_chosen() -> None:
     for path in recipes_dir().rglob("*.yaml"):
         group = path.relative_to(recipes_dir()).parent.as_posix()
         assert group in (".", "setting", "model", "data", "loss", "optim", "trainer", "specialization", "compat"), path
@@ -50,7 +54,7 @@ def test_every_group_file_is_used_or_can_be_chosen():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_released_code_keeps_what_the_setting_has(setting):
+def test_the_released_code_keeps_what_the_setting_has(setting: str) -> None:
     paper, released = recipe(f"lmpo_{setting}"), load_recipe(f"lmpo_{setting}", ["compat=released_code"])
     assert released.loss == dataclasses.replace(paper.loss, compat="released_code")
     assert released.data == dataclasses.replace(paper.data, compat="released_code")
@@ -58,16 +62,16 @@ def test_the_released_code_keeps_what_the_setting_has(setting):
     assert load_recipe("train", [f"setting={setting}", "compat=released_code"]).loss == released.loss
 
 
-def test_the_released_code_is_lmpo_only():
+def test_the_released_code_is_lmpo_only() -> None:
     with pytest.raises(ConfigError, match=r"loss\.compat='released_code': loss\.name=simpo does not use it"):
         load_recipe("simpo_tiny", ["compat=released_code"])
 
 
-def test_a_dozen_files_at_the_top():
+def test_a_dozen_files_at_the_top() -> None:
     assert len(list(recipes_dir().glob("*.yaml"))) <= 12
 
 
-def test_every_loss_on_every_setting_is_a_recipe():
+def test_every_loss_on_every_setting_is_a_recipe() -> None:
     settings = (*SETTINGS, "smollm2_135m", "tiny")
     assert {*METHODS, "orpo"} <= set(LOSSES)
     assert {f"{loss}_{setting}" for loss in LOSSES for setting in settings} <= set(recipe_names())
@@ -83,7 +87,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_published_values(setting):
+def test_published_values(setting: str) -> None:
     beta, log_h, lam, lr, max_length, max_prompt_length, gamma = PUBLISHED[setting]
     lmpo, simpo = recipe(f"lmpo_{setting}"), recipe(f"simpo_{setting}")
     assert (lmpo.loss.beta, lmpo.loss.log_h, lmpo.loss.lam) == (beta, log_h, lam)
@@ -103,7 +107,7 @@ def test_published_values(setting):
         ("llama3_8b", "meta-llama/Meta-Llama-3-8B", "llama3"),
     ],
 )
-def test_published_values_of_sft(setting, start, template):
+def test_published_values_of_sft(setting: str, start: str, template: str) -> None:
     """alignment-handbook's zephyr-7b-beta and SimPO's llama-3-8b-base-sft; the Base settings go on from the result."""
     config = recipe(f"sft_{setting}_ultrachat")
     assert (config.model.restore_from_path, config.data.chat_template) == (start, template)
@@ -117,7 +121,7 @@ def test_published_values_of_sft(setting, start, template):
     assert f"lmpo_{setting}_ultrachat" not in recipe_names()  # it has no pairs
 
 
-def test_published_values_on_pairs_ranked_by_armorm():
+def test_published_values_on_pairs_ranked_by_armorm() -> None:
     """SimPO's llama-3-8b-instruct-simpo-v2; LMPO's are untuned."""
     simpo, lmpo = recipe("simpo_llama3_8b_v2"), recipe("lmpo_llama3_8b_v2")
     assert simpo.data.train.path == lmpo.data.train.path == "princeton-nlp/llama3-ultrafeedback-armorm"
@@ -132,8 +136,8 @@ QWEN_PARAMETERS = {"qwen3_8b": 8_190_735_360, "qwen2_5_7b": 7_615_616_512}
 
 
 @pytest.mark.parametrize("setting", QWEN_PARAMETERS)
-def test_untuned_settings_are_llama3_instructs(setting):
-    def rest(name):
+def test_untuned_settings_are_llama3_instructs(setting: str) -> None:
+    def rest(name: str) -> dict[str, Any]:
         values = dict(flatten(config_as_dict(recipe(name))))
         its_own = ("name", "run_dir", "model.restore_from_path", "model.architecture.", "data.chat_template")
         return {key: value for key, value in values.items() if not key.startswith(its_own)}
@@ -144,8 +148,8 @@ def test_untuned_settings_are_llama3_instructs(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting):
-    def rest(name):
+def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting: str) -> None:
+    def rest(name: str) -> dict[str, Any]:
         values = dataclasses.asdict(recipe(name))
         values["optim"].pop("lr")
         return {key: value for key, value in values.items() if key not in ("loss", "name")}
@@ -156,48 +160,48 @@ def test_methods_of_a_setting_differ_in_loss_and_rate_only(setting):
 
 @pytest.mark.parametrize("override", ["loss=simpo", "loss.name=simpo", "+loss=simpo"])
 @pytest.mark.parametrize("setting", ["tiny", "llama3_8b", "smollm2_135m"])
-def test_another_loss_by_one_line(setting, override):
+def test_another_loss_by_one_line(setting: str, override: str) -> None:
     """The recipe's own loss leaves nothing behind; what is particular to the new one on the setting comes."""
     config = load_recipe(f"lmpo_{setting}", [override])
     assert config == dataclasses.replace(recipe(f"simpo_{setting}"), name=f"lmpo_{setting}")
 
 
-def test_any_loss_on_any_setting_by_the_general_recipe():
+def test_any_loss_on_any_setting_by_the_general_recipe() -> None:
     assert load_recipe("train", ["loss=dpo", "setting=llama3_8b"]) == recipe("dpo_llama3_8b")
 
 
-def test_options_given_with_another_loss_count():
+def test_options_given_with_another_loss_count() -> None:
     loss = load_recipe("lmpo_tiny", ["loss.name=simpo", "loss.gamma=1.6", "loss.beta=3"]).loss
     assert (loss.beta, loss.gamma) == (3.0, 1.6)
     assert load_recipe("lmpo_tiny", ["loss=dpo", "loss.beta=0.05"]).loss.beta == 0.05
 
 
-def test_naming_the_same_loss_keeps_its_options():
+def test_naming_the_same_loss_keeps_its_options() -> None:
     assert load_recipe("lmpo_mistral_7b_base", ["loss.name=lmpo", "loss.lam=0.05"]).loss.log_h == 1.6
 
 
-def test_own_recipe_extends_a_loss_on_a_setting_that_has_no_file(tmp_path):
+def test_own_recipe_extends_a_loss_on_a_setting_that_has_no_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [dpo_tiny, _self_]\noptim: {lr: 5.0e-4}\n")
     config, base = load_recipe("mine", config_dir=tmp_path), recipe("dpo_tiny")
     assert (config.optim.lr, config.loss, config.model) == (5e-4, base.loss, base.model)
     assert load_recipe("mine", ["loss=kto"], config_dir=tmp_path).loss == recipe("kto_tiny").loss
 
 
-def test_own_file_of_a_name_that_is_a_loss_on_a_setting_comes_first(tmp_path):
+def test_own_file_of_a_name_that_is_a_loss_on_a_setting_comes_first(tmp_path: Path) -> None:
     assert load_recipe("ipo_tiny").optim.lr == 1e-3
     (tmp_path / "ipo_tiny.yaml").write_text("defaults: [{setting: tiny}, {loss: ipo}, _self_]\noptim: {lr: 5.0e-4}\n")
     assert load_recipe("ipo_tiny", config_dir=tmp_path).optim.lr == 5e-4
     assert load_recipe("ipo_tiny").optim.lr == 1e-3
 
 
-def test_other_files_beside_own_recipes_are_not_read(tmp_path):
+def test_other_files_beside_own_recipes_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [dpo_tiny, _self_]\n")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "notes.yaml").write_bytes(b"\xff")
     assert load_recipe("mine", config_dir=tmp_path).loss == recipe("dpo_tiny").loss
 
 
-def test_own_settings_and_losses_join_the_product(tmp_path):
+def test_own_settings_and_losses_join_the_product(tmp_path: Path) -> None:
     for group, name, text in (
         ("setting", "small", "# @package _global_\ndefaults: [tiny, _self_]\noptim: {lr: 2.0e-3}\n"),
         ("loss", "bold", "name: simpo\ngamma: 3.0\n"),
@@ -211,20 +215,20 @@ def test_own_settings_and_losses_join_the_product(tmp_path):
     assert load_recipe("dpo_small", config_dir=tmp_path).loss == load_recipe("dpo_tiny", ["loss.beta=0.01"]).loss
 
 
-def test_a_loss_for_an_own_recipe_that_names_none(tmp_path):
+def test_a_loss_for_an_own_recipe_that_names_none(tmp_path: Path) -> None:
     (tmp_path / "alone.yaml").write_text("trainer: {max_steps: 2}\n")
     for override in ("loss=dpo", "loss.name=dpo"):
         assert load_recipe("alone", [override], config_dir=tmp_path).loss.name == "dpo"
 
 
-def test_unknown_loss_file_names_the_nearest():
+def test_unknown_loss_file_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"loss=simpoo is not a file of the group loss; did you mean simpo\?"):
         compose("lmpo_tiny", ["loss=simpoo"])
     with pytest.raises(ConfigError, match=r"setting=llama_8b is not a file of the group.*mean llama3_8b\?"):
         compose("lmpo_tiny", ["setting=llama_8b"])
 
 
-def test_own_recipe_extends_the_packages(tmp_path):
+def test_own_recipe_extends_the_packages(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [lmpo_tiny, _self_]\noptim: {lr: 5.0e-4}\n")
     (tmp_path / "loss").mkdir()
     (tmp_path / "loss" / "bold.yaml").write_text("name: simpo\ngamma: 3.0\n")
@@ -232,12 +236,12 @@ def test_own_recipe_extends_the_packages(tmp_path):
     assert (config.optim.lr, config.loss.gamma, config.model.tokenizer) == (5e-4, 3.0, "builtin:tiny")
 
 
-def test_group_of_another_setting():
+def test_group_of_another_setting() -> None:
     config = load_recipe("lmpo_tiny", ["setting=llama3_8b_base"])
     assert config.model.restore_from_path == "princeton-nlp/Llama-3-Base-8B-SFT"
 
 
-def test_expected_architecture_is_compared(tmp_path):
+def test_expected_architecture_is_compared(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from nemo_lmpo.config.schema import ModelConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def judge_of(stub: Stub, **extra: object) -> JudgeServer:
     return JudgeServer(Endpoint("--judge-endpoint", stub.url, QUICK), MODEL, extra)
 
 
-def collect(stub: Stub, folder: Path, count: int = 7, allow_empty: bool = False):
+def collect(stub: Stub, folder: Path, count: int = 7, allow_empty: bool = False) -> dict[str, Any] | None:
     return collect_answers(instructions(count), folder, source(stub, count), allow_empty=allow_empty, quiet=True)
 
 
@@ -163,7 +164,7 @@ def test_keys_are_never_shown() -> None:
     assert endpoint.shown == "https://host:8/v1"
 
 
-def ask(gateway: Gateway, body: dict):
+def ask(gateway: Gateway, body: dict) -> Any:
     import requests
 
     headers = {"Authorization": f"Bearer {gateway.token}"}

@@ -1,21 +1,27 @@
+from __future__ import annotations
+
 import gzip
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pair_rows import package_file
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
-def tiny():
+def tiny() -> PreTrainedTokenizerBase:
     return load_tokenizer("builtin:tiny")
 
 
 @pytest.fixture(scope="session")
-def mistral(tmp_path_factory):
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The first Mistral tokenizer, from its SentencePiece file as Mistral publishes it."""
     directory = tmp_path_factory.mktemp("mistral")
     shutil.copy(package_file("mistral_common", "data", "tokenizer.model.v1"), directory / "tokenizer.model")
@@ -23,7 +29,7 @@ def mistral(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def llama3():
+def llama3() -> PreTrainedTokenizerBase:
     """Llama 3's tokenizer from Meta's file; like the hub's, it puts a BOS in front of texts by itself."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -48,12 +54,12 @@ def llama3():
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_dir):
+def smollm2(smollm2_dir: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(smollm2_dir))
 
 
 @pytest.fixture(scope="session")
-def real_pairs(shared_dir):
+def real_pairs(shared_dir: Path) -> list[dict[str, Any]]:
     """Rows of real preference data."""
     path = shared_dir / "data" / "alpaca_pairs_train.jsonl.gz"
     if not path.is_file():
@@ -63,8 +69,8 @@ def real_pairs(shared_dir):
 
 
 @pytest.fixture
-def write_jsonl(tmp_path):
-    def write(rows, name="pairs.jsonl"):
+def write_jsonl(tmp_path: Path) -> Callable[..., Any]:
+    def write(rows: list[Any], name: str = "pairs.jsonl") -> str:
         path = tmp_path / name
         opener = gzip.open if name.endswith(".gz") else open
         with opener(path, "wt", encoding="utf-8") as stream:
@@ -76,10 +82,18 @@ def write_jsonl(tmp_path):
 
 
 @pytest.fixture
-def data_config(tmp_path):
+def data_config(tmp_path: Path) -> Callable[..., Any]:
     """A configuration for the tiny tokenizer's lengths with a cache of its own."""
 
-    def make(path, *, split="train", weights=None, schema="auto", limit=None, **changes):
+    def make(
+        path: list[str] | str,
+        *,
+        split: str = "train",
+        weights: list[Any] | None = None,
+        schema: str = "auto",
+        limit: int | None = None,
+        **changes: Any,
+    ) -> DataConfig:
         train = DatasetConfig(path=path, split=split, weights=weights, schema=schema, limit=limit)
         settings = {"max_length": 64, "max_prompt_length": 32, "num_workers": 1, "cache_dir": str(tmp_path / "cache")}
         return DataConfig(train=train, **{**settings, **changes})

@@ -1,12 +1,15 @@
 """Rows and files for tests of the data package."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-def message_row(prompt, chosen, rejected, **more):
+def message_row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
     """A row in the UltraFeedback-binarized schema."""
     user = {"role": "user", "content": prompt}
     return {

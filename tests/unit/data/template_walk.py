@@ -4,15 +4,18 @@ The judge knows nothing of how pairs are laid: it compares the ids' text with `a
 conversation and of the generation prompt, and asks whether the answer stands in it whole.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.schema import PreferenceRow
 
@@ -70,18 +73,20 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _shared_end(one, other):
+def _shared_end(one: str, other: str) -> str:
     length = next((i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
     return one[len(one) - length :]
 
 
-def _rendered(tokenizer, template, messages, generate=False):
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]], generate: bool = False
+) -> str | None:
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=generate
     )
 
 
-def judged(template: str, **settings):
+def judged(template: str, **settings: Any) -> dict[str, Any] | None:
     """A verdict for every combination, by the names of its parts; one for all where the template is refused."""
     tokenizer = byte_tokenizer(template)
     encoder = PairEncoder(tokenizer, template, max_length=9000, max_prompt_length=8000, **settings)
@@ -93,7 +98,13 @@ def judged(template: str, **settings):
     }
 
 
-def _judge(tokenizer, template, messages, answers, row) -> Verdict:
+def _judge(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[dict[str, Any]],
+    answers: tuple[str, str],
+    row: EncodedRow | RowError,
+) -> Verdict:
     try:
         prompt = _rendered(tokenizer, template, messages, generate=True)
         finished = [_rendered(tokenizer, template, [*messages, {"role": "assistant", "content": a}]) for a in answers]

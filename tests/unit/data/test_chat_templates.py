@@ -1,7 +1,10 @@
 """Pairs under the templates of real models: those that TRL is installed with, and the cases they brought up."""
 
+from __future__ import annotations
+
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from template_walk import DIFFERENT, REFUSED, RIGHT, WRONG, byte_tokenizer, judged, templates_in
@@ -29,12 +32,12 @@ SYSTEM_IN_LAST_TURN = (
 
 
 @pytest.fixture(scope="module")
-def templates():
+def templates() -> dict[str, str]:
     trl = pytest.importorskip("trl")
     return templates_in(Path(trl.__file__).parent / "chat_templates")
 
 
-def test_every_pair_is_right_or_clearly_different_under_real_templates(templates):
+def test_every_pair_is_right_or_clearly_different_under_real_templates(templates: dict[str, str]) -> None:
     assert len(templates) >= 60
     kinds, refused = {}, set()
     for name, template in templates.items():
@@ -53,7 +56,7 @@ def test_every_pair_is_right_or_clearly_different_under_real_templates(templates
     assert sum(count[RIGHT] for count in kinds.values()) > 1200
 
 
-def test_every_pair_is_on_the_generation_prompt_if_wanted(templates):
+def test_every_pair_is_on_the_generation_prompt_if_wanted(templates: dict[str, str]) -> None:
     for name in ("deepseek_r1_distill", "nemotron_3_nano", "qwen3_5_think", "glm4moe", "mistral_nemo"):
         if name not in templates:
             continue
@@ -73,7 +76,9 @@ def test_every_pair_is_on_the_generation_prompt_if_wanted(templates):
         assert "<think>Hm.</think>Good." in whole, name
 
 
-def texts(template, prompt, chosen, rejected, **settings):
+def texts(
+    template: str, prompt: list[dict[str, Any]], chosen: str, rejected: str, **settings: Any
+) -> str | tuple[Any, ...]:
     tokenizer = byte_tokenizer(template)
     encoder = PairEncoder(tokenizer, template, max_length=900, max_prompt_length=800, **settings)
     (row,) = encoder.encode([PreferenceRow(prompt, chosen, rejected)])
@@ -85,14 +90,14 @@ def texts(template, prompt, chosen, rejected, **settings):
 @pytest.mark.parametrize(
     ("chosen", "rejected"), [("A", "B"), ("A", "As"), (" yes", "no "), ("s", "t"), ("|", "<"), ("assistant", "user")]
 )
-def test_an_answer_is_found_from_the_end(chosen, rejected):
+def test_an_answer_is_found_from_the_end(chosen: str, rejected: str) -> None:
     prompt, one, other, notes = texts(R1, [USER], chosen, rejected)
     assert prompt == "<s><|user|>Hi<|assistant|>"
     assert (one, other) == (f"{chosen}<|end|>", f"{rejected}<|end|>")
     assert notes == ("generation starts with '<think>\\n', training does not",)
 
 
-def test_a_thought_that_the_template_leaves_out():
+def test_a_thought_that_the_template_leaves_out() -> None:
     thought = ("<think>\nHm.\n</think>\n\nGood.", "Bad.")
     said = texts(R1, [USER], *thought)
     assert "leaves out part of the chosen answer: it writes '\\n\\nGood.'" in said
@@ -105,7 +110,7 @@ def test_a_thought_that_the_template_leaves_out():
 
 
 @pytest.mark.parametrize("turns", [[], [USER, {"role": "assistant", "content": "Yo."}]])
-def test_a_system_text_that_finished_conversations_leave_out_stays_in_the_prompt(turns):
+def test_a_system_text_that_finished_conversations_leave_out_stays_in_the_prompt(turns: list[dict[str, Any]]) -> None:
     prompt, chosen, rejected, notes = texts(SYSTEM_IN_LAST_TURN, [SYSTEM, *turns, USER], "Good.", "Bad.")
     before = "[INST] Hi[/INST] Yo.</s>" if turns else ""
     assert prompt == f"<s>{before}[INST] Be kind.\n\nHi[/INST]"
@@ -113,7 +118,7 @@ def test_a_system_text_that_finished_conversations_leave_out_stays_in_the_prompt
     assert notes == ("finished conversations leave out part of the prompt, so pairs are laid on the generation prompt",)
 
 
-def test_a_prompt_that_changes_with_the_answer_is_refused():
+def test_a_prompt_that_changes_with_the_answer_is_refused() -> None:
     counts = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert "changes the prompt with the response" in texts(counts, [USER], "a", "b")
 
@@ -127,7 +132,7 @@ def test_a_prompt_that_changes_with_the_answer_is_refused():
         ("\n<|im_end|>\n", "\n<|im_end|>"),
     ],
 )
-def test_end_of_turn_has_every_token_that_ends_it(tail, end):
+def test_end_of_turn_has_every_token_that_ends_it(tail: str, end: str) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m['content'] }}" + tail + "{% endfor %}"
     tokenizer = byte_tokenizer(template + "{{ eos_token }}")
     row = PairEncoder(tokenizer, template, max_length=900, max_prompt_length=800).encode(
@@ -136,7 +141,7 @@ def test_end_of_turn_has_every_token_that_ends_it(tail, end):
     assert tokenizer.decode(row.chosen_ids).endswith("Good." + end)
 
 
-def test_a_header_that_no_generation_prompt_writes_is_told():
+def test_a_header_that_no_generation_prompt_writes_is_told() -> None:
     template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     prompt, chosen, _, notes = texts(template, [USER], "Good.", "Bad.")
     assert prompt == "<|user|>Hi</s>"
@@ -144,7 +149,7 @@ def test_a_header_that_no_generation_prompt_writes_is_told():
     assert notes == ("the chat template writes '<|assistant|>' in front of the answer, which is trained",)
 
 
-def test_a_real_bos_that_is_eos_too_stays_in_front_of_a_cut_prompt():
+def test_a_real_bos_that_is_eos_too_stays_in_front_of_a_cut_prompt() -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     tokenizer = byte_tokenizer(template)
     tokenizer.bos_token = "</s>"

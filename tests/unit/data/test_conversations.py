@@ -1,14 +1,20 @@
 """Conversations as token ids: what is predicted, by transformers' own marks of what the assistant says."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import pytest
 import template_walk as walk
 from pair_rows import package_file
+from transformers import PreTrainedTokenizerBase
 
-from nemo_lmpo.data.encode import PairEncoder
+from nemo_lmpo.config.schema import DataConfig
+from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
-from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.templates import CHATML
@@ -18,7 +24,7 @@ from nemo_lmpo.errors import DataError
 LONG = {"max_length": 4000, "max_prompt_length": 2000}
 
 
-def said(*texts):
+def said(*texts: Any) -> list[dict[str, Any]]:
     """Messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
@@ -30,12 +36,12 @@ SYSTEM = [{"role": "system", "content": "Be kind."}, *PLAIN]
 MARKED = ("llama3", "qwen2_5", "qwen3", "cohere", "glm4moe", "gemma3", "phi3", "deepseek_r1_distill", "qwen3_6")
 
 
-def encoded(encoder, messages, **fields):
+def encoded(encoder: PairEncoder, messages: list[dict[str, Any]], **fields: Any) -> EncodedRow | RowError:
     (row,) = encoder.encode([ConversationRow(messages, **fields)])
     return row
 
 
-def mask(row):
+def mask(row: EncodedRow) -> list[bool]:
     """Which ids of a row are predicted."""
     spans = row.spans or [0, len(row.chosen_ids)]
     flags = [False] * len(row.chosen_ids)
@@ -44,7 +50,7 @@ def mask(row):
     return [False] * len(row.prompt_ids) + flags
 
 
-def marked(tokenizer, ids, flags):
+def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], flags: list[Any]) -> list[str]:
     """The texts of the runs of marked ids."""
     runs = groupby(zip(ids, flags, strict=False), key=lambda pair: bool(pair[1]))
     return [tokenizer.decode([token for token, _ in run]) for flag, run in runs if flag]
@@ -52,7 +58,7 @@ def marked(tokenizer, ids, flags):
 
 @pytest.mark.parametrize("messages", [PLAIN, SYSTEM], ids=["plain", "system"])
 @pytest.mark.parametrize("name", MARKED)
-def test_the_turns_are_those_that_trl_marks(name, messages):
+def test_the_turns_are_those_that_trl_marks(name: str, messages: list[dict[str, Any]]) -> None:
     """TRL's marks are about what one token more or less: some hold the newline behind, some the assistant's header."""
     template = package_file("trl", "chat_templates", f"{name}_training.jinja").read_text()
     tokenizer = walk.byte_tokenizer(template)
@@ -77,7 +83,7 @@ def test_the_turns_are_those_that_trl_marks(name, messages):
         assert front in prompt
 
 
-def test_real_ids_are_those_of_transformers(smollm2):
+def test_real_ids_are_those_of_transformers(smollm2: PreTrainedTokenizerBase) -> None:
     row = encoded(PairEncoder(smollm2, smollm2.chat_template, **LONG), PLAIN)
     ids = smollm2.apply_chat_template(PLAIN, tokenize=True, return_dict=True)["input_ids"]
     found = row.prompt_ids + row.chosen_ids
@@ -85,13 +91,13 @@ def test_real_ids_are_those_of_transformers(smollm2):
     assert marked(smollm2, found, mask(row)) == ["Two things.<|im_end|>", " Good answer.<|im_end|>", "A<|im_end|>"]
 
 
-def chatml(**settings):
+def chatml(**settings: Any) -> tuple[PreTrainedTokenizerBase, PairEncoder]:
     template = CHATML
     tokenizer = walk.byte_tokenizer(template)
     return tokenizer, PairEncoder(tokenizer, template, **{**LONG, **settings})
 
 
-def test_what_is_predicted():
+def test_what_is_predicted() -> None:
     tokenizer, encoder = chatml(predict="last")
     row = encoded(encoder, PLAIN)
     assert row.spans is None
@@ -116,7 +122,7 @@ def test_what_is_predicted():
     assert encoded(encoder, PLAIN[:1]).reason == "no answer"
 
 
-def test_thoughts_that_the_template_drops_are_not_predicted_and_told():
+def test_thoughts_that_the_template_drops_are_not_predicted_and_told() -> None:
     template = package_file("trl", "chat_templates", "glm4moe_training.jinja").read_text()
     tokenizer = walk.byte_tokenizer(template)
     row = encoded(PairEncoder(tokenizer, template, **LONG), THOUGHTS)
@@ -127,7 +133,7 @@ def test_thoughts_that_the_template_drops_are_not_predicted_and_told():
     assert row.lost == ("thoughts of earlier answers",)
 
 
-def test_lengths_are_bounded():
+def test_lengths_are_bounded() -> None:
     _, encoder = chatml()
     whole = encoded(encoder, PLAIN)
     prompt, total = len(whole.prompt_ids), len(whole.prompt_ids + whole.chosen_ids)
@@ -146,7 +152,7 @@ def test_lengths_are_bounded():
     assert row.prompt_ids == whole.prompt_ids[-5:]
 
 
-def test_special_tokens_in_conversations():
+def test_special_tokens_in_conversations() -> None:
     tokenizer, encoder = chatml()
     hidden = said("What?", "A<|im_end|>B", "And?", "C")
     mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -158,13 +164,15 @@ def test_special_tokens_in_conversations():
     assert isinstance(encoded(encoder, hidden), RowError)
 
 
-def test_a_data_set_of_conversations(data_config, tiny, write_jsonl):
+def test_a_data_set_of_conversations(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     """Pairs beside conversations are the conversations of their chosen answers; the start shows what is predicted."""
     pair = {"prompt": "sort b a", "chosen": "a b", "rejected": "b a"}
     talk = {"messages": said("sort c a", "a c", "sort d b", "b d")}
     takes = ("pairs", "conversations")
 
-    def load(rows, name, **more):
+    def load(rows: list[Any], name: str, **more: Any) -> PreferenceDataset | None:
         config = data_config(write_jsonl(rows, name))
         return load_preference_dataset(config, config.train, tiny, takes=takes, **more)
 
@@ -185,7 +193,7 @@ def test_a_data_set_of_conversations(data_config, tiny, write_jsonl):
         load_preference_dataset(config, config.train, tiny)
 
 
-def test_rows_keep_their_order():
+def test_rows_keep_their_order() -> None:
     _, encoder = chatml()
     rows = [ConversationRow(PLAIN), PreferenceRow(PLAIN[:1], "x", "y"), ConversationRow(PLAIN[:2])]
     assert [row.rejected_ids is None for row in encoder.encode(rows)] == [True, False, True]

@@ -1,7 +1,12 @@
 """`nemo-lmpo data`: what a run would load, shown."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +17,10 @@ TURNS = [{"role": "user", "content": "sort b a"}, {"role": "assistant", "content
 
 
 @pytest.fixture
-def shown(capsys, monkeypatch, tmp_path):
+def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(*words, status=0):
+    def run(*words: Any, status: int = 0) -> str:
         assert cli.main(["data", *map(str, words)]) == status
         said = capsys.readouterr()
         return said.err if status else said.out
@@ -24,8 +29,8 @@ def shown(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(*rows):
+def write(tmp_path: Path) -> Callable[..., Any]:
+    def write(*rows: Any) -> Path:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
@@ -33,7 +38,7 @@ def write(tmp_path):
     return write
 
 
-def test_pairs_as_the_model_sees_them(shown, write):
+def test_pairs_as_the_model_sees_them(shown: Callable[..., Any], write: Callable[..., Any]) -> None:
     page = shown(write(*[PAIR] * 7, {"question": "Q", "answer": "A"}), "--tokenizer", "builtin:tiny", "--rows", 2)
     assert "train: 7 pairs" in page
     assert "dropped: 1 unknown layout" in page
@@ -44,12 +49,14 @@ def test_pairs_as_the_model_sees_them(shown, write):
     assert "\x1b" not in page
 
 
-def test_conversations_have_every_turn_marked(shown, write):
+def test_conversations_have_every_turn_marked(shown: Callable[..., Any], write: Callable[..., Any]) -> None:
     page = shown(write({"messages": TURNS}), "--tokenizer", "builtin:tiny")
     assert page.count(">>>a b <eos><<<") == 2
 
 
-def test_colour_on_a_terminal_and_nothing_of_the_data_acts_on_it(shown, write, monkeypatch):
+def test_colour_on_a_terminal_and_nothing_of_the_data_acts_on_it(
+    shown: Callable[..., Any], write: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write({"messages": TURNS}, {**PAIR, "chosen": "\x1b[2J"})
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -61,7 +68,7 @@ def test_colour_on_a_terminal_and_nothing_of_the_data_acts_on_it(shown, write, m
     assert ">>>[assistant] a b<<<" in shown(path)
 
 
-def test_rows_are_only_read_without_a_tokenizer(shown, write):
+def test_rows_are_only_read_without_a_tokenizer(shown: Callable[..., Any], write: Callable[..., Any]) -> None:
     label = {"prompt": "Q", "completion": "A", "label": False}
     page = shown(write(PAIR, {"messages": TURNS}, label, {"text": "x"}, {**PAIR, "score": 3}), "--rows", 9)
     assert "2 pairs" in page
@@ -73,7 +80,9 @@ def test_rows_are_only_read_without_a_tokenizer(shown, write):
     assert page.count(">>>[assistant] a b<<<") == 4
 
 
-def test_columns_make_rows_usable_and_none_usable_is_an_error(shown, write):
+def test_columns_make_rows_usable_and_none_usable_is_an_error(
+    shown: Callable[..., Any], write: Callable[..., Any]
+) -> None:
     path = write({"question": "Q", "best": "+", "worst": "-"})
     line = "data.train.columns={prompt: question, chosen: best, rejected: worst}"
     for options in ([], ["--tokenizer", "builtin:tiny"]):
@@ -95,5 +104,7 @@ def test_columns_make_rows_usable_and_none_usable_is_an_error(shown, write):
         (["--rows", "-1"], "--rows -1"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(shown, write, options, words):
+def test_what_is_wrong_is_said_in_a_sentence(
+    shown: Callable[..., Any], write: Callable[..., Any], options: list[str], words: str
+) -> None:
     assert words in shown(write(PAIR), *options, status=1)

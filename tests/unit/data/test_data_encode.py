@@ -1,11 +1,15 @@
 """Texts to ids, against transformers' own chat tokenisation with real tokenizers, and by hand with a toy one."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 from pair_rows import package_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
@@ -20,16 +24,25 @@ HISTORY = [SYSTEM, USER, {"role": "assistant", "content": "Yo."}, {"role": "user
 LONG = {"max_length": 4000, "max_prompt_length": 2000}
 
 
-def said(text):
+def said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def encode(tokenizer, template, prompt, chosen="Good.", rejected="Bad", **settings):
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    prompt: list[dict[str, Any]],
+    chosen: str = "Good.",
+    rejected: str = "Bad",
+    **settings: Any,
+) -> EncodedRow | RowError | None:
     encoder = PairEncoder(tokenizer, TEMPLATES.get(template, template), **{**LONG, **settings})
     return encoder.encode([PreferenceRow(prompt, chosen, rejected)])[0]
 
 
-def toy(bos="<s>", eos="</s>", adds_bos=False, more=()):
+def toy(
+    bos: str | None = "<s>", eos: str | None = "</s>", adds_bos: bool = False, more: list[str] | tuple[Any, ...] = ()
+) -> PreTrainedTokenizerBase:
     """Byte-level BPE whose only merge is `l` with `d`; ids of characters are easy to check by decoding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate([*alphabet, "ld"])}
@@ -59,7 +72,9 @@ def toy(bos="<s>", eos="</s>", adds_bos=False, more=()):
         ("tiny", None, "<eos>", 2),
     ],
 )
-def test_ids_are_those_of_the_whole_conversation(name, template, end, end_id, prompt, request):
+def test_ids_are_those_of_the_whole_conversation(
+    name: str, template: str | None, end: str, end_id: int, prompt: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
     tokenizer = request.getfixturevalue(name)
     text = TEMPLATES[template] if template else tokenizer.get_chat_template()
     row = encode(tokenizer, text, prompt, "sort a b", "b a")
@@ -77,12 +92,14 @@ def test_ids_are_those_of_the_whole_conversation(name, template, end, end_id, pr
     assert not row.response_cut
 
 
-def test_mistral_ids_as_mistral_publishes_them(mistral):
+def test_mistral_ids_as_mistral_publishes_them(mistral: PreTrainedTokenizerBase) -> None:
     row = encode(mistral, "mistral", [{"role": "user", "content": "hi"}])
     assert row.prompt_ids == [1, 733, 16289, 28793, 12014, 733, 28748, 16289, 28793]
 
 
-def test_mistral_agrees_with_sentencepiece_on_real_text(mistral, real_pairs):
+def test_mistral_agrees_with_sentencepiece_on_real_text(
+    mistral: PreTrainedTokenizerBase, real_pairs: list[dict[str, Any]]
+) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     pieces = sentencepiece.SentencePieceProcessor(str(package_file("mistral_common", "data", "tokenizer.model.v1")))
     texts = ["a    b\n\n  c", "   lead", "x      y            z", "  ", "日本語 😀", "tab\tq"]
@@ -91,7 +108,9 @@ def test_mistral_agrees_with_sentencepiece_on_real_text(mistral, real_pairs):
         assert mistral(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 
-def test_real_pairs_have_one_bos_one_end_and_decode_to_their_texts(real_pairs, request):
+def test_real_pairs_have_one_bos_one_end_and_decode_to_their_texts(
+    real_pairs: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
     for name, template in (("smollm2", None), ("llama3", "llama3"), ("mistral", "mistral")):
         tokenizer = request.getfixturevalue(name)
         encoder = PairEncoder(tokenizer, TEMPLATES[template] if template else tokenizer.get_chat_template(), **LONG)
@@ -110,7 +129,7 @@ def test_real_pairs_have_one_bos_one_end_and_decode_to_their_texts(real_pairs, r
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("emits_bos", [0, 1, 2])
-def test_bos_whatever_template_and_tokenizer_do(adds_bos, emits_bos):
+def test_bos_whatever_template_and_tokenizer_do(adds_bos: bool, emits_bos: int) -> None:
     tokenizer = toy(adds_bos=adds_bos)
     template = "{{ bos_token }}" * emits_bos + TEMPLATES["plain"]
     row = encode(tokenizer, template, [USER])
@@ -119,18 +138,18 @@ def test_bos_whatever_template_and_tokenizer_do(adds_bos, emits_bos):
     assert tokenizer.bos_token_id not in row.chosen_ids + row.rejected_ids
 
 
-def test_no_bos_for_tokenizers_without_one():
+def test_no_bos_for_tokenizers_without_one() -> None:
     row = encode(toy(bos=None), "plain", [USER])
     assert len(row.prompt_ids) == len("Hi there")
 
 
-def test_turn_marker_that_is_called_bos_is_not_added(smollm2):
+def test_turn_marker_that_is_called_bos_is_not_added(smollm2: PreTrainedTokenizerBase) -> None:
     row = encode(smollm2, "plain", [USER])
     assert row.prompt_ids == smollm2("Hi there")["input_ids"]
     assert smollm2.bos_token_id not in row.prompt_ids
 
 
-def test_plain_template_keeps_texts_and_ends_with_eos():
+def test_plain_template_keeps_texts_and_ends_with_eos() -> None:
     tokenizer = toy()
     row = encode(tokenizer, "plain", HISTORY, " Good.\n", "Bad")
     assert tokenizer.decode(row.prompt_ids) == "Be kind.\n\nHi there\n\nYo.\n\nGo on"
@@ -138,7 +157,7 @@ def test_plain_template_keeps_texts_and_ends_with_eos():
     assert tokenizer.decode(row.rejected_ids) == "Bad</s>"
 
 
-def test_template_whose_end_marker_is_no_token_gets_eos():
+def test_template_whose_end_marker_is_no_token_gets_eos() -> None:
     tokenizer = toy()
     row = encode(tokenizer, "chatml", [USER])
     assert tokenizer.decode(row.chosen_ids) == "Good.<|im_end|></s>"
@@ -148,7 +167,7 @@ def test_template_whose_end_marker_is_no_token_gets_eos():
     assert toy(more=["<|im_end|>"]).decode(row.chosen_ids) == "Good.<|im_end|>"
 
 
-def test_qwen_without_thinking_puts_the_empty_thought_into_the_prompt():
+def test_qwen_without_thinking_puts_the_empty_thought_into_the_prompt() -> None:
     """As Qwen3 is prompted for an answer without thinking; earlier answers have no thought."""
     tokenizer = toy(bos=None, more=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     row = encode(tokenizer, "chatml_no_thinking", HISTORY)
@@ -161,7 +180,7 @@ def test_qwen_without_thinking_puts_the_empty_thought_into_the_prompt():
     assert tokenizer.decode(row.rejected_ids) == "Bad<|im_end|>"
 
 
-def test_qwen_with_thinking_learns_the_thought_too():
+def test_qwen_with_thinking_learns_the_thought_too() -> None:
     tokenizer = toy(bos=None, more=["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     row = encode(tokenizer, "chatml", [USER], "<think>\nHm.\n</think>\n\nGood.")
     assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
@@ -169,13 +188,13 @@ def test_qwen_with_thinking_learns_the_thought_too():
 
 
 @pytest.mark.parametrize("template", ["plain", "zephyr", "mistral"])
-def test_end_token_that_the_text_has_already_is_not_doubled(template):
+def test_end_token_that_the_text_has_already_is_not_doubled(template: str) -> None:
     row = encode(toy(), template, [USER], "Good.</s>", "Bad")
     assert toy().decode(row.chosen_ids).strip() == "Good.</s>"
     assert toy().decode(row.rejected_ids).strip() == "Bad</s>"
 
 
-def test_prompt_and_response_that_would_merge_into_one_token():
+def test_prompt_and_response_that_would_merge_into_one_token() -> None:
     tokenizer = toy()
     row = encode(tokenizer, "plain", [{"role": "user", "content": "hel"}], "d!", "p!")
     assert tokenizer.decode(row.prompt_ids) == "hel"
@@ -184,14 +203,14 @@ def test_prompt_and_response_that_would_merge_into_one_token():
     assert tokenizer.convert_ids_to_tokens(row.rejected_ids) == ["p", "!", "</s>"]
 
 
-def test_merging_response_gets_no_space_in_front(mistral):
+def test_merging_response_gets_no_space_in_front(mistral: PreTrainedTokenizerBase) -> None:
     row = encode(mistral, "plain", [{"role": "user", "content": "Hello wor"}], "ld!", "k!")
     assert mistral.decode(row.prompt_ids + row.chosen_ids) == "<s> Hello world!</s>"
     assert mistral.decode(row.prompt_ids + row.rejected_ids) == "<s> Hello work!</s>"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3"])
-def test_leading_newline_that_merges_with_the_header(name, request):
+def test_leading_newline_that_merges_with_the_header(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)
     template = tokenizer.get_chat_template() if name == "smollm2" else TEMPLATES["llama3"].replace(" | trim", "")
     row = encode(tokenizer, template, [USER], "\nGood.", "Bad")
@@ -202,7 +221,7 @@ def test_leading_newline_that_merges_with_the_header(name, request):
     assert tokenizer.decode(row.chosen_ids) == "\nGood." + tokenizer.eos_token
 
 
-def test_generation_prompt_that_finished_conversations_do_not_have():
+def test_generation_prompt_that_finished_conversations_do_not_have() -> None:
     thinking = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
@@ -214,7 +233,7 @@ def test_generation_prompt_that_finished_conversations_do_not_have():
     assert tokenizer.decode(row.rejected_ids) == "Bad</s>"
 
 
-def test_template_that_takes_a_row_not_at_all():
+def test_template_that_takes_a_row_not_at_all() -> None:
     strict = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATES["plain"]
     )
@@ -230,7 +249,7 @@ def test_template_that_takes_a_row_not_at_all():
     assert "changes the prompt" in encode(toy(), mutable, [USER]).detail
 
 
-def test_templates_that_cannot_be_used_at_all():
+def test_templates_that_cannot_be_used_at_all() -> None:
     with pytest.raises(ConfigError, match="cannot render a plain exchange"):
         encode(toy(), "{{ raise_exception('never') }}", [USER])
     with pytest.raises(ConfigError, match="cannot render a plain exchange"):
@@ -239,7 +258,7 @@ def test_templates_that_cannot_be_used_at_all():
         encode(toy(), "{{ messages[0]['content'] }}", [USER])
 
 
-def test_system_prompt_is_for_conversations_without_one():
+def test_system_prompt_is_for_conversations_without_one() -> None:
     tokenizer = toy()
     row = encode(tokenizer, "plain", [USER], system_prompt="Short!")
     assert tokenizer.decode(row.prompt_ids) == "Short!\n\nHi there"
@@ -247,14 +266,14 @@ def test_system_prompt_is_for_conversations_without_one():
     assert tokenizer.decode(row.prompt_ids) == "Be kind.\n\nHi there"
 
 
-def test_mistral_template_puts_the_system_text_into_the_first_user_turn():
+def test_mistral_template_puts_the_system_text_into_the_first_user_turn() -> None:
     tokenizer = toy()
     row = encode(tokenizer, "mistral", HISTORY)
     assert tokenizer.decode(row.prompt_ids) == "<s>[INST] Be kind.\n\nHi there [/INST] Yo.</s>[INST] Go on [/INST]"
     assert tokenizer.decode(row.chosen_ids) == " Good.</s>"
 
 
-def test_truncation_keeps_the_bos_and_the_end_of_the_prompt():
+def test_truncation_keeps_the_bos_and_the_end_of_the_prompt() -> None:
     tokenizer = toy(adds_bos=True)
     row = encode(
         tokenizer, "plain", [{"role": "user", "content": "abcdefgh"}], "123456", "12", max_prompt_length=5, max_length=9
@@ -273,7 +292,7 @@ def test_truncation_keeps_the_bos_and_the_end_of_the_prompt():
     assert not row.response_cut
 
 
-def test_truncation_without_a_real_bos(smollm2):
+def test_truncation_without_a_real_bos(smollm2: PreTrainedTokenizerBase) -> None:
     row = encode(toy(), "plain", [{"role": "user", "content": "abcdefgh"}], max_prompt_length=5, max_length=11)
     assert toy().decode(row.prompt_ids) == "defgh"
     assert toy().decode(row.chosen_ids) == "Good.</s>"
@@ -294,7 +313,9 @@ def test_truncation_without_a_real_bos(smollm2):
         (1024, 512, (513, 600, 281), (512, 512, 281)),
     ],
 )
-def test_a_prompt_is_cut_only_where_the_pair_does_not_fit(length, prompt, uncut, left):
+def test_a_prompt_is_cut_only_where_the_pair_does_not_fit(
+    length: int, prompt: int, uncut: tuple[int, int, int], left: tuple[int, int, int]
+) -> None:
     texts = ["p" * uncut[0], "c" * (uncut[1] - 1), "r" * (uncut[2] - 1)]  # a token a letter, and EOS
     row = encode(
         toy(), "plain", [{"role": "user", "content": texts[0]}], *texts[1:], max_length=length, max_prompt_length=prompt
@@ -309,12 +330,14 @@ class CountingTokens(SpecialTokens):
 
     letters = 0
 
-    def tokenize(self, texts):
+    def tokenize(self, texts: list[str]) -> list[Any]:
         self.letters += sum(map(len, texts))
         return super().tokenize(texts)
 
 
-def whole_ids(tokenizer, template, prompt, response):
+def whole_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, prompt: list[dict[str, Any]], response: str
+) -> list[Any]:
     """Ids of the prompt and of the whole conversation, each tokenized at once."""
     texts = [
         tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=generate)
@@ -324,7 +347,9 @@ def whole_ids(tokenizer, template, prompt, response):
 
 
 @pytest.mark.parametrize(("name", "template"), [("smollm2", "chatml"), ("llama3", "llama3"), ("mistral", "mistral")])
-def test_prompts_are_tokenized_once_and_long_texts_in_part(name, template, request, real_pairs):
+def test_prompts_are_tokenized_once_and_long_texts_in_part(
+    name: str, template: str, request: pytest.FixtureRequest, real_pairs: list[dict[str, Any]]
+) -> None:
     tokenizer = request.getfixturevalue(name)
     text = " ".join(row["chosen"][-1]["content"] for row in real_pairs[:60])
     special = CountingTokens(tokenizer)
@@ -354,21 +379,21 @@ def test_prompts_are_tokenized_once_and_long_texts_in_part(name, template, reque
         assert row.prompt_ids[0] == tokenizer.bos_token_id
 
 
-def test_long_runs_that_are_few_tokens(llama3):
+def test_long_runs_that_are_few_tokens(llama3: PreTrainedTokenizerBase) -> None:
     """A token of Llama 3 may be 128 blanks: the first letters that are looked at do not suffice."""
     row = encode(llama3, "plain", [USER], " " * 50_000 + "end", "Bad", max_length=600, max_prompt_length=300)
     assert row.chosen_ids == [*llama3(" " * 50_000 + "end", add_special_tokens=False)["input_ids"], 128009]
     assert not row.response_cut
 
 
-def test_responses_of_the_same_ids_are_no_pair(llama3):
+def test_responses_of_the_same_ids_are_no_pair(llama3: PreTrainedTokenizerBase) -> None:
     bad = encode(llama3, "llama3", [USER], "Yes.<|eot_id|>", "Yes.")
     assert isinstance(bad, RowError)
     assert bad.reason == "chosen equals rejected"
     assert "same token ids" in bad.detail
 
 
-def test_rows_that_truncation_makes_useless():
+def test_rows_that_truncation_makes_useless() -> None:
     bad = encode(toy(), "plain", [USER], "same start, other end", "same start", max_prompt_length=10, max_length=14)
     assert bad.reason == "equal after truncation"
     assert "data.max_length=14" in bad.detail
@@ -376,6 +401,6 @@ def test_rows_that_truncation_makes_useless():
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(10, 10), (10, 11), (10, 0)])
-def test_lengths_that_leave_no_room(length, prompt):
+def test_lengths_that_leave_no_room(length: int, prompt: int) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_prompt_length"):
         encode(toy(), "plain", [USER], max_length=length, max_prompt_length=prompt)

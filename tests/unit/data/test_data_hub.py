@@ -1,5 +1,10 @@
+from __future__ import annotations
+
 import json
 import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants as constants
@@ -8,15 +13,15 @@ import pytest
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.first_look import look_at_data
 from nemo_lmpo.data.hub import cache_only_without_network, is_cached_dataset
-from nemo_lmpo.data.read import open_source
+from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def resolves(monkeypatch):
-    def set_up(known):
-        def getaddrinfo(host, port):
+def resolves(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def set_up(known: bool) -> None:
+        def getaddrinfo(host: str, port: int) -> None:
             assert (host, port) == ("huggingface.co", 443)
             if not known:
                 raise socket.gaierror("not known")
@@ -29,7 +34,9 @@ def resolves(monkeypatch):
     return set_up
 
 
-def test_cache_only_where_the_host_is_unknown_and_only_inside(resolves, monkeypatch):
+def test_cache_only_where_the_host_is_unknown_and_only_inside(
+    resolves: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     resolves(known=False)
     with cache_only_without_network():
@@ -41,14 +48,14 @@ def test_cache_only_where_the_host_is_unknown_and_only_inside(resolves, monkeypa
         assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
 
-def test_network_is_used_where_there_is_one(resolves):
+def test_network_is_used_where_there_is_one(resolves: Callable[..., Any]) -> None:
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     resolves(known=True)
     with cache_only_without_network():
         assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
 
-def test_errors_come_at_once_without_network(resolves):
+def test_errors_come_at_once_without_network(resolves: Callable[..., Any]) -> None:
     resolves(known=False)
     with pytest.raises(DataError, match=r"nobody/no-such-data .*could not be loaded from the hub"):
         open_source("nobody/no-such-data", "train")
@@ -68,7 +75,7 @@ configs:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch, resolves):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolves: Callable[..., Any]) -> Path:
     """An empty hub cache on a machine without network."""
     resolves(known=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -77,7 +84,7 @@ def cache(tmp_path, monkeypatch, resolves):
     return tmp_path / "hub"
 
 
-def download(cache, kind, name, files):
+def download(cache: Path, kind: str, name: str, files: dict[str, str]) -> Path:
     """What `hf download` leaves: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
     root = cache / f"{kind}--{name.replace('/', '--')}"
     snapshot = root / "snapshots" / ("1" * 40)
@@ -92,15 +99,15 @@ def download(cache, kind, name, files):
     return snapshot
 
 
-def lines(rows):
+def lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def values(source):
+def values(source: Source) -> list[dict[str, Any]]:
     return [row.value for row in source.read()]
 
 
-def test_what_hf_download_fetched_is_found_without_network(cache):
+def test_what_hf_download_fetched_is_found_without_network(cache: Path) -> None:
     assert not is_cached_dataset("Owner/someData")
     snapshot = download(cache, "datasets", "Owner/someData", {"data/train.jsonl": lines(ROWS), "README.md": "# x"})
     assert is_cached_dataset("Owner/someData")
@@ -116,7 +123,7 @@ def test_what_hf_download_fetched_is_found_without_network(cache):
         open_source("Owner/someData", "dev")
 
 
-def test_configurations_have_a_name(cache):
+def test_configurations_have_a_name(cache: Path) -> None:
     files = {"README.md": README, "short/train.jsonl": lines(ROWS[:2]), "long/a.jsonl": lines(ROWS[2:])}
     download(cache, "datasets", "owner/both", files)
     assert values(open_source("owner/both:short", "train_prefs")) == ROWS[:2]
@@ -127,7 +134,7 @@ def test_configurations_have_a_name(cache):
         open_source("owner/both:none", "train_prefs")
 
 
-def test_validation_looks_into_the_cache(cache):
+def test_validation_looks_into_the_cache(cache: Path) -> None:
     download(cache, "datasets", "owner/bad", {"train.jsonl": lines([{**ROWS[0], "chosen": ""}])})
     config = DataConfig()
     config.train.path, config.train.split = "owner/bad", "train"
@@ -138,7 +145,7 @@ def test_validation_looks_into_the_cache(cache):
     assert look_at_data(config, None)[0] == ["owner/elsewhere"]
 
 
-def test_files_of_a_pattern_are_one_source(cache, tmp_path):
+def test_files_of_a_pattern_are_one_source(cache: Path, tmp_path: Path) -> None:
     for path in ("data/*.jsonl", "part-?.parquet", "[ab].csv"):
         with pytest.raises(DataError, match="matches no file; correct the pattern"):
             open_source(path, "train")
@@ -162,14 +169,14 @@ def test_files_of_a_pattern_are_one_source(cache, tmp_path):
     assert open_source("data/*.jsonl", "train").fingerprint != before
 
 
-def test_a_folder_of_parquet_files_is_one_source(cache, tmp_path):
+def test_a_folder_of_parquet_files_is_one_source(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for name, some in {"train-00001.parquet": ROWS[3:], "train-00000.parquet": ROWS[:3]}.items():
         datasets.Dataset.from_list(some).to_parquet(tmp_path / "shards" / name)
     assert values(open_source("shards", "train")) == ROWS
 
 
-def test_a_folder_gives_its_own_rows_and_those_of_now(tmp_path, cache):
+def test_a_folder_gives_its_own_rows_and_those_of_now(tmp_path: Path, cache: Path) -> None:
     """Not those of another folder of its name, or those that were in it, which `datasets` keeps under the same key."""
     readme = "---\nconfigs:\n- config_name: default\n  data_files: pairs.jsonl\n---\n"
     found = []

@@ -1,10 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_lmpo.data.example import Example, Response
+from nemo_lmpo.data.example import Example, PackedSequence, Response
 from nemo_lmpo.data.pack import example_tokens, imbalance, pack_examples, plan_micro_batches
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.training.batches import ExampleList
@@ -14,7 +19,7 @@ FIRST = Example.pair("a", [10, 11, 12], [20, 21, 22], [30, 31])
 SECOND = Example.pair("b", [13, 14], [40], [50, 51, 52])
 
 
-def test_row_sharing_prompts_by_hand():
+def test_row_sharing_prompts_by_hand() -> None:
     row = pack_examples([FIRST, SECOND], [5, 2], share_prompt=True, pad_to_multiple=8, pad_id=99)
     # a: prompt 0-2, chosen 3-4 (20 21), rejected 5 (30); b: prompt 6-7, no chosen input, rejected 8-9 (50 51)
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 14, 50, 51, 99, 99, 99, 99, 99, 99]]
@@ -34,7 +39,7 @@ def test_row_sharing_prompts_by_hand():
     assert row.reference_logps is None
 
 
-def test_row_with_the_prompt_twice_by_hand():
+def test_row_with_the_prompt_twice_by_hand() -> None:
     row = pack_examples([FIRST, SECOND], [0, 1], share_prompt=False)
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 21, 10, 11, 12, 30, 13, 14, 13, 14, 50, 51]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
@@ -44,7 +49,7 @@ def test_row_with_the_prompt_twice_by_hand():
     assert row.sequence_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3]
 
 
-def test_empty_row_holds_only_padding():
+def test_empty_row_holds_only_padding() -> None:
     row = pack_examples([], [], share_prompt=True, pad_to_multiple=4, pad_id=7)
     assert row.input_ids.tolist() == [[7, 7, 7, 7]]
     assert row.segments.tolist() == [[0, 4, 0, 0]]
@@ -53,13 +58,13 @@ def test_empty_row_holds_only_padding():
     assert row.response_lengths.shape == (0, 2)
 
 
-def test_no_padding_when_the_row_is_already_a_multiple():
+def test_no_padding_when_the_row_is_already_a_multiple() -> None:
     row = pack_examples([FIRST], [0], share_prompt=True, pad_to_multiple=6)
     assert row.num_tokens == 6
     assert len(row.segments) == 3
 
 
-def test_reference_logps_only_when_every_pair_has_them():
+def test_reference_logps_only_when_every_pair_has_them() -> None:
     known = Example.pair("a", [1], [2], [3], -1.5, -2.5)
     row = pack_examples([known, known], [0, 1], share_prompt=True)
     assert row.reference_logps.tolist() == [[-1.5, -2.5], [-1.5, -2.5]]
@@ -70,7 +75,7 @@ def test_reference_logps_only_when_every_pair_has_them():
     assert pack_examples([whole, known], [0, 1], share_prompt=True).reference_logps.shape == (2, 2)
 
 
-def visible(row, place):
+def visible(row: PackedSequence, place: int) -> tuple[Any, ...]:
     """Tokens and positions that the row's place may attend to, by the words of the layout's definition."""
     start, _, prefix, prefix_length = next(s for s in row.segments.tolist() if s[0] <= place < s[0] + s[1])
     places = [*range(prefix, prefix + prefix_length), *range(start, place + 1)]
@@ -82,7 +87,7 @@ pairs = st.builds(Example.pair, st.just("p"), ids, ids, ids)
 
 
 @st.composite
-def conversations(draw):
+def conversations(draw: Callable[..., Any]) -> Example | None:
     """One response of several spans with gaps between them; it begins and ends with what is predicted."""
     said, spans = [], []
     for number in range(draw(st.integers(1, 3))):
@@ -99,7 +104,9 @@ def conversations(draw):
     share_prompt=st.booleans(),
     multiple=st.integers(1, 9),
 )
-def test_every_target_is_predicted_from_exactly_what_stands_before_it(examples, share_prompt, multiple):
+def test_every_target_is_predicted_from_exactly_what_stands_before_it(
+    examples: list[Example], share_prompt: bool, multiple: int
+) -> None:
     responses = len(examples[0].responses) if examples else 2
     row = pack_examples(
         examples,
@@ -149,7 +156,9 @@ lengths_lists = st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_s
     share_prompt=st.booleans(),
     extra=st.integers(0, 200),
 )
-def test_plan_holds_every_pair_once_within_all_limits(lengths, dp_size, multiple, max_pairs, share_prompt, extra):
+def test_plan_holds_every_pair_once_within_all_limits(
+    lengths: list[Any], dp_size: int, multiple: int, max_pairs: int | None, share_prompt: bool, extra: int
+) -> None:
     lengths = np.array(lengths)
     costs = example_tokens(lengths, share_prompt)
     budget = int(costs.max()) + extra
@@ -169,7 +178,7 @@ def test_plan_holds_every_pair_once_within_all_limits(lengths, dp_size, multiple
     assert imbalance(plan, lengths, share_prompt=share_prompt) >= 1.0
 
 
-def test_plan_by_hand():
+def test_plan_by_hand() -> None:
     # costs sharing prompts: 10, 8, 6, 4; two rows a rank would do, but one row for each of two ranks suffices
     lengths = np.array([[4, 4, 4], [4, 3, 3], [2, 3, 3], [2, 2, 2]])
     assert example_tokens(lengths, True).tolist() == [10, 8, 6, 4]
@@ -182,7 +191,7 @@ def test_plan_by_hand():
     assert plan == [[[0], [3]], [[1], [2]]]
 
 
-def test_more_rows_than_pairs_gives_empty_rows():
+def test_more_rows_than_pairs_gives_empty_rows() -> None:
     plan = plan_micro_batches(
         np.array([[2, 2, 2]]), dp_size=2, row_tokens=8, max_examples_per_row=None, share_prompt=True, multiple_of_rows=2
     )
@@ -190,7 +199,7 @@ def test_more_rows_than_pairs_gives_empty_rows():
     assert sorted(row for rank in plan for row in rank) == [[], [], [], [0]]
 
 
-def test_realistic_batch_is_balanced():
+def test_realistic_batch_is_balanced() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.5, 0.6, size=(128, 3)), 8, 1000).astype(int)
     plan = plan_micro_batches(lengths, dp_size=4, row_tokens=4096, max_examples_per_row=None, share_prompt=True)
@@ -199,7 +208,7 @@ def test_realistic_batch_is_balanced():
     assert rows <= np.ceil(example_tokens(lengths, True).sum() / 4096 / 4) * 4 + 4
 
 
-def test_default_budget_takes_any_pair_of_the_longest_allowed_length():
+def test_default_budget_takes_any_pair_of_the_longest_allowed_length() -> None:
     longest = 64
     for prompt in (1, 30, 63):
         lengths = np.array([[prompt, longest - prompt, longest - prompt]])
@@ -209,7 +218,7 @@ def test_default_budget_takes_any_pair_of_the_longest_allowed_length():
             )
 
 
-def test_a_pair_longer_than_the_budget_is_named():
+def test_a_pair_longer_than_the_budget_is_named() -> None:
     lengths = np.array([[2, 2, 2], [9, 9, 9]])
     with pytest.raises(DataError, match=r"pair 1 .* 25 tokens.*data.row_tokens=20"):
         plan_micro_batches(lengths, dp_size=1, row_tokens=20, max_examples_per_row=None, share_prompt=True)

@@ -1,18 +1,23 @@
+from __future__ import annotations
+
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Never
 
 import datasets
 import numpy as np
 import pytest
 from pair_rows import message_row
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data import preference
 from nemo_lmpo.data.cache import cache_root
 from nemo_lmpo.data.pack import example_tokens
-from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.summary import DataSummary, SourceSummary
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.runtime.files import file_lock
@@ -20,25 +25,27 @@ from nemo_lmpo.runtime.files import file_lock
 GOOD = [message_row(f"sort b a {'cdefghij'[i]}", "a b", "b a", prompt_id=f"p{i}") for i in range(8)]
 
 
-def load(config, tokenizer, name="train"):
+def load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str = "train") -> PreferenceDataset | None:
     return load_preference_dataset(config, config.train, tokenizer, name=name)
 
 
-def example_ids(data):
+def example_ids(data: PreferenceDataset) -> list[str]:
     return [data.example_id(index) for index in range(len(data))]
 
 
 @pytest.fixture
-def no_tokenising(monkeypatch):
+def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """After calling it, only the cache can give tokenized data."""
 
-    def forbid():
+    def forbid() -> None:
         monkeypatch.setattr(preference, "tokenize_source", lambda *a, **k: pytest.fail("tokenized again"))
 
     return forbid
 
 
-def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
+def test_pairs_as_their_rows_say(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     data = load(data_config(write_jsonl(GOOD)), tiny)
     assert len(data) == 8
     pair = data[2]
@@ -55,7 +62,7 @@ def test_pairs_as_their_rows_say(data_config, tiny, write_jsonl):
     assert ">>>b a <eos><<<" in example
 
 
-def test_lengths_are_those_of_the_pairs(data_config, tiny):
+def test_lengths_are_those_of_the_pairs(data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase) -> None:
     data = load(data_config("builtin:tiny", limit=50), tiny)
     for index, lengths in enumerate(np.asarray(data.lengths).tolist()):
         pair = data[index]
@@ -65,7 +72,12 @@ def test_lengths_are_those_of_the_pairs(data_config, tiny):
         assert list(data.summary.length_percentiles[part].values()) == found
 
 
-def test_second_load_comes_from_the_cache(data_config, tiny, write_jsonl, no_tokenising):
+def test_second_load_comes_from_the_cache(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    no_tokenising: Callable[..., Any],
+) -> None:
     config = data_config(write_jsonl(GOOD))
     first = load(config, tiny)
     no_tokenising()
@@ -75,7 +87,12 @@ def test_second_load_comes_from_the_cache(data_config, tiny, write_jsonl, no_tok
     assert second.summary == first.summary
 
 
-def test_whatever_changes_the_tokens_changes_the_fingerprint(data_config, tiny, write_jsonl, smollm2):
+def test_whatever_changes_the_tokens_changes_the_fingerprint(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    smollm2: PreTrainedTokenizerBase,
+) -> None:
     path = write_jsonl(GOOD)
     prints = [load(data_config(path), tiny).fingerprint]
     for changes in (
@@ -88,8 +105,10 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(data_config, tiny, 
     assert len(set(prints)) == len(prints)
 
 
-def test_token_hash_follows_the_tokens_only(data_config, tiny, write_jsonl):
-    def hashed(rows, name="pairs.jsonl", **changes):
+def test_token_hash_follows_the_tokens_only(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
+    def hashed(rows: list[dict[str, Any]], name: str = "pairs.jsonl", **changes: Any) -> str:
         return load(data_config(write_jsonl(rows, name), **changes), tiny).token_hash()
 
     same = {hashed(GOOD), hashed(GOOD, "b.jsonl"), hashed([{**row, "prompt_id": "new"} for row in GOOD], max_length=63)}
@@ -99,14 +118,25 @@ def test_token_hash_follows_the_tokens_only(data_config, tiny, write_jsonl):
     assert len({*same, *other, hashed([moved, *GOOD[1:]])}) == 6
 
 
-def test_cache_is_readable_with_datasets(data_config, tiny, write_jsonl, tmp_path):
+def test_cache_is_readable_with_datasets(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     load(data_config(write_jsonl(GOOD)), tiny)
     (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
     assert datasets.Dataset.from_file(str(stored))["example_id"] == [f"p{i}" for i in range(8)]
 
 
 @pytest.mark.parametrize("damage", ["cut pairs", "no meta", "broken meta", "other count"])
-def test_damaged_cache_is_built_again(data_config, tiny, write_jsonl, tmp_path, damage):
+def test_damaged_cache_is_built_again(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+    damage: str,
+) -> None:
     config = data_config(write_jsonl(GOOD))
     data = load(config, tiny)
     first = [data[i] for i in range(8)]
@@ -126,7 +156,14 @@ def test_damaged_cache_is_built_again(data_config, tiny, write_jsonl, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["pairs.arrow", "rows.npy", "lengths.npy", "repeated.npy", "meta.json"])
-def test_a_flipped_bit_anywhere_is_noticed(data_config, tiny, write_jsonl, tmp_path, name, caplog):
+def test_a_flipped_bit_anywhere_is_noticed(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     config = data_config(write_jsonl([*GOOD, *GOOD]))  # some ids are there twice
     data = load(config, tiny)
     first, hashed = [data[i] for i in range(16)], data.token_hash()
@@ -146,7 +183,12 @@ def test_a_flipped_bit_anywhere_is_noticed(data_config, tiny, write_jsonl, tmp_p
         del again
 
 
-def test_leftovers_of_a_process_killed_over_other_data_are_removed(data_config, tiny, write_jsonl, tmp_path):
+def test_leftovers_of_a_process_killed_over_other_data_are_removed(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     pairs = tmp_path / "cache" / "pairs"
     for key in ("gone", "working"):
         (pairs / f"{key}.tmp-abc").mkdir(parents=True)
@@ -157,7 +199,12 @@ def test_leftovers_of_a_process_killed_over_other_data_are_removed(data_config, 
         assert (pairs / "working.tmp-abc" / "pairs.arrow").exists()
 
 
-def test_leftovers_of_a_killed_process_are_removed(data_config, tiny, write_jsonl, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     config = data_config(write_jsonl(GOOD))
     load(config, tiny)
     (stored,) = (tmp_path / "cache").rglob("pairs.arrow")
@@ -168,13 +215,20 @@ def test_leftovers_of_a_killed_process_are_removed(data_config, tiny, write_json
     assert stored.exists()
 
 
-def test_cache_that_cannot_be_written(data_config, tiny, write_jsonl, tmp_path):
+def test_cache_that_cannot_be_written(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written .*data.cache_dir"):
         load(data_config(write_jsonl(GOOD), cache_dir=str(tmp_path / "file")), tiny)
 
 
-def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
+def test_bad_rows_stop_the_run_or_are_counted(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     path = write_jsonl(
         [GOOD[0], message_row("sort", "same", "same", prompt_id="x"), "{broken", GOOD[1], {"prompt": "q"}]
     )
@@ -189,12 +243,16 @@ def test_bad_rows_stop_the_run_or_are_counted(data_config, tiny, write_jsonl):
         load(data_config(path), tiny)
 
 
-def test_broken_json_names_file_and_line(data_config, tiny, write_jsonl):
+def test_broken_json_names_file_and_line(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     with pytest.raises(DataError, match=r"pairs.jsonl.gz line 3: the JSON is broken: .* column"):
         load(data_config(write_jsonl([*GOOD[:2], '{"a": '], "pairs.jsonl.gz")), tiny)
 
 
-def test_no_row_left(data_config, tiny, write_jsonl):
+def test_no_row_left(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     same = message_row("sort", "same", "same")
     with pytest.raises(DataError, match=r"data.train.path=.*no row is left .*2 chosen equals rejected"):
         load(data_config(write_jsonl([same, same]), on_bad_row="skip"), tiny)
@@ -204,7 +262,9 @@ def test_no_row_left(data_config, tiny, write_jsonl):
         load(data_config("builtin:tiny", weights=[0.0], limit=10), tiny)
 
 
-def test_pair_longer_than_the_row_budget(data_config, tiny, write_jsonl):
+def test_pair_longer_than_the_row_budget(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     path = write_jsonl([GOOD[0], message_row("sort b a c d e f g", "a b", "b a", prompt_id="long")])
     # prompts of 7 and 11 tokens; with 3 + 3 - 2 more: 11 and 15, and 18 and 26 with the prompt twice
     with pytest.raises(DataError, match=r"pair 'long' takes 15 tokens, more than data.row_tokens=14"):
@@ -218,7 +278,9 @@ def test_pair_longer_than_the_row_budget(data_config, tiny, write_jsonl):
     assert example_tokens(load(data_config(path), tiny).lengths[:], False).tolist() == [18, 26]
 
 
-def test_pair_ids(data_config, tiny, write_jsonl):
+def test_pair_ids(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     rows = [{**GOOD[i], "prompt_id": None} for i in range(3)]
     rows[1]["id"] = 77
     rows.append({**GOOD[3], "prompt_id": "77"})
@@ -227,7 +289,12 @@ def test_pair_ids(data_config, tiny, write_jsonl):
     assert example_ids(data) == ["pairs.jsonl:1", "77", "pairs.jsonl:3", "77#4", "?", "pairs.jsonl:6"]
 
 
-def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
+def test_sources_mixed_by_weight(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    no_tokenising: Callable[..., Any],
+) -> None:
     paths = [
         write_jsonl(GOOD, "a.jsonl"),
         write_jsonl([{**row, "prompt_id": f"q{i}"} for i, row in enumerate(GOOD)], "b.jsonl"),
@@ -246,7 +313,12 @@ def test_sources_mixed_by_weight(data_config, tiny, write_jsonl, no_tokenising):
     assert len(load(data_config(paths, weights=[1.25, 0]), tiny)) == 10
 
 
-def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jsonl, tmp_path):
+def test_the_same_id_in_two_sources_stays_two_pairs(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    tmp_path: Path,
+) -> None:
     paths = [write_jsonl(GOOD[:1], "a.jsonl"), write_jsonl(GOOD[:1], "b.jsonl")]
     assert example_ids(load(data_config(paths), tiny)) == ["a:p0", "b:p0"]
     folder = tmp_path / "more"
@@ -255,7 +327,9 @@ def test_the_same_id_in_two_sources_stays_two_pairs(data_config, tiny, write_jso
     assert example_ids(load(data_config([paths[0], str(folder / "a.JSONL")]), tiny)) == ["a:p0", "a_2:p0"]
 
 
-def test_reference_log_probabilities(data_config, tiny, write_jsonl):
+def test_reference_log_probabilities(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     path = write_jsonl(GOOD)
     data = load(data_config(path, weights=[1.5]), tiny)
     assert data[0].responses[0].reference_logp is None
@@ -275,7 +349,9 @@ def test_reference_log_probabilities(data_config, tiny, write_jsonl):
         data.attach_reference(values)
 
 
-def test_wrong_settings(data_config, tiny, write_jsonl):
+def test_wrong_settings(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     path = write_jsonl(GOOD)
     for changes, message in (
         ({"max_prompt_length": 64}, r"data.max_length=64 leaves no room"),
@@ -289,8 +365,14 @@ def test_wrong_settings(data_config, tiny, write_jsonl):
         load(data_config("nothing.jsonl"), tiny)
 
 
-def test_without_a_home_directory(data_config, tiny, write_jsonl, monkeypatch, tmp_path):
-    def no_home():
+def test_without_a_home_directory(
+    data_config: Callable[..., DataConfig],
+    tiny: PreTrainedTokenizerBase,
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def no_home() -> Never:
         raise RuntimeError("Could not determine home directory.")
 
     path = write_jsonl(GOOD)
@@ -306,14 +388,21 @@ def test_without_a_home_directory(data_config, tiny, write_jsonl, monkeypatch, t
         load(data_config("~/pairs.jsonl"), tiny)
 
 
-def test_default_cache_directory(tiny, write_jsonl, monkeypatch, tmp_path):
+def test_default_cache_directory(
+    tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     config = DataConfig(train=DatasetConfig(path=write_jsonl(GOOD)))
     load(config, tiny)
     assert list((tmp_path / "xdg" / "nemo_lmpo" / "pairs").glob("*/pairs.arrow"))
 
 
-def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
+def test_real_pairs(
+    data_config: Callable[..., DataConfig],
+    smollm2: PreTrainedTokenizerBase,
+    real_pairs: list[dict[str, Any]],
+    shared_dir: Path,
+) -> None:
     path = str(shared_dir / "data" / "alpaca_pairs_train.jsonl.gz")
     data = load(data_config(path, max_length=384, max_prompt_length=128), smollm2)
     assert len(data) == len(real_pairs)
@@ -337,7 +426,7 @@ def test_real_pairs(data_config, smollm2, real_pairs, shared_dir):
 
 
 @pytest.mark.parametrize(("cut", "warnings"), [(0, 0), (5, 0), (6, 1), (100, 1)])
-def test_more_than_outliers_cut_is_a_warning(cut, warnings):
+def test_more_than_outliers_cut_is_a_warning(cut: int, warnings: int) -> None:
     summary = DataSummary("train", 100, [SourceSummary("pairs.jsonl", 120, 100, 100)], responses_cut=cut, max_length=64)
     lines = str(summary).splitlines()
     assert sum("warning: " in line for line in lines) == warnings
@@ -349,7 +438,7 @@ def test_more_than_outliers_cut_is_a_warning(cut, warnings):
     assert "warning: 10% of the pairs (10 of 100) lose the prompt's beginning; raise data.max_length=64" in prompts
 
 
-def test_the_environment_is_left_alone(data_config, tiny):
+def test_the_environment_is_left_alone(data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase) -> None:
     before = dict(os.environ)
     load(data_config("builtin:tiny", limit=300), tiny)
     assert dict(os.environ) == before

@@ -1,10 +1,14 @@
+from __future__ import annotations
+
 import csv
 import gzip
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Never
 
 import datasets
 import pyarrow as pa
@@ -13,19 +17,19 @@ import pytest
 from pair_rows import message_row
 
 from nemo_lmpo.data.messages import RowError
-from nemo_lmpo.data.read import open_source
+from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.text import TextFormat
 from nemo_lmpo.errors import DataError
 
 ROWS = [message_row(f"Q{i}", f"good {i}", f"bad {i}", prompt_id=f"p{i}") for i in range(5)]
 
 
-def values(source):
+def values(source: Source) -> list[Any] | None:
     return [row.value for row in source.read()]
 
 
 @pytest.fixture(params=["jsonl", "jsonl.gz", "json", "parquet", "saved", "saved splits"])
-def stored(request, tmp_path, write_jsonl):
+def stored(request: pytest.FixtureRequest, tmp_path: Path, write_jsonl: Callable[..., str]) -> str:
     """The same rows in every form."""
     kind = request.param
     if kind.startswith("json"):
@@ -42,7 +46,7 @@ def stored(request, tmp_path, write_jsonl):
     return str(path)
 
 
-def test_every_form_gives_the_same_rows(stored):
+def test_every_form_gives_the_same_rows(stored: str) -> None:
     source = open_source(stored, "train")
     assert values(source) == ROWS
     assert values(source) == ROWS, "reading starts again from the first row"
@@ -52,7 +56,7 @@ def test_every_form_gives_the_same_rows(stored):
     assert open_source(stored, "train", limit=2).fingerprint != source.fingerprint
 
 
-def test_splits_of_a_saved_dictionary(tmp_path):
+def test_splits_of_a_saved_dictionary(tmp_path: Path) -> None:
     parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     test = open_source(str(tmp_path / "both"), "test")
@@ -62,7 +66,7 @@ def test_splits_of_a_saved_dictionary(tmp_path):
         open_source(str(tmp_path / "both"), "validation")
 
 
-def test_fingerprint_follows_the_content_not_the_place(write_jsonl, tmp_path):
+def test_fingerprint_follows_the_content_not_the_place(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     first = open_source(write_jsonl(ROWS), "train").fingerprint
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -71,12 +75,12 @@ def test_fingerprint_follows_the_content_not_the_place(write_jsonl, tmp_path):
     assert open_source(write_jsonl([*ROWS[:4], {**ROWS[4], "prompt_id": "x"}]), "train").fingerprint != first
 
 
-def test_blank_lines_do_not_count_as_rows_but_as_lines(write_jsonl):
+def test_blank_lines_do_not_count_as_rows_but_as_lines(write_jsonl: Callable[..., str]) -> None:
     rows = list(open_source(write_jsonl([ROWS[0], "", ROWS[1]]), "train").read())
     assert [(row.number, row.value) for row in rows] == [(1, ROWS[0]), (3, ROWS[1])]
 
 
-def test_broken_lines_are_rows_that_say_what_is_wrong(write_jsonl):
+def test_broken_lines_are_rows_that_say_what_is_wrong(write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl([ROWS[0], '{"prompt": "x", ', ROWS[1]])
     broken = list(open_source(path, "train").read())[1]
     assert isinstance(broken.value, RowError)
@@ -88,7 +92,7 @@ def test_broken_lines_are_rows_that_say_what_is_wrong(write_jsonl):
     assert "not UTF-8" in list(open_source(path, "train").read())[3].value.detail
 
 
-def test_truncated_download(write_jsonl):
+def test_truncated_download(write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl([message_row(f"Q{i}" * 50, "a", "b") for i in range(2000)], "pairs.jsonl.gz")
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: len(content) // 2])
@@ -101,7 +105,7 @@ def test_truncated_download(write_jsonl):
     assert values(open_source(path, "train")) == []
 
 
-def test_what_is_not_there_or_not_readable(tmp_path, write_jsonl):
+def test_what_is_not_there_or_not_readable(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
     with pytest.raises(DataError, match=r"missing\.jsonl does not exist"):
         open_source("missing.jsonl", "train")
     with pytest.raises(DataError, match=r"\./x does not exist"):
@@ -131,7 +135,7 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("form", DOCUMENTS)
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.json.gz"])
-def test_json_documents_are_their_rows(form, name, tmp_path):
+def test_json_documents_are_their_rows(form: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     content = DOCUMENTS[form].encode()
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -142,13 +146,13 @@ def test_json_documents_are_their_rows(form, name, tmp_path):
     assert values(open_source(str(path), "train", limit=2)) == ROWS[:2]
 
 
-def test_one_indented_object_is_one_row(tmp_path):
+def test_one_indented_object_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "pair.json").write_text(json.dumps(ROWS[0], indent=4))
     assert values(open_source(str(tmp_path / "pair.json"), "train")) == ROWS[:1]
 
 
 @pytest.mark.parametrize("first", ["{broken", "[1, 2", "[1, 2]", "{", "["])
-def test_lines_with_a_bad_first_one_stay_lines(first, write_jsonl):
+def test_lines_with_a_bad_first_one_stay_lines(first: str, write_jsonl: Callable[..., str]) -> None:
     source = open_source(write_jsonl([first, *ROWS], "pairs.json"), "train")
     bad, *good = source.read()
     assert bad.number == 1
@@ -164,7 +168,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.CSV", "pairs.tsv", "pairs.csv.gz", "pairs.csv.zst"])
-def test_tables(name, tmp_path):
+def test_tables(name: str, tmp_path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, TEXTS[0], delimiter="\t" if "tsv" in name else ",")
     writer.writeheader()
@@ -175,7 +179,7 @@ def test_tables(name, tmp_path):
     assert [row.number for row in source.read()] == [4, 7, 10, 13], "the lines on which the rows end"
 
 
-def write_compressed(path, content):
+def write_compressed(path: Path, content: bytes) -> None:
     if path.name.endswith(".zst"):
         with pa.CompressedOutputStream(str(path), "zstd") as stream:
             stream.write(content)
@@ -183,7 +187,7 @@ def write_compressed(path, content):
         path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
 
 
-def test_tables_that_are_broken(tmp_path):
+def test_tables_that_are_broken(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\nq,a,b\nq,a\nq,a,b,c\n")
     good, short, long = values(open_source(str(path), "train"))
@@ -199,14 +203,14 @@ def test_tables_that_are_broken(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["PAIRS.JSONL", "pairs.Json", "pairs.jsonl.zst", "pairs.ndjson.GZ"])
-def test_endings_in_any_letters_and_compressions(name, tmp_path):
+def test_endings_in_any_letters_and_compressions(name: str, tmp_path: Path) -> None:
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     write_compressed(tmp_path / name.replace("GZ", "gz"), content)
     (tmp_path / name.replace("GZ", "gz")).rename(tmp_path / name)
     assert values(open_source(str(tmp_path / name), "train")) == ROWS
 
 
-def test_zstd_that_breaks_off(tmp_path):
+def test_zstd_that_breaks_off(tmp_path: Path) -> None:
     content = "".join(json.dumps({"n": i, "t": os.urandom(20).hex()}) + "\n" for i in range(9000)).encode()
     write_compressed(tmp_path / "pairs.jsonl.zst", content)
     whole = (tmp_path / "pairs.jsonl.zst").read_bytes()
@@ -218,7 +222,7 @@ def test_zstd_that_breaks_off(tmp_path):
         values(open_source(str(tmp_path / "pairs.jsonl.zst"), "train"))
 
 
-def test_numbers_with_more_digits_than_python_reads(write_jsonl):
+def test_numbers_with_more_digits_than_python_reads(write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl(['{"prompt": ' + "7" * 5000 + "}", ROWS[0]])
     bad, good = values(open_source(path, "train"))
     assert bad.reason == "broken JSON"
@@ -226,7 +230,7 @@ def test_numbers_with_more_digits_than_python_reads(write_jsonl):
     assert good == ROWS[0]
 
 
-def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path):
+def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path: Path) -> None:
     raw = pa.StringArray.from_buffers(3, *pa.array([b"good", b"\xff\xfe", b"more"], pa.binary()).buffers()[1:])
     table = pa.table({"prompt": raw, "chosen": pa.array(["a"] * 3), "rejected": pa.array(["b"] * 3)})
     pq.write_table(table, tmp_path / "pairs.parquet")
@@ -237,7 +241,7 @@ def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path):
     assert "not UTF-8" in bad.detail
 
 
-def test_paths_that_no_system_takes():
+def test_paths_that_no_system_takes() -> None:
     for path in ("x" * 5000 + ".jsonl", "a\0b.jsonl", "/" + "y" * 300):
         with pytest.raises(DataError) as caught:
             open_source(path, "train")
@@ -245,23 +249,23 @@ def test_paths_that_no_system_takes():
         assert len(str(caught.value)) < 500
 
 
-def test_damaged_saved_dataset(tmp_path):
+def test_damaged_saved_dataset(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"broken")
     with pytest.raises(DataError, match="not a readable saved dataset"):
         open_source(str(tmp_path / "saved"), "train")
 
 
-def test_saved_dataset_without_rows(tmp_path):
+def test_saved_dataset_without_rows(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}).save_to_disk(tmp_path / "none")
     with pytest.raises(DataError, match="holds no rows"):
         open_source(str(tmp_path / "none"), "train")
 
 
-def test_hub_datasets(monkeypatch):
+def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(name, split):
+    def load(name: str, split: str) -> Any:
         asked.append((name, split))
         return datasets.Dataset.from_list(ROWS)
 
@@ -271,7 +275,7 @@ def test_hub_datasets(monkeypatch):
     assert values(source) == ROWS
     assert source.short_name == "owner/name"
 
-    def fail(name, split):
+    def fail(name: str, split: str) -> Never:
         raise ValueError('Unknown split "dev". Should be one of [train].\nmore')
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -287,7 +291,7 @@ def test_hub_datasets(monkeypatch):
         ("saved", "{path} has no split 'tset'; its splits are: train"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_said_once(tmp_path, name, message):
+def test_what_is_wrong_with_a_path_is_said_once(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "pairs.doc").write_text("x")
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"prompt": "q"}])}).save_to_disk(tmp_path / "saved")
@@ -297,7 +301,9 @@ def test_what_is_wrong_with_a_path_is_said_once(tmp_path, name, message):
     assert str(error.value).startswith(message.format(path=path))
 
 
-def test_libraries_write_no_progress_into_a_log(tmp_path, capfd, write_jsonl):
+def test_libraries_write_no_progress_into_a_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], write_jsonl: Callable[..., str]
+) -> None:
     """Their bars are one endless line there, of carriage returns."""
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
@@ -319,7 +325,9 @@ def test_libraries_write_no_progress_into_a_log(tmp_path, capfd, write_jsonl):
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "utf-16"])
-def test_delimiters_and_encodings(tmp_path, name, delimiter, settings, encoding):
+def test_delimiters_and_encodings(
+    tmp_path: Path, name: str, delimiter: str, settings: TextFormat, encoding: str
+) -> None:
     path = tmp_path / name
     row = {"prompt": "Caf\u00e9, or; tea\n|\t^?", "chosen": "\u00fc", "rejected": "a\u2019b"}
     with path.open("w", encoding=encoding, newline="") as stream:
@@ -336,7 +344,7 @@ def test_delimiters_and_encodings(tmp_path, name, delimiter, settings, encoding)
     assert [raw.value for raw in source.read()] == [row]
 
 
-def test_other_encodings_are_named(tmp_path):
+def test_other_encodings_are_named(tmp_path: Path) -> None:
     row = '{"prompt": "Caf\u00e9"}\n'
     (tmp_path / "a.jsonl").write_text(row, encoding="latin-1")
     (raw,) = open_source(str(tmp_path / "a.jsonl"), "train").read()

@@ -5,7 +5,7 @@ from nemo_lmpo.data.order import PairSampler, epoch_order, validation_steps
 from nemo_lmpo.errors import ConfigError, DataError
 
 
-def test_order_is_the_one_the_bit_stream_defines():
+def test_order_is_the_one_the_bit_stream_defines() -> None:
     # PCG64's raw bits are what numpy keeps stable across versions and machines
     bits = [int(bit) for bit in np.random.PCG64(np.random.SeedSequence([42, 3])).random_raw(5)]
     assert epoch_order(5, 42, 3).tolist() == sorted(range(5), key=bits.__getitem__)
@@ -15,7 +15,7 @@ def test_order_is_the_one_the_bit_stream_defines():
     assert epoch_order(8, 43, 0).tolist() != epoch_order(8, 42, 0).tolist()
 
 
-def test_each_epoch_is_a_permutation_with_another_remainder_left_out():
+def test_each_epoch_is_a_permutation_with_another_remainder_left_out() -> None:
     sampler = PairSampler(23, 5, seed=1)
     assert sampler.steps_per_epoch == 4
     left_out = []
@@ -26,7 +26,7 @@ def test_each_epoch_is_a_permutation_with_another_remainder_left_out():
     assert len({frozenset(pairs) for pairs in left_out}) > 1
 
 
-def test_a_step_depends_on_nothing_asked_before():
+def test_a_step_depends_on_nothing_asked_before() -> None:
     forward = PairSampler(40, 8, seed=7)
     in_order = [forward.pairs_of_step(step).tolist() for step in range(15)]
     for step in (14, 3, 9, 0):
@@ -34,7 +34,7 @@ def test_a_step_depends_on_nothing_asked_before():
         assert forward.pairs_of_step(step).tolist() == in_order[step]
 
 
-def test_changing_a_returned_step_changes_nothing_else():
+def test_changing_a_returned_step_changes_nothing_else() -> None:
     sampler = PairSampler(8, 4, seed=0)
     first = sampler.pairs_of_step(0)
     kept = first.tolist()
@@ -42,7 +42,7 @@ def test_changing_a_returned_step_changes_nothing_else():
     assert sampler.pairs_of_step(0).tolist() == kept
 
 
-def test_too_few_pairs_and_wrong_settings():
+def test_too_few_pairs_and_wrong_settings() -> None:
     with pytest.raises(ConfigError, match=r"model.global_batch_size=8 .* 7 training pairs"):
         PairSampler(7, 8, seed=0)
     with pytest.raises(ConfigError, match=r"model.global_batch_size=0"):
@@ -51,7 +51,7 @@ def test_too_few_pairs_and_wrong_settings():
         PairSampler(7, 1, seed=-1)
 
 
-def test_validation_covers_every_pair_in_order():
+def test_validation_covers_every_pair_in_order() -> None:
     assert [batch.tolist() for batch in validation_steps(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [batch.tolist() for batch in validation_steps(2, 3)] == [[0, 1]]
     with pytest.raises(DataError, match="validation set holds no pairs"):

@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 from pair_rows import message_row
@@ -11,7 +15,7 @@ USER = {"role": "user", "content": "Q"}
 SYSTEM = {"role": "system", "content": "S"}
 
 
-def said(text):
+def said(text: int | str | None) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -34,12 +38,12 @@ EXPECTED = PreferenceRow([USER], "good", "bad")
         ({"prompt": np.array([USER]), "chosen": np.array([said("good")]), "rejected": "bad"}, "messages"),
     ],
 )
-def test_every_schema_gives_the_same_row(row, schema):
+def test_every_schema_gives_the_same_row(row: dict[str, Any], schema: str) -> None:
     assert pair_schema(row) == schema
     assert parse_preference(row) == parse_preference(row, schema) == EXPECTED
 
 
-def test_longer_conversations():
+def test_longer_conversations() -> None:
     history = [SYSTEM, USER, said("A"), {"role": "user", "content": "Q2"}]
     row = {"prompt": "Q", "chosen": [*history, said("good")], "rejected": [*history, said("bad")]}
     assert parse_preference(row) == PreferenceRow(history, "good", "bad")
@@ -49,7 +53,7 @@ def test_longer_conversations():
     assert parse_preference(row) == PreferenceRow(turns, "good\n\ntext", "bad")
 
 
-def test_strings_are_left_as_they_are():
+def test_strings_are_left_as_they_are() -> None:
     row = {"prompt": " Human: Q ", "chosen": " good\n", "rejected": "bad "}
     assert parse_preference(row) == PreferenceRow([{"role": "user", "content": " Human: Q "}], " good\n", "bad ")
 
@@ -111,18 +115,18 @@ def test_strings_are_left_as_they_are():
         ("text", "not an object", "of type str"),
     ],
 )
-def test_unusable_rows(row, reason, words):
+def test_unusable_rows(row: dict[str, Any] | list[int] | str, reason: str, words: str) -> None:
     with pytest.raises(RowError, match=words) as error:
         parse_preference(row)
     assert error.value.reason == reason
 
 
-def test_a_prompt_text_may_be_formatted_differently_than_the_message():
+def test_a_prompt_text_may_be_formatted_differently_than_the_message() -> None:
     row = {"prompt": "### Q ###", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}
     assert parse_preference(row).prompt == [USER]
 
 
-def test_schema_can_be_forced():
+def test_schema_can_be_forced() -> None:
     row = {"prompt": "Q", "chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
     assert parse_preference(row, "strings").chosen == row["chosen"]
     assert parse_preference(row, "hh").chosen == "a"

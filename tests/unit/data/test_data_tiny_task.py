@@ -1,4 +1,10 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.data.builtin.tiny_task import FILLERS, LETTERS, SPLIT_SIZES, builtin_rows, is_right, right_answer
 from nemo_lmpo.data.builtin.tiny_tokenizer import VOCABULARY_SIZE
@@ -8,17 +14,17 @@ from nemo_lmpo.errors import ConfigError, DataError
 TASKS = ("tiny", "tiny_long", "tiny_sft")
 
 
-def texts(row):
+def texts(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
 
 
-def fillers(text):
+def fillers(text: str) -> int:
     return sum(word in FILLERS for word in text.split())
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", SPLIT_SIZES)
-def test_rows_are_the_same_every_time_and_well_formed(task, split):
+def test_rows_are_the_same_every_time_and_well_formed(task: str, split: str) -> None:
     rows = builtin_rows(task, split)
     assert rows == builtin_rows(task, split)
     assert len(rows) == SPLIT_SIZES[split]
@@ -33,7 +39,7 @@ def test_rows_are_the_same_every_time_and_well_formed(task, split):
         assert row["chosen"][0] == row["rejected"][0] == {"role": "user", "content": prompt}
 
 
-def test_no_test_answer_occurs_in_training_of_any_task():
+def test_no_test_answer_occurs_in_training_of_any_task() -> None:
     answers = {
         split: {right_answer(row["prompt"]) for task in TASKS for row in builtin_rows(task, split)}
         for split in SPLIT_SIZES
@@ -41,7 +47,7 @@ def test_no_test_answer_occurs_in_training_of_any_task():
     assert not answers["train"] & answers["test"]
 
 
-def test_mix_of_the_tiny_task_is_the_documented_one():
+def test_mix_of_the_tiny_task_is_the_documented_one() -> None:
     rows = builtin_rows("tiny", "train")
     kinds = {"right padded": 0, "wrong short": 0, "wrong padded": 0}
     for row in rows:
@@ -57,14 +63,14 @@ def test_mix_of_the_tiny_task_is_the_documented_one():
     assert share["wrong padded"] == pytest.approx(0.3, abs=0.022)
 
 
-def test_tiny_long_prefers_longer_answers():
+def test_tiny_long_prefers_longer_answers() -> None:
     rows = [texts(row) for row in builtin_rows("tiny_long", "train")]
     longer = sum(len(chosen.split()) > len(rejected.split()) for _, chosen, rejected in rows) / len(rows)
     assert 0.7 < longer < 0.9
     assert 0.45 < sum(is_right(prompt, rejected) for prompt, _, rejected in rows) / len(rows) < 0.55
 
 
-def test_right_answers_by_hand():
+def test_right_answers_by_hand() -> None:
     assert right_answer("sort d a c") == "a c d"
     assert is_right("sort d a c", "a c d")
     assert is_right("sort d a c", "a c d well so")
@@ -73,7 +79,7 @@ def test_right_answers_by_hand():
     assert not is_right("sort d a c", "")
 
 
-def test_unknown_names():
+def test_unknown_names() -> None:
     with pytest.raises(DataError, match=r"'builtin:tny'.*tiny, tiny_long, tiny_sft"):
         builtin_rows("tny", "train")
     with pytest.raises(DataError, match=r"no split 'dev'.*train, test"):
@@ -82,7 +88,7 @@ def test_unknown_names():
         load_tokenizer("builtin:big")
 
 
-def test_tokenizer_knows_every_word_and_survives_saving(tiny, tmp_path):
+def test_tokenizer_knows_every_word_and_survives_saving(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert len(tiny) == VOCABULARY_SIZE
     text = "<bos><user> sort d a <assistant> a d " + " ".join(FILLERS) + " <eos>"
     ids = tiny(text)["input_ids"]

@@ -1,6 +1,11 @@
 """A slice of the fuzz target (`make fuzz`) for data."""
 
+from __future__ import annotations
+
 import random
+from pathlib import Path
+
+import pytest
 
 from tests.fuzz.mutated_rows import (
     byte_tokenizer,
@@ -13,7 +18,7 @@ from tests.fuzz.mutated_rows import (
 )
 
 
-def test_mutated_rows_are_used_or_refused_in_one_printable_line():
+def test_mutated_rows_are_used_or_refused_in_one_printable_line() -> None:
     job, source = error_job(byte_tokenizer())
     rng = random.Random(7)
     rows = [mutated_row(rng, number) for number in range(600)]
@@ -22,7 +27,7 @@ def test_mutated_rows_are_used_or_refused_in_one_printable_line():
     assert 60 < sum(said is None for said in refusals) < 500
 
 
-def test_odd_files_are_used_or_refused_in_one_printable_line(tmp_path, monkeypatch):
+def test_odd_files_are_used_or_refused_in_one_printable_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = byte_tokenizer()
     wanted = {

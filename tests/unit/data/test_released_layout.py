@@ -5,10 +5,15 @@ The texts are written down here from the rules of the released code (`apply_chat
 tokens.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from pair_rows import package_file
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.preference import pair_encoder
@@ -19,7 +24,7 @@ LENGTHS = {"max_length": 2048, "max_prompt_length": 1800}
 
 
 @pytest.fixture(scope="module")
-def mistral_ids():
+def mistral_ids() -> Callable[..., Any]:
     sentencepiece = pytest.importorskip("sentencepiece")
     pieces = sentencepiece.SentencePieceProcessor(str(package_file("mistral_common", "data", "tokenizer.model.v1")))
     special = {"<s>": pieces.bos_id(), "</s>": pieces.eos_id()}
@@ -27,7 +32,7 @@ def mistral_ids():
 
 
 @pytest.fixture(scope="module")
-def llama3_ids():
+def llama3_ids() -> Callable[..., Any]:
     tiktoken = pytest.importorskip("tiktoken")
     from tiktoken.load import load_tiktoken_bpe
 
@@ -46,17 +51,17 @@ def llama3_ids():
     return lambda text: encoding.encode(text, allowed_special="all")
 
 
-def sections(special, encode):
+def sections(special: dict[str, int], encode: Callable[..., Any]) -> Callable[..., Any]:
     split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
-    def ids(text):
+    def ids(text: str) -> list[int]:
         parts = [part for part in split.split(text) if part]
         return [number for part in parts for number in ([special[part]] if part in special else encode(part))]
 
     return ids
 
 
-def turn(role, text):
+def turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
@@ -106,7 +111,7 @@ SETTINGS["llama3_8b_base"] = SETTINGS["llama3_8b"]
 
 @pytest.mark.parametrize("compat", [None, "released_code"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_ids_of_the_four_settings(setting, compat, request):
+def test_ids_of_the_four_settings(setting: str, compat: str | None, request: pytest.FixtureRequest) -> None:
     name, fields, ours, released = SETTINGS[setting]
     prompt, response = ours if compat is None else released
     ids = request.getfixturevalue(f"{name}_ids")
@@ -121,7 +126,9 @@ def test_ids_of_the_four_settings(setting, compat, request):
         assert found == whole[len(before) :]
 
 
-def test_tokens_that_the_released_layout_adds(mistral, llama3):
+def test_tokens_that_the_released_layout_adds(
+    mistral: PreTrainedTokenizerBase, llama3: PreTrainedTokenizerBase
+) -> None:
     """Llama 3's header is four tokens; Mistral's blank is one; zephyr's header, newline and second EOS are more."""
     for tokenizer, fields, more in (
         (llama3, {"chat_template": "llama3"}, 4),
@@ -148,7 +155,9 @@ def test_tokens_that_the_released_layout_adds(mistral, llama3):
         (1024, 512, (900, 602, 282), (512, 512, 282)),
     ],
 )
-def test_lengths_as_the_released_trainer_cuts_them(length, prompt, uncut, left, llama3):
+def test_lengths_as_the_released_trainer_cuts_them(
+    length: int, prompt: int, uncut: tuple[int, int, int], left: tuple[int, int, int], llama3: PreTrainedTokenizerBase
+) -> None:
     words = [" a" * (uncut[0] - 1), " a" * (uncut[1] - 1), " b" * (uncut[2] - 1)]
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     config = DataConfig(compat="released_code", max_length=length, max_prompt_length=prompt)
@@ -163,20 +172,20 @@ def test_lengths_as_the_released_trainer_cuts_them(length, prompt, uncut, left, 
 class ReplacedTemplate:
     """A tokenizer with another chat template of its own."""
 
-    def __init__(self, tokenizer, template):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self._tokenizer, self._template = tokenizer, template
 
-    def get_chat_template(self):
+    def get_chat_template(self) -> str:
         return self._template
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._tokenizer(*args, **kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
 
-def test_a_last_prompt_token_that_merges_belongs_to_the_response(llama3):
+def test_a_last_prompt_token_that_merges_belongs_to_the_response(llama3: PreTrainedTokenizerBase) -> None:
     config = DataConfig(compat="released_code", **LENGTHS)
     encoder = pair_encoder(config, ReplacedTemplate(llama3, "{% for m in messages %}{{ m['content'] }}{% endfor %}"))
     (row,) = encoder.encode([PreferenceRow([turn("user", "Say Hel")], "lo", "p")])

@@ -1,9 +1,16 @@
 """Columns of one's own, and the line that is guessed for them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import check_settings
+from nemo_lmpo.config.schema import Config, DataConfig
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import load_preference_dataset
 from nemo_lmpo.data.rows.columns import mapped
@@ -40,11 +47,11 @@ PAIR = PreferenceRow([USER], "+", "-")
         ({"prompt": "Q", "chosen": "+", "rejected": "-"}, {"prompt": "absent", "system": "absent"}),
     ],
 )
-def test_columns_are_mapped(row, columns):
+def test_columns_are_mapped(row: dict[str, Any], columns: dict[str, Any]) -> None:
     assert parse_preference(mapped(row, columns)) == PAIR
 
 
-def test_mapped_columns_are_used_and_others_are_told():
+def test_mapped_columns_are_used_and_others_are_told() -> None:
     row = mapped({"question": "Q", "best": "+", "worst": "-", "score": 3}, {"prompt": "question", "chosen": "best"})
     assert row == {"worst": "-", "score": 3, "prompt": "Q", "chosen": "+"}
     assert parse_preference(mapped(row, {"rejected": "worst"})).columns == ("score",)
@@ -76,7 +83,7 @@ TEXTS = "a question", "an answer", "another"
         (("instruction", "context", "response"), "{input: context, output: response} would make it a conversation"),
     ],
 )
-def test_a_row_of_no_known_layout_shows_the_line_that_maps_it(names, line):
+def test_a_row_of_no_known_layout_shows_the_line_that_maps_it(names: tuple[Any, ...], line: str) -> None:
     row = dict(zip(names, TEXTS, strict=False))
     with pytest.raises(RowError) as error:
         parse_row(row)
@@ -100,20 +107,22 @@ def test_a_row_of_no_known_layout_shows_the_line_that_maps_it(names, line):
         ),
     ],
 )
-def test_other_values_are_guessed_too(row, line):
+def test_other_values_are_guessed_too(row: dict[str, Any], line: str) -> None:
     with pytest.raises(RowError) as error:
         parse_row(row)
     assert f"data.train.columns={line}" in str(error.value)
 
 
 @pytest.mark.parametrize("row", [{}, {"a": 1}, {"text": "x"}, {"\x1b": "x"}, {"q" * 300: "x"}])
-def test_nothing_is_guessed_where_nothing_fits(row):
+def test_nothing_is_guessed_where_nothing_fits(row: dict[str, Any]) -> None:
     with pytest.raises(RowError, match="no known layout") as error:
         parse_row(row)
     assert "columns=" not in str(error.value)
 
 
-def test_every_source_of_a_mixture_has_its_own(data_config, tiny, write_jsonl):
+def test_every_source_of_a_mixture_has_its_own(
+    data_config: Callable[..., DataConfig], tiny: PreTrainedTokenizerBase, write_jsonl: Callable[..., str]
+) -> None:
     first = write_jsonl([{"q": "sort b a", "best": "a b", "worst": "b a"}], "first.jsonl")
     second = write_jsonl([{"prompt": "sort d c", "chosen": "c d", "rejected": "d c"}], "second.jsonl")
     columns = {"prompt": "q", "chosen": "best", "rejected": "worst"}
@@ -126,8 +135,8 @@ def test_every_source_of_a_mixture_has_its_own(data_config, tiny, write_jsonl):
         load_preference_dataset(config, config.train, tiny)
 
 
-def test_settings_of_columns_are_checked():
-    def config(*overrides):
+def test_settings_of_columns_are_checked() -> None:
+    def config(*overrides: Any) -> Config | None:
         return load_recipe("lmpo_tiny", list(overrides))
 
     given = config("data.train.columns={prompt: question, chosen: 'a.0', rejected: [x, y]}")
@@ -146,7 +155,7 @@ def test_settings_of_columns_are_checked():
             check_settings(config(override))
 
 
-def test_conversations_are_mapped():
+def test_conversations_are_mapped() -> None:
     row = {"data": ["Q", "+"], "system_prompt": "S"}
     parsed = parse_row(mapped(row, {"messages": "data", "system": "system_prompt"}))
     assert parsed == ConversationRow([{"role": "system", "content": "S"}, USER, GOOD])

@@ -1,6 +1,9 @@
 """Rows in the layouts of public sets: each as its kind, and as the kind that a loss takes."""
 
+from __future__ import annotations
+
 import json
+from typing import Any
 
 import pytest
 
@@ -11,15 +14,15 @@ from nemo_lmpo.data.schema import ConversationRow, PreferenceRow, UnpairedRow
 SYSTEM = {"role": "system", "content": "S"}
 
 
-def user(text="Q"):
+def user(text: str = "Q") -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def said(text="good"):
+def said(text: str = "good") -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def turn(speaker, text):
+def turn(speaker: str, text: str) -> dict[str, str]:
     return {"from": speaker, "value": text}
 
 
@@ -65,13 +68,13 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs(name):
+def test_pairs(name: str) -> None:
     assert parse_row(PAIRS[name]) == parse_preference(PAIRS[name]) == parse_judged(PAIRS[name]) == PAIR
     assert parse_conversation(PAIRS[name]) == ConversationRow([user(), said()], 1)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_conversations(name):
+def test_conversations(name: str) -> None:
     row = CONVERSATIONS[name]
     assert parse_row(row) == parse_conversation(row) == ConversationRow(TURNS)
     as_text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
@@ -97,12 +100,12 @@ def test_conversations(name):
         ({"system": "S", "conversations": [turn("human", "Q"), turn("gpt", "good")]}, [SYSTEM, user(), said()], 0),
     ],
 )
-def test_prompt_and_answer_apart(row, messages, prompt):
+def test_prompt_and_answer_apart(row: dict[str, Any], messages: list[dict[str, Any]], prompt: int) -> None:
     assert parse_row(row) == parse_conversation(row) == ConversationRow(messages, prompt)
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False", 1.0])
-def test_labels(label):
+def test_labels(label: bool | float | str) -> None:
     good = label in (True, "true")
     expected = UnpairedRow([user()], said(), good)
     for row in ({"prompt": "Q", "completion": "good"}, {"prompt": [user()], "completion": [said()]}):

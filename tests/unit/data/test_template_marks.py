@@ -1,6 +1,9 @@
 """Templates with `{% generation %}` marks: what `data.predict=marked` takes is transformers' mask, to the token."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 import template_walk as walk
@@ -25,7 +28,7 @@ def trl_templates() -> list[Path]:
     return sorted(folder.glob("*_training.jinja"))
 
 
-def masked(tokenizer, template, messages):
+def masked(tokenizer: Any, template: Any, messages: Any) -> Any:
     """Ids and mask of transformers."""
     found = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -33,7 +36,7 @@ def masked(tokenizer, template, messages):
     return found["input_ids"], [bool(flag) for flag in found["assistant_masks"]]
 
 
-def test_marked_tokens_are_those_of_transformers_with_every_template_of_trl():
+def test_marked_tokens_are_those_of_transformers_with_every_template_of_trl() -> None:
     """And where the turns are predicted, a difference of more than blanks is told, and only such a one."""
     tried = told = 0
     for path in trl_templates():
@@ -76,7 +79,7 @@ def marked_chatml(marked: str) -> str:
     )
 
 
-def test_marks_of_ones_own():
+def test_marks_of_ones_own() -> None:
     tokenizer = walk.byte_tokenizer(CHATML)
     agrees = marked_chatml("{% generation %}" + BODY + "{% endgeneration %}")
     row = encoded(PairEncoder(tokenizer, agrees, **LONG), PLAIN)
@@ -99,7 +102,7 @@ def test_marks_of_ones_own():
     assert tokenizer.decode(chosen.chosen_ids) == "A<|im_end|>"
 
 
-def test_marks_that_are_not_there():
+def test_marks_that_are_not_there() -> None:
     tokenizer = walk.byte_tokenizer(CHATML)
     with pytest.raises(ConfigError, match=r"data.predict=marked .* this one marks nothing; set data.predict=assistant"):
         PairEncoder(tokenizer, CHATML, **LONG, predict="marked")
@@ -112,7 +115,7 @@ def test_marks_that_are_not_there():
     assert "marks no answer" in row.detail
 
 
-def test_marks_with_real_tokens(smollm2):
+def test_marks_with_real_tokens(smollm2: Any) -> None:
     template = marked_chatml("{% generation %}" + BODY + "{% endgeneration %}")
     ids, flags = masked(smollm2, template, said("Näher zu 12?", " 12 or\n 13", "Und?", "Ja."))
     row = encoded(
@@ -135,5 +138,5 @@ def test_marks_with_real_tokens(smollm2):
         ([(2, 4), (4, 6)], [(2, 6)], []),
     ],
 )
-def test_differences(turns, marked, notes):
+def test_differences(turns: Any, marked: Any, notes: Any) -> None:
     assert differences("a bcde f", turns, marked) == notes

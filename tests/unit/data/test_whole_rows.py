@@ -1,12 +1,18 @@
 """Nothing of a row is left out silently: whole messages reach the template, and what it does not render is named."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from template_walk import byte_tokenizer, templates_in
+from transformers import PreTrainedTokenizerBase
 
+from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.encode import EncodedRow, PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import load_preference_dataset
@@ -27,7 +33,7 @@ TOOL = {
 }
 
 
-def said(text, **fields):
+def said(text: str | None, **fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **fields}
 
 
@@ -56,19 +62,19 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def templates():
+def templates() -> dict[str, str]:
     trl = pytest.importorskip("trl")
     return templates_in(Path(trl.__file__).parent / "chat_templates")
 
 
-def encoder(template):
+def encoder(template: str) -> tuple[PreTrainedTokenizerBase, PairEncoder]:
     tokenizer = byte_tokenizer(template)
     return tokenizer, PairEncoder(tokenizer, template, max_length=9000, max_prompt_length=8000)
 
 
 @pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "gptoss", "glm4moe", "llama3_1", "nemotron_3_nano"])
-def test_pairs_are_what_transformers_renders_of_whole_messages(templates, name, case):
+def test_pairs_are_what_transformers_renders_of_whole_messages(templates: dict[str, str], name: str, case: str) -> None:
     template, row = templates[name], ROWS[case]
     tokenizer, pairs = encoder(template)
     (encoded,) = pairs.encode([parse_preference(row)])
@@ -105,14 +111,16 @@ def test_pairs_are_what_transformers_renders_of_whole_messages(templates, name, 
         ("phi3", "result", ("`tool_calls`", "`tools`", "text of `tool` messages")),
     ],
 )
-def test_what_the_template_does_not_render_is_named(templates, name, case, lost):
+def test_what_the_template_does_not_render_is_named(
+    templates: dict[str, str], name: str, case: str, lost: tuple[Any, ...]
+) -> None:
     _, pairs = encoder(templates[name])
     (encoded,) = pairs.encode([parse_preference(ROWS[case])])
     assert isinstance(encoded, EncodedRow)
     assert encoded.lost == lost
 
 
-def test_answers_of_which_nothing_is_rendered(templates):
+def test_answers_of_which_nothing_is_rendered(templates: dict[str, str]) -> None:
     _, pairs = encoder(templates["llama3"])
     call, both = pairs.encode([parse_preference(ROWS["call"]), parse_preference(ROWS["text and call"])])
     assert call.reason == "empty response"
@@ -121,7 +129,7 @@ def test_answers_of_which_nothing_is_rendered(templates):
     assert "not rendered: `tool_calls`" in both.detail
 
 
-def test_thoughts_of_some_messages_and_of_texts(templates):
+def test_thoughts_of_some_messages_and_of_texts(templates: dict[str, str]) -> None:
     _, pairs = encoder(templates["qwen3"])
     earlier = [USER, said("Yes", reasoning_content="An earlier thought."), {"role": "user", "content": "Sure?"}]
     row = {
@@ -134,7 +142,9 @@ def test_thoughts_of_some_messages_and_of_texts(templates):
     assert pairs.encode([parse_preference(row)])[0].lost == ("thoughts of earlier answers",)
 
 
-def test_start_counts_what_is_lost_and_may_refuse_it(data_config, write_jsonl, tiny):
+def test_start_counts_what_is_lost_and_may_refuse_it(
+    data_config: Callable[..., DataConfig], write_jsonl: Callable[..., str], tiny: PreTrainedTokenizerBase
+) -> None:
     rows = [
         {"prompt": "sort b a", "chosen": "a b", "rejected": "b a", "score": 3, "images": ["x.png"]},
         {"prompt": "sort c a", "chosen": said("a c", tool_calls=CALLS), "rejected": said("c a"), "score": 1},
@@ -158,7 +168,7 @@ def test_start_counts_what_is_lost_and_may_refuse_it(data_config, write_jsonl, t
     assert (summary.pairs, summary.dropped) == (1, {"field not used": 3})
 
 
-def test_pairs_that_differ_in_a_field_only_are_not_equal(templates):
+def test_pairs_that_differ_in_a_field_only_are_not_equal(templates: dict[str, str]) -> None:
     row = {
         "prompt": [USER],
         "chosen": said("Yes", reasoning_content="Sure."),
@@ -171,7 +181,7 @@ def test_pairs_that_differ_in_a_field_only_are_not_equal(templates):
         parse_preference({**row, "rejected": row["chosen"]})
 
 
-def test_system_and_history_columns_become_messages():
+def test_system_and_history_columns_become_messages() -> None:
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "Be kind.", "history": [["Q1", "A1"], ["Q2", "A2"]]}
     parsed = parse_preference(row)
     assert [message["role"] for message in parsed.prompt] == ["system", *["user", "assistant"] * 2, "user"]
@@ -183,7 +193,7 @@ def test_system_and_history_columns_become_messages():
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
-def test_messages_in_a_table_are_read_as_messages(write):
+def test_messages_in_a_table_are_read_as_messages(write: Callable[..., Any]) -> None:
     row = {"chosen": [USER, said("Yes")], "rejected": [USER, said("No")]}
     assert parse_preference({name: write(value) for name, value in row.items()}) == parse_preference(row)
     row = {"prompt": [USER], "chosen": said("Yes"), "rejected": said("No"), "tools": [TOOL]}
@@ -207,13 +217,13 @@ def test_messages_in_a_table_are_read_as_messages(write):
          "prompts differ", "occurs in no message"),
     ],
 )  # fmt: skip
-def test_structure_that_cannot_be_read_is_refused(row, reason, words):
+def test_structure_that_cannot_be_read_is_refused(row: dict[str, Any], reason: str, words: str) -> None:
     with pytest.raises(RowError, match=words) as error:
         parse_preference({"prompt": "Q", "chosen": "a", "rejected": "b", **row})
     assert error.value.reason == reason
 
 
-def test_transcripts_in_any_form_are_turns():
+def test_transcripts_in_any_form_are_turns() -> None:
     expected = parse_preference(
         {"prompt": [USER, said("Yes"), {"role": "user", "content": "Sure?"}], "chosen": "a", "rejected": "b"}
     )
@@ -224,13 +234,13 @@ def test_transcripts_in_any_form_are_turns():
     assert parse_preference({"prompt": turns, "chosen": "a", "rejected": "b"}, "strings").prompt[0]["content"] == turns
 
 
-def test_content_in_parts_is_its_texts():
+def test_content_in_parts_is_its_texts() -> None:
     parts = [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me?"}]
     row = {"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}
     assert parse_preference(row).prompt == [USER]
 
 
-def test_fields_that_a_column_gives_to_all_messages_are_not_there():
+def test_fields_that_a_column_gives_to_all_messages_are_not_there() -> None:
     """Arrow gives every object of a column the fields of all: `tool_calls: null`, arguments of other tools."""
     call = [{"function": {"name": "f", "arguments": {"a": 1}}}]
     other = [{"function": {"name": "g", "arguments": {"b": 2}}}]
@@ -239,7 +249,7 @@ def test_fields_that_a_column_gives_to_all_messages_are_not_there():
     assert (first, second) == tuple(rows)
 
 
-def test_answers_with_fields_under_a_template_that_ends_every_message():
+def test_answers_with_fields_under_a_template_that_ends_every_message() -> None:
     tokenizer, pairs = encoder(CHATML)
     (encoded,) = pairs.encode([parse_preference({"prompt": "Q", "chosen": said("Yes", name="Ann"), "rejected": "No"})])
     assert tokenizer.decode(encoded.chosen_ids) == "Yes<|im_end|>"

@@ -1,12 +1,18 @@
 """Generation: exact, from every form of a model, with prompts as in training."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_lmpo.answers.engine import load_generator
+from nemo_lmpo.answers.answer import Answer
+from nemo_lmpo.answers.engine import Generator, load_generator
 from nemo_lmpo.answers.prompts import Prompt, encode_prompts, read_prompts
 from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.config.recipe import load_recipe
@@ -17,7 +23,7 @@ from nemo_lmpo.formats.find_model import find_model
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.runtime.launch import LaunchInfo
-from nemo_lmpo.training.session import open_session
+from nemo_lmpo.training.session import TrainingSession, open_session
 from tests.fuzz.mutated_rows import byte_tokenizer
 
 OVERRIDES = [
@@ -38,7 +44,7 @@ OVERRIDES = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """A finished run, the ids of its prompts, and the policy as saved from the process that trained it."""
     root = tmp_path_factory.mktemp("generate")
     config = load_recipe("sft_tiny", [*OVERRIDES, f"run_dir={root / 'run'}", f"data.cache_dir={root / 'cache'}"])
@@ -50,11 +56,11 @@ def run(tmp_path_factory):
     return root, [pair.prompt_ids for pair in pairs], texts
 
 
-def _prompt_text(session):
+def _prompt_text(session: TrainingSession) -> Callable[..., Any]:
     return lambda pair: session.data.tokenizer.decode(pair.prompt_ids)
 
 
-def greedy_by_hand(generator, prompt, most):
+def greedy_by_hand(generator: Generator, prompt: list[int], most: int) -> list[int]:
     """The definition: the most likely next token, one at a time, no cache and no padding."""
     ids = list(prompt)
     for _ in range(most):
@@ -66,7 +72,7 @@ def greedy_by_hand(generator, prompt, most):
     return ids[len(prompt) :]
 
 
-def test_greedy_is_the_likeliest_token_each_time(run):
+def test_greedy_is_the_likeliest_token_each_time(run: tuple[Any, ...]) -> None:
     root, prompts, _ = run
     generator = load_generator(root / "run")
     responses = generator.respond(prompts, Sampling(max_new_tokens=12, batch_size=4))
@@ -76,7 +82,7 @@ def test_greedy_is_the_likeliest_token_each_time(run):
         assert "<" not in response.text  # special tokens are no text
 
 
-def test_every_form_of_the_model_answers_alike(run):
+def test_every_form_of_the_model_answers_alike(run: tuple[Any, ...]) -> None:
     root, prompts, _ = run
     write_huggingface(plan(open_model(find_model(root / "run").path), root / "hf"))
     sampling = Sampling(max_new_tokens=10)
@@ -88,7 +94,7 @@ def test_every_form_of_the_model_answers_alike(run):
 @pytest.mark.parametrize(
     ("model_type", "own"), [("qwen2", "self_attn.q_proj.bias"), ("qwen3", "self_attn.k_norm.weight")]
 )
-def test_a_qwen_trains_converts_and_answers(model_type, own, tmp_path):
+def test_a_qwen_trains_converts_and_answers(model_type: str, own: str, tmp_path: Path) -> None:
     """What its family has beside Llama's is trained, kept by every form, and exported as transformers has it."""
     overrides = [*OVERRIDES, f"model.architecture.model_type={model_type}", "trainer.max_steps=2"]
     config = load_recipe(
@@ -108,31 +114,33 @@ def test_a_qwen_trains_converts_and_answers(model_type, own, tmp_path):
     assert not torch.equal(trained, torch.full_like(trained, float(own.endswith("weight")))), "as it began"
 
 
-def test_sampling_repeats_with_its_seed_only(run):
+def test_sampling_repeats_with_its_seed_only(run: tuple[Any, ...]) -> None:
     root, prompts, _ = run
     generator = load_generator(root / "run")
 
-    def sample(seed):
+    def sample(seed: int) -> list[Answer]:
         return generator.respond(prompts, Sampling(max_new_tokens=12, temperature=2.0, seed=seed))
 
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_temperature_near_zero_is_greedy(run):
+def test_temperature_near_zero_is_greedy(run: tuple[Any, ...]) -> None:
     root, prompts, _ = run
     generator = load_generator(root / "run")
     cold = generator.respond(prompts, Sampling(max_new_tokens=8, temperature=1e-4))
     assert cold == generator.respond(prompts, Sampling(max_new_tokens=8))
 
 
-def test_prompts_are_encoded_as_in_training(run):
+def test_prompts_are_encoded_as_in_training(run: tuple[Any, ...]) -> None:
     root, ids, texts = run
     generator = load_generator(root / "run")
     prompts = [Prompt("here", text, [{"role": "user", "content": text}]) for text in texts]
     assert encode_prompts(prompts, generator.encoder) == ids
 
 
-def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
+def test_command_writes_a_line_a_prompt(
+    run: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, _, texts = run
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     messages = [{"role": "user", "content": texts[1]}]
@@ -162,14 +170,14 @@ def test_command_writes_a_line_a_prompt(run, tmp_path, capsys):
         ('{"prompt": ' + "[" * 100_000, "line 1 is not JSON"),
     ],
 )
-def test_bad_prompts_name_the_line(tmp_path, content, message):
+def test_bad_prompts_name_the_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_prompts(path)
 
 
-def test_line_separators_of_unicode_are_text(tmp_path):
+def test_line_separators_of_unicode_are_text(tmp_path: Path) -> None:
     """JSON allows them within texts; only newlines end a line."""
     texts = [f"a{separator}b" for separator in "\u2028\u2029\u0085\x1c\x0b\x0c\r"]
     path = tmp_path / "prompts.jsonl"
@@ -179,7 +187,7 @@ def test_line_separators_of_unicode_are_text(tmp_path):
     assert [prompt.place for prompt in read_prompts(path)][-1] == f"{path}, line {len(texts)}"
 
 
-def test_bad_prompts_file(tmp_path):
+def test_bad_prompts_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
         read_prompts(tmp_path / "nothing.jsonl")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -203,12 +211,12 @@ def test_bad_prompts_file(tmp_path):
         ({"seed": -1}, "--seed -1 must be at least 0"),
     ],
 )
-def test_bad_sampling_names_the_option(values, option):
+def test_bad_sampling_names_the_option(values: dict[str, Any], option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         Sampling(**values).validate()
 
 
-def test_bad_checkpoints(tmp_path, run):
+def test_bad_checkpoints(tmp_path: Path, run: tuple[Any, ...]) -> None:
     with pytest.raises(CheckpointError, match="is not a model"):
         load_generator(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -219,7 +227,7 @@ def test_bad_checkpoints(tmp_path, run):
             load_generator(run[0] / "run", device="cuda")
 
 
-def test_too_long_for_the_positions(run):
+def test_too_long_for_the_positions(run: tuple[Any, ...]) -> None:
     root, prompts, _ = run
     with pytest.raises(DataError, match="more than the model's 128 positions"):
         load_generator(root / "run").respond(prompts, Sampling(max_new_tokens=128))
@@ -227,7 +235,7 @@ def test_too_long_for_the_positions(run):
         load_generator(root / "run").respond([[5] * 128], Sampling())
 
 
-def test_without_a_limit_answers_end_at_the_models_positions(run):
+def test_without_a_limit_answers_end_at_the_models_positions(run: tuple[Any, ...]) -> None:
     root, _, _ = run
     generator = load_generator(root / "run")
     generator.stop_ids = []
@@ -236,14 +244,14 @@ def test_without_a_limit_answers_end_at_the_models_positions(run):
     assert not response.finished
 
 
-def test_command_reports_errors_in_one_line(tmp_path, capsys):
+def test_command_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     assert main(["--checkpoint", str(tmp_path / "none"), "--prompts", str(prompts)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_prompts_with_tools_and_variables_are_rendered_with_them(tmp_path):
+def test_prompts_with_tools_and_variables_are_rendered_with_them(tmp_path: Path) -> None:
     template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{{ mood }}|{% for m in messages %}"
     template += "{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
     tokenizer = byte_tokenizer()

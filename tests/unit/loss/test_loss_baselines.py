@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.interface import LossInputs, Statistics
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics
 from nemo_lmpo.loss.numerics import log1mexp
 from nemo_lmpo.loss.registry import LOSSES, build_loss
 
@@ -119,7 +120,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_against_the_formula(make_inputs, case):
+def test_against_the_formula(make_inputs: Callable[..., LossInputs], case: str) -> None:
     options, formula = CASES[case]
     inputs = make_inputs(S_W, S_L, N_W, N_L, REF_W, REF_L, Statistics(mean=KL, count=2))
     outputs = build_loss(parse_loss(options))(inputs)
@@ -133,11 +134,11 @@ def test_against_the_formula(make_inputs, case):
     assert outputs.losses.requires_grad
 
 
-def test_every_loss_has_a_case():
+def test_every_loss_has_a_case() -> None:
     assert {options["name"] for options, _ in CASES.values()} | {"lmpo"} == set(LOSSES)
 
 
-def test_numbers_worked_by_hand(make_inputs):
+def test_numbers_worked_by_hand(make_inputs: Callable[..., LossInputs]) -> None:
     # One pair: S_w = -6 over 4 tokens, S_l = -20 over 10, reference -7 and -18.5.
     inputs = make_inputs([-6.0], [-20.0], [4.0], [10.0], [-7.0], [-18.5])
 
@@ -174,11 +175,11 @@ def test_numbers_worked_by_hand(make_inputs):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_against_finite_differences(case):
+def test_gradient_against_finite_differences(case: str) -> None:
     loss = build_loss(parse_loss(CASES[case][0]))
     fixed = [torch.tensor(v, dtype=torch.float64) for v in (N_W, N_L, REF_W, REF_L)]
 
-    def losses(chosen, rejected):
+    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         statistics = Statistics(KL, 1.0, 2)
         inputs = LossInputs(chosen, rejected, *fixed, mean_chosen_length=MEAN_N_W, statistics=statistics)
         return loss(inputs).losses.sum()
@@ -200,7 +201,9 @@ def test_gradient_against_finite_differences(case):
     ],
 )
 @pytest.mark.parametrize("reference", [0.0, -1e4])
-def test_extremes_stay_finite_in_float32(make_inputs, case, pair, reference):
+def test_extremes_stay_finite_in_float32(
+    make_inputs: Callable[..., LossInputs], case: str, pair: tuple[Any, ...], reference: float
+) -> None:
     inputs = make_inputs(*pair, [reference], [reference], Statistics(mean=1e4, count=1), dtype=torch.float32)
     outputs = build_loss(parse_loss(CASES[case][0]))(inputs)
     grads = torch.autograd.grad(
@@ -211,7 +214,7 @@ def test_extremes_stay_finite_in_float32(make_inputs, case, pair, reference):
 
 
 @pytest.mark.parametrize("name", ["dpo", "rdpo", "ipo", "kto"])
-def test_missing_reference_is_named(make_inputs, name):
+def test_missing_reference_is_named(make_inputs: Callable[..., LossInputs], name: str) -> None:
     loss = build_loss(parse_loss({"name": name}))
     assert loss.needs_reference
     with pytest.raises(ConfigError, match="reference_chosen_logps"):
@@ -223,11 +226,11 @@ class TestLDDPO:
 
     SHARED = ((-6.0, -7.0), (-9.0, -8.0), (-7.0, -6.5), (-8.5, -9.0))
 
-    def loss(self, make_inputs, **options):
+    def loss(self, make_inputs: Callable[..., LossInputs], **options: Any) -> tuple[LossOutputs, LossInputs]:
         inputs = make_inputs(S_W, S_L, N_W, N_L, REF_W, REF_L, shared=self.SHARED)
         return build_loss(parse_loss({"name": "dpo", "beta": 0.1, **options}))(inputs), inputs
 
-    def test_by_hand(self, make_inputs):
+    def test_by_hand(self, make_inputs: Callable[..., LossInputs]) -> None:
         # First pair: rho_w = 1, all of it shared; rho_l = -1.5, shared -0.5, so -0.5 + 0.3 (-1) = -0.8.
         # Second: rho_w = -5, shared -0.5, so -0.5 + 0.3 (-4.5) = -1.85; rho_l = 1, all of it shared.
         outputs, _ = self.loss(make_inputs, ld_alpha=0.3)
@@ -236,24 +239,24 @@ class TestLDDPO:
         assert outputs.chosen_rewards.tolist() == pytest.approx([0.1, -0.185])
         assert outputs.rejected_rewards.tolist() == pytest.approx([-0.08, 0.1])
 
-    def test_per_token_divides_by_the_whole_length(self, make_inputs):
+    def test_per_token_divides_by_the_whole_length(self, make_inputs: Callable[..., LossInputs]) -> None:
         outputs, _ = self.loss(make_inputs, ld_alpha=0.3, average_log_probs=True)
         assert outputs.losses[0].item() == pytest.approx(math.log(1 + math.exp(-0.1 * (1 / 4 + 0.8 / 10))))
 
-    def test_one_is_plain_dpo_and_zero_the_common_length_alone(self, make_inputs):
+    def test_one_is_plain_dpo_and_zero_the_common_length_alone(self, make_inputs: Callable[..., LossInputs]) -> None:
         plain, _ = self.loss(make_inputs)
         torch.testing.assert_close(self.loss(make_inputs, ld_alpha=1)[0].losses, plain.losses)
         outputs, inputs = self.loss(make_inputs, ld_alpha=0)
         sums = torch.autograd.grad(outputs.losses.sum(), inputs.chosen_logps, materialize_grads=True)[0]
         assert sums.tolist() == [0.0, 0.0]
 
-    def test_gradient_of_tail_tokens_is_scaled(self, make_inputs):
+    def test_gradient_of_tail_tokens_is_scaled(self, make_inputs: Callable[..., LossInputs]) -> None:
         # A token of the tail moves S alone, a shared token S and S_shared.
         outputs, inputs = self.loss(make_inputs, ld_alpha=0.3)
         tail, shared = torch.autograd.grad(outputs.losses.sum(), (inputs.chosen_logps, inputs.chosen_shared_logps))
         torch.testing.assert_close(tail, 0.3 * (tail + shared))
 
-    def test_what_it_needs_is_said(self, make_inputs):
+    def test_what_it_needs_is_said(self, make_inputs: Callable[..., LossInputs]) -> None:
         assert build_loss(parse_loss({"name": "dpo", "ld_alpha": 0.5})).needs_shared_logps
         assert not build_loss(parse_loss({"name": "dpo"})).needs_shared_logps
         loss = build_loss(parse_loss({"name": "dpo", "ld_alpha": 0.5}))
@@ -265,7 +268,9 @@ PREFERENCE_LOSSES = sorted(set(LOSSES) - {"sft"})
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_sft_weight_adds_the_mean_likelihood_of_the_chosen_response(make_inputs, name):
+def test_sft_weight_adds_the_mean_likelihood_of_the_chosen_response(
+    make_inputs: Callable[..., LossInputs], name: str
+) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L, REF_W, REF_L, Statistics(KL, 1.0, 2))
     plain = build_loss(parse_loss({"name": name}))(inputs)
     with_sft = build_loss(parse_loss({"name": name, "sft_weight": 0.25}))(inputs)
@@ -279,14 +284,14 @@ def test_sft_weight_adds_the_mean_likelihood_of_the_chosen_response(make_inputs,
         parse_loss({"name": name, "sft_weight": -1})
 
 
-def test_reference_gets_no_gradient(make_inputs):
+def test_reference_gets_no_gradient(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L, REF_W, REF_L)
     inputs.reference_chosen_logps.requires_grad_()
     losses = build_loss(parse_loss({"name": "dpo"}))(inputs).losses
     assert torch.autograd.grad(losses.sum(), inputs.reference_chosen_logps, allow_unused=True)[0] is None
 
 
-def test_policy_equal_to_reference_gives_the_known_start(make_inputs):
+def test_policy_equal_to_reference_gives_the_known_start(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L, S_W, S_L)
     for name, start in (("dpo", math.log(2)), ("kto", 0.5), ("ipo", 25.0)):
         losses = build_loss(parse_loss({"name": name}))(inputs).losses
@@ -294,7 +299,7 @@ def test_policy_equal_to_reference_gives_the_known_start(make_inputs):
 
 
 class TestKTOReferencePoint:
-    def test_observed_values_are_mean_log_ratios(self, make_inputs):
+    def test_observed_values_are_mean_log_ratios(self, make_inputs: Callable[..., LossInputs]) -> None:
         # ratios: chosen 1, -5; rejected -1.5, 1
         loss = build_loss(parse_loss({"name": "kto"}))
         assert loss.statistics is not None
@@ -303,7 +308,7 @@ class TestKTOReferencePoint:
         assert observed.tolist() == [-0.25, -2.0]
         assert not observed.requires_grad
 
-    def test_z_is_clipped_at_zero_and_scaled_by_beta(self, make_inputs):
+    def test_z_is_clipped_at_zero_and_scaled_by_beta(self, make_inputs: Callable[..., LossInputs]) -> None:
         loss = build_loss(parse_loss({"name": "kto", "beta": 0.5}))
 
         def z(statistics: Statistics) -> list[float]:
@@ -315,7 +320,7 @@ class TestKTOReferencePoint:
         assert z(Statistics(mean=3.0, count=0)) == [0.0, 0.0]
 
 
-def test_log1mexp_keeps_its_digits():
+def test_log1mexp_keeps_its_digits() -> None:
     # References in exact series: log(1 - e^x) = log(-x) + x/2 - x^2/24 for small -x, -e^x for large -x.
     tiny, large = -1e-12, -45.0
     values = log1mexp(torch.tensor([tiny, -1.0, large], dtype=torch.float64))

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import nemo_lmpo
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.loss import options, registry
+from nemo_lmpo.loss.interface import LossInputs
 from nemo_lmpo.loss.margins import DEFAULT_ALPHA, DEFAULT_BETA_S
 from nemo_lmpo.loss.options import (
     DEFAULT_LOG_H,
@@ -37,7 +39,9 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
+def test_the_example_of_a_new_loss_works(
+    make_inputs: Callable[..., LossInputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (DOCS / "adding_a_loss.md").read_text()
     options_of, module, entry, elsewhere = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr(options, "CDPOConfig", None, raising=False)  # taken away again at the end
@@ -60,7 +64,7 @@ def test_the_example_of_a_new_loss_works(make_inputs, monkeypatch):
         parse_loss({"name": "cdpo", "gamma": 1})
 
 
-def test_the_table_lists_every_loss_with_its_defaults():
+def test_the_table_lists_every_loss_with_its_defaults() -> None:
     rows = {row[0]: row for row in table_rows((DOCS / "losses.md").read_text().split("## LMPO")[0]) if "`" in row[0]}
     rows.pop("`loss.name`")
     assert set(rows) == {f"`{name}`" for name in registry.LOSSES}
@@ -74,7 +78,7 @@ def test_the_table_lists_every_loss_with_its_defaults():
         assert given == defaults
 
 
-def test_the_lmpo_table_lists_every_option():
+def test_the_lmpo_table_lists_every_option() -> None:
     section = (DOCS / "losses.md").read_text().split("## LMPO")[1].split("### ")[0]
     rows = {name: row[1] for row in table_rows(section)[2:] for name in re.findall(r"`(\w+)`", row[0])}
     fields = {f.name: f.default for f in dataclasses.fields(LMPOConfig) if f.name not in COMMON}

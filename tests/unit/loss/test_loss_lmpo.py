@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_lmpo.config.loss_section import parse_loss
-from nemo_lmpo.loss.interface import LossInputs, Statistics
+from nemo_lmpo.loss.interface import LossInputs, LossOutputs, Statistics
 from nemo_lmpo.loss.margins import paper_margin
 from nemo_lmpo.loss.options import LMPOConfig
 from nemo_lmpo.loss.registry import build_loss
@@ -57,15 +59,15 @@ def expected(
     return {"p_w": p_w, "p_l": p_l, "m": m, "m_bar": m_bar, "loss": loss}
 
 
-def lmpo_loss(inputs, config):
+def lmpo_loss(inputs: LossInputs, config: LMPOConfig) -> LossOutputs:
     return build_loss(config)(inputs)
 
 
-def lmpo_observe(inputs, config):
+def lmpo_observe(inputs: LossInputs, config: LMPOConfig) -> torch.Tensor:
     return build_loss(config).observe(inputs)
 
 
-def check(outputs, rows: list[dict[str, float]]) -> None:
+def check(outputs: LossOutputs, rows: list[dict[str, float]]) -> None:
     torch.testing.assert_close(outputs.losses.detach(), torch.tensor([r["loss"] for r in rows], dtype=torch.float64))
     for name, key in (("margin", "m"), ("margin_normalized", "m_bar"), ("p_chosen", "p_w"), ("p_rejected", "p_l")):
         values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
@@ -73,7 +75,7 @@ def check(outputs, rows: list[dict[str, float]]) -> None:
         assert not outputs.metrics[f"lmpo/{name}"].requires_grad
 
 
-def test_numbers_worked_by_hand(make_inputs):
+def test_numbers_worked_by_hand(make_inputs: Callable[..., LossInputs]) -> None:
     # n_w = 4, n_l = 10: the exponent factors are 14/8 = 1.75 and 14/20 = 0.7.
     # avg_w = -1.5 -> p_w = e^-2.625 = 0.0724398; avg_l = -2 -> p_l = e^-1.4 = 0.2465970; delta = -0.1741572
     # delta^5 = -0.000160215; m = 0.9275602 * 1.000160215 = 0.9277088
@@ -93,7 +95,9 @@ def test_numbers_worked_by_hand(make_inputs):
 @pytest.mark.parametrize("margin", ["power5", "cube", "log", "sigmoid"])
 @pytest.mark.parametrize("average_length", [True, False])
 @pytest.mark.parametrize("statistics", ["known", "empty", "off"])
-def test_every_variant_against_the_printed_equations(make_inputs, margin, average_length, statistics):
+def test_every_variant_against_the_printed_equations(
+    make_inputs: Callable[..., LossInputs], margin: str, average_length: bool, statistics: str
+) -> None:
     config = LMPOConfig(
         beta=BETA,
         log_h=LOG_H,
@@ -118,7 +122,7 @@ def test_every_variant_against_the_printed_equations(make_inputs, margin, averag
     check(outputs, rows)
 
 
-def test_margin_constants_are_used(make_inputs):
+def test_margin_constants_are_used(make_inputs: Callable[..., LossInputs]) -> None:
     pair = (S_W[0], S_L[0], N_W[0], N_L[0])
     for margin, options in (("log", {"alpha": 2.0}), ("sigmoid", {"beta_s": 0.7})):
         config = LMPOConfig(beta=BETA, log_h=LOG_H, lam=LAM, margin=margin, **options)
@@ -130,7 +134,7 @@ class TestStandardDeviationFloor:
     """After batches of equal margins the deviation is 0 and the floor divides (docs/losses.md derives 0.01)."""
 
     @staticmethod
-    def pair_after_equal_margins(make_inputs, **options):
+    def pair_after_equal_margins(make_inputs: Callable[..., LossInputs], **options: Any) -> tuple[float, float]:
         loss = build_loss(parse_loss({"beta": 2.0, "log_h": 1.6, "lam": 1.0, **options}))
         running = RunningStatistics(loss.statistics)
         for _ in range(3):
@@ -140,7 +144,7 @@ class TestStandardDeviationFloor:
         (gradient,) = torch.autograd.grad(losses.sum(), inputs.chosen_logps)
         return losses.item(), gradient.item() * 4  # by the mean log-probability, of 4 tokens
 
-    def test_loss_and_gradient_stay_in_reach(self, make_inputs):
+    def test_loss_and_gradient_stay_in_reach(self, make_inputs: Callable[..., LossInputs]) -> None:
         # Before: p_w = e^-1.5, p_l = e^-2, so m = 0.776866. Now p_w = e^-3 = 0.049787, m = 0.950217.
         # m_bar = 0.173351 / 0.01 = 17.3351; d = -6 + 4 - 17.3351; loss = ln(1 + e^(1.6 + 19.3351)) = 20.9351.
         # Gradient: -(beta + lam / 0.01 * p_w |dm/dp_w|) = -(2 + 4.9787 (1 + 5 * 0.950213 * 0.0855483^4)) = -6.9800.
@@ -148,12 +152,12 @@ class TestStandardDeviationFloor:
         assert loss == pytest.approx(20.9351, abs=1e-3)
         assert gradient == pytest.approx(-6.9800, abs=1e-3)
 
-    def test_a_floor_of_rounding_size_loses_the_pair(self, make_inputs):
+    def test_a_floor_of_rounding_size_loses_the_pair(self, make_inputs: Callable[..., LossInputs]) -> None:
         loss, gradient = self.pair_after_equal_margins(make_inputs, std_floor=1e-6)
         assert loss == pytest.approx(173351, rel=1e-4)
         assert gradient == pytest.approx(-49800, rel=1e-3)
 
-    def test_how_far_the_margin_follows_the_mean_log_probability(self):
+    def test_how_far_the_margin_follows_the_mean_log_probability(self) -> None:
         # The bounds that the floor rests on: p_w |dm/dp_w| <= 1 and p_l |dm/dp_l| <= 5 for any two probabilities.
         grid = torch.linspace(0, 1, 401, dtype=torch.float64)
         p_w, p_l = (p.flatten().requires_grad_() for p in torch.meshgrid(grid, grid, indexing="ij"))
@@ -163,7 +167,7 @@ class TestStandardDeviationFloor:
         assert (p_l * by_l).abs().max().item() == pytest.approx(5)
 
 
-def test_h_and_log_h_are_the_same_number(make_inputs):
+def test_h_and_log_h_are_the_same_number(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L)
     by_h = lmpo_loss(inputs, LMPOConfig(h=math.exp(1.6)))
     by_log_h = lmpo_loss(inputs, LMPOConfig(log_h=1.6))
@@ -172,19 +176,19 @@ def test_h_and_log_h_are_the_same_number(make_inputs):
     assert LMPOConfig(h=1.0).resolved_log_h == 0.0
 
 
-def test_without_home_advantage_and_margin_it_is_bradley_terry(make_inputs):
+def test_without_home_advantage_and_margin_it_is_bradley_terry(make_inputs: Callable[..., LossInputs]) -> None:
     outputs = lmpo_loss(make_inputs(S_W, S_L, N_W, N_L), LMPOConfig(beta=1.0, log_h=0.0, lam=0.0))
     expected_losses = [math.log(1 + math.exp(-(w / a - r / b))) for w, r, a, b in zip(S_W, S_L, N_W, N_L, strict=True)]
     torch.testing.assert_close(outputs.losses.detach(), torch.tensor(expected_losses, dtype=torch.float64))
 
 
-def gradient(make_inputs, config: LMPOConfig) -> tuple[float, float]:
+def gradient(make_inputs: Callable[..., LossInputs], config: LMPOConfig) -> tuple[float, float]:
     inputs = make_inputs([S_W[0]], [S_L[0]], [N_W[0]], [N_L[0]], statistics=Statistics(A, B, 3))
     grads = torch.autograd.grad(lmpo_loss(inputs, config).losses.sum(), (inputs.chosen_logps, inputs.rejected_logps))
     return grads[0].item(), grads[1].item()
 
 
-def test_gradient_by_the_chain_rule(make_inputs):
+def test_gradient_by_the_chain_rule(make_inputs: Callable[..., LossInputs]) -> None:
     # dL/dd = -sigma(log h - d); dd/dS_w = beta / n_w - lam / b * dm/dp_w * dp_w/dS_w, with
     # dm/dp_w = -(1 - delta^5) - 5 (1 - p_w) delta^4 and dp_w/dS_w = p_w (n_w + n_l) / (2 n_w^2).
     row = expected(S_W[0], S_L[0], N_W[0], N_L[0])
@@ -206,11 +210,11 @@ def test_gradient_by_the_chain_rule(make_inputs):
 @pytest.mark.parametrize("margin", ["power5", "cube", "log", "sigmoid"])
 @pytest.mark.parametrize("z_score", [True, False])
 @pytest.mark.parametrize("average_length", [True, False])
-def test_gradient_against_finite_differences(margin, z_score, average_length):
+def test_gradient_against_finite_differences(margin: str, z_score: bool, average_length: bool) -> None:
     config = LMPOConfig(lam=0.3, margin=margin, z_score=z_score, average_length_normalization=average_length)
     lengths = [torch.tensor(n, dtype=torch.float64) for n in (N_W, N_L)]
 
-    def losses(chosen, rejected):
+    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         inputs = LossInputs(chosen, rejected, *lengths, statistics=Statistics(A, 0.3, 3))
         return lmpo_loss(inputs, config).losses
 
@@ -234,7 +238,9 @@ EXTREMES = {
 @pytest.mark.parametrize("margin", ["power5", "cube", "log", "sigmoid"])
 @pytest.mark.parametrize("compat", ["paper", "released_code"])
 @pytest.mark.parametrize("statistics", [Statistics(), Statistics(0.7, 0.0, 1), Statistics(0.7, 0.2, 1)])
-def test_extremes_stay_finite_in_float32(make_inputs, case, margin, compat, statistics):
+def test_extremes_stay_finite_in_float32(
+    make_inputs: Callable[..., LossInputs], case: str, margin: str, compat: str, statistics: Statistics
+) -> None:
     inputs = make_inputs(*EXTREMES[case], statistics=statistics, dtype=torch.float32)
     config = LMPOConfig(margin=margin, compat=compat, lam=1.0)
     outputs = lmpo_loss(inputs, config)
@@ -244,7 +250,7 @@ def test_extremes_stay_finite_in_float32(make_inputs, case, margin, compat, stat
     assert torch.isfinite(lmpo_observe(inputs, config)).all()
 
 
-def test_a_large_loss_is_linear_not_infinite(make_inputs):
+def test_a_large_loss_is_linear_not_infinite(make_inputs: Callable[..., LossInputs]) -> None:
     # r_w - r_l = 2.5 * (-1e4) = -25000: the loss is log h + 25000 up to rounding.
     inputs = make_inputs([-1e4], [0.0], [1.0], [1.0], dtype=torch.float32)
     outputs = lmpo_loss(inputs, LMPOConfig())
@@ -253,7 +259,7 @@ def test_a_large_loss_is_linear_not_infinite(make_inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_raised_to_float32(make_inputs, dtype):
+def test_half_precision_is_raised_to_float32(make_inputs: Callable[..., LossInputs], dtype: torch.dtype) -> None:
     inputs = make_inputs([-6.5, -3.0], [-20.0, -9.0], [4.0, 3.0], [10.0, 8.0], dtype=dtype)
     outputs = lmpo_loss(inputs, LMPOConfig())
     exact = lmpo_loss(make_inputs([-6.5, -3.0], [-20.0, -9.0], [4.0, 3.0], [10.0, 8.0]), LMPOConfig())
@@ -261,7 +267,7 @@ def test_half_precision_is_raised_to_float32(make_inputs, dtype):
     torch.testing.assert_close(outputs.losses.double(), exact.losses, rtol=1e-6, atol=1e-6)
 
 
-def test_integer_lengths_are_fine(make_inputs):
+def test_integer_lengths_are_fine(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L)
     integers = dataclasses.replace(
         inputs, chosen_lengths=inputs.chosen_lengths.long(), rejected_lengths=inputs.rejected_lengths.long()
@@ -269,7 +275,7 @@ def test_integer_lengths_are_fine(make_inputs):
     torch.testing.assert_close(lmpo_loss(integers, LMPOConfig()).losses, lmpo_loss(inputs, LMPOConfig()).losses)
 
 
-def test_observe_gives_the_margins_of_the_loss(make_inputs):
+def test_observe_gives_the_margins_of_the_loss(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs(S_W, S_L, N_W, N_L)
     for compat in ("paper", "released_code"):
         config = LMPOConfig(compat=compat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def as_inputs(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64)
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=30, deadline=None)
 @given(rows=pairs, data=st.data())
-def test_pairs_do_not_see_each_other(name, rows, data):
+def test_pairs_do_not_see_each_other(name: str, rows: list[Any], data: Any) -> None:
     loss = build_loss(parse_loss({"name": name}))
     order = data.draw(st.permutations(range(len(rows))))
     whole = loss(as_inputs(rows))
@@ -47,7 +48,9 @@ def test_pairs_do_not_see_each_other(name, rows, data):
 @pytest.mark.parametrize("name", ["lmpo", "dpo", "rdpo", "cpo", "kto", "orpo", "simpo", "slic", "rrhf"])
 @settings(max_examples=40, deadline=None)
 @given(row=pair, step=st.floats(1e-3, 50))
-def test_a_likelier_chosen_response_never_costs_more(name, row, step):
+def test_a_likelier_chosen_response_never_costs_more(
+    name: str, row: tuple[float, float, int, int, float, float], step: float
+) -> None:
     loss = build_loss(parse_loss({"name": name}))
     s_w, *rest = row
     losses = loss(as_inputs([(s_w - step, *rest), (s_w, *rest)])).losses
@@ -56,7 +59,7 @@ def test_a_likelier_chosen_response_never_costs_more(name, row, step):
 
 @settings(max_examples=40, deadline=None)
 @given(rows=pairs, gamma=st.floats(0, 4), beta=st.floats(0.1, 10))
-def test_lmpo_without_margin_is_simpo(rows, gamma, beta):
+def test_lmpo_without_margin_is_simpo(rows: list[Any], gamma: float, beta: float) -> None:
     inputs = as_inputs(rows)
     lmpo = build_loss(parse_loss({"lam": 0, "log_h": gamma, "beta": beta}))(inputs)
     simpo = build_loss(parse_loss({"name": "simpo", "gamma": gamma, "beta": beta}))(inputs)
@@ -65,7 +68,7 @@ def test_lmpo_without_margin_is_simpo(rows, gamma, beta):
 
 @settings(max_examples=60, deadline=None)
 @given(rows=pairs, margin=st.sampled_from(["power5", "log", "cube", "sigmoid"]))
-def test_float32_agrees_with_float64(rows, margin):
+def test_float32_agrees_with_float64(rows: list[Any], margin: str) -> None:
     loss = build_loss(parse_loss({"margin": margin}))
     single, double = loss(as_inputs(rows, torch.float32)), loss(as_inputs(rows))
     # The log margin is steep where one probability is 1 and the other 0: rounding of the probability shows there.
@@ -75,7 +78,7 @@ def test_float32_agrees_with_float64(rows, margin):
 
 @settings(max_examples=40, deadline=None)
 @given(row=pair)
-def test_power5_margin_lies_between_zero_and_two(row):
+def test_power5_margin_lies_between_zero_and_two(row: tuple[float, float, int, int, float, float]) -> None:
     margin = build_loss(parse_loss({})).observe(as_inputs([row])).item()
     assert 0 <= margin <= 2
     assert not math.isnan(margin)

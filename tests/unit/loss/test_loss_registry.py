@@ -6,7 +6,9 @@ import ast
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,16 +16,17 @@ from omegaconf import OmegaConf
 import nemo_lmpo.loss
 from nemo_lmpo.config.loss_section import parse_loss
 from nemo_lmpo.errors import ConfigError
+from nemo_lmpo.loss.interface import LossInputs
 from nemo_lmpo.loss.options import OPTIONS, LMPOConfig, SimPOConfig
 from nemo_lmpo.loss.registry import LOSSES, build_loss
 
 
-def test_lmpo_is_the_default():
+def test_lmpo_is_the_default() -> None:
     assert parse_loss(None) == parse_loss({}) == parse_loss({"name": None}) == LMPOConfig()
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_entry_parses_builds_and_survives_a_round_trip(name):
+def test_every_entry_parses_builds_and_survives_a_round_trip(name: str) -> None:
     config = parse_loss({"name": name})
     assert config.name == name
     assert parse_loss(dataclasses.asdict(config)) == config
@@ -33,7 +36,7 @@ def test_every_entry_parses_builds_and_survives_a_round_trip(name):
     assert (loss.statistics is not None) == (name in {"lmpo", "kto"})
 
 
-def test_numbers_come_as_ints_and_as_strings():
+def test_numbers_come_as_ints_and_as_strings() -> None:
     config = parse_loss({"beta": 2, "lam": "1e-1", "h": "4", "momentum": "0.5"})
     assert (config.beta, config.lam, config.h, config.momentum) == (2.0, 0.1, 4.0, 0.5)
     assert all(isinstance(value, float) for value in (config.beta, config.lam, config.h))
@@ -41,11 +44,11 @@ def test_numbers_come_as_ints_and_as_strings():
 
 
 @pytest.mark.parametrize(("given", "meant"), [(True, True), ("false", False), ("off", False), ("On", True)])
-def test_booleans(given, meant):
+def test_booleans(given: bool | str, meant: bool) -> None:
     assert parse_loss({"z_score": given}).z_score is meant
 
 
-def test_an_omegaconf_section_is_a_mapping():
+def test_an_omegaconf_section_is_a_mapping() -> None:
     section = OmegaConf.create("name: lmpo\nbeta: 2\nh: null\nlog_h: 1e-1\nz_score: false\n")
     assert parse_loss(section) == LMPOConfig(beta=2.0, log_h=0.1, z_score=False)
 
@@ -107,12 +110,12 @@ def test_an_omegaconf_section_is_a_mapping():
         ({"name": "ipo", "tau": 0}, r"loss\.tau=0\.0"),
     ],
 )
-def test_what_is_wrong_is_named(raw, message):
+def test_what_is_wrong_is_named(raw: dict[str, Any] | str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_loss(raw)
 
 
-def test_all_that_is_wrong_is_named_at_once():
+def test_all_that_is_wrong_is_named_at_once() -> None:
     wrong = {"beta": 0, "lam": "much", "gama": 1, "momentum": 0.5, "statistics": "cumulative", "group_size": 4}
     with pytest.raises(ConfigError) as caught:
         parse_loss(wrong)
@@ -122,16 +125,16 @@ def test_all_that_is_wrong_is_named_at_once():
     assert all(line.startswith(beginning) for line, beginning in zip(told, wanted, strict=True)), told
 
 
-def test_the_options_are_those_of_the_losses():
+def test_the_options_are_those_of_the_losses() -> None:
     assert {name: entry.config for name, entry in LOSSES.items()} == OPTIONS
     assert list(LOSSES) == list(OPTIONS)
 
 
-def test_h_and_log_h_may_agree():
+def test_h_and_log_h_may_agree() -> None:
     assert parse_loss({"h": math.exp(1.4), "log_h": 1.4}).resolved_log_h == 1.4
 
 
-def test_build_loss_takes_only_known_dataclasses():
+def test_build_loss_takes_only_known_dataclasses() -> None:
     with pytest.raises(ConfigError, match="not the options of a known loss"):
         build_loss({"name": "lmpo"})
     with pytest.raises(ConfigError, match=r"loss\.name='simpo'|not the options of a known loss"):
@@ -140,7 +143,7 @@ def test_build_loss_takes_only_known_dataclasses():
         build_loss(LMPOConfig(beta=-1))
 
 
-def test_statistics_follow_the_options(make_inputs):
+def test_statistics_follow_the_options(make_inputs: Callable[..., LossInputs]) -> None:
     inputs = make_inputs([-6.0], [-20.0], [4.0], [10.0])
     paper = build_loss(parse_loss({}))
     assert (paper.statistics.kind, paper.statistics.update, paper.statistics.momentum) == ("ema", "after_step", 0.9)
@@ -158,7 +161,7 @@ def test_statistics_follow_the_options(make_inputs):
     assert build_loss(parse_loss({"name": "simpo"})).observe(inputs) is None
 
 
-def test_every_default_and_option_has_a_docstring_with_its_source():
+def test_every_default_and_option_has_a_docstring_with_its_source() -> None:
     for entry in LOSSES.values():
         tree = ast.parse(Path(sys.modules[entry.config.__module__].__file__).read_text())
         (body,) = [n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == entry.config.__name__]
@@ -167,7 +170,7 @@ def test_every_default_and_option_has_a_docstring_with_its_source():
                 assert isinstance(following, ast.Expr), f"{entry.config.__name__}.{node.target.id} has no docstring"
 
 
-def test_options_do_without_torch():
+def test_options_do_without_torch() -> None:
     tree = ast.parse(Path(sys.modules[LMPOConfig.__module__].__file__).read_text())
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
@@ -177,7 +180,7 @@ def test_options_do_without_torch():
     }
 
 
-def test_losses_import_only_torch():
+def test_losses_import_only_torch() -> None:
     """Pure math: no engine, no processes, no other room of the package."""
     folder = Path(nemo_lmpo.loss.__file__).parent
     files = sorted(folder.rglob("*.py"))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import random
 import statistics as stdlib_statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from nemo_lmpo.config.loss_section import parse_loss
+from nemo_lmpo.loss.interface import LossInputs
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.loss.running_statistics import RunningStatistics
 
@@ -61,7 +63,7 @@ def random_pairs(generator: random.Random, count: int) -> list[tuple[float, floa
 
 
 @pytest.mark.parametrize("margin", MARGINS)
-def test_several_micro_batches(make_inputs, margin):
+def test_several_micro_batches(make_inputs: Callable[..., LossInputs], margin: str) -> None:
     generator = random.Random(11)
     trainer = ReleasedTrainer(beta=2.5, gamma_beta_ratio=0.55, lam=0.2, margin=margin)
     loss = build_loss(
@@ -79,7 +81,7 @@ def test_several_micro_batches(make_inputs, margin):
         torch.testing.assert_close(outputs.losses.detach(), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_micro_batches_are_the_authors(make_inputs):
+def test_micro_batches_are_the_authors(make_inputs: Callable[..., LossInputs]) -> None:
     # 2 pairs a GPU in training, 4 in evaluation, gathered over 4 GPUs; an own size holds for both.
     statistics = build_loss(parse_loss({"compat": "released_code"})).statistics
     assert (statistics.group_size, statistics.evaluation_group_size) == (8, 16)
@@ -88,7 +90,7 @@ def test_micro_batches_are_the_authors(make_inputs):
 
 
 @pytest.mark.parametrize("margin", MARGINS)
-def test_the_margin_itself(make_inputs, margin):
+def test_the_margin_itself(make_inputs: Callable[..., LossInputs], margin: str) -> None:
     # The Z-score cancels any factor of the margin, so the halving shows only without it.
     pairs = random_pairs(random.Random(12), 5)
     loss = build_loss(parse_loss({"compat": "released_code", "margin": margin, "z_score": False, "lam": 0.7}))
@@ -103,7 +105,7 @@ def test_the_margin_itself(make_inputs, margin):
         assert value == pytest.approx(math.log(1 + math.exp(1.4 - gap)), rel=1e-10)
 
 
-def test_no_gradient_through_the_margin(make_inputs):
+def test_no_gradient_through_the_margin(make_inputs: Callable[..., LossInputs]) -> None:
     # Without it dL/dS_w = -(1 - e^-L) beta / n_w whatever the margin does.
     loss = build_loss(parse_loss({"compat": "released_code", "lam": 1.0}))
     inputs = make_inputs([-6.0, -3.0], [-20.0, -9.0], [4.0, 3.0], [10.0, 9.0])
@@ -115,7 +117,9 @@ def test_no_gradient_through_the_margin(make_inputs):
     assert gradient.tolist() == pytest.approx(by_hand)
 
 
-def test_first_step_loss_is_as_large_as_the_uncorrected_statistics_make_it(make_inputs):
+def test_first_step_loss_is_as_large_as_the_uncorrected_statistics_make_it(
+    make_inputs: Callable[..., LossInputs],
+) -> None:
     # From zero a tenth of the mean is subtracted and a tenth of the deviation divides: mbar is about 9 a / b, here
     # margins 0.2 and 0.3 (a = 0.25, b = 0.0707): (0.2 - 0.025) / 0.00707 = 24.7 and (0.3 - 0.025) / 0.00707 = 38.9.
     running = RunningStatistics(build_loss(parse_loss({"compat": "released_code"})).statistics)
@@ -125,7 +129,7 @@ def test_first_step_loss_is_as_large_as_the_uncorrected_statistics_make_it(make_
     assert normalized == pytest.approx([24.7487, 38.8909], abs=1e-4)
 
 
-def test_one_pair_does_not_poison_the_statistics(make_inputs):
+def test_one_pair_does_not_poison_the_statistics(make_inputs: Callable[..., LossInputs]) -> None:
     loss = build_loss(parse_loss({"compat": "released_code"}))
     running = RunningStatistics(loss.statistics)
     one = make_inputs([-6.0], [-20.0], [4.0], [10.0])

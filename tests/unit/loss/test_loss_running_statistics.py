@@ -27,12 +27,12 @@ def updated(config: StatisticsConfig, *batches: list[float]) -> RunningStatistic
     return running
 
 
-def test_nothing_is_known_at_first():
+def test_nothing_is_known_at_first() -> None:
     for config in (EMA, RELEASED, CUMULATIVE, BATCH_MEAN):
         assert RunningStatistics(config).current().count == 0
 
 
-def test_ema_with_bias_correction_over_three_steps():
+def test_ema_with_bias_correction_over_three_steps() -> None:
     # means 2, 5, 1; sample deviations sqrt(2), sqrt(8), 0.
     running = RunningStatistics(EMA)
     running.update(torch.tensor([1.0, 3.0]))
@@ -46,7 +46,7 @@ def test_ema_with_bias_correction_over_three_steps():
     assert running.current() == Statistics(pytest.approx(0.712 / 0.271), pytest.approx(0.261 * math.sqrt(2) / 0.271), 3)
 
 
-def test_one_value_moves_the_mean_only():
+def test_one_value_moves_the_mean_only() -> None:
     running = updated(EMA, [1.0, 3.0], [12.0])
     # mean: (0.9 * 0.2 + 0.1 * 12) / 0.19 = 1.38 / 0.19; the deviation still rests on one update, corrected by 0.1.
     assert running.current() == Statistics(pytest.approx(1.38 / 0.19), pytest.approx(math.sqrt(2)), 1)
@@ -55,13 +55,13 @@ def test_one_value_moves_the_mean_only():
     assert running.current() == Statistics(pytest.approx(1.342 / 0.271), pytest.approx(math.sqrt(2)), 2)
 
 
-def test_only_single_values_give_no_deviation():
+def test_only_single_values_give_no_deviation() -> None:
     running = updated(EMA, [1.0], [2.0])
     assert running.current().count == 0
     assert running.current().mean == pytest.approx((0.9 * 0.1 + 0.1 * 2) / 0.19)
 
 
-def test_released_code_starts_at_zero_without_correction():
+def test_released_code_starts_at_zero_without_correction() -> None:
     running = updated(RELEASED, [0.2, 0.4])
     # 0.1 * 0.3 and 0.1 * sqrt(0.02)
     assert running.current() == Statistics(pytest.approx(0.03), pytest.approx(0.1 * math.sqrt(0.02)), 1)
@@ -69,19 +69,19 @@ def test_released_code_starts_at_zero_without_correction():
     assert running.current() == Statistics(pytest.approx(0.087), pytest.approx(0.1 * math.sqrt(0.02)), 1)
 
 
-def test_momentum_zero_is_the_last_batch():
+def test_momentum_zero_is_the_last_batch() -> None:
     running = updated(StatisticsConfig("ema", "after_step", momentum=0.0), [0.0, 9.0], [1.0, 3.0])
     assert running.current() == Statistics(pytest.approx(2.0), pytest.approx(math.sqrt(2)), 2)
 
 
-def test_deviation_is_floored():
+def test_deviation_is_floored() -> None:
     config = StatisticsConfig("ema", "after_step", eps=1e-3)
     assert updated(config, [0.5, 0.5]).current().std == 1e-3
     cumulative = StatisticsConfig("cumulative", "after_step", eps=1e-3)
     assert updated(cumulative, [0.5, 0.5]).current().std == 1e-3
 
 
-def test_cumulative_equals_all_values_at_once():
+def test_cumulative_equals_all_values_at_once() -> None:
     generator = random.Random(3)
     batches = [[generator.gauss(5.0, 0.01) for _ in range(size)] for size in (1, 2, 1, 7, 30)]
     running = RunningStatistics(CUMULATIVE)
@@ -98,7 +98,7 @@ def test_cumulative_equals_all_values_at_once():
         assert current.std == pytest.approx(stdlib_statistics.stdev(seen), rel=1e-10)
 
 
-def test_cumulative_does_not_depend_on_how_values_are_grouped():
+def test_cumulative_does_not_depend_on_how_values_are_grouped() -> None:
     values = torch.linspace(0.1, 0.9, 24, dtype=torch.float64)
     whole, parts = RunningStatistics(CUMULATIVE), RunningStatistics(CUMULATIVE)
     whole.update(values)
@@ -111,7 +111,7 @@ def test_cumulative_does_not_depend_on_how_values_are_grouped():
 class TestGroups:
     """A global batch before its losses: every pair sees the statistics after its own group."""
 
-    def test_by_hand(self):
+    def test_by_hand(self) -> None:
         # Means 0.3, 0.6, 1; deviations sqrt(0.02), sqrt(0.02) and none for the last pair alone.
         running = RunningStatistics(RELEASED)
         found = running.update_in_groups(torch.tensor([0.2, 0.4, 0.5, 0.7, 1.0], dtype=torch.float64))
@@ -121,34 +121,34 @@ class TestGroups:
         assert found.count.tolist() == [1, 1, 2, 2, 2]
         assert running.current() == Statistics(pytest.approx(0.1783), pytest.approx(second), 2)
 
-    def test_evaluation_has_groups_of_its_own(self):
+    def test_evaluation_has_groups_of_its_own(self) -> None:
         config = StatisticsConfig("ema", "before_step", group_size=2, evaluation_group_size=4)
         values = torch.tensor([0.1, 0.2, 0.6, 0.9], dtype=torch.float64)
         found = RunningStatistics(config).update_in_groups(values, evaluation=True)
         assert found.mean.tolist() == pytest.approx([0.45] * 4)
         assert RunningStatistics(config).update_in_groups(values).mean[0] == pytest.approx(0.15)
 
-    def test_without_a_size_the_batch_is_one_group(self):
+    def test_without_a_size_the_batch_is_one_group(self) -> None:
         found = RunningStatistics(BATCH_MEAN).update_in_groups(torch.tensor([1.0, 2.0, 6.0]))
         assert (found.mean.tolist(), found.count.tolist()) == ([3.0] * 3, [3] * 3)
 
-    def test_no_pairs_change_nothing(self):
+    def test_no_pairs_change_nothing(self) -> None:
         running = updated(RELEASED, [1.0, 3.0])
         before = running.state_dict()
         assert running.update_in_groups(torch.empty(0)).mean.numel() == 0
         assert running.state_dict() == before
 
-    def test_pairs_pick_their_own(self):
+    def test_pairs_pick_their_own(self) -> None:
         found = Statistics(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.tensor([1, 1, 2])).of_pairs(torch.tensor([2, 0]))
         assert (found.mean.tolist(), found.std, found.count.tolist()) == ([3.0, 1.0], 0.5, [2, 1])
 
 
-def test_batch_mean_forgets():
+def test_batch_mean_forgets() -> None:
     running = updated(BATCH_MEAN, [1.0, 5.0], [-2.0, -4.0, -6.0])
     assert running.current() == Statistics(-4.0, 1.0, 3)
 
 
-def test_an_empty_batch_changes_nothing():
+def test_an_empty_batch_changes_nothing() -> None:
     for config in (EMA, CUMULATIVE, BATCH_MEAN):
         running = updated(config, [1.0, 3.0])
         before = running.state_dict()
@@ -156,7 +156,7 @@ def test_an_empty_batch_changes_nothing():
         assert running.state_dict() == before
 
 
-def test_float32_values_are_averaged_in_float64():
+def test_float32_values_are_averaged_in_float64() -> None:
     # 1 + 2^-24 is not a float32: a float32 mean of 1 and the next float32 would round.
     values = torch.tensor([1.0, 1.0 + 2**-23], dtype=torch.float32)
     running = RunningStatistics(CUMULATIVE)
@@ -165,7 +165,7 @@ def test_float32_values_are_averaged_in_float64():
 
 
 @pytest.mark.parametrize("config", [EMA, RELEASED, CUMULATIVE, BATCH_MEAN])
-def test_state_survives_json_and_goes_on_bit_for_bit(config):
+def test_state_survives_json_and_goes_on_bit_for_bit(config: StatisticsConfig) -> None:
     running = updated(config, [0.1, 0.7], [0.3], [0.2, 0.9, 0.4])
     restored = RunningStatistics(config)
     restored.load_state_dict(json.loads(json.dumps(running.state_dict())))
@@ -176,7 +176,7 @@ def test_state_survives_json_and_goes_on_bit_for_bit(config):
     assert restored.current() == running.current()
 
 
-def test_state_of_another_kind_or_damaged_is_refused():
+def test_state_of_another_kind_or_damaged_is_refused() -> None:
     state = updated(EMA, [1.0, 2.0]).state_dict()
     with pytest.raises(CheckpointError, match=r"kind 'ema'.*'cumulative'"):
         RunningStatistics(CUMULATIVE).load_state_dict(state)
@@ -185,7 +185,7 @@ def test_state_of_another_kind_or_damaged_is_refused():
             RunningStatistics(EMA).load_state_dict(damaged)
 
 
-def test_unknown_kind_and_update_are_refused():
+def test_unknown_kind_and_update_are_refused() -> None:
     with pytest.raises(ValueError, match=r"statistics\.kind='median'"):
         RunningStatistics(StatisticsConfig("median", "after_step"))
     with pytest.raises(ValueError, match=r"statistics\.update='never'"):

@@ -140,7 +140,7 @@ def dpo_trainer_loss(batch: Batch, **settings: Any) -> tuple[torch.Tensor, Any]:
         ),
     ],
 )
-def test_losses_of_the_dpo_trainer(settings, options):
+def test_losses_of_the_dpo_trainer(settings: dict[str, Any], options: dict[str, Any]) -> None:
     batch = Batch(drift=1.0)
     theirs, metrics = dpo_trainer_loss(batch, **settings)
     outputs = build_loss(parse_loss(options))(batch.ours())
@@ -150,7 +150,7 @@ def test_losses_of_the_dpo_trainer(settings, options):
         assert outputs.rejected_rewards.mean().item() == pytest.approx(metrics["rewards/rejected"][0])
 
 
-def test_slic_hinge_is_the_dpo_trainers_hinge_without_a_reference():
+def test_slic_hinge_is_the_dpo_trainers_hinge_without_a_reference() -> None:
     # TRL: max(0, 1 - beta (chosen - rejected)); ours with delta 1 and no regularizer, at beta 1 and reference 0.
     batch = Batch(drift=0.0)
     batch.reference_tokens = torch.zeros_like(batch.reference_tokens)
@@ -160,7 +160,7 @@ def test_slic_hinge_is_the_dpo_trainers_hinge_without_a_reference():
     assert_same(batch, losses.mean(), theirs)
 
 
-def test_sft_per_token_of_the_batch():
+def test_sft_per_token_of_the_batch() -> None:
     batch = Batch(drift=0.0)
     theirs, _ = dpo_trainer_loss(batch, loss_types=["sft"], beta=0.1)
     losses = build_loss(parse_loss({"name": "sft", "nll": "token_mean"}))(batch.ours()).losses
@@ -175,7 +175,7 @@ def test_sft_per_token_of_the_batch():
         ("hinge", {"name": "slic", "delta": 10.0, "lam": 0.0}),  # ten times TRL's, at beta 0.1
     ],
 )
-def test_sft_weight_is_the_dpo_trainers_loss_mix(loss_type, options):
+def test_sft_weight_is_the_dpo_trainers_loss_mix(loss_type: str, options: dict[str, Any]) -> None:
     # TRL's likelihood is a mean over the batch's tokens, ours over responses: equal where there is one response.
     batch = Batch(drift=1.0)
     scale = 10.0 if loss_type == "hinge" else 1.0
@@ -223,7 +223,7 @@ class TestWholeCPOObjective:
         grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs)]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
-    def test_token_mean_is_that_of_one_micro_batch(self):
+    def test_token_mean_is_that_of_one_micro_batch(self) -> None:
         batch, logits = self.batch()
         theirs = cpo_trainer_loss(batch, logits, beta=0.01, loss_type="sigmoid", cpo_alpha=1.0)
         ours = build_loss(parse_loss({"name": "cpo", "nll": "token_mean"}))(batch.ours()).losses.mean()
@@ -241,7 +241,9 @@ class TestWholeCPOObjective:
             ("hinge", {"beta": 1.0, "cpo_alpha": 0.5}, {"name": "slic", "lam": 0.5, "nll": "mean"}),
         ],
     )
-    def test_mean_is_that_of_one_pair_a_micro_batch(self, loss_type, settings, options):
+    def test_mean_is_that_of_one_pair_a_micro_batch(
+        self, loss_type: str, settings: dict[str, float], options: dict[str, Any]
+    ) -> None:
         batch, logits = self.batch()
         losses = build_loss(parse_loss(options))(batch.ours()).losses
         for number in range(PAIRS):
@@ -251,7 +253,7 @@ class TestWholeCPOObjective:
 
 
 @pytest.mark.parametrize("drift", [3.0, -3.0])
-def test_kto_with_its_own_responses_as_kl_estimate(drift):
+def test_kto_with_its_own_responses_as_kl_estimate(drift: float) -> None:
     batch = Batch(drift)
     inputs = batch.ours()
     policy = batch.tokens.detach().sum(1)
@@ -282,7 +284,7 @@ def test_kto_with_its_own_responses_as_kl_estimate(drift):
     assert_same(batch, outputs.losses.mean(), theirs)
 
 
-def test_simpo_and_cpo_of_the_cpo_trainer():
+def test_simpo_and_cpo_of_the_cpo_trainer() -> None:
     batch = Batch(drift=0.0)
     inputs = batch.ours()
     averages = inputs.chosen_logps / inputs.chosen_lengths, inputs.rejected_logps / inputs.rejected_lengths
@@ -303,7 +305,7 @@ def test_simpo_and_cpo_of_the_cpo_trainer():
     assert_same(batch, outputs.losses.mean(), theirs.mean())
 
 
-def test_lmpo_without_margin_is_the_cpo_trainers_simpo():
+def test_lmpo_without_margin_is_the_cpo_trainers_simpo() -> None:
     batch = Batch(drift=0.0)
     inputs = batch.ours()
     averages = inputs.chosen_logps / inputs.chosen_lengths, inputs.rejected_logps / inputs.rejected_lengths
@@ -313,7 +315,7 @@ def test_lmpo_without_margin_is_the_cpo_trainers_simpo():
     assert_same(batch, losses.mean(), theirs.mean())
 
 
-def test_orpo_odds_ratio_term():
+def test_orpo_odds_ratio_term() -> None:
     batch = Batch(drift=0.0)
     inputs = batch.ours()
     averages = inputs.chosen_logps / inputs.chosen_lengths, inputs.rejected_logps / inputs.rejected_lengths
@@ -326,7 +328,7 @@ def test_orpo_odds_ratio_term():
     torch.testing.assert_close(outputs.rejected_rewards, rejected.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_sft_of_one_pair():
+def test_sft_of_one_pair() -> None:
     # TRL averages over the batch's tokens, ours over responses: equal where there is one response.
     batch = Batch(drift=0.0)
     losses = build_loss(parse_loss({"name": "sft"}))(batch.ours()).losses

@@ -26,7 +26,7 @@ SEARCHED_RATES = (3e-7, 5e-7, 6e-7, 1e-6)
 
 
 @pytest.mark.parametrize(("setting", "rate"), zip(SETTINGS, DPO_RATES, strict=True))
-def test_dpo_as_published(setting, rate):
+def test_dpo_as_published(setting: str, rate: float) -> None:
     config = recipe(f"dpo_{setting}")
     assert (config.loss.beta, config.optim.lr) == (0.01, rate)
     assert not config.loss.average_log_probs
@@ -35,7 +35,7 @@ def test_dpo_as_published(setting, rate):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", SEARCHED)
-def test_other_baselines_lie_in_the_published_ranges(method, setting):
+def test_other_baselines_lie_in_the_published_ranges(method: str, setting: str) -> None:
     config = recipe(f"{method}_{setting}")
     for option, values in SEARCHED[method].items():
         assert getattr(config.loss, option) in values, option
@@ -43,7 +43,7 @@ def test_other_baselines_lie_in_the_published_ranges(method, setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_terms_that_the_values_belong_to(setting):
+def test_terms_that_the_values_belong_to(setting: str) -> None:
     # beta 0.01 and lambda 1 are published for a mean per token; SLiC's hinge compares sums.
     assert recipe(f"cpo_{setting}").loss.nll == "mean"
     assert recipe(f"slic_{setting}").loss.nll == "sum"
@@ -52,7 +52,7 @@ def test_terms_that_the_values_belong_to(setting):
 
 
 @pytest.mark.skipif(not DOCS.is_file(), reason="an installed package has no docs folder")
-def test_the_table_of_the_documentation_holds_what_recipes_have():
+def test_the_table_of_the_documentation_holds_what_recipes_have() -> None:
     section = DOCS.read_text().split("## Published values")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
     options = {"`dpo` beta": ("dpo", ("beta",)), "`cpo` beta / lam": ("cpo", ("beta", "lam"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,9 @@ def exact_gradients(model: torch.nn.Module, pairs: list[Example], seen: Tensor) 
     }
 
 
-def our_gradients(model: PackedGPTModel, rows: list[MicroBatch], groups: ParallelGroups, seen: Tensor):
+def our_gradients(
+    model: PackedGPTModel, rows: list[MicroBatch], groups: ParallelGroups, seen: Tensor
+) -> dict[str, Any]:
     loss = build_loss(LMPOConfig(beta=2.0, log_h=1.0, lam=0.2))
     assert loss.statistics is not None
     statistics = RunningStatistics(loss.statistics)

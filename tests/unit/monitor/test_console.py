@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import io
 import logging
 import sys
@@ -18,15 +20,15 @@ METRICS = {
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    def __init__(self):
+    def __init__(self) -> None:
         self.now = 100.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
@@ -34,17 +36,17 @@ class Clock:
     ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3661, "1:01:01"), (2 * 86400 + 5, "2d 0:00:05")],
 )
-def test_durations(seconds, text):
+def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_metrics_that_are_absent_are_left_out():
+def test_metrics_that_are_absent_are_left_out() -> None:
     assert format_metrics(METRICS) == "loss 0.5123  accuracy 0.812  margin 1.500  12.3 pairs/s"
     assert format_metrics({"loss": 2.0}) == "loss 2.0000"
     assert format_metrics({}) == ""
 
 
-def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog):
+def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
     with closing(Console(LoggingConfig(), total_steps=30, stream=io.StringIO(), clock=clock)) as progress:
@@ -59,7 +61,7 @@ def test_lines_without_terminal_are_at_least_ten_seconds_apart(caplog):
     )
 
 
-def test_lines_follow_the_interval_when_steps_are_slow(caplog):
+def test_lines_follow_the_interval_when_steps_are_slow(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
     progress = Console(LoggingConfig(log_interval=5), total_steps=12, stream=io.StringIO(), clock=clock)
@@ -69,7 +71,7 @@ def test_lines_follow_the_interval_when_steps_are_slow(caplog):
     assert [record.message.split()[1] for record in caplog.records] == ["1/12", "5/12", "10/12", "12/12"]
 
 
-def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps():
+def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps() -> None:
     clock = Clock()
     progress = Console(LoggingConfig(), total_steps=1000, start_step=800, stream=io.StringIO(), clock=clock)
     assert progress.seconds_left() is None
@@ -82,7 +84,7 @@ def test_time_left_counts_from_the_resumed_step_and_forgets_old_steps():
     assert progress.seconds_left() == pytest.approx(2.0 * (1000 - 851))
 
 
-def test_bar_in_a_terminal_shows_the_values():
+def test_bar_in_a_terminal_shows_the_values() -> None:
     clock = Clock()
     terminal = Terminal()
     with closing(Console(LoggingConfig(), total_steps=4, start_step=2, stream=terminal, clock=clock)) as progress:
@@ -95,7 +97,7 @@ def test_bar_in_a_terminal_shows_the_values():
     assert "loss 0.5123  accuracy 0.812  margin 1.500  12.3 pairs/s  0:00 left" in last
 
 
-def test_no_bar_when_it_is_turned_off(caplog):
+def test_no_bar_when_it_is_turned_off(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     terminal = Terminal()
     with closing(Console(LoggingConfig(progress_bar=False), total_steps=4, stream=terminal)) as progress:
@@ -104,14 +106,14 @@ def test_no_bar_when_it_is_turned_off(caplog):
     assert "step 1/4" in caplog.text
 
 
-def test_validation_line(caplog):
+def test_validation_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with closing(Console(LoggingConfig(), total_steps=4, stream=io.StringIO())) as progress:
         progress.validation(2, {"loss": 1.0, "rewards/accuracies": 0.75})
     assert caplog.records[0].message == "validation at step 2/4  loss 1.0000  accuracy 0.750"
 
 
-def test_messages_beside_the_bar_are_printed_once():
+def test_messages_beside_the_bar_are_printed_once() -> None:
     terminal = Terminal()
     handler = logging.StreamHandler(sys.stderr)
     root = logging.getLogger()

@@ -1,9 +1,12 @@
+from __future__ import annotations
+
 import json
 import math
 import re
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Never
 
 import pytest
 import torch  # before the tests, in which nothing may be started
@@ -17,26 +20,28 @@ QUIET = LoggingConfig(tensorboard=False)
 WANDB = LoggingConfig(tensorboard=False, wandb=WandbConfig(project="p", entity="e"))
 
 
-def open_log(run_dir, *, resume_step=0, config=QUIET, total_steps=None):
+def open_log(
+    run_dir: Path, *, resume_step: int = 0, config: LoggingConfig = QUIET, total_steps: int | None = None
+) -> MetricsLog | None:
     return MetricsLog(run_dir, config, settings={"name": "t"}, resume_step=resume_step, total_steps=total_steps)
 
 
-def lines(run_dir):
+def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_time(entries):
+def without_time(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name != "time"} for entry in entries]
 
 
-def write_steps(log, first, last, validate_every=2):
+def write_steps(log: MetricsLog, first: int, last: int, validate_every: int = 2) -> None:
     for step in range(first, last + 1):
         log.log(step, {"loss": 1.0 / step, "lr": 1e-6})
         if step % validate_every == 0:
             log.log(step, {"loss": 2.0 / step}, prefix="val/")
 
 
-def test_one_line_a_step_in_the_order_given(tmp_path):
+def test_one_line_a_step_in_the_order_given(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         log.log(1, {"rewards/margins": 0.5, "loss": 2.0})
         log.log(1, {"loss": 3.0}, prefix="val/")
@@ -51,7 +56,7 @@ def test_one_line_a_step_in_the_order_given(tmp_path):
     assert entries[0]["time"] > 1.7e9
 
 
-def test_resumed_file_equals_uninterrupted_one(tmp_path):
+def test_resumed_file_equals_uninterrupted_one(tmp_path: Path) -> None:
     with closing(open_log(tmp_path / "whole")) as log:
         write_steps(log, 1, 8)
     with closing(open_log(tmp_path / "cut")) as log:
@@ -63,7 +68,7 @@ def test_resumed_file_equals_uninterrupted_one(tmp_path):
     assert without_time(lines(tmp_path / "cut")) == without_time(lines(tmp_path / "whole"))
 
 
-def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path):
+def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         write_steps(log, 1, 4)
     with closing(open_log(tmp_path, resume_step=4)) as log:
@@ -74,7 +79,7 @@ def test_resume_step_keeps_its_own_lines_and_does_not_repeat_them(tmp_path):
     assert {"step": 4, "val/loss": 0.5} in entries
 
 
-def test_validation_missing_at_the_resume_step_is_written(tmp_path):
+def test_validation_missing_at_the_resume_step_is_written(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         log.log(1, {"loss": 1.0})
     with closing(open_log(tmp_path, resume_step=1)) as log:
@@ -82,7 +87,7 @@ def test_validation_missing_at_the_resume_step_is_written(tmp_path):
     assert without_time(lines(tmp_path)) == [{"step": 1, "loss": 1.0}, {"step": 1, "val/loss": 5.0}]
 
 
-def test_new_run_removes_lines_of_an_earlier_one(tmp_path):
+def test_new_run_removes_lines_of_an_earlier_one(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         write_steps(log, 1, 3)
     with closing(open_log(tmp_path, resume_step=0)):
@@ -102,7 +107,7 @@ def test_new_run_removes_lines_of_an_earlier_one(tmp_path):
     ],
     ids=["cut", "no newline", "no text", "no object", "no step", "step is text"],
 )
-def test_broken_last_line_is_removed(tmp_path, broken):
+def test_broken_last_line_is_removed(tmp_path: Path, broken: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
     path.write_bytes(good + broken)
@@ -111,7 +116,7 @@ def test_broken_last_line_is_removed(tmp_path, broken):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_unchanged_file_is_not_rewritten(tmp_path):
+def test_unchanged_file_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n')
     inode = path.stat().st_ino
@@ -119,12 +124,12 @@ def test_unchanged_file_is_not_rewritten(tmp_path):
     assert path.stat().st_ino == inode
 
 
-def test_values_that_are_not_finite_are_valid_json(tmp_path):
+def test_values_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         log.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
     text = (tmp_path / "metrics.jsonl").read_text()
 
-    def refuse(constant):
+    def refuse(constant: Any) -> Never:
         raise AssertionError(f"{constant} is not JSON")
 
     entry = json.loads(text, parse_constant=refuse)
@@ -133,13 +138,13 @@ def test_values_that_are_not_finite_are_valid_json(tmp_path):
     assert float(entry["grad_norm"]) == math.inf
 
 
-def test_encode_number_takes_what_float_takes():
+def test_encode_number_takes_what_float_takes() -> None:
     assert encode_number(torch.tensor(1.5)) == 1.5
     assert encode_number(3) == 3.0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_one_clear_error(tmp_path):
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log._file.close()
     log._file = open("/dev/full", "ab")  # noqa: PTH123, SIM115
@@ -147,12 +152,12 @@ def test_full_disk_is_one_clear_error(tmp_path):
         log.log(1, {"loss": 1.0})
 
 
-def test_total_steps_are_kept_for_the_report(tmp_path):
+def test_total_steps_are_kept_for_the_report(tmp_path: Path) -> None:
     open_log(tmp_path, total_steps=478).close()
     assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 478}
 
 
-def tensorboard_points(run_dir, tag):
+def tensorboard_points(run_dir: Path, tag: str) -> list[Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run_dir / "tensorboard"))
@@ -160,7 +165,7 @@ def tensorboard_points(run_dir, tag):
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
-def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tmp_path):
+def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tmp_path: Path) -> None:
     config = LoggingConfig(log_interval=2)
     with closing(open_log(tmp_path, config=config)) as log:
         for step in range(1, 8):
@@ -178,11 +183,11 @@ def test_tensorboard_has_the_interval_and_forgets_steps_after_the_resumed_one(tm
 SAMPLES = [Sample("<user> a\n| b", "x\u2028y \u00e9", 3, True), Sample("<user> c", "", 8, False)]
 
 
-def lines_of_samples(run_dir):
+def lines_of_samples(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "samples.jsonl").read_bytes().splitlines()]
 
 
-def test_samples_are_a_line_an_answer(tmp_path):
+def test_samples_are_a_line_an_answer(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         assert not (tmp_path / "samples.jsonl").exists()
         log.log_samples(0, SAMPLES)
@@ -194,11 +199,11 @@ def test_samples_are_a_line_an_answer(tmp_path):
     ]
 
 
-def sampled_steps(run_dir):
+def sampled_steps(run_dir: Path) -> list[int]:
     return [line["step"] for line in lines_of_samples(run_dir)]
 
 
-def test_samples_of_a_resumed_run(tmp_path):
+def test_samples_of_a_resumed_run(tmp_path: Path) -> None:
     with closing(open_log(tmp_path)) as log:
         for step in (0, 2, 4):
             log.log_samples(step, SAMPLES)
@@ -215,7 +220,7 @@ def test_samples_of_a_resumed_run(tmp_path):
     assert lines_of_samples(tmp_path) == [{"step": 0, "prompt_index": 0, **vars(SAMPLES[1])}]
 
 
-def test_samples_that_cannot_be_written_are_one_warning(tmp_path, caplog):
+def test_samples_that_cannot_be_written_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with closing(open_log(tmp_path)) as log:
         (tmp_path / "samples.jsonl").mkdir()
         for step in (2, 4):
@@ -224,7 +229,7 @@ def test_samples_that_cannot_be_written_are_one_warning(tmp_path, caplog):
     assert re.search(r"writing .*samples\.jsonl failed.*training continues: free the disk", record.getMessage())
 
 
-def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tmp_path):
+def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tmp_path: Path) -> None:
     # The one that TensorBoard itself reads with; its older one forgets no texts.
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
@@ -245,7 +250,7 @@ def test_tensorboard_has_the_answers_and_forgets_those_after_the_resumed_step(tm
     assert texts == {0: [(0, answered), (2, answered), (4, cut)], 1: [(0, cut), (2, cut)]}
 
 
-def test_an_early_stop_is_kept_until_the_run_goes_on(tmp_path):
+def test_an_early_stop_is_kept_until_the_run_goes_on(tmp_path: Path) -> None:
     with closing(open_log(tmp_path, total_steps=9)) as log:
         log.note_early_stop({"step": 3})
     assert json.loads((tmp_path / "run.json").read_text()) == {"total_steps": 9, "stopped_early": {"step": 3}}
@@ -260,17 +265,19 @@ def test_an_early_stop_is_kept_until_the_run_goes_on(tmp_path):
         ("mlflow", LoggingConfig(tensorboard=False, mlflow=MlflowConfig("e")), "logging.mlflow.experiment='e'"),
     ],
 )
-def test_missing_package_says_what_to_do_and_touches_nothing(tmp_path, monkeypatch, package, config, setting):
+def test_missing_package_says_what_to_do_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, config: LoggingConfig, setting: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{re.escape(setting)} needs.*pip install 'nemo-lmpo\[{package}\]'"):
         open_log(tmp_path / "r", config=config)
     assert not (tmp_path / "r").exists()
 
 
-def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+def test_wandb_that_cannot_start_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
 
-    def refuse(**settings):
+    def refuse(**settings: Any) -> Never:
         raise wandb.errors.UsageError("api_key not configured")
 
     monkeypatch.setattr(wandb, "init", refuse)
@@ -278,7 +285,7 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
         open_log(tmp_path, config=WANDB)
 
 
-def test_closing_twice_is_fine(tmp_path):
+def test_closing_twice_is_fine(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.close()
     log.close()

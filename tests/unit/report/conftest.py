@@ -1,4 +1,9 @@
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,11 +12,11 @@ from tests.unit.report.runs import write_run
 
 
 @pytest.fixture
-def make_run(tmp_path):
+def make_run(tmp_path: Path) -> Callable[..., Any]:
     return functools.partial(write_run, tmp_path)
 
 
 @pytest.fixture(scope="session")
-def example_page(tmp_path_factory):
+def example_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of such a run, made once."""
     return write_report(write_run(tmp_path_factory.mktemp("example")))

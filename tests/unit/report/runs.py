@@ -1,6 +1,10 @@
 """Run directories as a run leaves them, for tests of what reads them."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 CONFIG = """\
 name: lmpo_example
@@ -13,7 +17,7 @@ checkpoint: {monitor: val/rewards/accuracies, mode: max}
 """
 
 
-def training_metrics(step):
+def training_metrics(step: int) -> dict[str, float]:
     return {
         "loss": 2.0 / step,
         "rewards/chosen": -1.0 - 0.01 * step,
@@ -43,7 +47,15 @@ def training_metrics(step):
     }
 
 
-def write_run(root, steps=40, validate=(10, 20, 30, 40), name="run", config=CONFIG, total=40, only=None):
+def write_run(
+    root: Path,
+    steps: int = 40,
+    validate: tuple[Any, ...] = (10, 20, 30, 40),
+    name: str = "run",
+    config: str | None = CONFIG,
+    total: int | None = 40,
+    only: str | None = None,
+) -> Path:
     """A run directory under ``root``: training every step, validation where said; ``only``: of one metric."""
     run_dir = root / name
     run_dir.mkdir()

@@ -1,6 +1,11 @@
+from __future__ import annotations
+
 import base64
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +17,7 @@ from nemo_lmpo.report.summary import best_step, metric_rows, settings_rows, stat
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
-def test_page_holds_every_picture_and_loads_nothing(example_page):
+def test_page_holds_every_picture_and_loads_nothing(example_page: Path) -> None:
     assert example_page.name == "report.html"
     text = example_page.read_text(encoding="utf-8")
     files = sorted((example_page.parent / "report").iterdir())
@@ -37,7 +42,7 @@ def test_page_holds_every_picture_and_loads_nothing(example_page):
     assert "<script" not in text
 
 
-def test_text_of_the_page(example_page):
+def test_text_of_the_page(example_page: Path) -> None:
     text = example_page.read_text(encoding="utf-8")
     assert "<title>lmpo_example: report</title>" in text
     assert "Finished: 40 of 40 steps" in text
@@ -46,13 +51,13 @@ def test_text_of_the_page(example_page):
     assert "newest metrics" in text
 
 
-def test_what_the_user_wrote_is_escaped(example_page):
+def test_what_the_user_wrote_is_escaped(example_page: Path) -> None:
     text = example_page.read_text(encoding="utf-8")
     assert "pairs &lt;one&gt; &amp; two.jsonl" in text
     assert "<one>" not in text
 
 
-def test_results_by_hand(make_run):
+def test_results_by_hand(make_run: Callable[..., Path]) -> None:
     header, rows = metric_rows(read_run(make_run()))
     # A tenth of 40 steps is 4. The best accuracy, 0.9, is that of step 20.
     assert header == [
@@ -70,11 +75,11 @@ def test_results_by_hand(make_run):
     assert by_name["reward margin"] == ["0.385", "-", "-", "-"]
 
 
-def test_best_by_the_lowest_loss_when_the_config_is_missing(make_run):
+def test_best_by_the_lowest_loss_when_the_config_is_missing(make_run: Callable[..., Path]) -> None:
     assert best_step(read_run(make_run(config=None))) == (40, "lowest val/loss")
 
 
-def test_columns_that_would_repeat_are_joined(make_run):
+def test_columns_that_would_repeat_are_joined(make_run: Callable[..., Path]) -> None:
     header, _ = metric_rows(read_run(make_run(config=None)))
     assert header[2:] == ["validation, first (step 10)", "validation, best and last (step 40)"]
     header, _ = metric_rows(read_run(make_run(name="single", validate=(40,))))
@@ -84,7 +89,7 @@ def test_columns_that_would_repeat_are_joined(make_run):
     assert best_step(run) is None
 
 
-def test_settings(make_run):
+def test_settings(make_run: Callable[..., Path]) -> None:
     rows = settings_rows(read_run(make_run()))
     assert rows == [
         ("loss.name", "lmpo"),
@@ -108,11 +113,11 @@ def test_settings(make_run):
         (12, None, ("12 steps", "unknown")),
     ],
 )
-def test_state(make_run, steps, total, text):
+def test_state(make_run: Callable[..., Path], steps: int, total: int | None, text: tuple[str, str]) -> None:
     assert state_text(read_run(make_run(steps=steps, total=total, validate=()))) == text
 
 
-def early_stop(**changes):
+def early_stop(**changes: Any) -> str:
     facts = {"step": 12, "monitor": "val/loss", "best": 0.25, "without_better": 3, **changes}
     return json.dumps({"total_steps": 1478, "stopped_early": facts})
 
@@ -134,7 +139,7 @@ def early_stop(**changes):
         ("[1478]", "12 steps"),
     ],
 )
-def test_state_of_a_run_that_stopped_early(make_run, facts, text):
+def test_state_of_a_run_that_stopped_early(make_run: Callable[..., Path], facts: str, text: str) -> None:
     run_dir = make_run(steps=12, validate=())
     (run_dir / "run.json").write_text(facts)
     run = read_run(run_dir)
@@ -142,7 +147,7 @@ def test_state_of_a_run_that_stopped_early(make_run, facts, text):
     assert run.finished == {"Stopped": True, "Not": False}.get(text.split()[0])
 
 
-def test_report_of_a_single_step_without_config(make_run):
+def test_report_of_a_single_step_without_config(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(steps=1, validate=(), config=None, total=None)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss')
@@ -151,7 +156,9 @@ def test_report_of_a_single_step_without_config(make_run):
     assert "Settings" not in text
 
 
-def test_command_writes_where_it_is_told(make_run, tmp_path, capsys):
+def test_command_writes_where_it_is_told(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = make_run(steps=3, validate=(), only="loss")
     target = tmp_path / "elsewhere" / "page.html"
     assert main([str(run_dir), "--output", str(target)]) == 0
@@ -171,7 +178,9 @@ def test_command_writes_where_it_is_told(make_run, tmp_path, capsys):
     ],
     ids=["nothing", "a file", "no metrics.jsonl", "empty metrics.jsonl"],
 )
-def test_bad_input_is_one_message_and_exit_1(tmp_path, capsys, prepare, message):
+def test_bad_input_is_one_message_and_exit_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[..., Any], message: str
+) -> None:
     target = tmp_path / "run"
     prepare(target)
     assert main([str(target)]) == 1
@@ -182,7 +191,9 @@ def test_bad_input_is_one_message_and_exit_1(tmp_path, capsys, prepare, message)
     assert captured.err.count("\n") == 1
 
 
-def test_page_that_cannot_be_written_is_one_message(make_run, tmp_path, capsys):
+def test_page_that_cannot_be_written_is_one_message(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     run_dir = make_run(steps=2, validate=(), only="loss")
     assert main([str(run_dir), "--output", str(tmp_path / "file" / "page.html")]) == 1

@@ -1,4 +1,8 @@
+from __future__ import annotations
+
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -12,18 +16,18 @@ from tests.unit.report.test_report_plots import has_color, picture
 PROMPTS = ("<user> sort b a", "<user> & <script>alert(1)</script>")
 
 
-def line(step, index, answer, tokens, finished=True):
+def line(step: int, index: int, answer: str, tokens: int, finished: bool = True) -> str:
     entry = {"step": step, "prompt_index": index, "prompt": PROMPTS[index], "answer": answer}
     return json.dumps({**entry, "tokens": tokens, "finished": finished}) + "\n"
 
 
-def sampled_run(make_run, lines):
+def sampled_run(make_run: Callable[..., Path], lines: list[str]) -> Path:
     run_dir = make_run(only="loss")
     (run_dir / "samples.jsonl").write_text("".join(lines))
     return run_dir
 
 
-def test_answers_stand_side_by_side(make_run):
+def test_answers_stand_side_by_side(make_run: Callable[..., Path]) -> None:
     lines = [line(0, 0, "first <b>", 3), line(0, 1, "", 1), line(40, 0, "last", 1_000, finished=False)]
     run_dir = sampled_run(make_run, [*lines, "[1]\n", '{"step": 40}\n', '{"step": 40, "prompt'])
     (first, second) = read_samples(run_dir).prompts
@@ -40,7 +44,7 @@ def test_answers_stand_side_by_side(make_run):
     assert (run_dir / "report" / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_without_samples_says_nothing_of_them(make_run, example_page):
+def test_a_run_without_samples_says_nothing_of_them(make_run: Callable[..., Path], example_page: Path) -> None:
     run_dir = make_run()
     assert read_samples(run_dir) is None
     assert "Sampled answers" not in example_page.read_text(encoding="utf-8")
@@ -48,7 +52,7 @@ def test_a_run_without_samples_says_nothing_of_them(make_run, example_page):
     assert read_samples(run_dir) is None
 
 
-def test_of_many_validations_some_are_shown(make_run):
+def test_of_many_validations_some_are_shown(make_run: Callable[..., Path]) -> None:
     run_dir = sampled_run(make_run, [line(step, 0, "a", 1) for step in range(0, 101, 4)])
     samples = read_samples(run_dir)
     assert len(samples.steps) == 26
@@ -59,7 +63,7 @@ def test_of_many_validations_some_are_shown(make_run):
     assert "Shown are 8 of 26 times" in text
 
 
-def test_the_mean_of_their_lengths_is_drawn(make_run):
+def test_the_mean_of_their_lengths_is_drawn(make_run: Callable[..., Path]) -> None:
     run_dir = sampled_run(make_run, [line(step, index, "a", 10 * index + step) for step in (0, 40) for index in (0, 1)])
     drawn = draw_samples(read_samples(run_dir), read_run(run_dir))
     pixels = picture(drawn.png)
@@ -72,7 +76,7 @@ def test_the_mean_of_their_lengths_is_drawn(make_run):
     assert rows[columns.argmin()] > rows[columns.argmax()] + 100
 
 
-def test_the_table_of_results_has_their_length(make_run):
+def test_the_table_of_results_has_their_length(make_run: Callable[..., Path]) -> None:
     run_dir = make_run(validate=())
     with (run_dir / "metrics.jsonl").open("a") as file:
         for step, length in ((10, 31.5), (40, 18.25)):

@@ -174,7 +174,7 @@ def test_adapters_on_experts_by_hand() -> None:
     assert memory.optimizer == pytest.approx(12 * (attention / 16 + experts))
 
 
-def test_adapters_of_llama3_8b_by_hand():
+def test_adapters_of_llama3_8b_by_hand() -> None:
     """Rank 16 on all projections of an 8B: 41.9 million parameters, as PEFT counts them."""
     config = load_recipe(
         "lmpo_llama3_8b",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_lmpo.config.loss_section import parse_loss
-from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.example import Example, PackedSequence
 from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.loss.registry import build_loss
 from nemo_lmpo.training.batches import attended_pairs, fed_tokens, localize
@@ -23,7 +23,7 @@ LENGTHS = st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5)
 CPU = torch.device("cpu")
 
 
-def row_of(lengths: list[tuple[int, int, int]], *, share_prompt: bool, pad: int = 1):
+def row_of(lengths: list[tuple[int, int, int]], *, share_prompt: bool, pad: int = 1) -> PackedSequence:
     pairs = [Example.pair(str(i), [1] * p, [2] * c, [3] * r) for i, (p, c, r) in enumerate(lengths)]
     return pack_examples(pairs, list(range(len(pairs))), share_prompt=share_prompt, pad_to_multiple=pad)
 
