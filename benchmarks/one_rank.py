@@ -57,6 +57,7 @@ class SpreadPairs:
         self.vocabulary = vocabulary
 
     num_responses = 2
+    mismatched = None
 
     def __len__(self) -> int:
         return len(self.lengths)

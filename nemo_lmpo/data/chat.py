@@ -165,11 +165,8 @@ class ChatFormat:
         chosen = [[*prompt, row.chosen_message] for prompt, row in zip(prompts, rows, strict=True)]
         rejected = [[*prompt, row.rejected_message] for prompt, row in zip(prompts, rows, strict=True)]
         try:
-            texts = [
-                self._render(prompts, inputs, generate=True),
-                self._render(chosen, inputs),
-                self._render(rejected, inputs),
-            ]
+            texts = [self._render(prompts, inputs, generate=True), self._render(chosen, inputs)]
+            texts.append(self._render(rejected, inputs) if rejected != chosen else texts[1])
         except TemplateRefusal as error:
             if len(rows) == 1:
                 return [RowError("refused by the chat template", f"the chat template refuses the row: {error}")]

@@ -14,7 +14,7 @@ from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.errors import ConfigError, DataError, counted, printable, shown
 
 _KINDS = {"PreferenceRow": "pair", "ConversationRow": "conversation", "UnpairedRow": "labelled answer"}
-_TAKES = ("pairs", "conversations")
+_TAKES = ("pairs", "conversations", "labels")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemo_lmpo.data.chat import ChatFormat
@@ -13,7 +13,7 @@ from nemo_lmpo.data.conversations import ConversationEncoder
 from nemo_lmpo.data.layout import CONVERSATION
 from nemo_lmpo.data.messages import Inputs, Message, RowError
 from nemo_lmpo.data.render import TemplateRefusal
-from nemo_lmpo.data.schema import ConversationRow, PreferenceRow, Row
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow, Row, UnpairedRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.runtime.chat_record import ChatRecord
@@ -39,7 +39,7 @@ class EncodedRow:
     chosen_ids: list[int]
     """Of a conversation all from the first token that is predicted to the last."""
     rejected_ids: list[int] | None
-    """None: a conversation."""
+    """None: a conversation, or an answer with a label."""
     prompt_cut: bool
     response_cut: bool
     special_tokens: bool = False
@@ -50,6 +50,8 @@ class EncodedRow:
     """What of the row is not in the ids: the chat template does not render it, or nothing uses it."""
     spans: list[int] | None = None
     """Start and stop of each span of ``chosen_ids`` that is predicted, one behind the other; None: all of them are."""
+    desirable: bool | None = None
+    """The label of an answer that has one; it stands in ``chosen_ids``, whatever its label."""
 
 
 @dataclass(eq=False)
@@ -97,9 +99,15 @@ class Encoder(ABC):
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow | RowError]:
         """Token ids of each row, or why it cannot be used."""
-        pairs = iter(self._encode_pairs([row for row in rows if isinstance(row, PreferenceRow)]))
-        conversations = iter(self._encode_conversations([row for row in rows if isinstance(row, ConversationRow)]))
-        return [next(pairs if isinstance(row, PreferenceRow) else conversations) for row in rows]
+        pairs = [row for row in rows if isinstance(row, PreferenceRow)]
+        conversations = [row for row in rows if isinstance(row, ConversationRow)]
+        answers = [row for row in rows if isinstance(row, UnpairedRow)]
+        encoded = {
+            PreferenceRow: iter(self._encode_pairs(pairs)),
+            ConversationRow: iter(self._encode_conversations(conversations)),
+            UnpairedRow: iter(self._encode_answers(answers)),
+        }
+        return [next(encoded[type(row)]) for row in rows]
 
     @abstractmethod
     def _encode_pairs(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
@@ -108,6 +116,10 @@ class Encoder(ABC):
     @abstractmethod
     def _encode_conversations(self, rows: Sequence[ConversationRow]) -> list[EncodedRow | RowError]:
         """Token ids of each conversation, or why it cannot be used."""
+
+    @abstractmethod
+    def _encode_answers(self, rows: Sequence[UnpairedRow]) -> list[EncodedRow | RowError]:
+        """Token ids of each answer with a label, or why it cannot be used."""
 
     def _recorded(self, chat: ChatFormat, *, adds_bos: bool) -> ChatRecord:
         """``adds_bos``: whether prompts get a BOS where the template writes none."""
@@ -132,21 +144,22 @@ class Encoder(ABC):
         self,
         prompt: list[int],
         chosen: list[int],
-        rejected: list[int],
+        rejected: list[int] | None,
         special: bool,
         notes: tuple[str, ...] = (),
         lost: tuple[str, ...] = (),
     ) -> EncodedRow | RowError:
+        """A pair within the bounds of length, or a prompt with its only answer."""
         if not prompt:
             detail = "the prompt has no tokens, so nothing could predict the first response token"
             return RowError("empty prompt", detail)
-        longer = max(len(chosen), len(rejected))
+        longer = max(len(chosen), len(rejected or ()))
         prompt_cut = len(prompt) + longer > self.max_length and len(prompt) > self.max_prompt_length
         if prompt_cut:
             prompt = self._end_of_prompt(prompt)
         room, response_cut = self._room(prompt), len(prompt) + longer > self.max_length
         if response_cut:
-            chosen, rejected = chosen[:room], rejected[:room]
+            chosen, rejected = chosen[:room], None if rejected is None else rejected[:room]
         if chosen == rejected and response_cut:
             detail = f"chosen and rejected are equal in the {room} tokens that data.max_length={self.max_length} leaves"
             return RowError("equal after truncation", detail)
@@ -155,7 +168,7 @@ class Encoder(ABC):
             if lost:
                 detail += f"; they differ in what is not rendered: {', '.join(lost)}"
             return RowError("chosen equals rejected", detail)
-        if not chosen or not rejected:
+        if not chosen or rejected == []:
             return RowError("empty response", "a response has no tokens")
         return EncodedRow(prompt, chosen, rejected, prompt_cut, response_cut, special, notes, lost)
 
@@ -213,6 +226,19 @@ class PairEncoder(Encoder):
         return self._conversations.encode(rows)
 
     def _encode_pairs(self, rows: Sequence[PreferenceRow]) -> list[EncodedRow | RowError]:
+        return self._encoded(rows)
+
+    def _encode_answers(self, rows: Sequence[UnpairedRow]) -> list[EncodedRow | RowError]:
+        # The ids of an answer must not depend on whether it comes with a label or in a pair.
+        return [
+            RowError(found.reason, found.detail.replace("the chosen answer", "the answer"))
+            if isinstance(found, RowError)
+            else replace(found, desirable=row.label)
+            for row, found in zip(rows, self._encoded([row.as_pair() for row in rows], alone=True), strict=True)
+        ]
+
+    def _encoded(self, rows: Sequence[PreferenceRow], *, alone: bool = False) -> list[EncodedRow | RowError]:
+        """Token ids of pairs, or of their chosen answers ``alone``."""
         checked = [self.special_tokens.checked(row) for row in rows]
         rendered = iter(self.chat.render([row for row in checked if isinstance(row, PreferenceRow)]))
         results = [row if isinstance(row, RowError) else next(rendered) for row in checked]
@@ -220,7 +246,9 @@ class PairEncoder(Encoder):
         prompts = self.beginnings([texts.prompt for texts in good])
         tails = self._tails([texts.prompt for texts in good], prompts)
         chosen = self._responses(tails, [texts.chosen for texts in good])
-        rejected = self._responses(tails, [texts.rejected for texts in good])
+        rejected: Sequence[list[int] | None] = [None] * len(good)
+        if not alone:
+            rejected = self._responses(tails, [texts.rejected for texts in good])
         special = [
             self.special_tokens.found_in(row) is not None
             for row, texts in zip(rows, results, strict=True)

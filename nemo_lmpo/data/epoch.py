@@ -29,6 +29,12 @@ class Share:
     def __len__(self) -> int:
         return self.copies * self.pairs_per_copy + len(self.part)
 
+    @property
+    def desirable(self) -> int:
+        """Answers to learn among the store's answers, as often as they come."""
+        labels = self.store.labels() if self.usable is None else self.store.labels()[self.usable]
+        return int(self.copies * labels.sum() + labels[self.part].sum())
+
     def places(self, indices: np.ndarray) -> np.ndarray:
         """Places in the store's ``rows`` of ``indices`` (from 0) of this share."""
         copied = self.copies * self.pairs_per_copy

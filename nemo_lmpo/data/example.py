@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PAIRS, CONVERSATIONS, ANSWERS = "pairs", "conversations", "answers"
+"""What examples are: two responses that share a prompt, one to imitate, or one with a label."""
+
+
 @dataclass(frozen=True)
 class Response:
     """What follows a prompt, and which of its tokens are predicted.
@@ -35,7 +39,8 @@ class Response:
 class Example:
     """One row of data as tokens: a prompt, of which nothing is predicted, and the responses that share it.
 
-    A preference pair has two, the chosen and the rejected one. A conversation has one.
+    A preference pair has two, the chosen and the rejected one. A conversation has one, and so has an answer with a
+    label.
     """
 
     example_id: str
@@ -44,6 +49,13 @@ class Example:
     responses: tuple[Response, ...]
     desirable: bool | None = None
     """Whether an only response is one to learn or to avoid, where the data says so."""
+
+    @property
+    def kind(self) -> str:
+        """One of `pairs`, `conversations` and `answers`."""
+        if len(self.responses) == 2:
+            return PAIRS
+        return CONVERSATIONS if self.desirable is None else ANSWERS
 
     @classmethod
     def pair(

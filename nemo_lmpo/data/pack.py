@@ -233,4 +233,4 @@ def _reference_logps(examples: Sequence[Example], responses: int) -> torch.Tenso
 
 def _desirable(examples: Sequence[Example]) -> torch.Tensor | None:
     said = [example.desirable for example in examples]
-    return None if None in said or not said else torch.tensor(said, dtype=torch.bool)
+    return None if None in said else torch.tensor(said, dtype=torch.bool)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +15,17 @@ import numpy as np
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.cache import cache_root, cached_directory
 from nemo_lmpo.data.encode import Encoder, PairEncoder
-from nemo_lmpo.data.epoch import Epoch, Lengths, Share, share_of
-from nemo_lmpo.data.example import Example, Response
-from nemo_lmpo.data.pack import example_tokens
+from nemo_lmpo.data.epoch import Epoch, Lengths
+from nemo_lmpo.data.example import ANSWERS, PAIRS, Example, Response
+from nemo_lmpo.data.parts import Part, first_unusable, kind_of_examples, make_part, source_names, summarise
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.released import ReleasedPairEncoder
 from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.show import example_text
 from nemo_lmpo.data.special_tokens import SpecialTokens
-from nemo_lmpo.data.store import PARTS, Store, read_store
-from nemo_lmpo.data.summary import CONVERSATION_PARTS, DataSummary, SourceSummary, length_percentiles
+from nemo_lmpo.data.store import Store, read_store
 from nemo_lmpo.data.template_day import with_day
-from nemo_lmpo.data.text import FILE_SUFFIXES, TextFormat
+from nemo_lmpo.data.text import TextFormat
 from nemo_lmpo.data.tokenize import bad_row_error, tokenize_source
 from nemo_lmpo.data.tokenizer import chat_template_text, tokenizer_fingerprint
 from nemo_lmpo.errors import ConfigError, DataError, shown
@@ -36,28 +33,13 @@ from nemo_lmpo.errors import ConfigError, DataError, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 4
+    from nemo_lmpo.data.mismatched import MismatchedAnswers
+
+CODE_VERSION = 5
 """Raised whenever the same input would give other tokens than before, or in another form: old cache entries are then
 not used."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One source in a dataset."""
-
-    source: Source
-    key: str
-    """Names its pairs in the cache."""
-    weight: float
-    budget: list[Any] | None
-    """Row budget and sharing of prompts, where they left pairs out."""
-    share: Share
-
-    def fingerprint(self, content: str) -> list[Any]:
-        """What decides the part's pairs and their order, where ``content`` names the source's pairs."""
-        return [content, self.weight, self.budget]
 
 
 class PreferenceDataset:
@@ -69,26 +51,30 @@ class PreferenceDataset:
 
     def __init__(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         dropped: dict[str, int],
         max_length: int,
-        num_responses: int,
+        kind: str,
     ) -> None:
-        self.num_responses = num_responses
-        """Responses of each example: two in pairs, one in conversations."""
+        self.kind = kind
+        """What the examples are: `pairs`, `conversations` or `answers`."""
+        self.num_responses = 2 if kind == PAIRS else 1
+        """Responses of each example."""
+        self.mismatched: MismatchedAnswers | None = None
+        """The same prompts with answers of other examples, where the loss compares with these."""
         self._parts = list(parts)
         self._epoch = Epoch([part.share for part in parts])
         self.source_names = source_names([part.source.short_name for part in parts])
         """What metrics and pair ids call the sources."""
-        self.lengths = Lengths(self._epoch, num_responses)
+        self.lengths = Lengths(self._epoch, self.num_responses)
         """Tokens of prompt, chosen and rejected, ``[N, 3]``: index it like an array."""
         self._tokenizer = tokenizer
         self._reference: np.ndarray | None = None
         self.fingerprint = self._hashed([part.fingerprint(part.key) for part in parts])
         """Changes whenever any pair's tokens or the pairs' order would; the same in every process."""
-        self.summary = _summarise(parts, name, dropped, max_length, num_responses)
+        self.summary = summarise(parts, name, dropped, max_length, kind)
         """What there is to say of the data at start."""
 
     def __len__(self) -> int:
@@ -97,7 +83,7 @@ class PreferenceDataset:
     def __getitem__(self, index: int) -> Example:
         """The example at ``index``."""
         source, row = self._epoch.locate(index)
-        found = self._epoch.shares[source].store.example(row, self.num_responses)
+        found = self._epoch.shares[source].store.example(row, self.kind)
         return replace(found, example_id=self.example_id(index), responses=self._with_reference(found, index))
 
     def _with_reference(self, found: Example, index: int) -> tuple[Response, ...]:
@@ -115,8 +101,8 @@ class PreferenceDataset:
         )
 
     def _hashed(self, parts: list[Any]) -> str:
-        """A hash of what decides the examples; pairs that are taken as conversations are other examples."""
-        return _hash(parts if self.num_responses == 2 else [*parts, self.num_responses])
+        """A hash of what decides the examples; pairs that are taken as something else are other examples."""
+        return _hash(parts if self.kind == PAIRS else [*parts, self.kind if self.kind == ANSWERS else 1])
 
     def example_id(self, index: int) -> str:
         """The id of a pair, behind its source's name where there are several sources.
@@ -139,29 +125,29 @@ class PreferenceDataset:
         return self._hashed([part.fingerprint(part.share.store.meta.token_hash) for part in self._parts])
 
     def attach_reference(self, logps: np.ndarray) -> None:
-        """Give every pair the log-probabilities of its responses under a reference model.
+        """Give every example the log-probabilities of its responses under a reference model.
 
         Args:
             logps: sums over the tokens of the chosen and of the rejected response of each pair, in the dataset's
-                order, ``[N, 2]``, natural log; or ``[N, 4]``, behind them the same over the responses' common length.
+                order, ``[N, 2]``, natural log; or ``[N, 4]``, behind them the same over the responses' common length;
+                or of each example's only response, ``[N, 1]``.
 
         Raises:
             DataError: there are values for other pairs than these, or one is not finite.
         """
-        if logps.shape not in ((len(self), 2), (len(self), 4)):
-            raise DataError(f"there are reference log-probabilities {logps.shape} for {len(self)} pairs")
+        if logps.shape not in ((len(self), self.num_responses), (len(self), 2 * self.num_responses)):
+            raise DataError(f"there are reference log-probabilities {logps.shape} for {len(self)} {self.kind}")
         values = logps.astype(np.float32)
         broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(broken):
-            raise DataError(
-                f"the reference log-probability of pair {shown(self.example_id(int(broken[0])))} is not finite"
-            )
+            name = shown(self.example_id(int(broken[0])))
+            raise DataError(f"the reference log-probability of {self.kind[:-1]} {name} is not finite")
         self._reference = values
 
     @property
     def first_unusable(self) -> list[str]:
         """Place and reason of the first row of each source that is not used."""
-        return _first_unusable(self._parts)
+        return first_unusable(self._parts)
 
     def example_text(self, index: int = 0) -> str:
         """One example as the model sees it, decoded, with what is predicted between markers."""
@@ -176,11 +162,13 @@ def load_preference_dataset(
     name: str = "train",
     template: str | None = None,
     takes: Sequence[str] = ("pairs",),
-    num_responses: int | None = None,
+    kind: str | None = None,
 ) -> PreferenceDataset:
     """Read, check and tokenize a dataset, or take it from the cache.
 
     Where any row is a conversation, all are taken as conversations: of a pair, its prompt and its chosen response.
+    Where any row is an answer with a label, all are taken as such: of a pair, its chosen response as a good answer and
+    its rejected one as a bad one.
 
     Every process of a run may call this at once; one tokenizes, the others wait.
 
@@ -191,7 +179,7 @@ def load_preference_dataset(
         name: `train` or `validation`, for messages.
         template: as for :func:`pair_encoder`.
         takes: the kinds of rows that the loss takes.
-        num_responses: 1 takes pairs as conversations, 2 refuses conversations; unset: as the rows are.
+        kind: `conversations` and `answers` take pairs as such, and `pairs` refuses others; unset: as the rows are.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -204,40 +192,22 @@ def load_preference_dataset(
     weights = [1.0] * len(paths) if which.weights is None else which.weights
     encoder = pair_encoder(config, tokenizer, template)
     dropped: dict[str, int] = {}
-    parts = []
     text = TextFormat(which.encoding, which.delimiter)
     sources = [open_source(path, which.split_of(number), which.limit, text) for number, path in enumerate(paths)]
     tokenized = [
         _tokenized(source, encoder, config, RowForm(which.schema, which.columns_of(number), tuple(takes)))
         for number, source in enumerate(sources)
     ]
-    responses = _form(field, [store for _, store in tokenized], num_responses)
-    for number, (source, (key, store), weight) in enumerate(zip(sources, tokenized, weights, strict=True)):
-        for reason, count in store.meta.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-        usable = _within_budget(source, store, config, dropped, responses)
-        budget = None if usable is None else [config.row_budget, config.share_prompt]
-        parts.append(_Part(source, key, weight, budget, share_of(store, weight, number, usable)))
+    kind = kind_of_examples(field, [store for _, store in tokenized], kind)
+    parts = [
+        make_part(source, key, store, (weight, number), config, dropped, kind)
+        for number, (source, (key, store), weight) in enumerate(zip(sources, tokenized, weights, strict=True))
+    ]
     if not any(len(part.share) for part in parts):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the weights take no row"
-        said = "; ".join([reasons, *_first_unusable(parts)[:1]])
+        said = "; ".join([reasons, *first_unusable(parts)[:1]])
         raise DataError(f"{field}.path={', '.join(paths)}: no row is left after filtering ({said}); check the data")
-    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, responses)
-
-
-def _first_unusable(parts: Sequence[_Part]) -> list[str]:
-    found = ((part.source, part.share.store.meta.first_bad) for part in parts)
-    return [f"{source.location(bad[0])}: {bad[2]}" for source, bad in found if bad is not None]
-
-
-def _form(field: str, stores: Sequence[Store], wanted: int | None) -> int:
-    """Responses of each example: one where any row is a conversation."""
-    found = 1 if any(store.meta.conversations for store in stores) else 2
-    if wanted == 2 and found == 1:
-        raise DataError(
-            f"{field}.path holds conversations and data.train.path pairs; give both conversations, or both pairs"
-        )
-    return wanted or found
+    return PreferenceDataset(parts, tokenizer, name, dropped, config.max_length, kind)
 
 
 def pair_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Encoder:
@@ -320,73 +290,3 @@ def _cache_key(source: Source, encoder: Encoder, form: RowForm, on_unused_fields
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _within_budget(
-    source: Source, store: Store, config: DataConfig, dropped: dict[str, int], num_responses: int
-) -> np.ndarray | None:
-    """Places in the store's rows whose examples fit a packed row on their own; None: all."""
-    budget = config.row_budget
-    if store.meta.max_tokens[0 if config.share_prompt else 1] <= budget:
-        return None
-    lengths = np.array(store.lengths)
-    lengths[:, 1 + num_responses :] = 0
-    costs = example_tokens(lengths, config.share_prompt)
-    too_long = np.flatnonzero(costs > budget)
-    if not len(too_long):
-        return None
-    if config.on_bad_row == "error":
-        first = int(too_long[0])
-        raise DataError(
-            f"{source.name}: pair {shown(store.example_id(int(store.rows[first])))} takes {int(costs[first])} tokens, "
-            f"more than data.row_tokens={budget}; raise it (2 * data.max_length always suffices), "
-            "lower data.max_length, or set data.on_bad_row=skip"
-        )
-    dropped["longer than data.row_tokens"] = dropped.get("longer than data.row_tokens", 0) + len(too_long)
-    return np.flatnonzero(costs <= budget).astype(np.int32)
-
-
-def source_names(short_names: Sequence[str]) -> list[str]:
-    """A name for each source that can stand in a metric's name: the last part of its own, made unique by a number."""
-    names: list[str] = []
-    for short in short_names:
-        stem = short.rsplit("/", 1)[-1]
-        while Path(stem).suffix.lower() in FILE_SUFFIXES:
-            stem = Path(stem).stem
-        name = re.sub(r"[^\w.\-]+", "_", stem)
-        number = sum(name == known or known.startswith(f"{name}_") for known in names)
-        names.append(name if name not in names else f"{name}_{number + 1}")
-    return names
-
-
-def _summarise(
-    parts: Sequence[_Part], name: str, dropped: dict[str, int], max_length: int, num_responses: int
-) -> DataSummary:
-    metas = [part.share.store.meta for part in parts]
-    histograms = [part.share.histograms() for part in parts]
-    names = PARTS
-    if num_responses == 1:
-        histograms = [[*found[:2], np.array(meta.predicted)] for found, meta in zip(histograms, metas, strict=True)]
-        names = CONVERSATION_PARTS
-    return DataSummary(
-        name=name,
-        kind="pairs" if num_responses == 2 else "conversations",
-        pairs=sum(len(part.share) for part in parts),
-        sources=[
-            SourceSummary(part.source.name, meta.rows_read, meta.pairs, len(part.share))
-            for part, meta in zip(parts, metas, strict=True)
-        ],
-        dropped=dropped,
-        max_length=max_length,
-        prompts_cut=sum(meta.prompts_cut for meta in metas),
-        responses_cut=sum(meta.responses_cut for meta in metas),
-        special_tokens=sum(meta.special_tokens for meta in metas),
-        notes=_added(meta.notes for meta in metas),
-        lost=_added(meta.lost for meta in metas),
-        columns=_added(meta.columns for meta in metas),
-        length_percentiles=length_percentiles(histograms, names),
-    )
-
-
-def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    return sum(map(Counter, counts), Counter())

@@ -14,7 +14,7 @@ from nemo_lmpo.data.chat import ChatFormat, with_system
 from nemo_lmpo.data.encode import EncodedRow, Encoder
 from nemo_lmpo.data.messages import Message, RowError, label, text_of
 from nemo_lmpo.data.render import TemplateRefusal, TemplateRenderer
-from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
+from nemo_lmpo.data.schema import ConversationRow, PreferenceRow, UnpairedRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.unused import given_fields, refuse_empty_answers, unused_columns
 from nemo_lmpo.errors import ConfigError
@@ -52,6 +52,10 @@ class ReleasedPairEncoder(Encoder):
 
     def _encode_conversations(self, rows: Sequence[ConversationRow]) -> list[EncodedRow | RowError]:
         detail = "the row is a conversation, and data.compat=released_code lays pairs only"
+        return [RowError("not a pair", detail)] * len(rows)
+
+    def _encode_answers(self, rows: Sequence[UnpairedRow]) -> list[EncodedRow | RowError]:
+        detail = "the row is an answer with a label, and data.compat=released_code lays pairs only"
         return [RowError("not a pair", detail)] * len(rows)
 
     def _encode(self, row: PreferenceRow) -> EncodedRow | RowError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message
+from nemo_lmpo.data.messages import PLAIN_INPUTS, Inputs, Message, fields_of, text_of
 
 MEANINGFUL_COLUMNS = {
     *("image", "images", "video", "videos", "audio", "audios", "documents", "functions", "system_prompt", "context"),
@@ -79,6 +79,12 @@ class UnpairedRow:
     """Columns of the row that nothing uses."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What there is to say of how the row was read."""
+
+    def as_pair(self) -> PreferenceRow:
+        """A pair whose answers are both this one, to be laid as answers of pairs are."""
+        fields = fields_of(self.answer)
+        said = text_of(self.answer)
+        return PreferenceRow(self.prompt, said, said, fields, fields, self.inputs, self.columns, self.notes)
 
 
 Row = PreferenceRow | ConversationRow | UnpairedRow

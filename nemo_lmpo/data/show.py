@@ -60,9 +60,11 @@ def _conversation(conversation: Example, tokenizer: PreTrainedTokenizerBase, col
         pieces.append((_decoded(tokenizer, response.ids[behind:start]), False))
         pieces.append((_decoded(tokenizer, response.ids[start:stop]), True))
         behind = stop
+    label = conversation.desirable
+    what = "conversation" if label is None else f"answer with the label {str(label).lower()}"
     total = len(conversation.prompt_ids) + len(response.ids)
     return (
-        f"conversation {printable(conversation.example_id, 80)} {_legend('what is predicted stands', colour)}\n"
+        f"{what} {printable(conversation.example_id, 80)} {_legend('what is predicted stands', colour)}\n"
         f"{total} tokens, {response.predicted} of them predicted:\n{_laid(pieces, colour)}"
     )
 

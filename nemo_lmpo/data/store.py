@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_lmpo.data.example import Example, Response
+from nemo_lmpo.data.example import ANSWERS, CONVERSATIONS, PAIRS, Example, Response
 from nemo_lmpo.runtime.files import file_checksum
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ class StoreMeta:
 
     rows_read: int = 0
     pairs: int = 0
-    """Usable rows, conversations among them."""
+    """Usable rows, conversations and answers with a label among them."""
     conversations: int = 0
+    desirable: int = 0
+    """Answers with the label true."""
+    undesirable: int = 0
+    """Answers with the label false."""
     predicted: list[int] = field(default_factory=list)
     """How many chosen responses and conversations have 0, 1, 2, ... predicted tokens."""
     prompts_cut: int = 0
@@ -74,26 +78,56 @@ class Store:
     table: pa.Table
     """A row for each row of the source, the unusable ones, too (columns: :func:`pairs_schema`)."""
     rows: np.ndarray
-    """``[pairs]`` int32: the table's rows that are pairs."""
+    """``[pairs]`` int32: the table's rows that are pairs; ``~row`` is the rejected answer of a row by itself."""
     lengths: np.ndarray
-    """``[pairs, 3]`` int32: tokens of prompt, chosen and rejected; 0 rejected ones in a conversation."""
+    """``[pairs, 3]`` int32: tokens of prompt, chosen and rejected; 0 rejected ones where there is one response."""
     repeated: np.ndarray
     """Sorted int32: rows of the table whose id an earlier row has, too."""
     meta: StoreMeta
 
     def example_id(self, row: int) -> str:
         """The id of the pair in a row of the table; the row's number behind it where an earlier pair has the same."""
+        if row < 0:
+            return f"{self.example_id(~row)}/rejected"
         name, place = self.table.column("example_id")[row].as_py(), np.searchsorted(self.repeated, row)
         if place < len(self.repeated) and self.repeated[place] == row:
             return f"{name}#{self.table.column('number')[row].as_py()}"
         return str(name)
 
-    def example(self, row: int, num_responses: int) -> Example:
-        """The example in a row of the table, with so many of its responses."""
-        prompt, *responses = (self._numbers(f"{part}_ids", row) for part in PARTS[: 1 + num_responses])
-        borders = self._numbers("spans", row) if num_responses == 1 else []
+    def example(self, row: int, kind: str) -> Example:
+        """The example of that kind in a row of the table."""
+        if kind == ANSWERS:
+            return self._answer(row)
+        prompt, *responses = (self._numbers(f"{part}_ids", row) for part in PARTS[: 3 if kind == PAIRS else 2])
+        borders = self._numbers("spans", row) if kind == CONVERSATIONS else []
         spans = tuple(zip(borders[::2], borders[1::2], strict=True)) or None
         return Example(self.example_id(row), prompt, tuple(Response(ids, spans) for ids in responses))
+
+    def _answer(self, row: int) -> Example:
+        place, side = (row, "chosen") if row >= 0 else (~row, "rejected")
+        prompt, ids = self._numbers("prompt_ids", place), self._numbers(f"{side}_ids", place)
+        said = self.table.column("desirable")[place].as_py()
+        return Example(self.example_id(row), prompt, (Response(ids),), desirable=row >= 0 if said is None else said)
+
+    def labels(self) -> np.ndarray:
+        """``[pairs]`` bool: whether each answer is one to learn; those of pairs are by their side."""
+        said = np.asarray(self.table.column("desirable").fill_null(True))
+        labels: np.ndarray = said[np.maximum(self.rows, ~self.rows)] & (self.rows >= 0)
+        return labels
+
+    def as_answers(self) -> Store:
+        """The same rows, each answer by itself: a pair is its chosen answer and, behind it, its rejected one."""
+        both = self.lengths[:, 2] > 0
+        if not both.any():
+            return self
+        places = np.repeat(np.arange(len(self.rows)), 1 + both)
+        second = np.append(False, places[1:] == places[:-1])
+        rows, lengths = np.where(second, ~self.rows[places], self.rows[places]), np.array(self.lengths[places])
+        lengths[second, 1] = lengths[second, 2]
+        lengths[:, 2] = 0
+        histograms = [np.bincount(lengths[:, part]).tolist() for part in range(3)]
+        meta = replace(self.meta, pairs=len(rows), histograms=histograms)
+        return replace(self, rows=rows, lengths=lengths, meta=meta)
 
     def _numbers(self, column: str, row: int) -> list[int]:
         values = self.table.column(column)[row].values
@@ -112,6 +146,7 @@ def pairs_schema() -> pa.Schema:
             ("example_id", text),
             *((f"{part}_ids", ids) for part in PARTS),
             ("spans", ids),
+            ("desirable", flag),
             ("prompt_cut", flag),
             ("response_cut", flag),
             ("special_tokens", flag),
@@ -146,9 +181,12 @@ def summarize_store(directory: Path) -> None:
         for digest, column in zip(tokens, columns, strict=True):
             digest.update(column.tobytes())
         start += batch.num_rows
+    if meta.desirable or meta.undesirable:
+        labels = np.asarray(table.column("desirable").cast("int8").fill_null(2))  # 2: a pair
+        tokens.append(xxhash.xxh3_128(labels[np.concatenate(rows)].tobytes()))
     found = np.concatenate(lengths)
     meta.pairs = len(found)
-    meta.conversations = int((found[:, 2] == 0).sum())
+    meta.conversations = int((found[:, 2] == 0).sum()) - meta.desirable - meta.undesirable
     meta.predicted = _predicted(table)
     meta.token_hash = "".join(digest.hexdigest() for digest in tokens)
     meta.max_tokens = [int(example_tokens(found, share).max(initial=0)) for share in (True, False)]
@@ -177,6 +215,9 @@ def _counted(table: pa.Table) -> StoreMeta:
     meta.prompts_cut, meta.responses_cut, meta.special_tokens = (
         pc.sum(table.column(name)).as_py() or 0 for name in ("prompt_cut", "response_cut", "special_tokens")
     )
+    labels = table.column("desirable")
+    meta.desirable = pc.sum(labels).as_py() or 0
+    meta.undesirable = len(labels) - labels.null_count - meta.desirable
     reasons = table.column("reason")
     meta.dropped = _counts(reasons.drop_null())
     meta.notes, meta.lost, meta.columns = (

@@ -14,6 +14,7 @@ MOST_CUT = 0.05
 """Part of the pairs that may be cut to length before it is a warning: more than outliers."""
 CONVERSATION_PARTS = ("prompt", "behind it", "predicted")
 """What has a length in a conversation: all before the first answer, all from there on, and what of it is predicted."""
+ANSWER_PARTS = ("prompt", "answer")
 MOST_COLUMNS = 12
 """Unused columns that are named at most."""
 
@@ -38,7 +39,9 @@ class DataSummary:
     """Examples in an epoch, repeated ones counted each time."""
     sources: list[SourceSummary]
     kind: str = "pairs"
-    """What the examples are: `pairs` or `conversations`."""
+    """What the examples are: `pairs`, `conversations` or `answers`."""
+    desirable: int | None = None
+    """Answers with the label true, where all have a label."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows not used, by reason."""
     max_length: int = 0
@@ -60,7 +63,10 @@ class DataSummary:
 
     def __str__(self) -> str:
         """A few lines for the console."""
-        lines = [f"{self.name}: {self.pairs} {self.kind}"]
+        labels = ""
+        if self.desirable is not None:
+            labels = f" ({self.desirable} desirable, {self.pairs - self.desirable} undesirable)"
+        lines = [f"{self.name}: {self.pairs} {self.kind}{labels}"]
         lines += [f"  {printable(s.path)}: {s.rows} rows, {s.pairs} usable, {s.used} in an epoch" for s in self.sources]
         if self.dropped:
             reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in sorted(self.dropped.items()))

@@ -137,3 +137,5 @@ class ResponseOutputs:
     """With gradient."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further values of each response; names as they appear in the logs."""
+    rewards: Tensor | None = None
+    """Implicit rewards, of losses that judge answers."""

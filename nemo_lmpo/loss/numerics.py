@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_lmpo.errors import ConfigError
-from nemo_lmpo.loss.interface import LossInputs
+from nemo_lmpo.loss.interface import LossInputs, ResponseInputs
 
 
 def upcast(values: Tensor) -> Tensor:
@@ -45,10 +45,22 @@ def shared_log_ratios(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     return _ratio(inputs, "chosen_shared"), _ratio(inputs, "rejected_shared")
 
 
+def response_log_ratios(inputs: ResponseInputs) -> Tensor:
+    """``S - S_ref`` of single responses, ``[B]``.
+
+    Raises:
+        ConfigError: The inputs carry no reference log-probabilities.
+    """
+    return _difference(inputs.logps, inputs.reference_logps, "")
+
+
 def _ratio(inputs: LossInputs, part: str) -> Tensor:
-    policy, reference = getattr(inputs, f"{part}_logps"), getattr(inputs, f"reference_{part}_logps")
+    return _difference(getattr(inputs, f"{part}_logps"), getattr(inputs, f"reference_{part}_logps"), f"{part}_")
+
+
+def _difference(policy: Tensor | None, reference: Tensor | None, part: str) -> Tensor:
     if policy is None or reference is None:
-        name = f"{part}_logps" if policy is None else f"reference_{part}_logps"
+        name = f"{part}logps" if policy is None else f"reference_{part}logps"
         what = "the policy's" if policy is None else "a reference model's"
         raise ConfigError(f"{name} is None: this loss needs {what} log-probabilities; hand them in.")
     return upcast(policy) - upcast(reference).detach()

@@ -43,7 +43,7 @@ class LossOptions:
     needs_reference: ClassVar[bool] = False
     """Whether the loss compares with a frozen reference model."""
     takes: ClassVar[tuple[str, ...]] = ("pairs",)
-    """The forms of rows that it trains on: `pairs`, `conversations`."""
+    """The forms of rows that it trains on: `pairs`, `conversations`, `labels` (single answers, good or bad)."""
 
     def combinations(self) -> Iterator[str]:
         """A sentence for every combination of options that does not make sense; single options are valid here."""
@@ -297,13 +297,17 @@ class KTOConfig(PreferenceOptions):
     """Options of KTO."""
 
     needs_reference = True
+    takes = ("pairs", "labels")
     name: str = "kto"
     beta: float = setting(0.01, above=0)
     """Scale of the log-ratios. SimPO's appendix searches 0.01, 0.05, 0.1 and names no winner."""
     desirable_weight: float = setting(1.0, above=0)
-    """Weight of chosen responses (``lambda_D``); 1.0 in SimPO's appendix."""
+    """Weight of chosen responses and of answers with the label true (``lambda_D``); 1.0 in SimPO's appendix."""
     undesirable_weight: float = setting(1.0, above=0)
-    """Weight of rejected responses (``lambda_U``); 1.0 in SimPO's appendix."""
+    """Weight of rejected responses and of answers with the label false (``lambda_U``); 1.0 in SimPO's appendix."""
+    reference_point: Literal["kl", "zero"] = "kl"
+    """What rewards are compared with: `kl`, KTO's estimate of the KL divergence from the reference model; or `zero`,
+    which is APO-zero for single answers (TRL's `apo_zero_unpaired`) and takes no forward pass for an estimate."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,15 @@ from nemo_lmpo.loss.interface import (
     StatisticsConfig,
 )
 from nemo_lmpo.loss.ipo import ipo_loss
-from nemo_lmpo.loss.kto import kto_loss, kto_observe, kto_statistics
+from nemo_lmpo.loss.kto import (
+    kto_loss,
+    kto_loss_of_responses,
+    kto_observe,
+    kto_observe_responses,
+    kto_statistics,
+)
 from nemo_lmpo.loss.lmpo import lmpo_loss, lmpo_observe, lmpo_statistics
-from nemo_lmpo.loss.numerics import chosen_nll
+from nemo_lmpo.loss.numerics import chosen_nll, nll
 from nemo_lmpo.loss.options import (
     CPOConfig,
     DPOConfig,
@@ -63,6 +69,8 @@ class LossEntry:
     """Options to the running statistics they ask for."""
     observe: Callable[[LossInputs, Any], Tensor] | None = None
     """Inputs and options to the ``[B]`` values that feed the statistics."""
+    observe_responses: Callable[[ResponseInputs, Any], Tensor] | None = None
+    """The same of examples with one response."""
 
     @property
     def needs_reference(self) -> bool:
@@ -81,7 +89,14 @@ LOSSES: dict[str, LossEntry] = {
     "rrhf": LossEntry(RRHFConfig, rrhf_loss),
     "slic": LossEntry(SLiCConfig, slic_loss),
     "cpo": LossEntry(CPOConfig, cpo_loss),
-    "kto": LossEntry(KTOConfig, kto_loss, statistics=kto_statistics, observe=kto_observe),
+    "kto": LossEntry(
+        KTOConfig,
+        kto_loss,
+        kto_loss_of_responses,
+        statistics=kto_statistics,
+        observe=kto_observe,
+        observe_responses=kto_observe_responses,
+    ),
     "orpo": LossEntry(ORPOConfig, orpo_loss),
     "simpo": LossEntry(SimPOConfig, simpo_loss),
 }
@@ -114,6 +129,11 @@ class PreferenceLoss:
         return self.entry.needs_shared_logps(self.config)
 
     @property
+    def needs_mismatched(self) -> bool:
+        """Whether it wants values of prompts with answers of other examples, where answers come one by one."""
+        return self.statistics is not None and self.entry.observe_responses is not None
+
+    @property
     def mean_over_tokens(self) -> bool:
         """Whether single responses weigh as much as they have predicted tokens."""
         return self.entry.mean_over_tokens(self.config)
@@ -138,13 +158,28 @@ class PreferenceLoss:
         if self.entry.of_responses is None:
             raise ConfigError(f"loss={self.name} trains on pairs, and the data holds single responses; give pairs")
         found = self.entry.of_responses(inputs, self.config)
-        return ResponseOutputs(found.losses, {name: values.detach() for name, values in found.metrics.items()})
+        losses, sft_weight = found.losses, getattr(self.config, "sft_weight", 0.0)
+        if sft_weight:
+            learnt = nll(inputs.logps, inputs.lengths, inputs.mean_length, "mean")
+            held_up = learnt if inputs.desirable is None else learnt * inputs.desirable
+            losses = losses + sft_weight * held_up
+        return ResponseOutputs(
+            losses,
+            {name: values.detach() for name, values in found.metrics.items()},
+            None if found.rewards is None else found.rewards.detach(),
+        )
 
     def observe(self, inputs: LossInputs) -> Tensor | None:
         """Detached ``[B]`` values that feed the running statistics; None where none are kept."""
         if self.statistics is None or self.entry.observe is None:
             return None
         return self.entry.observe(inputs, self.config).detach()
+
+    def observe_responses(self, inputs: ResponseInputs) -> Tensor | None:
+        """:meth:`observe` of examples with one response."""
+        if self.statistics is None or self.entry.observe_responses is None:
+            return None
+        return self.entry.observe_responses(inputs, self.config).detach()
 
 
 def build_loss(config: Any) -> PreferenceLoss:

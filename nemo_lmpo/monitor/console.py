@@ -46,7 +46,7 @@ def format_duration(seconds: float) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """The few values worth a glance; those that are absent are left out."""
     parts = [f"{label} {metrics[name]:{form}}" for name, label, form in _SHOWN if name in metrics]
-    for kind in ("pairs", "conversations"):
+    for kind in ("pairs", "conversations", "answers"):
         if (speed := metrics.get(f"{kind}_per_second")) is not None:
             parts.append(f"{speed:.3g} {kind}/s")
     return "  ".join(parts)

@@ -20,16 +20,16 @@ def throughput_metrics(
     device_peak_flops: float | None = None,
     kind: str = "pairs",
 ) -> dict[str, float]:
-    """`pairs_per_second` (or `conversations_per_second`) and `tokens_per_second`; `mfu` where the peak is known.
+    """`pairs_per_second` (or that of the other kinds) and `tokens_per_second`; `mfu` where the peak is known.
 
     Args:
-        examples: pairs or conversations over all devices.
+        examples: pairs, conversations or answers over all devices.
         tokens: computed tokens over all devices.
         seconds: wall time of the step.
         flops: model FLOPs over all devices.
         devices: number of devices (all of tensor, pipeline, context and data parallelism).
         device_peak_flops: peak of one device, from :func:`peak_flops`.
-        kind: what the examples are, `pairs` or `conversations`.
+        kind: what the examples are, `pairs`, `conversations` or `answers`.
     """
     elapsed = max(seconds, 1e-9)
     metrics = {f"{kind}_per_second": examples / elapsed, "tokens_per_second": tokens / elapsed}

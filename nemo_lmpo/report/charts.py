@@ -159,6 +159,7 @@ CHARTS: tuple[Chart, ...] = (
                 (Curve("conversations_per_second", "conversations/s", "neutral"),),
                 floor=0.0,
             ),
+            Panel("answers per second", (Curve("answers_per_second", "answers/s", "neutral"),), floor=0.0),
             Panel("tokens per second", (Curve("tokens_per_second", "tokens/s", "neutral"),), floor=0.0),
             Panel("utilisation (%)", (Curve("mfu", "MFU", "neutral", scale=100.0),), floor=0.0),
             Panel("peak memory (GiB)", (Curve("memory/peak", "memory", "loss", smooth=False),), floor=0.0),

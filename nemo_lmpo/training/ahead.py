@@ -79,5 +79,5 @@ def _take_over(batch: StepBatch, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(current)
         return tensor
 
-    for micro_batch in batch.micro_batches:
+    for micro_batch in batch.all_micro_batches:
         micro_batch.map(keep)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.epoch import Lengths
 from nemo_lmpo.data.example import Example, PackedRow, PackedSequence
+from nemo_lmpo.data.mismatched import MismatchedLengths
 from nemo_lmpo.data.pack import example_tokens, imbalance, pack_examples, plan_micro_batches
 from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.parallel.context import attention_spans, local_positions
@@ -32,7 +33,11 @@ class Examples(Protocol):
         """Responses of each example."""
 
     @property
-    def lengths(self) -> np.ndarray | Lengths:
+    def mismatched(self) -> Examples | None:
+        """The same prompts with answers of other examples, where the loss compares with these."""
+
+    @property
+    def lengths(self) -> np.ndarray | Lengths | MismatchedLengths:
         """``[N, 3]``: tokens of prompt, first response and second one, which is 0 where there is none."""
 
     def __len__(self) -> int: ...
@@ -42,6 +47,9 @@ class Examples(Protocol):
 
 class ExampleList(list[Example]):
     """Examples in memory, at least one."""
+
+    mismatched: Examples | None = None
+    """As :attr:`Examples.mismatched`."""
 
     @property
     def num_responses(self) -> int:
@@ -75,11 +83,6 @@ class MicroBatch(PackedRow):
         """The micro-batch with every tensor replaced by ``move(tensor)``."""
         tensors: dict[str, Any] = {n: move(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, attention_plan=self.attention_plan.map(move), **tensors)
-
-
-def kind_of_examples(num_responses: int) -> str:
-    """What users call examples of so many responses."""
-    return "pairs" if num_responses == 2 else "conversations"
 
 
 def localize(row: PackedSequence, *, cp_rank: int, cp_size: int, membership: bool = False) -> MicroBatch:
@@ -141,8 +144,8 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     example_ids: list[str]
     """All examples of the global batch, in its order."""
-    num_responses: int
-    """Responses of each of them."""
+    kind: str
+    """What they are: one of :data:`~nemo_lmpo.data.example.PAIRS` and its siblings."""
     tokens: int
     """Tokens fed to the model over all ranks, without padding."""
     predicted: int
@@ -153,6 +156,8 @@ class StepBatch:
     """Predicted tokens of an example's first response, a mean over the global batch."""
     imbalance: float
     """Tokens of the busiest data-parallel rank over the mean."""
+    mismatched: StepBatch | None = None
+    """The same prompts with answers of other examples, in rows of their own; None where no loss looks at them."""
 
     @property
     def num_examples(self) -> int:
@@ -160,9 +165,9 @@ class StepBatch:
         return len(self.example_ids)
 
     @property
-    def kind(self) -> str:
-        """What users call its examples."""
-        return kind_of_examples(self.num_responses)
+    def all_micro_batches(self) -> list[MicroBatch]:
+        """Those of the step, and those of the mismatched answers."""
+        return [*self.micro_batches, *([] if self.mismatched is None else self.mismatched.micro_batches)]
 
     def to(self, device: torch.device) -> StepBatch:
         """The step with its tensors on ``device``: on GPUs one pinned, asynchronous copy a dtype."""
@@ -174,10 +179,16 @@ class StepBatch:
             tensors.append(tensor)
             return tensor
 
-        for micro_batch in self.micro_batches:
+        for micro_batch in self.all_micro_batches:
             micro_batch.map(collect)
         moved = iter(copy_together(tensors, device))
-        return replace(self, micro_batches=[part.map(lambda _: next(moved)) for part in self.micro_batches])
+
+        def taken(batch: StepBatch, mismatched: StepBatch | None) -> StepBatch:
+            parts = [part.map(lambda _: next(moved)) for part in batch.micro_batches]
+            return replace(batch, micro_batches=parts, mismatched=mismatched)
+
+        own = taken(self, None)
+        return own if self.mismatched is None else replace(own, mismatched=taken(self.mismatched, None))
 
 
 def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -255,12 +266,13 @@ class BatchBuilder:
                 for sequence in sequences
             ],
             example_ids=[example.example_id for example in picked],
-            num_responses=examples.num_responses,
+            kind=picked[0].kind,
             tokens=fed_tokens(lengths, share_prompt=self.share_prompt),
             predicted=int(sum(response.predicted for example in picked for response in example.responses)),
             attended=attended_pairs(lengths, share_prompt=self.share_prompt, window=self.sliding_window),
             mean_length=float(np.mean([example.responses[0].predicted for example in picked])),
             imbalance=imbalance(plan, lengths, share_prompt=self.share_prompt),
+            mismatched=None if examples.mismatched is None else self.build_on_host(examples.mismatched, indices),
         )
 
     def _length(self, plan: list[list[int]], lengths: np.ndarray) -> int:

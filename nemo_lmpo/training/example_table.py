@@ -72,7 +72,7 @@ class ExampleTable:
             part = self._with(self.values[rows])
             if len(part.values):
                 metrics = part.metrics()
-                found |= {f"{name}/{metric}": metrics[metric] for metric in self.of_each_source}
+                found |= {f"{name}/{metric}": metrics[metric] for metric in self.of_each_source if metric in metrics}
         return found
 
     def not_finite(self) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
@@ -14,7 +15,9 @@ from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.checkpoint.weights import describe_weights, sharded_weights
 from nemo_lmpo.checkpoint.writers import write_state
 from nemo_lmpo.config.schema import Config
-from nemo_lmpo.data.order import PairSampler
+from nemo_lmpo.data.example import ANSWERS
+from nemo_lmpo.data.mismatched import MismatchedAnswers, partners
+from nemo_lmpo.data.order import PairSampler, epoch_order
 from nemo_lmpo.data.tokenizer import padding_id
 from nemo_lmpo.formats.adapters import AdapterDescription, adapter_json
 from nemo_lmpo.formats.conversion import plan, write_nemo
@@ -72,9 +75,26 @@ class StepBatches:
             sliding_window=base.architecture.sliding_window,
             mixture=base.architecture.experts is not None,
         )
+        if policy.loss.needs_mismatched:
+            self._add_mismatched(config)
         if policy.loss.needs_reference and policy.attach_reference is None:
             attach_reference_logps(data, policy, base, self.builder)
         self._steps = config.trainer.max_steps or config.trainer.max_epochs * self.sampler.steps_per_epoch
+
+    def _add_mismatched(self, config: Config) -> None:
+        """Give answers their mismatched ones, as the batches of the first epoch and of validation have them."""
+        size = config.model.global_batch_size
+        for dataset in (self.data.train, self.data.validation):
+            if dataset is None or dataset.kind != ANSWERS:
+                continue
+            number = len(dataset)
+            order = epoch_order(number, config.model.seed, 0) if dataset is self.data.train else np.arange(number)
+            dataset.mismatched = MismatchedAnswers(
+                dataset,
+                partners(order, size),
+                max_length=config.data.max_length,
+                row_tokens=config.data.row_budget,
+            )
 
     def __len__(self) -> int:
         return self._steps

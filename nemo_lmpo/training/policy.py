@@ -164,38 +164,44 @@ class Policy:
         """
         if self.attach_reference is not None:
             self.attach_reference(batch)
+            if batch.mismatched is not None:
+                self.attach_reference(batch.mismatched)
+        if forward_only or self.expert_load is None or batch.mismatched is not None:
+            statistics = self._statistics_of(batch, evaluation=forward_only)
         if forward_only or self.expert_load is None:
-            return self._run(batch, self._statistics_of(batch, evaluation=forward_only), forward_only=forward_only)
+            return self._run(batch, statistics, forward_only=forward_only)
         with self.expert_load.counted():
-            statistics = self._statistics_of(batch, evaluation=False)
-            if self.expert_load.kind == "global_batch" and not self._has_pass_before:
+            if batch.mismatched is None:
+                statistics = self._statistics_of(batch, evaluation=False)
+            if self.expert_load.kind == "global_batch" and not self._has_pass_before(batch):
                 self._run(batch, Statistics(), forward_only=True)
         with self.expert_load.balanced(batch), self.expert_load.counted():
             return self._run(batch, statistics, forward_only=False)
 
-    @property
-    def _has_pass_before(self) -> bool:
-        """Whether a training step goes forward once before, for statistics that come before the losses."""
-        return self.statistics is not None and self.statistics.config.update == "before_step"
+    def _has_pass_before(self, batch: StepBatch) -> bool:
+        """Whether a training step goes forward over its examples before, for statistics that precede the losses."""
+        before = self.statistics is not None and self.statistics.config.update == "before_step"
+        return before and batch.mismatched is None
 
     def _statistics_of(self, batch: StepBatch, *, evaluation: bool) -> Statistics:
         """What the losses of this batch see.
 
-        Statistics that come before the losses are taken in a forward pass of their own. All ranks get the same
-        values in the batch's order from it, so their statistics are the same without being sent.
+        Statistics that come before the losses are taken in a forward pass of their own: over the batch, or over its
+        mismatched answers where it has such. All ranks get the same values in the batch's order from it, so their
+        statistics are the same without being sent.
         """
         if self.statistics is None:
             return Statistics()
         config = self.statistics.config
         if config.update != "before_step" or (evaluation and not config.in_evaluation):
             return self.statistics.current()
-        observed = self._run(batch, Statistics(), forward_only=True)
+        observed = self._run(batch.mismatched or batch, Statistics(), forward_only=True)
         return self.statistics.update_in_groups(observed.column(STATISTIC), evaluation=evaluation)
 
     def _run(self, batch: StepBatch, statistics: Statistics, *, forward_only: bool) -> ExampleTable:
         table = self.micro_batch_step.begin(
             batch.num_examples,
-            num_responses=batch.num_responses,
+            kind=batch.kind,
             mean_length=batch.mean_length,
             statistics=statistics,
         )

@@ -26,6 +26,8 @@ from tqdm import tqdm
 from nemo_lmpo.checkpoint.agreement import on_main_rank
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.data.cache import cache_root, cached_directory
+from nemo_lmpo.data.example import ANSWERS, CONVERSATIONS, PAIRS
+from nemo_lmpo.data.mismatched import MismatchedAnswers
 from nemo_lmpo.data.order import PairSampler, validation_steps
 from nemo_lmpo.data.preference import PreferenceDataset
 from nemo_lmpo.data.tokenizer import tokenizer_fingerprint
@@ -41,6 +43,7 @@ from nemo_lmpo.training.batches import BatchBuilder, StepBatch
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED
 from nemo_lmpo.training.pipeline import run_pipeline
 from nemo_lmpo.training.policy import Policy, build_frozen_chunks
+from nemo_lmpo.training.response_metrics import LOGPS
 from nemo_lmpo.training.start import LoadedData, load_start_weights
 from nemo_lmpo.training.start_model import find_start_model
 from nemo_lmpo.training.step import MicroBatchStep
@@ -54,6 +57,8 @@ LOGPS_FILE = "logps.npy"
 META_FILE = "meta.json"
 SUMS = ("logps/chosen_sum", "logps/rejected_sum", CHOSEN_SHARED, REJECTED_SHARED)
 """What is kept of each pair; all of it, so that every loss finds what it needs."""
+KEPT = {PAIRS: SUMS, ANSWERS: (LOGPS,), CONVERSATIONS: (LOGPS,)}
+"""What is kept of each example, by kind."""
 
 _logger = logging.getLogger(__name__)
 
@@ -75,14 +80,14 @@ class ResponseSums:
         )
 
     def __call__(self, batch: StepBatch) -> Tensor:
-        """Sums of the whole global batch on every rank, ``[pairs, 4]`` float64.
+        """Sums of the whole global batch on every rank, ``[pairs, 4]`` or ``[answers, 1]`` float64.
 
-        Chosen and rejected, then both over the common length of the two responses.
+        Of pairs chosen and rejected, then both over the common length of the two responses.
         """
-        pairs = self.step.begin(batch.num_examples, mean_length=batch.mean_length)
+        table = self.step.begin(batch.num_examples, kind=batch.kind, mean_length=batch.mean_length)
         run_pipeline(self.chunks, batch.micro_batches, self.step.forward_step, forward_only=True)
-        pairs.share(self.groups)
-        return torch.stack([pairs.column(name) for name in SUMS], dim=1)
+        table.share(self.groups)
+        return torch.stack([table.column(name) for name in KEPT[batch.kind]], dim=1)
 
     def attach(self, batch: StepBatch) -> None:
         """Give every micro-batch its sums as those of the reference; one forward pass."""
@@ -140,25 +145,25 @@ class ReferenceLogps:
             )
             self.tokenizer: str = on_main_rank(lambda: tokenizer_fingerprint(tokenizer))
 
-    def attach(self, dataset: PreferenceDataset, name: str) -> None:
-        """Give every pair of ``dataset`` its reference log-probabilities.
+    def attach(self, dataset: PreferenceDataset | MismatchedAnswers, name: str) -> None:
+        """Give every example of ``dataset`` its reference log-probabilities.
 
         Communicates: the layout's own when they are computed, and a broadcast over all ranks.
         """
         key = ReferenceKey(self.weights, dataset.fingerprint, self.tokenizer, self.config.trainer.precision)
         entry = self.root / key.digest()
         with watched(f"reading the kept reference ({name})", self.config.trainer.step_timeout):
-            values = on_main_rank(lambda: read_entry(entry, key, len(dataset)))
+            values = on_main_rank(lambda: read_entry(entry, key, len(dataset), len(KEPT[dataset.kind])))
         if values is None:
             values = self._compute(dataset, name)
             with watched(f"keeping the reference ({name})", self.config.trainer.step_timeout):
                 on_main_rank(lambda: self._keep(entry, key, values))
         else:
-            _logger.info("reference log-probabilities of %d %s pairs: from %s", len(dataset), name, entry)
-        columns = len(SUMS) if build_loss(self.config.loss).needs_shared_logps else 2
-        dataset.attach_reference(values[:, :columns])
+            _logger.info("reference log-probabilities of %d %s %s: from %s", len(dataset), name, dataset.kind, entry)
+        shared = dataset.kind == PAIRS and build_loss(self.config.loss).needs_shared_logps
+        dataset.attach_reference(values if shared else values[:, : dataset.num_responses])
 
-    def _order(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
+    def _order(self, dataset: PreferenceDataset | MismatchedAnswers, name: str) -> np.ndarray:
         """Where no order has to be kept, examples of similar length together, which makes fewer rows.
 
         A mixture's are laid in rows as the first epoch, or validation, lays them: rounding differs with a row, and
@@ -167,7 +172,7 @@ class ReferenceLogps:
         by_length = np.argsort(np.asarray(dataset.lengths).sum(axis=1), kind="stable")
         if self.base.architecture.experts is None:
             return by_length
-        if name != "train":
+        if "train" not in name:
             return np.arange(len(dataset))
         model = self.config.model
         sampler = PairSampler(len(dataset), model.global_batch_size, model.seed)
@@ -175,13 +180,14 @@ class ReferenceLogps:
         left = by_length[~np.isin(by_length, np.concatenate(steps))]
         return np.concatenate([*steps, left])
 
-    def _compute(self, dataset: PreferenceDataset, name: str) -> np.ndarray:
-        _logger.info("computing reference log-probabilities of %d %s pairs", len(dataset), name)
+    def _compute(self, dataset: PreferenceDataset | MismatchedAnswers, name: str) -> np.ndarray:
+        _logger.info("computing reference log-probabilities of %d %s %s", len(dataset), name, dataset.kind)
         size = self.config.model.global_batch_size
         order = self._order(dataset, name)
-        values = np.zeros((len(dataset), len(SUMS)))
+        values = np.zeros((len(dataset), len(KEPT[dataset.kind])))
         hidden = dist.get_rank() != 0 or not self.config.logging.progress_bar
-        with tqdm(total=len(dataset), desc=f"reference ({name})", unit="pair", disable=hidden or None) as bar:
+        title, unit = f"reference ({name})", dataset.kind[:-1]
+        with tqdm(total=len(dataset), desc=title, unit=unit, disable=hidden or None) as bar:
             steps = [order[step] for step in validation_steps(len(dataset), size)]
             with closing(BatchesAhead(self.batches, dataset, steps.__getitem__, len(steps))) as batches:
                 for number, indices in enumerate(steps):
@@ -196,20 +202,20 @@ class ReferenceLogps:
             entry.parent,
             entry.name,
             lambda directory: write_entry(directory, key, values),
-            usable=lambda directory: read_entry(directory, key, len(values)) is not None,
+            usable=lambda directory: read_entry(directory, key, *values.shape) is not None,
         )
 
 
 def write_entry(directory: Path, key: ReferenceKey, values: np.ndarray) -> None:
-    """Write ``[pairs, 4]`` values and what they belong to."""
+    """Write ``[pairs, 4]`` or ``[answers, 1]`` values and what they belong to."""
     path = directory / LOGPS_FILE
     np.save(path, values, allow_pickle=False)
     meta = {**asdict(key), "pairs": len(values), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (directory / META_FILE).write_text(json.dumps(meta, indent=1))
 
 
-def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | None:
-    """The values of a cache entry ``[pairs, 4]``; None if it is absent, damaged, or of something else."""
+def read_entry(directory: Path, key: ReferenceKey, pairs: int, columns: int = len(SUMS)) -> np.ndarray | None:
+    """The values of a cache entry ``[pairs, columns]``; None if it is absent, damaged, or of something else."""
     path = directory / LOGPS_FILE
     try:
         meta = json.loads((directory / META_FILE).read_text())
@@ -220,7 +226,7 @@ def read_entry(directory: Path, key: ReferenceKey, pairs: int) -> np.ndarray | N
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, KeyError, AttributeError):
         return None
-    usable = values.shape == (pairs, len(SUMS)) and np.isfinite(values).all()
+    usable = values.shape == (pairs, columns) and np.isfinite(values).all()
     return values if usable else None
 
 
@@ -273,11 +279,13 @@ def load_reference(policy: Policy, reference: StartModel) -> list[torch.nn.Modul
 
 
 def attach_reference_logps(data: LoadedData, policy: Policy, base: StartModel, batches: BatchBuilder) -> None:
-    """Give all pairs their reference values, by the policy itself while it still has the start weights.
+    """Give all examples their reference values, by the policy itself while it still has the start weights.
 
     Communicates: the layout's own, and a broadcast over all ranks.
     """
     reference = ReferenceLogps(policy, base, data.tokenizer, batches)
-    reference.attach(data.train, "train")
-    if data.validation is not None:
-        reference.attach(data.validation, "validation")
+    for name, dataset in (("train", data.train), ("validation", data.validation)):
+        if dataset is not None:
+            reference.attach(dataset, name)
+            if dataset.mismatched is not None:
+                reference.attach(dataset.mismatched, f"mismatched {name}")

@@ -14,6 +14,7 @@ from nemo_lmpo.checkpoint.finite import find_not_finite
 from nemo_lmpo.checkpoint.run_directory import RunDirectory
 from nemo_lmpo.config.rules.settings import CONVERSATION_METRICS, VALIDATION_METRICS
 from nemo_lmpo.config.schema import Config
+from nemo_lmpo.data.example import CONVERSATIONS
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.special_tokens import split_marks
 from nemo_lmpo.data.template_day import without_day
@@ -24,6 +25,8 @@ from nemo_lmpo.formats.grown_source import GrownSource
 from nemo_lmpo.formats.model_files import open_model
 from nemo_lmpo.formats.source import RandomSource, TensorSource
 from nemo_lmpo.formats.start_model import StartModel
+from nemo_lmpo.loss.balance import weights_advice
+from nemo_lmpo.loss.options import KTOConfig
 from nemo_lmpo.model.load_weights import ExpertPart, load_model_weights
 from nemo_lmpo.monitor.watchdog import watched
 from nemo_lmpo.parallel.groups import ParallelGroups
@@ -75,25 +78,36 @@ def load_data(config: Config, base: StartModel, run: RunDirectory | None = None)
             name="validation",
             template=template,
             takes=takes,
-            num_responses=train.num_responses,
+            kind=train.kind,
         )
     _refuse_other_monitor(config, validation)
+    _advise_on_labels(config, train)
     return LoadedData(tokenizer, encoder.record(), train, validation)
 
 
 def _refuse_other_monitor(config: Config, validation: PreferenceDataset | None) -> None:
-    """Pairs and conversations have other metrics, and only the data says which a run has."""
+    """Conversations have other metrics than pairs and answers, and only the data says which a run has."""
     if validation is None:
         return
     metric = config.checkpoint.monitor.removeprefix("val/")
     elsewhere, here = set(VALIDATION_METRICS), set(CONVERSATION_METRICS)
-    if validation.num_responses == 2:
+    if validation.kind != CONVERSATIONS:
         elsewhere, here = here, elsewhere
     if metric in elsewhere - here:
         raise ConfigError(
             f"checkpoint.monitor={config.checkpoint.monitor} is not measured on {validation.summary.kind}; choose "
             + ", ".join(f"val/{name}" for name in sorted(here))
         )
+
+
+def _advise_on_labels(config: Config, train: PreferenceDataset) -> None:
+    """Say how the loss's weights fit the labels of the training data."""
+    labels = train.summary.desirable
+    if labels is None or not isinstance(config.loss, KTOConfig) or torch.distributed.get_rank() != 0:
+        return
+    advice = weights_advice(labels, len(train) - labels, config.loss)
+    if advice is not None:
+        _logger.warning("%s", advice)
 
 
 def _settle_template(config: Config, tokenizer: PreTrainedTokenizerBase, run: RunDirectory | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from nemo_lmpo.data.example import ANSWERS, CONVERSATIONS, PAIRS
 from nemo_lmpo.loss.interface import Statistics
 from nemo_lmpo.loss.registry import PreferenceLoss
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
@@ -17,7 +18,7 @@ from nemo_lmpo.parallel.context import sum_over_group
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch
 from nemo_lmpo.training.example_table import ExampleTable
-from nemo_lmpo.training.views import PairView, ResponseView, View, Whole
+from nemo_lmpo.training.views import AnswerView, PairView, ResponseView, View, Whole
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -63,16 +64,16 @@ class MicroBatchStep:
     """Sums over the common length of pairs are taken even if the loss does not ask for them."""
 
     def __post_init__(self) -> None:
-        self._views: dict[int, View] = {}
+        self._views: dict[str, View] = {}
         self.whole = Whole()
-        self.view = self._view_of(2)
+        self.view = self._view_of(PAIRS)
         self.table = self.view.table(0, self.device)
 
     def begin(
         self,
         num_examples: int,
         *,
-        num_responses: int = 2,
+        kind: str = PAIRS,
         mean_length: float | None = None,
         statistics: Statistics | None = None,
     ) -> ExampleTable:
@@ -80,24 +81,27 @@ class MicroBatchStep:
 
         Args:
             num_examples: its examples.
-            num_responses: responses of each of them.
+            kind: what they are: pairs, conversations or answers.
             mean_length: predicted tokens of an example's first response in it.
             statistics: what the losses see, one for all examples or ``[num_examples]`` tensors.
 
         Returns:
             The values of each example, which fill up as the pass goes.
         """
-        self.view = self._view_of(num_responses)
+        self.view = self._view_of(kind)
         self.table = self.view.table(num_examples, self.device)
         self.whole = Whole(mean_length, (statistics or Statistics()).to(self.device))
         return self.table
 
-    def _view_of(self, num_responses: int) -> View:
-        if num_responses not in self._views:
-            pairs = num_responses == 2
-            made = PairView(self.loss, shared_logps=self.shared_logps) if pairs else ResponseView(self.loss)
-            self._views[num_responses] = made
-        return self._views[num_responses]
+    def _view_of(self, kind: str) -> View:
+        make: dict[str, Callable[[], View]] = {
+            PAIRS: lambda: PairView(self.loss, shared_logps=self.shared_logps),
+            CONVERSATIONS: lambda: ResponseView(self.loss),
+            ANSWERS: lambda: AnswerView(self.loss),
+        }
+        if kind not in self._views:
+            self._views[kind] = make[kind]()
+        return self._views[kind]
 
     def forward_step(self, micro_batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """What the schedules call: :func:`forward_micro_batch` with the loss."""

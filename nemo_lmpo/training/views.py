@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_lmpo.loss.interface import LossInputs, ResponseInputs, Statistics
 from nemo_lmpo.loss.registry import PreferenceLoss
+from nemo_lmpo.training.answer_metrics import DESIRABLE, REWARD, AnswerMetrics, answer_columns
 from nemo_lmpo.training.batches import MicroBatch
 from nemo_lmpo.training.example_table import ExampleTable
 from nemo_lmpo.training.pair_metrics import CHOSEN_SHARED, REJECTED_SHARED, STATISTIC, PairMetrics, pair_columns
@@ -128,14 +129,49 @@ class ResponseView:
     def __call__(self, sums: Tensor, micro_batch: MicroBatch, whole: Whole) -> dict[str, Tensor]:
         """As :meth:`View.__call__`."""
         logps, correct = sums.unbind(1)
-        known = micro_batch.reference_logps
-        inputs = ResponseInputs(
-            logps,
-            micro_batch.response_lengths[:, 0],
-            mean_length=whole.mean_length,
-            reference_logps=None if known is None else known[:, 0],
-            desirable=micro_batch.desirable,
-            statistics=whole.statistics.of_pairs(micro_batch.example_index),
-        )
+        inputs = response_inputs(logps, micro_batch, whole)
         outputs = self.loss.of_responses(inputs)
         return {"loss": outputs.losses, LOGPS: logps, LENGTH: inputs.lengths, CORRECT: correct, **outputs.metrics}
+
+
+def response_inputs(logps: Tensor, micro_batch: MicroBatch, whole: Whole) -> ResponseInputs:
+    """A loss's view of a micro-batch of single responses, whose ``[B]`` sums are ``logps``."""
+    known = micro_batch.reference_logps
+    return ResponseInputs(
+        logps,
+        micro_batch.response_lengths[:, 0],
+        mean_length=whole.mean_length,
+        reference_logps=None if known is None else known[:, 0],
+        desirable=micro_batch.desirable,
+        statistics=whole.statistics.of_pairs(micro_batch.example_index),
+    )
+
+
+class AnswerView:
+    """Examples of one answer each, which is good or bad."""
+
+    shared_logps = False
+    correct = False
+
+    def __init__(self, loss: PreferenceLoss) -> None:
+        self.loss = loss
+        self.columns = answer_columns(loss)
+
+    def table(self, num_examples: int, device: torch.device) -> AnswerMetrics:
+        """As :meth:`View.table`."""
+        return AnswerMetrics(self.columns, num_examples, device)
+
+    def __call__(self, sums: Tensor, micro_batch: MicroBatch, whole: Whole) -> dict[str, Tensor]:
+        """As :meth:`View.__call__`."""
+        inputs = response_inputs(sums[:, 0], micro_batch, whole)
+        outputs = self.loss.of_responses(inputs)
+        values = {
+            "loss": outputs.losses,
+            LOGPS: inputs.logps,
+            LENGTH: inputs.lengths,
+            DESIRABLE: inputs.desirable,
+            REWARD: outputs.rewards,
+            **outputs.metrics,
+            STATISTIC: self.loss.observe_responses(inputs),
+        }
+        return {name: value for name, value in values.items() if value is not None}

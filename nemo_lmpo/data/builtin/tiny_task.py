@@ -1,7 +1,7 @@
 """A generated task that needs nothing from outside: put letters into alphabetical order.
 
 A prompt such as ``sort d a c`` has one right answer, ``a c d``; answers may be padded with filler words, as a
-chatty model pads. Three preference sets share the prompts' form and the tokenizer (`builtin:tiny`):
+chatty model pads. Four sets share the prompts' form and the tokenizer (`builtin:tiny`):
 
 - ``tiny``: chosen answers are right and short; of the rejected ones 40 % are right but padded, 30 % wrong and
   short, 30 % wrong and padded. A model must learn the task *and* to stop in order to tell them apart.
@@ -10,6 +10,8 @@ chatty model pads. Three preference sets share the prompts' form and the tokeniz
   a model that follows the pairs closely becomes wordy.
 - ``tiny_sft``: the chosen answers are right and padded by an amount that depends on the prompt and on chance. A model
   fine-tuned on them gives answers of many lengths: a start model for comparisons.
+- ``tiny_unpaired``: one answer a prompt with a label, in the form of TRL's unpaired sets; 60 % are a chosen answer of
+  ``tiny``'s kind (true), the others a rejected one (false).
 
 The prompts of the split ``test`` ask for letters that occur together in no training prompt of any of the sets.
 """
@@ -96,7 +98,9 @@ _TASKS: dict[str, Callable[[random.Random, list[str]], tuple[str, str]]] = {
     "tiny": _tiny,
     "tiny_long": _tiny_long,
     "tiny_sft": _tiny_sft,
+    "tiny_unpaired": _tiny,
 }
+_DESIRABLE_PART = 0.6
 
 
 def _prompts(rng: random.Random, split: str) -> Iterator[list[str]]:
@@ -110,11 +114,11 @@ def _prompts(rng: random.Random, split: str) -> Iterator[list[str]]:
 
 
 def builtin_rows(name: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a generated preference set, in the UltraFeedback-binarized schema; the same on every call.
+    """The rows of a generated set, in UltraFeedback-binarized's schema or TRL's unpaired one; the same on every call.
 
     Args:
-        name: what follows ``builtin:``: ``tiny``, ``tiny_long`` or ``tiny_sft``.
-        split: ``train`` (4096 pairs) or ``test`` (256 pairs).
+        name: what follows ``builtin:``: ``tiny``, ``tiny_long``, ``tiny_sft`` or ``tiny_unpaired``.
+        split: ``train`` (4096 rows) or ``test`` (256 rows).
         limit: only the first so many.
 
     Raises:
@@ -127,15 +131,13 @@ def builtin_rows(name: str, split: str, limit: int | None = None) -> list[dict[s
     rng = random.Random(f"{name}/{split}")
     rows = []
     for number, letters in zip(range(SPLIT_SIZES[split])[:limit], _prompts(rng, split), strict=False):
-        prompt = " ".join([COMMAND, *letters])
-        user = {"role": "user", "content": prompt}
-        chosen, rejected = _TASKS[name](rng, letters)
-        rows.append(
-            {
-                "prompt_id": f"{name}-{split}-{number:04d}",
-                "prompt": prompt,
-                "chosen": [user, {"role": "assistant", "content": chosen}],
-                "rejected": [user, {"role": "assistant", "content": rejected}],
-            }
-        )
+        user = {"role": "user", "content": " ".join([COMMAND, *letters])}
+        chosen, rejected = ({"role": "assistant", "content": said} for said in _TASKS[name](rng, letters))
+        row: dict[str, Any] = {"prompt_id": f"{name}-{split}-{number:04d}"}
+        if name == "tiny_unpaired":
+            label = rng.random() < _DESIRABLE_PART
+            row |= {"prompt": [user], "completion": [chosen if label else rejected], "label": label}
+        else:
+            row |= {"prompt": user["content"], "chosen": [user, chosen], "rejected": [user, rejected]}
+        rows.append(row)
     return rows

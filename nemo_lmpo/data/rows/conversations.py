@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_lmpo.config.row_fields import CONVERSATION_FIELDS
-from nemo_lmpo.data.messages import Message, RowError, is_list, is_message, kind, structured, text, whole_messages
+from nemo_lmpo.data.messages import (
+    Message,
+    RowError,
+    fields_of,
+    is_list,
+    is_message,
+    kind,
+    structured,
+    text,
+    text_of,
+    whole_messages,
+)
 from nemo_lmpo.data.rows.pairs import check_prompt
 from nemo_lmpo.data.rows.prompts import answer_of, prompt_messages
 from nemo_lmpo.data.rows.transcripts import awaits_answer, is_transcript, turns_of
@@ -97,9 +108,29 @@ def parse_unpaired(row: Mapping[str, Any]) -> tuple[UnpairedRow, set[str]]:
     Raises:
         RowError: the row cannot be used.
     """
-    if not is_label(row.get("label")):
-        raise RowError("not a label", f"the field 'label' is {shown(row.get('label'))}, not true or false")
     parsed, used = _answered(row, "completion")
-    *prompt, answer = parsed.messages
+    return unpaired_of(parsed, row.get("label")), {"label", *used}
+
+
+def unpaired_of(conversation: ConversationRow, said: Any) -> UnpairedRow:
+    """The last answer of a conversation with what its `label` says.
+
+    Raises:
+        RowError: the label is not one, or the conversation does not end with an answer behind a prompt.
+    """
+    if not is_label(said):
+        value = "null" if said is None else shown(said)
+        raise RowError("not a label", f"the field 'label' is {value}, not true or false; give true, false, 1 or 0")
+    *prompt, answer = conversation.messages
+    if answer["role"] != "assistant":
+        raise RowError(
+            "wrong last role",
+            f"the conversation ends with a message of role {shown(answer['role'])}, not 'assistant', so the label "
+            "judges no answer",
+        )
     check_prompt(prompt)
-    return UnpairedRow(prompt, answer, _LABELS[str(row["label"]).strip().lower()]), {"label", *used}
+    if not text_of(answer).strip() and not fields_of(answer):
+        raise RowError("empty response", "the answer is empty")
+    columns = tuple(name for name in conversation.columns if name != "label")
+    label = _LABELS[str(said).strip().lower()]
+    return UnpairedRow(prompt, answer, label, conversation.inputs, columns, conversation.notes)

@@ -15,6 +15,7 @@ from nemo_lmpo.data.rows.conversations import (
     parse_conversation_row,
     parse_instruction,
     parse_unpaired,
+    unpaired_of,
 )
 from nemo_lmpo.data.rows.guess import guessed_line
 from nemo_lmpo.data.rows.pairs import PAIR_SCHEMAS, SIDES, checked_pair, parse_pair
@@ -66,7 +67,7 @@ def parse_preference(row: Any, schema: str = "auto") -> PreferenceRow:
     if isinstance(found, PreferenceRow):
         return found
     if isinstance(found, UnpairedRow):
-        detail = "the row is one answer with a label, not a pair, and no loss here trains on labels yet; give pairs"
+        detail = "the row is one answer with a label, not a pair; loss=kto trains on such rows, or give pairs"
     else:
         detail = "the row is a conversation without a preferred and a rejected answer; loss=sft trains on such rows"
     raise RowError("other kind of row", detail)
@@ -75,12 +76,16 @@ def parse_preference(row: Any, schema: str = "auto") -> PreferenceRow:
 def parse_judged(row: Any, schema: str = "auto") -> PreferenceRow | UnpairedRow:
     """As :func:`parse_row`, for losses that take good and bad answers by themselves (KTO): pairs, or labels.
 
+    A conversation with a `label` is its last answer, behind all that stands before it.
+
     Raises:
         RowError: the row cannot be used, or nothing says whether its answer is good.
     """
     found = parse_row(row, schema)
     if not isinstance(found, ConversationRow):
         return found
+    if "label" in row:
+        return unpaired_of(found, row["label"])
     detail = "the row is a conversation that nobody judged: give `label` beside `completion`, or pairs"
     raise RowError("other kind of row", f"{detail}; loss=sft trains on such rows")
 
@@ -109,11 +114,13 @@ def parse_taken(row: Any, schema: str, takes: Sequence[str]) -> Row:
     Args:
         row: as for :func:`parse_row`.
         schema: as `data.train.schema`.
-        takes: `pairs`, and beside them perhaps `conversations` or `labels`.
+        takes: `pairs`, and beside them perhaps `conversations`, `labels` or both.
 
     Raises:
         RowError: the row cannot be used, or is of another kind.
     """
+    if {"labels", "conversations"} <= set(takes):
+        return parse_row(row, schema)
     if "labels" in takes:
         return parse_judged(row, schema)
     if "conversations" not in takes:

@@ -185,9 +185,9 @@ def test_a_data_set_of_conversations(
     assert "<user> sort c a <assistant>>>>a c <eos><<<<user> sort d b <assistant>>>>b d <eos><<<" in both.example_text()
     assert "train: 2 conversations" in str(both.summary)
     assert both.summary.length_percentiles["predicted"][100] == 6
-    assert load([pair], "c.jsonl", num_responses=1).token_hash() != load([pair], "c.jsonl").token_hash()
+    assert load([pair], "c.jsonl", kind="conversations").token_hash() != load([pair], "c.jsonl").token_hash()
     with pytest.raises(DataError, match=r"holds conversations and data.train.path pairs"):
-        load([talk], "d.jsonl", num_responses=2)
+        load([talk], "d.jsonl", kind="pairs")
     config = data_config(write_jsonl([talk], "e.jsonl"))
     with pytest.raises(DataError, match="loss=sft trains on such rows"):
         load_preference_dataset(config, config.train, tiny)

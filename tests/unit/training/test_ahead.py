@@ -29,6 +29,7 @@ class Pairs:
         self.threads: set[str] = set()
 
     num_responses = 2
+    mismatched = None
 
     def __len__(self) -> int:
         return len(self.lengths)

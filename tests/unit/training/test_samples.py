@@ -116,6 +116,7 @@ class _Pairs:
         self.lengths = np.ones((len(prompts), 3))
 
     num_responses = 2
+    mismatched = None
 
     def __len__(self) -> int:
         return len(self.prompts)
