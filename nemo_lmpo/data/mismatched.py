@@ -72,12 +72,12 @@ class MismatchedAnswers:
         Args:
             dataset: of answers.
             found: as :func:`partners` gives it.
-            max_length: most tokens of prompt and answer; a longer answer loses its end.
-            row_tokens: most tokens of a row. An answer's last token is not fed.
+            max_length: maximum number of tokens of prompt and answer; a longer answer loses its end.
+            row_tokens: maximum number of tokens of a row. An answer's last token is not fed.
         """
         self.dataset, self.partners = dataset, found
         self.longest = min(max_length - 1, row_tokens)
-        """Most tokens of prompt and answer that are fed."""
+        """Maximum number of tokens of prompt and answer that are fed."""
         self.lengths = MismatchedLengths(self)
         self._reference: np.ndarray | None = None
 

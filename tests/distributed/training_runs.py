@@ -51,6 +51,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
         "step_seconds",
         "pairs_per_second",
         "conversations_per_second",
+        "answers_per_second",
         "tokens_per_second",
         "memory/peak",
         "data/imbalance",

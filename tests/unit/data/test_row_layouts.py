@@ -110,6 +110,6 @@ def test_labels(label: bool | float | str) -> None:
     expected = UnpairedRow([user()], said(), good)
     for row in ({"prompt": "Q", "completion": "good"}, {"prompt": [user()], "completion": [said()]}):
         assert parse_row({**row, "label": label}) == parse_judged({**row, "label": label}) == expected
-        for parse, loss in ((parse_preference, "no loss here"), (parse_conversation, "columns={label: null}")):
+        for parse, loss in ((parse_preference, "loss=kto trains"), (parse_conversation, "columns={label: null}")):
             with pytest.raises(RowError, match=loss):
                 parse({**row, "label": label})
