@@ -44,7 +44,7 @@ _PARALLEL = (
 """Settings of the layout, which megatron-core's configuration has under the same names."""
 
 
-_FP8: dict[str, dict[str, Any]] = {
+FP8: dict[str, dict[str, Any]] = {
     "hybrid": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "tensorwise": {"fp8": "e4m3", "fp8_recipe": "tensorwise"},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
@@ -99,7 +99,7 @@ def transformer_config(
         recompute_num_layers=model.activations_checkpoint_num_layers if recomputed else None,
         # The loss is divided by the step's pairs already: gradients are to be added up over ranks, not averaged.
         calculate_per_token_loss=True,
-        **(_FP8[model.fp8] if model.fp8 is not None else {}),
+        **(FP8[model.fp8] if model.fp8 is not None else {}),
         perform_initialization=False,
         # Weights that ranks share come to the device a layer at a time; untouched memory of the host costs nothing.
         use_cpu_initialization=model.fsdp or not kernels.gpu,

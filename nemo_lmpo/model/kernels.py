@@ -14,6 +14,8 @@ from nemo_lmpo.model.flash_attention import HEAD_DIM_MULTIPLE, LARGEST_HEAD_DIM
 from nemo_lmpo.runtime.transformer_engine import TransformerEngine, find_transformer_engine
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
+_BLOCKS_OF_FP8 = (12, 9)
+"""The first CUDA whose products take FP8 in blocks; Transformer Engine asserts on it in the first step."""
 _TE_SWITCHES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN"}
 
 
@@ -27,6 +29,8 @@ class Device:
     """CUDA compute capability; (8, 0) is an A100, (9, 0) an H100."""
     flash: bool = False
     """Whether torch was built with its flash kernels."""
+    cuda: tuple[int, int] = (0, 0)
+    """The version of CUDA that torch was built with."""
 
 
 def this_device(*, use_cuda: bool) -> Device:
@@ -38,6 +42,7 @@ def this_device(*, use_cuda: bool) -> Device:
         name=torch.cuda.get_device_name(),
         capability=torch.cuda.get_device_capability(),
         flash=torch.backends.cuda.is_flash_attention_available(),
+        cuda=_version(torch.version.cuda),
     )
 
 
@@ -107,6 +112,11 @@ def _refuse_without_its_layers(model: ModelConfig, device: Device, engine: Trans
             f"model.fp8={model.fp8} needs a GPU of compute capability 9.0 (H100) or newer, but {device.name} has "
             f"{_dotted(device.capability)}; unset it"
         )
+    if model.fp8 == "blockwise" and device.cuda < _BLOCKS_OF_FP8:
+        raise ConfigError(
+            f"model.fp8=blockwise needs a torch built with CUDA {_dotted(_BLOCKS_OF_FP8)} or newer, and this one has "
+            f"{_dotted(device.cuda)}; choose model.fp8=hybrid, or install another torch"
+        )
 
 
 def _attention(
@@ -165,5 +175,10 @@ def te_attention_kernel(
     return kernel, None
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
+def _version(text: str | None) -> tuple[int, int]:
+    major, minor, *_ = (text or "0.0").split(".")
+    return int(major), int(minor)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -9,7 +9,7 @@ from nemo_lmpo.config.schema import Config
 from nemo_lmpo.errors import counted
 from nemo_lmpo.formats.architecture import Architecture
 from nemo_lmpo.runtime.files import GIB
-from nemo_lmpo.sizing.host_memory import background_bytes, foreground_bytes
+from nemo_lmpo.sizing.host_memory import background_bytes, foreground_bytes, offloaded_bytes
 from nemo_lmpo.sizing.memory import estimate_memory
 
 
@@ -53,6 +53,8 @@ def describe(layout: ParallelLayout, unseen: Sequence[str] = (), rows: Sequence[
         f"pinned memory of a node to save from GPUs: {behind:.1f} GiB in the background, {waiting:.1f} GiB while "
         f"training waits (checkpoint.async_save={str(config.checkpoint.async_save).lower()})",
     ]
+    if config.optim.cpu_offload:
+        lines.append(f"the optimizer in the host's memory of a node: {offloaded_bytes(layout) / GIB:.1f} GiB")
     if rows:
         lines += ["", "the first rows of the data, as the chat template renders them", *rows]
     lines += ["", "The configuration is valid. Nothing was started."]

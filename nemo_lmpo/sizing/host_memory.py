@@ -1,4 +1,4 @@
-"""Host memory of a node while a checkpoint is written from GPUs.
+"""Host memory of a node: for an optimizer that is there, and while a checkpoint is written from GPUs.
 
 What comes from a GPU goes through pinned blocks of the host's memory. PyTorch rounds each up to a power of two and
 keeps it for the next copy of that size.
@@ -48,6 +48,19 @@ def background_bytes(layout: ParallelLayout) -> float:
     if config.optim.use_distributed_optimizer:
         return first * weights + devices * states
     return first * (weights + states)
+
+
+def offloaded_bytes(layout: ParallelLayout) -> float:
+    """Of an optimizer on the host (`optim.cpu_offload`), of a whole node.
+
+    For each parameter a float32 main parameter, two float32 moments, and its gradient, pinned, in float32. Ranks share
+    them as they would on GPUs.
+    """
+    config = layout.config
+    if not config.optim.cpu_offload:
+        return 0.0
+    parameters = estimate_memory(layout).gradients / 4 / max(layout.replicas, 1)
+    return config.trainer.devices * parameters * (4 + 2 * 4 + 4 * _rounding(layout, 4))
 
 
 def foreground_bytes(layout: ParallelLayout) -> float:

@@ -13,6 +13,7 @@ from nemo_lmpo.config.rules import ParallelLayout
 from nemo_lmpo.config.schema import Config, ModelConfig
 from nemo_lmpo.formats.architecture import Architecture, Experts
 from nemo_lmpo.formats.lora_targets import MLP, projections_of
+from nemo_lmpo.sizing.row_length import longest_row
 
 LOGIT_BYTES = 2**29
 """Float32 logits that exist at a time, unless `model.logprob_chunk_tokens` says otherwise."""
@@ -203,7 +204,7 @@ def estimate_memory(layout: ParallelLayout) -> MemoryEstimate:
     # Beside the logits there is room that autograd asks for beside the output matrix.
     matrix = vocabulary_rows(config.model, architecture) * architecture.hidden_size
     logits = chunk_of_logits(layout) + (0.0 if frozen else size * matrix)
-    activations = activation_bytes(architecture, config, config.data.row_budget)
+    activations = activation_bytes(architecture, config, longest_row(config, gpu=True))
     if config.model.pipeline_model_parallel_size > 1:
         # The first stage holds the most micro-batches, the last one fewer and the logits.
         last = activations * last_stage_share(config.model)
@@ -242,7 +243,7 @@ def _fully_sharded(layout: ParallelLayout, parameters: float, frozen: float, tra
         parameters=(frozen * size + trained * 4) / ranks,
         gradients=trained * 4 / ranks,
         optimizer=moment_bytes(config) * trained / ranks,
-        activations=activation_bytes(architecture, config, config.data.row_budget),
+        activations=activation_bytes(architecture, config, longest_row(config, gpu=True)),
         logits=logits,
         reference=parameters * size / ranks if config.model.reference_in_memory and not frozen else 0.0,
         step=end,
@@ -269,7 +270,7 @@ def vocabulary_rows(model: ModelConfig, architecture: Architecture) -> float:
 def logit_numbers(layout: ParallelLayout) -> float:
     """Logits that exist at a time."""
     config = layout.config
-    positions = config.data.row_budget / config.model.context_parallel_size
+    positions = longest_row(config, gpu=True) / config.model.context_parallel_size
     chunk = min(logprob_chunk(config.model, layout.architecture), positions)
     return chunk * vocabulary_rows(config.model, layout.architecture)
 

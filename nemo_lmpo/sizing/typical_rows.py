@@ -8,6 +8,7 @@ from nemo_lmpo.config.row_fields import CONVERSATION_SCHEMAS
 from nemo_lmpo.config.schema import Config
 from nemo_lmpo.sizing.flops import causal_pairs
 from nemo_lmpo.sizing.rank_work import RowSize
+from nemo_lmpo.sizing.row_length import longest_row
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def step_rows(config: Config, data_parallel: int) -> tuple[int, RowSize]:
     row = row_of(config, examples / rows)
     if config.model.tp_comm_overlap:
         # Transformer Engine's buffers have one shape, to which every row is padded.
-        row = replace(row, tokens=config.data.row_budget)
+        row = replace(row, tokens=longest_row(config, gpu=True))
     return rows, row
 
 

@@ -21,6 +21,7 @@ from nemo_lmpo.sizing.typical_rows import Lengths, filling_lengths, rows_of_data
 from nemo_lmpo.sizing.work import Work
 from nemo_lmpo.trace.meter import Meter
 from nemo_lmpo.trace.world import (
+    add_gradients_in_place,
     fake_world,
     gpu_kernels,
     make_moments,
@@ -100,13 +101,14 @@ def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -
         transformer_engine: with the fused forms that Transformer Engine brings.
 
     Raises:
-        ConfigError: a mixture of experts.
+        ConfigError: a mixture of experts, or what only Transformer Engine's own layers do.
     """
     if layout.architecture.experts is not None:
         raise ConfigError(
             f"a {layout.architecture.model_type} cannot be traced: where its tokens go depends on values, which fake "
             f"tensors have none of; use dry_run=plan, or dry_run=true"
         )
+    _refuse_layers_of_transformer_engine(layout.config)
     micro_batches = micro_batches_to_run(layout)
     with fake_world(layout.world_size, rank):
         groups = create_groups(layout.config.model)
@@ -114,6 +116,17 @@ def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -
         trace = Trace(rank, transformer_engine, micro_batches)
         _run(layout, groups, meter, trace)
     return trace
+
+
+def _refuse_layers_of_transformer_engine(config: Config) -> None:
+    """Raise where what is asked for happens inside of layers that others stand in for here."""
+    model = config.model
+    wanted = {f"model.fp8={model.fp8}": model.fp8 is not None, "model.tp_comm_overlap=true": model.tp_comm_overlap}
+    for setting in (name for name, on in wanted.items() if on):
+        raise ConfigError(
+            f"{setting} cannot be traced: Transformer Engine's layers do it, in whose place the trace has "
+            f"megatron-core's own; use dry_run=plan or dry_run=true, which count it, or unset it for the trace"
+        )
 
 
 def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Trace) -> None:
@@ -128,6 +141,8 @@ def _run(layout: ParallelLayout, groups: ParallelGroups, meter: Meter, trace: Tr
     trace.row = RowSize(batch.tokens // rows, batch.predicted // rows, batch.attended // rows)
     with measured(meter, transformer_engine=trace.transformer_engine):
         policy = Policy(config, layout.architecture, groups, CPU, kernels=gpu_kernels(layout))
+        if trace.transformer_engine and not config.model.fsdp:
+            add_gradients_in_place(policy.models, meter)
         mark(MODEL)
         optimizer = build_optimizer(list(policy.chunks), config)
         use_gpu_form(optimizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -185,6 +185,26 @@ def gpu_kernels(layout: ParallelLayout) -> Kernels:
         head_dim=layout.architecture.head_dim,
         device=Device(gpu=True, name="A100", capability=(8, 0), flash=True),
     )
+
+
+def add_gradients_in_place(chunks: Iterable[torch.nn.Module], meter: Meter) -> None:
+    """Count linear layers' gradients as Transformer Engine adds them to the float32 buffer: inside of the product.
+
+    The sum is read and written there, 8 bytes per weight, and megatron-core adds nothing by a kernel of its own.
+    """
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    def added(weight: Any) -> Callable[[Tensor], None]:
+        def count(_: Tensor) -> None:
+            meter.work.moved["gradients"] += 8 * weight.numel()
+            weight.grad_added_to_main_grad = True
+
+        return count
+
+    for chunk in chunks:
+        for module in chunk.decoder.modules():  # type: ignore[union-attr]
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.weight.requires_grad:
+                module.weight.register_hook(added(module.weight))
 
 
 def use_gpu_form(optimizer: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,9 +19,7 @@ from nemo_lmpo.model.attention_plan import AttentionPlan, plan_attention
 from nemo_lmpo.parallel.context import attention_spans, local_positions
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.sizing.flops import causal_pairs
-
-GPU_TILE = 128
-"""Lengths that matrix kernels like to work on."""
+from nemo_lmpo.sizing.row_length import longest_row, row_multiple
 
 
 class Examples(Protocol):
@@ -223,12 +220,13 @@ class BatchBuilder:
         self.max_examples_per_row = config.model.micro_batch_size
         interleaved = config.model.virtual_pipeline_model_parallel_size is not None
         self.multiple_of_rows = groups.pipeline.size() if interleaved else 1
-        self.pad_to_multiple = row_multiple(config, groups, device)
+        gpu = device.type == "cuda"
+        self.pad_to_multiple = row_multiple(config.model, gpu=gpu)
         # Pipeline stages exchange one shape; on GPUs, one shape also means memory that fits again and no kernel that
         # is compiled anew.
-        self.equal_lengths = groups.pipeline.size() > 1 or device.type == "cuda"
+        self.equal_lengths = groups.pipeline.size() > 1 or gpu
         # Buffers inside of which collectives run are of one shape for the whole run.
-        self.one_length = longest_row(config, groups, device) if config.model.tp_comm_overlap else None
+        self.one_length = longest_row(config, gpu=gpu) if config.model.tp_comm_overlap else None
 
     def build(self, examples: Examples, indices: np.ndarray) -> StepBatch:
         """The step that is made of ``examples[indices]``, on the device."""
@@ -280,21 +278,6 @@ class BatchBuilder:
         costs = example_tokens(lengths, self.share_prompt)
         longest = max(int(costs[positions].sum()) for positions in plan)
         return -(-max(longest, 1) // self.pad_to_multiple) * self.pad_to_multiple
-
-
-def row_multiple(config: Config, groups: ParallelGroups, device: torch.device) -> int:
-    """What the length of every row divides by: equal parts for all ranks, and whole tiles of GPUs' products."""
-    return math.lcm(
-        2 * groups.context.size() if groups.context.size() > 1 else 1,
-        groups.context.size() * groups.tensor.size() if config.model.sequence_parallel else 1,
-        GPU_TILE if device.type == "cuda" else 1,
-    )
-
-
-def longest_row(config: Config, groups: ParallelGroups, device: torch.device) -> int:
-    """Tokens of the longest row that there can be, with its padding."""
-    multiple = row_multiple(config, groups, device)
-    return -(-config.data.row_budget // multiple) * multiple
 
 
 def fed_tokens(lengths: np.ndarray, *, share_prompt: bool) -> int:

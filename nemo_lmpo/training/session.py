@@ -35,7 +35,7 @@ from nemo_lmpo.runtime.environment import uses_gpu
 from nemo_lmpo.runtime.flight_recorder import record_collectives
 from nemo_lmpo.runtime.launch import LaunchInfo
 from nemo_lmpo.sizing.memory import moment_bytes
-from nemo_lmpo.training.batches import longest_row
+from nemo_lmpo.sizing.row_length import longest_row
 from nemo_lmpo.training.facts import banner_facts
 from nemo_lmpo.training.optimizer import build_optimizer, build_scheduler
 from nemo_lmpo.training.parts import PolicyFiles, StepBatches, start_policy
@@ -223,7 +223,7 @@ def open_session(config: Config, launch: LaunchInfo, checked: Preflight | None =
             communication_buffers(
                 config.model,
                 groups,
-                row_tokens=longest_row(config, groups, device),
+                row_tokens=longest_row(config, gpu=device.type == "cuda"),
                 hidden_size=base.architecture.hidden_size,
             ),
         ):

@@ -39,6 +39,7 @@ def install(folder: Path) -> None:
     # It imports all names at once, which the stand-in makes when they are asked for.
     importlib.import_module("transformer_engine.pytorch.cpp_extensions").__getattr__ = extension.__getattr__  # type: ignore[method-assign]
     _say_that_there_is_cuda()
+    _keep_on_the_cpu()
 
 
 @contextmanager
@@ -113,6 +114,7 @@ def _answer_as_a_gpu() -> None:
         major=9, minor=0, multi_processor_count=132, name="H100 of the emulation", total_memory=80 * 2**30
     )
     cuda.is_current_stream_capturing = lambda: False
+    torch.version.cuda = "12.9"  # from which on there are products in blocks of FP8
 
 
 def _say_that_there_is_cuda() -> None:
@@ -133,6 +135,40 @@ def _say_that_there_is_cuda() -> None:
         patch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
         utils._empty_tensor()  # makes the one that it gives from then on
     base._dummy_wgrads = _DummyGradients()
+
+
+def _keep_on_the_cpu() -> None:
+    """What names a GPU outside of forward, where nothing turns its name into the CPU's."""
+    from transformer_engine.pytorch import distributed, quantized_tensor
+    from transformer_engine.pytorch.tensor import float8_blockwise_tensor, float8_tensor
+
+    def without_device(make: Any) -> Any:
+        def make_empty(quantizer: Any, shape: Any, *, device: object = None, **named: Any) -> Any:
+            return make(quantizer, shape, device=torch.device("cpu"), **named)
+
+        return make_empty
+
+    for module in (quantized_tensor, float8_tensor, float8_blockwise_tensor):
+        for name, kind in vars(module).items():
+            if name.endswith("Quantizer") and kind.__module__ == module.__name__ and "make_empty" in vars(kind):
+                kind.make_empty = without_device(kind.make_empty)
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    group: Any = torch.distributed
+    manager = group._coalescing_manager
+
+    def coalescing_manager(*arguments: Any, **named: Any) -> Any:
+        asking = sys._getframe(1).f_globals["__name__"]
+        ours = asking.startswith("transformer_engine.")
+        return _one_after_the_other() if ours else manager(*arguments, **named)
+
+    group._coalescing_manager = coalescing_manager
+
+
+@contextmanager
+def _one_after_the_other() -> Iterator[Any]:
+    """Collectives that NCCL would run as one, which gloo cannot: they are done when they return."""
+    yield types.SimpleNamespace(wait=lambda: None)
 
 
 def _is_cuda(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
 """Stands in for `transformer_engine_torch`, Transformer Engine's compiled module, on CPUs.
 
-Only what training in float32 and bfloat16 calls is here, each operation by its definition, computed in float32 or
-float64 and rounded once. Anything else that Transformer Engine calls raises and names itself. The arguments are those
-of 2.11 and of 2.20, as their Python passes them; what the compiled module itself would refuse cannot be seen here.
+Only what training calls is here, each operation by its definition, computed in float32 or float64 and rounded once;
+what FP8 adds is in `fp8.py`. Anything else that Transformer Engine calls raises and names itself. The arguments are
+those of 2.11 and of 2.20, as their Python passes them; most of what the compiled module would refuse cannot be seen
+here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,28 @@ import torch
 from torch import Tensor
 
 from tests.flash_reference import Spans
+from tests.te_emulation import fp8
+from tests.te_emulation.fp8 import (  # noqa: F401  # asked of this module
+    FP8BwdTensors,
+    FP8FwdTensors,
+    bgrad_quantize,
+    create_empty_quantized_tensor,
+    dequantize,
+    fp8_transpose,
+    quantize,
+    swap_first_dims,
+)
+from tests.te_emulation.userbuffers import (  # noqa: F401  # asked of this module
+    CommOverlap,
+    CommOverlapHelper,
+    CommOverlapP2P,
+    CommOverlapType,
+    after_product,
+    before_product,
+    device_supports_multicast,
+    get_stream_priority_range,
+    ubuf_built_with_mpi,
+)
 
 CALLS: dict[str, int] = {}
 """How often each operation ran in this process."""
@@ -34,15 +57,16 @@ def _count(operation: str) -> None:
     CALLS[operation] = CALLS.get(operation, 0) + 1
 
 
-def _torch_dtype(dtype: Any) -> torch.dtype:
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """Torch's dtype of one of Transformer Engine's."""
     return dtype if isinstance(dtype, torch.dtype) else _DTYPES[DType(int(dtype)).name]
 
 
 def generic_gemm(
     A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor | None, quantizer: object, out_dtype: Any,
     bias: Tensor | None, bias_dtype: object, gelu: bool, gelu_in: object, grad: bool, workspace: object, size: int,
-    accumulate: bool, split_accumulator: bool, *, comm_overlap: object, comm_type: object, extra_output: Tensor | None,
-    bulk_overlap: bool, alpha: float, beta: float | None,
+    accumulate: bool, split_accumulator: bool, *, comm_overlap: CommOverlap | None, comm_type: Any,
+    extra_output: Tensor | None, bulk_overlap: bool, alpha: float, beta: float | None,
 ) -> tuple[Tensor, Tensor | None, None, Tensor | None]:  # fmt: skip
     """The product of cuBLAS, whose matrices are column-major: read row-major, ``op(B) op(A)``.
 
@@ -51,24 +75,33 @@ def generic_gemm(
     _count("gemm_accumulated" if accumulate else "gemm")
     assert quantizer is None
     assert not gelu
-    assert comm_overlap is None
-    assert extra_output is None
     assert alpha == 1.0
     assert beta in (None, 0.0, 1.0)
-    left, right = (operand.reshape(-1, operand.shape[-1]).float() for operand in (B, A))
-    product = torch.mm(left.t() if transb else left, right.t() if transa else right)
+    before_product(comm_overlap, comm_type)
+    if fp8.is_quantized(A) or fp8.is_quantized(B):
+        _count("gemm_fp8")
+        assert fp8.is_quantized(A), "both operands are in FP8, or none"
+        assert fp8.is_quantized(B), "both operands are in FP8, or none"
+        left, right = fp8.operand_matrix(B, by_rows=not transb), fp8.operand_matrix(A, by_rows=transa).t()
+        bias_gradient = None  # was taken with the rounding
+        assert not (grad and bias is not None)
+    else:
+        left, right = (operand.reshape(-1, operand.shape[-1]).float() for operand in (B, A))
+        bias_gradient = left.sum(dim=0).to(torch_dtype(bias_dtype)) if grad and bias is not None else None
+        left, right = left.t() if transb else left, right.t() if transa else right
+    product = torch.mm(left, right)
     if bias is not None and not grad:
         product += bias.float()
     if not transb:
-        product = product.reshape(*B.shape[:-1], -1)
+        product = product.reshape(*B.size()[:-1], -1)
     if out is None:
         assert not accumulate
-        out = product.to(A.dtype if out_dtype is None else _torch_dtype(out_dtype))
+        out = product.to(A.dtype if out_dtype is None else torch_dtype(out_dtype))
     else:
         assert out.shape == product.shape
         out.copy_(out.float() + product if accumulate else product)
-    bias_gradient = left.sum(dim=0).to(_torch_dtype(bias_dtype)) if grad and bias is not None else None
-    return out, bias_gradient, None, None
+    after_product(comm_overlap, comm_type, out, bulk=bulk_overlap, out=extra_output)
+    return out, bias_gradient, None, extra_output
 
 
 def te_general_grouped_gemm(
@@ -105,9 +138,11 @@ def rmsnorm_fwd(
 ) -> tuple[Tensor, None, Tensor]:  # fmt: skip
     """The normed rows, no mean, and the inverse of each row's root mean square, which backward is given again."""
     _count("rmsnorm_fwd")
-    assert quantizer is None
+    assert quantizer is None or out is None
     inverse = torch.rsqrt(hidden.float().pow(2).mean(dim=-1) + eps)
-    normed = (hidden.float() * inverse[..., None] * _gamma(weight, zero_centered)).to(_torch_dtype(dtype))
+    normed = (hidden.float() * inverse[..., None] * _gamma(weight, zero_centered)).to(torch_dtype(dtype))
+    if quantizer is not None:
+        return quantize(normed, quantizer), None, inverse.reshape(-1)
     return (normed if out is None else out.copy_(normed)), None, inverse.reshape(-1)
 
 

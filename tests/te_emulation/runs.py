@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.training_runs import COMMON, train
@@ -40,12 +41,22 @@ def as_on_a_gpu() -> Iterator[pytest.MonkeyPatch]:
     from nemo_lmpo.training import policy
     from tests.flash_reference import flash_on_cpu
 
-    h100 = Device(gpu=True, name="H100 of the emulation", capability=(9, 0), flash=True)
+    h100 = Device(gpu=True, name="H100 of the emulation", capability=(9, 0), flash=True, cuda=(12, 9))
     with flash_on_cpu(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "this_device", lambda *, use_cuda: h100)
         patch.setattr(cpu_adapter, "_without_fused_optimizers", list)
         patch.setattr(mixture, "_fused_permutation", lambda: False)  # kernels in Triton, which need a GPU
+        patch.setattr(dist, "is_backend_available", lambda _: True)
+        for name in ("new_group", "new_subgroups_by_enumeration"):
+            patch.setattr(dist, name, _on_gloo(getattr(dist, name)))
         yield patch
+
+
+def _on_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
+    def make_groups(*arguments: Any, backend: object = None, **named: Any) -> Any:
+        return make(*arguments, backend="gloo" if backend == "nccl" else backend, **named)
+
+    return make_groups
 
 
 @contextmanager
@@ -205,3 +216,79 @@ def train_offloaded(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         train(launch, run_dir, ("optim.cpu_offload=true", *overrides))
     return stepped[0], stepped[1]
+
+
+def train_by_hand(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], kind: str) -> None:
+    """On megatron-core's own layers, whose products are in FP8 by its definition."""
+    from tests.te_emulation.fp8_by_hand import products_in_fp8
+
+    with products_in_fp8(kind):
+        train(launch, run_dir, overrides)
+
+
+def gradients(
+    launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], by_hand: str | None = None
+) -> dict[str, Any]:
+    """Main gradients of the first step's pairs on Transformer Engine's layers, or on those of :func:`train_by_hand`."""
+    from nemo_lmpo.config.recipe import load_recipe
+    from nemo_lmpo.training.session import open_session
+    from tests.te_emulation.fp8_by_hand import products_in_fp8
+
+    config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", *overrides])
+    on = as_on_a_gpu() if by_hand is None else products_in_fp8(by_hand)
+    with on, open_session(config, launch) as session:
+        batch = session.steps.builder.build(session.data.train, session.steps.sampler.pairs_of_step(0))
+        session.policy.prepare_for_training_step()
+        session.policy.run_batch(batch, forward_only=False)
+        (model,) = session.policy.models
+        return {_name(name): parameter.main_grad.clone().numpy() for name, parameter in model.named_parameters()}
+
+
+def _name(of_parameter: str) -> str:
+    """As on megatron-core's own layers, which keep norms beside the linear layers."""
+    for inside, beside in (
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    ):
+        of_parameter = of_parameter.replace(inside, beside)
+    return of_parameter
+
+
+def linear_in_fp8(launch: LaunchInfo, kind: str) -> tuple[list[Any], list[Any]]:
+    """Output and gradients of Transformer Engine's linear layer with megatron-core's recipe of ``kind``; by hand."""
+    from types import SimpleNamespace
+
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from transformer_engine import pytorch as te
+
+    from nemo_lmpo.model.build import FP8
+    from nemo_lmpo.runtime.cpu_adapter import on_cpu
+    from tests.te_emulation.fp8_by_hand import in_fp8
+
+    torch.manual_seed(0)
+    # Columns of very different sizes, so that scales of blocks and of the whole differ.
+    states = (torch.randn(1, 256, 384) * torch.logspace(-3, 3, 384)).bfloat16()
+    upstream = torch.randn(1, 256, 128).bfloat16()
+    recipe = SimpleNamespace(**FP8[kind], fp8_dot_product_attention=False)
+    with on_cpu(), as_on_a_gpu():
+        layer = te.Linear(384, 128, bias=False, params_dtype=torch.bfloat16, device="cpu")
+        weight = layer.weight.detach().clone().requires_grad_()
+        first, second = states.clone().requires_grad_(), states.clone().requires_grad_()
+        with te.fp8_autocast(enabled=True, fp8_recipe=get_fp8_recipe(recipe)):
+            found = layer(first)
+        found.backward(upstream)
+        expected = in_fp8(second, weight, kind)
+        expected.backward(upstream)
+        pairs: Any = ((found, expected), (first.grad, second.grad), (layer.weight.grad, weight.grad))
+    mine, by_hand = ([tensor.detach().float().numpy() for tensor in part] for part in zip(*pairs, strict=True))
+    return mine, by_hand
+
+
+def train_on_userbuffers(
+    launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]
+) -> list[tuple[list[int], int, int]]:
+    """Shape, bytes of a number and ranks of each buffer that training asked for."""
+    from tests.te_emulation.userbuffers import ASKED
+
+    train_te(launch, run_dir, overrides)
+    return [(shape, dtype.itemsize, ranks) for shape, dtype, ranks in ASKED]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemo_lmpo.config.schema import ModelConfig
@@ -13,7 +15,7 @@ from nemo_lmpo.runtime.transformer_engine import TransformerEngine
 CPU = Device(gpu=False)
 V100 = Device(True, "Tesla V100-SXM2-32GB", (7, 0), flash=True)
 A100 = Device(True, "NVIDIA A100-SXM4-80GB", (8, 0), flash=True)
-H100 = Device(True, "NVIDIA H100 80GB HBM3", (9, 0), flash=True)
+H100 = Device(True, "NVIDIA H100 80GB HBM3", (9, 0), flash=True, cuda=(12, 6))
 NO_FLASH = Device(True, "NVIDIA H100 80GB HBM3", (9, 0), flash=False)
 NONE = TransformerEngine(problem="Transformer Engine is not installed (pip install it)")
 TE = TransformerEngine("2.11.0")
@@ -144,9 +146,11 @@ def test_fp8_and_overlapped_collectives_need_transformer_engine_and_fp8_an_h100(
 ) -> None:
     assert choose(monkeypatch, H100, TE, fp8="tensorwise", tp_comm_overlap=True).transformer_engine
     assert choose(monkeypatch, A100, TE, tp_comm_overlap=True).transformer_engine
+    assert choose(monkeypatch, replace(H100, cuda=(12, 9)), TE, fp8="blockwise").transformer_engine
     for device, engine, options, expected in (
         (A100, TE, {"fp8": "hybrid"}, r"model\.fp8=hybrid needs a GPU of compute capability 9\.0 .* has 8\.0; unset"),
         (H100, NONE, {"fp8": "blockwise"}, r"model\.fp8=blockwise needs Transformer Engine's layers: .* not installed"),
+        (H100, TE, {"fp8": "blockwise"}, r"model\.fp8=blockwise needs .* CUDA 12\.9 or newer, and this one has 12\.6"),
         (H100, OTHER_TE, {"tp_comm_overlap": True}, r"model\.tp_comm_overlap=true needs .*2\.20\.2 is outside"),
         (CPU, NONE, {"fp8": "tensorwise"}, r"model\.fp8=tensorwise needs Transformer Engine's layers: there is no GPU"),
     ):

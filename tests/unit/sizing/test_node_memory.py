@@ -9,7 +9,7 @@ import pytest
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
 from nemo_lmpo.formats.architecture import architecture_from_hf
-from nemo_lmpo.sizing.host_memory import background_bytes, block_bytes, foreground_bytes
+from nemo_lmpo.sizing.host_memory import background_bytes, block_bytes, foreground_bytes, offloaded_bytes
 
 # Queries, keys and values; attention's output; gate, up and down; two norms a layer; two vocabulary matrices.
 TENSORS = [(6144 * 4096, 32), (4096 * 4096, 32), (14336 * 4096, 3 * 32), (4096, 2 * 32), (128256 * 4096, 2)]
@@ -55,6 +55,15 @@ def test_while_training_waits_each_writer_holds_a_block_of_each_size() -> None:
     """TP 2: blocks of 2^25 (queries, keys, values), 2^24, 2^26, 2^29 and 2^13 bytes, twice that in float32."""
     sizes = {2**25, 2**24, 2**26, 2**29, 2**13} | {2**26, 2**25, 2**27, 2**30, 2**14}
     assert foreground_bytes(layout_of(1)) == 4 * 2 * sum(sizes)
+
+
+def test_an_optimizer_on_the_host_has_its_gradients_there_too() -> None:
+    """12 bytes of states per parameter, once for all replicas of both halves, and pinned float32 gradients."""
+    parameters = sum(number * times for number, times in TENSORS)
+    assert offloaded_bytes(layout_of(1)) == 0
+    found = offloaded_bytes(layout_of(1, "optim.cpu_offload=true"))
+    assert found == pytest.approx(12 * parameters + blocks(4, 2), rel=0.01)
+    assert offloaded_bytes(layout_of(2, "optim.cpu_offload=true", "trainer.num_nodes=2")) == pytest.approx(found / 2)
 
 
 def test_blocks_are_powers_of_two() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
+from nemo_lmpo.errors import ConfigError
 from nemo_lmpo.formats.architecture import architecture_from_hf
 from nemo_lmpo.sizing.flops import shape_of
 from nemo_lmpo.sizing.memory import estimate_memory
@@ -140,6 +141,22 @@ def test_the_plan_counts_what_is_executed(name: str, loss: tuple[str, ...], engi
         moved += 8 * -(-found.row.predicted // split.chunk) * VOCABULARY // split.tensor
     assert sum(counted.moved.values()) == pytest.approx(moved, rel=0.2)
     assert counted.num_kernels == pytest.approx(executed.num_kernels, rel=0.15)
+
+
+def test_gradients_are_added_inside_of_products_with_transformer_engine_only() -> None:
+    """8 bytes per weight of the layers, for the 10 of a kernel that reads the gradient, too."""
+    matrices = LAYERS * (LAYER - 2 * 4096) // 4
+    inside, apart = (trace("tp4", transformer_engine=engine).micro_batch.moved for engine in (True, False))
+    assert inside["gradients"] == 8 * matrices
+    assert "gradients" not in apart
+    assert apart["add_"] - inside["add_"] == pytest.approx(10 * matrices)
+
+
+@pytest.mark.parametrize("setting", ["model.fp8=hybrid", "model.tp_comm_overlap=true"])
+def test_what_only_layers_of_transformer_engine_do_is_refused(setting: str) -> None:
+    given = layout("tp4", "trainer.precision=bf16", "logging.samples=0", setting)
+    with pytest.raises(ConfigError, match=f"^{setting} cannot be traced: .* use dry_run=plan or dry_run=true"):
+        trace_rank(given, 0, transformer_engine=True)
 
 
 def test_recomputation_trades_memory_for_a_second_forward() -> None:
