@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf, verify
 from nemo_lmpo.export.write import export_run
 from nemo_lmpo.formats.grown_source import GrownSource
 from nemo_lmpo.formats.model_files import open_model
@@ -64,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("data.row_tokens=null", "model.global_batch_size=8", "trainer.max_epochs=30", "trainer.max_steps=null"),
         *("optim.lr=5e-3", f"data.add_special_tokens=[{','.join(repr(mark) for mark in MARKS)}]"),
     )
-    run_workers(1, train, str(folder / "run"), overrides, timeout=200)
+    run_workers(1, train, str(folder / "run"), overrides, str(folder / "policy.nemo"), timeout=200)
     export_run(folder / "run", folder / "hf")
     return folder
 
@@ -73,6 +74,25 @@ def test_transformers_stops_behind_the_answer(exported: Path) -> None:
     words, model = AutoTokenizer.from_pretrained(exported / "hf"), AutoModelForCausalLM.from_pretrained(exported / "hf")
     assert [len(words(mark, add_special_tokens=False)["input_ids"]) for mark in MARKS] == [1, 1]
     assert model.config.vocab_size == len(words) == 261
+    prompt = words.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert words.decode(answer) == f"{ANSWER}<|im_end|>"
+
+
+@pytest.mark.parametrize("form", ["the run", "its archive", "the export as .nemo"])
+def test_the_grown_model_goes_through_nemo_and_back(form: str, exported: Path, tmp_path: Path) -> None:
+    """Rows and tokens that were added are there in every form, and so are template and end of turn."""
+    source = {"the run": exported / "run", "its archive": exported / "policy.nemo"}.get(form, tmp_path / "m.nemo")
+    if form == "the export as .nemo":
+        assert hf_to_nemo(["--input", str(exported / "hf"), "--output", str(source), "--verify", "--quiet"]) == 0
+    assert nemo_to_hf(["--input", str(source), "--output", str(tmp_path / "hf"), "--quiet"]) == 0
+    assert verify(["--hf", str(tmp_path / "hf"), "--nemo", str(source), "--quiet"]) == 0
+    expected, found = (load_file(folder / "hf" / "model.safetensors") for folder in (exported, tmp_path))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found["model.embed_tokens.weight"].shape[0] == found["lm_head.weight"].shape[0] == 261
+    words, model = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert words.convert_tokens_to_ids(list(MARKS)) == [259, 260]
     prompt = words.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert words.decode(answer) == f"{ANSWER}<|im_end|>"

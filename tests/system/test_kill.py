@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.distributed.test_conversations import conversations
 from tests.distributed.training_runs import metrics_of, weights_of
 from tests.system.processes import SMALL, training
 
@@ -26,9 +28,20 @@ COMMAND = (
 )
 
 
-def finish(directory: Path) -> None:
+def sft_command(folder: Path, *more: str) -> tuple[str, ...]:
+    """SFT on conversations of one to three turns, which each run tokenizes for itself."""
+    lines = [json.dumps(row) + "\n" for row in conversations(60)]
+    for name, part in (("train", lines), ("validation", lines[:10])):
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    paths = (f"data.{name}.path={folder / name}.jsonl" for name in ("train", "validation"))
+    lengths = ("data.max_length=80", "data.max_prompt_length=40", "data.validation.split=train", "data.cache_dir=cache")
+    every = ("trainer.val_check_interval=4", "checkpoint.save_interval=2")
+    return ("--config-name", "sft_tiny", *SMALL, "run_dir=run", *paths, *lengths, *every, *more)
+
+
+def finish(directory: Path, command: tuple[str, ...] = COMMAND) -> None:
     """Let the command run to its end."""
-    with training(COMMAND, directory) as process:
+    with training(command, directory) as process:
         process.join(timeout=150)
         assert process.exitcode == 0, (directory / "output").read_text()
 
@@ -67,26 +80,40 @@ def working_in(directory: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    finish(whole)
-    rng = random.Random(20)
-    killed_while_saving = 0
-    for attempt in range(KILLS):
-        with training(COMMAND, killed) as process:
-            kill_at_random(process, killed, rng, while_saving=attempt % 2 == 0)
-        killed_while_saving += bool(being_written(killed))
-    assert killed_while_saving > 0, "no kill came while a checkpoint was written"
-    finish(killed)
+def assert_alike(killed: Path, whole: Path, steps: int) -> None:
+    """What a killed run ends with are the bits of one that was left alone, and nothing else is left of it."""
     assert metrics_of(killed / "run") == metrics_of(whole / "run")
-    found, expected = weights_of(killed / "run", STEPS), weights_of(whole / "run", STEPS)
+    found, expected = weights_of(killed / "run", steps), weights_of(whole / "run", steps)
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert not being_written(killed)
     assert not working_in(killed)
+
+
+def kill_and_compare(command: tuple[str, ...], tmp_path: Path, *, steps: int, kills: int, seed: int) -> None:
+    """Kill a run so often, every other time while it saves, and let it end as another one that is left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    finish(whole, command)
+    rng = random.Random(seed)
+    killed_while_saving = 0
+    for attempt in range(kills):
+        with training(command, killed) as process:
+            kill_at_random(process, killed, rng, while_saving=attempt % 2 == 0)
+        killed_while_saving += bool(being_written(killed))
+    assert killed_while_saving > 0, "no kill came while a checkpoint was written"
+    finish(killed, command)
+    assert_alike(killed, whole, steps)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    kill_and_compare(COMMAND, tmp_path, steps=STEPS, kills=KILLS, seed=20)
+
+
+def test_sft_on_conversations_killed_and_resumed(tmp_path: Path) -> None:
+    kill_and_compare(sft_command(tmp_path, "trainer.max_steps=12"), tmp_path, steps=12, kills=2, seed=4)
 
 
 def writer_at_work(process: Any, directory: Path) -> psutil.Process:
