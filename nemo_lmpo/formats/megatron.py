@@ -31,6 +31,8 @@ from nemo_lmpo.formats.source import TensorSource, check_tied, raise_if_any
 _PREFIX = re.compile(rf"((?:model\.|module\.)*){re.escape(EMBEDDING)}")
 _MOST_PADDING = 128 * 64
 """Rows are padded to 128 times the tensor-parallel size, and no model is split over more than 64 GPUs."""
+_SINGLETON = re.compile(r"\.weight_[wv]")
+"""Gate and up projection by themselves, where megatron-core saves with `singleton_local_shards`."""
 _NOT_WEIGHTS = re.compile(r"_extra_state|rotary_pos_emb\.inv_freq$")
 
 
@@ -103,6 +105,11 @@ class MegatronSource(TensorSource):
 
     def _check(self) -> None:
         stored = self._checkpoint.tensors
+        if singletons := sorted(key for key in stored if _SINGLETON.search(key)):
+            raise CheckpointError(
+                f"{self.origin} was saved with megatron-core's singleton_local_shards ({singletons[0]}), which is not "
+                f"supported; load it with megatron-core and save it without"
+            )
         expected: set[str] = set()
         wrong_shapes = []
         for rule, place in rules_by_place(self._architecture):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.mixture_runs import EP, TP, assert_equal_runs, balance, run
 from tests.distributed.training_runs import metrics_of
@@ -73,8 +75,12 @@ def test_first_loss_of_dpo(memory: bool, tmp_path: Path) -> None:
     assert metrics_of(found)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def save_as_megatron_core_does(launch: LaunchInfo, start: str, output: str) -> None:
-    """Save a model of megatron-core's local layers as they come, whose norms have a dense model's names."""
+def save_as_megatron_core_does(launch: LaunchInfo, start: str, output: str, form: str) -> None:
+    """Save a model of megatron-core's local layers as they come, whose norms have a dense model's names.
+
+    Its experts are one after the other, or its own ones of a single matrix (`weight1`, `weight2`) for the package
+    grouped_gemm, which is not needed to save them.
+    """
     from megatron.core import dist_checkpointing
 
     from nemo_lmpo.convert.megatron import megatron_model
@@ -84,11 +90,29 @@ def save_as_megatron_core_does(launch: LaunchInfo, start: str, output: str) -> N
     with megatron_model(model.architecture, model.source) as built:
         for layer in built.decoder.layers:
             layer.submodules_config.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-        dist_checkpointing.save(built.sharded_state_dict(prefix="model."), output)
+            if form == "grouped_gemm":
+                layer.mlp.experts = in_single_matrices(layer.mlp.experts)
+        metadata = {"singleton_local_shards": True} if form == "singletons" else None
+        dist_checkpointing.save(built.sharded_state_dict(prefix="model.", metadata=metadata), output)
 
 
-def test_what_megatron_core_saves(tmp_path: Path) -> None:
-    """Experts that it computes one after the other, stored as its grouped ones are."""
+def in_single_matrices(experts: Any) -> Any:
+    """megatron-core's `GroupedMLP` with the weights of its experts that are computed one after the other."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe import experts as of_megatron_core
+
+    of_megatron_core.gg.assert_grouped_gemm_is_available = lambda: None
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    grouped = of_megatron_core.GroupedMLP(experts.num_local_experts, experts.config, groups)
+    for whole, name in ((grouped.weight1, "linear_fc1"), (grouped.weight2, "linear_fc2")):
+        each = torch.stack([expert.get_submodule(name).weight.T for expert in experts.local_experts])
+        whole.data.view(each.shape).copy_(each)
+    return grouped
+
+
+@pytest.mark.parametrize("form", ["sequential", "grouped_gemm"])
+def test_what_megatron_core_saves(form: str, tmp_path: Path) -> None:
+    """All of its experts are stored in one form, that of Transformer Engine's grouped ones."""
     from nemo_lmpo.formats.archive import DirectoryFiles
     from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
     from nemo_lmpo.formats.megatron import MegatronSource
@@ -97,12 +121,28 @@ def test_what_megatron_core_saves(tmp_path: Path) -> None:
 
     start = save("qwen3_moe", tmp_path / "hf")
     (tmp_path / "saved").mkdir()
-    run_workers(1, save_as_megatron_core_does, str(start), str(tmp_path / "saved"))
+    run_workers(1, save_as_megatron_core_does, str(start), str(tmp_path / "saved"), form)
     stored, expected = DistributedCheckpoint(DirectoryFiles(tmp_path / "saved")), open_model(start)
     assert tuple(stored.tensors["model.decoder.layers.mlp.experts.experts.linear_fc1.weight"].size) == (2, 6, 80, 64)
     assert "model.decoder.layers.mlp.linear_fc1.layer_norm_weight" in stored.tensors
     found = MegatronSource(stored, expected.architecture)
     assert all(torch.equal(found.get(name), expected.source.get(name)) for name in expected.source.names())
+
+
+def test_singletons_of_megatron_core_are_refused(tmp_path: Path) -> None:
+    """Each expert, and gate and up projection, in a tensor of its own."""
+    from nemo_lmpo.formats.archive import DirectoryFiles
+    from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
+    from nemo_lmpo.formats.megatron import MegatronSource
+    from nemo_lmpo.formats.model_files import open_model
+    from tests.unit.formats.tiny_models import save
+
+    start = save("mixtral", tmp_path / "hf")
+    (tmp_path / "saved").mkdir()
+    run_workers(1, save_as_megatron_core_does, str(start), str(tmp_path / "saved"), "singletons")
+    stored = DistributedCheckpoint(DirectoryFiles(tmp_path / "saved"))
+    with pytest.raises(CheckpointError, match=r"singleton_local_shards \(model\.decoder.*weight_v\).*save it without"):
+        MegatronSource(stored, open_model(start).architecture)
 
 
 def test_adapters_on_attention(tmp_path: Path) -> None:
