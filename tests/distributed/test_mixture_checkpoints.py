@@ -13,6 +13,8 @@ import torch
 from nemo_lmpo.errors import CheckpointError
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.mixture_runs import EP, TP, assert_equal_runs, balance, run
+from tests.distributed.test_layouts import assert_same_metrics_in_bfloat16
+from tests.distributed.test_rounded_moments import moments_of
 from tests.distributed.training_runs import metrics_of
 from tests.distributed.workers import run_workers
 
@@ -43,6 +45,21 @@ def test_one_two_one(one_process: Path, tmp_path: Path) -> None:
     second = resumed_from(first, 2, tmp_path / "one")
     run(1, second, (*balance("sequence"), *HALT))
     assert_equal_runs(second, one_process)
+
+
+def test_bfloat16_moments_of_experts_resume_bit_for_bit(tmp_path: Path) -> None:
+    """Moments of experts and of the rest are in two optimizers, each rounded by itself and shared by its own ranks."""
+    rounded = ("trainer.precision=bf16", "optim.moments_dtype=bf16", "optim.use_distributed_optimizer=true")
+    whole = run(2, tmp_path / "whole", (*rounded, *HALT, *EP))
+    again = resumed_from(whole, 1, tmp_path / "again")
+    run(2, again, (*rounded, *HALT, *EP))
+    assert metrics_of(again)[-1] == metrics_of(whole)[-1]
+    expected = moments_of(whole, 3)
+    assert any("experts" in name for name in expected)
+    assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16}
+    assert all(tensor.equal(expected[name]) for name, tensor in moments_of(again, 3).items())
+    alone = run(1, tmp_path / "one", (*rounded, *HALT))
+    assert_same_metrics_in_bfloat16(metrics_of(whole), metrics_of(alone))
 
 
 def test_export_is_what_transformers_loads(one_process: Path, tmp_path: Path) -> None:

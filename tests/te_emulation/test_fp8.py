@@ -49,6 +49,27 @@ def test_a_linear_layer_multiplies_what_was_rounded(kind: str, host: Host) -> No
         assert distance(mine, by_hand) < 2.0**-8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_fp8_by_hand(kind: str, host: Host, tmp_path: Path) -> None:
+    """Nearer to the definition of their own kind than to that of any other, and than to BF16.
+
+    Numbers that differ by a rounding to BF16 may fall into another step of FP8, so that these are not equal.
+    """
+    (found,) = host.run(1, runs.gradients, str(tmp_path / "te"), (*BF16, f"model.fp8={kind}"))
+    (expected,) = host.run(1, runs.gradients, str(tmp_path / kind), BF16, kind)
+    (plain,) = host.run(1, runs.gradients, str(tmp_path / "bf16"), BF16)
+    another = "tensorwise" if kind == "hybrid" else "hybrid"
+    (other,) = host.run(1, runs.gradients, str(tmp_path / another), BF16, another)
+    assert found.keys() == expected.keys()
+    linear = [name for name in found if "linear" in name and "norm" not in name]
+    assert len(linear) == 4 * LAYERS
+    near, far, elsewhere = (
+        math.hypot(*(distance(found[name], there[name]) for name in linear)) for there in (expected, plain, other)
+    )
+    assert near < far
+    assert near < elsewhere
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "blockwise"])
 def test_steps_are_those_of_fp8_by_hand(kind: str, host: Host, reference: Reference, tmp_path: Path) -> None:
     """Over steps, with forward passes between them: FP8 copies of weights that were stale would be seen at once."""
