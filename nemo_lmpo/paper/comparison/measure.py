@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.builtin.tiny_task import is_right
 from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.loss.packages import find_options
 from nemo_lmpo.paper.comparison.runs import MEASURED_FILE
 from nemo_lmpo.paper.comparison.scales import Scale
 from nemo_lmpo.report.read import VALIDATION, Metrics, read_config, read_metrics
@@ -59,7 +60,8 @@ def _answers(run: Path, scale: Scale) -> tuple[dict[str, float], list[dict[str, 
         torch.set_num_threads(config["trainer"]["num_threads"])
     generator = load_generator(run)
     data = DataConfig(**{**config["data"], "validation": DatasetConfig(**config["data"]["validation"])})
-    pairs = load_preference_dataset(data, data.validation, generator.tokenizer, name="validation")
+    takes = find_options(config["loss"]["name"]).takes
+    pairs = load_preference_dataset(data, data.validation, generator.tokenizer, name="validation", takes=takes)
     chosen = [pairs[index] for index in range(min(scale.answers, len(pairs)))]
     prompts = [pair.prompt_ids for pair in chosen]
     responses = generator.respond(prompts, Sampling(max_new_tokens=scale.answer_tokens, batch_size=32))

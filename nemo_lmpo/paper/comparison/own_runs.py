@@ -22,7 +22,7 @@ from nemo_lmpo.report.read import VALIDATION, Run, read_run
 from nemo_lmpo.report.summary import leaves, setting
 from nemo_lmpo.runtime.files import replace_file
 
-_WHOLE_RUN = ("pairs_per_second", "tokens_per_second")
+_WHOLE_RUN = ("pairs_per_second", "conversations_per_second", "answers_per_second", "tokens_per_second")
 _COUNTERS = ("step", "epoch", "consumed_pairs")
 _WORDS = {SHOWN: "higher", CONTRADICTED: "lower", NO_DIFFERENCE: "equal", NOT_MEASURED: "no common seed"}
 
