@@ -29,11 +29,19 @@ _SETTINGS = (
     "trainer.precision",
     "model.seed",
 )
+# Shown where the first of them is set: adapters, and what balances a mixture.
+_GROUPS = (
+    ("model.peft.name", "model.peft.rank", "model.peft.alpha", "model.peft.dropout", "model.peft.target_modules"),
+    ("model.moe_aux_loss", "model.moe_aux_loss_coefficient"),
+    ("model.moe_freeze_router",),
+)
 # Shown where the model is split.
 _PARALLEL_SIZES = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.expert_tensor_parallel_size",
 )
 _LONGEST_VALUE = 160
 
@@ -90,7 +98,8 @@ def settings_rows(run: Run) -> list[tuple[str, str]]:
     others = [(name, setting(run.config, name)) for name in _SETTINGS]
     sizes = [(name, setting(run.config, name)) for name in _PARALLEL_SIZES]
     split = [(name, value) for name, value in sizes if value != 1]
-    return [(name, _text(value)) for name, value in [*loss, *others, *split] if value is not None]
+    groups = [(name, setting(run.config, name)) for names in _GROUPS if setting(run.config, names[0]) for name in names]
+    return [(name, _text(value)) for name, value in [*loss, *others, *groups, *split] if value is not None]
 
 
 def best_step(run: Run) -> tuple[int, str] | None:

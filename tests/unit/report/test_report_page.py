@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,26 @@ def test_settings(make_run: Callable[..., Path]) -> None:
         ("optim.lr", "6e-07"),
         ("trainer.precision", "bf16"),
         ("model.tensor_model_parallel_size", "2"),  # and no size of 1
+    ]
+
+
+def test_settings_of_adapters_and_experts(make_run: Callable[..., Path]) -> None:
+    """Where they are on, with what belongs to them; a router that is trained is not told."""
+    run = read_run(make_run())
+    peft = {"name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": ["q_proj", "up_proj"]}
+    off = {"moe_freeze_router": False, "expert_tensor_parallel_size": 1}
+    balance = {"moe_aux_loss": "sequence", "moe_aux_loss_coefficient": 0.01, "expert_model_parallel_size": 4, **off}
+    plain = settings_rows(replace(run, config={"model": {"peft": {**peft, "name": None}, **off}}))
+    assert plain == []
+    assert settings_rows(replace(run, config={"model": {"peft": peft, **balance}})) == [
+        ("model.peft.name", "lora"),
+        ("model.peft.rank", "8"),
+        ("model.peft.alpha", "16"),
+        ("model.peft.dropout", "0"),
+        ("model.peft.target_modules", "['q_proj', 'up_proj']"),
+        ("model.moe_aux_loss", "sequence"),
+        ("model.moe_aux_loss_coefficient", "0.01"),
+        ("model.expert_model_parallel_size", "4"),
     ]
 
 
