@@ -87,7 +87,7 @@ fuzz: $(STAMP) | $(LLAMA_CPP)  ## thousands of damaged inputs, 70 chat templates
 	$(BIN)/python -m pytest tests/fuzz
 
 test-slurm: $(STAMP)  ## templates on a local Slurm (Debian, root)
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest tests/slurm tests/fuzz/test_slurm_rounds.py
 
 TE_PYTHON_LATEST := .te-python-latest
 $(TE_PYTHON_LATEST): constraints-te-latest.txt | $(STAMP)

@@ -20,10 +20,7 @@ run_evaluation() { # SUITE,SUITE,... OPTION...
         esac
         shift
     done
-    [ -n "$model" ] || die "give --model: $usage"
-    setup_job
-    announce 1
-    trap stop_server EXIT
+    begin "$model" "$usage"
     start_server "$model"
     for suite in "${suites[@]}"; do
         local options=(--model "$model" --endpoint "http://127.0.0.1:$server_port" "${shared[@]}")
@@ -37,33 +34,49 @@ run_evaluation() { # SUITE,SUITE,... OPTION...
     remove_job_dir
 }
 
-# Samples from a server, and scores when it is gone: the GPUs are the reward model's then.
+# Samples from a server, and scores when it is gone: the GPUs are the reward model's then. Where the pairs are there
+# already, nothing is served: a chain of jobs that is submitted again passes quickly over what is done.
 run_pairs() { # --model MODEL --output DIR OPTION...
     local usage="sbatch slurm/pairs.sbatch --model runs/RUN --output pairs/NAME --prompts SOURCE --reward-model MODEL"
-    local model="" rest=()
+    local model="" output="" rest=()
     while [ $# -gt 0 ]; do
         case $1 in
             --model) [ -z "$model" ] || die "give one --model a job"; model=${2:-}; shift ;;
             --model=*) [ -z "$model" ] || die "give one --model a job"; model=${1#--model=} ;;
-            --endpoint* | --served-name*) die "$1 is the job's own; leave it out" ;;
+            --endpoint* | --served-name* | --until*) die "$1 is the job's own; leave it out" ;;
+            --output) output=${2:-}; rest+=("$1" "$output"); shift ;;
+            --output=*) output=${1#--output=}; rest+=("$1") ;;
             *) rest+=("$1") ;;
         esac
         shift
     done
-    [ -n "$model" ] || die "give --model: $usage"
+    [ -n "$output" ] || die "give --output: $usage"
+    begin "$model" "$usage"
+    local again="failed; see above, and submit the same line again to resume"
+    if [ -f "$output/pairs.json" ]; then
+        server_port=9 served_model=none # which nobody asks
+    else
+        start_server "$model"
+    fi
+    local pairs=(-m nemo_lmpo.pairs --model "$model" --endpoint "http://127.0.0.1:$server_port"
+        --served-name "$served_model" "${rest[@]}")
+    if [ -n "${server_pid:-}" ]; then
+        say "pairs: sampling"
+        in_step "$NEMO_LMPO_PYTHON" "${pairs[@]}" --until sample || die "sampling $again"
+        stop_server
+    fi
+    say "pairs: scoring and choosing"
+    in_step "$NEMO_LMPO_PYTHON" "${pairs[@]}" || die "scoring $again"
+    say "the pairs are done"
+    remove_job_dir
+}
+
+# What jobs with a server begin with; the server ends with the job, however it ends.
+begin() { # MODEL USAGE
+    [ -n "$1" ] || die "give --model: $2"
     setup_job
     announce 1
     trap stop_server EXIT
-    start_server "$model"
-    local where=(--model "$model" --endpoint "http://127.0.0.1:$server_port" --served-name "$served_model")
-    local again="failed; see above, and submit the same line again to resume"
-    say "pairs: sampling"
-    in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.pairs "${where[@]}" "${rest[@]}" --until sample || die "sampling $again"
-    stop_server
-    say "pairs: scoring and choosing"
-    in_step "$NEMO_LMPO_PYTHON" -m nemo_lmpo.pairs "${where[@]}" "${rest[@]}" || die "scoring $again"
-    say "the pairs are done"
-    remove_job_dir
 }
 
 # A command on the job's node, in the container if there is one; beside the server, so with --overlap.

@@ -54,7 +54,18 @@ def _hash_tensors(files: ModelFiles, progress: Callable[[int], object]) -> str:
     return digest.hexdigest()
 
 
-def claim_folder(folder: Path, name: str, identity: Mapping[str, Any], what: str = "an evaluation") -> None:
+_ANEW = "choose another --output, or remove that folder to start anew"
+
+
+def claim_folder(
+    folder: Path,
+    name: str,
+    identity: Mapping[str, Any],
+    what: str = "an evaluation",
+    *,
+    begun: bool = True,
+    remedy: str = _ANEW,
+) -> None:
     """Note what a folder's stage is made of, or see that it is the same as before.
 
     Args:
@@ -62,20 +73,22 @@ def claim_folder(folder: Path, name: str, identity: Mapping[str, Any], what: str
         name: of the file in it that holds the note.
         identity: what the stage is made of.
         what: the folder holds, for the message.
+        begun: whether anything of the stage is there. If not, another command's note does not bind this one.
+        remedy: what a user can do, for the message.
 
     Raises:
         ConfigError: another one was begun there; names what differs.
     """
     path = folder / name
     wanted: dict[str, Any] = json.loads(json.dumps(identity))  # tuples are lists in files
-    if path.exists():
+    if begun and path.exists():
         before = read_json(path)
         differing = [key for key in sorted(before.keys() | wanted.keys()) if before.get(key) != wanted.get(key)]
         if differing:
             key = differing[0]
             raise ConfigError(
                 f"{folder} holds {what} with {key} {_short(before.get(key))}, this one has "
-                f"{_short(wanted.get(key))}; choose another --output, or remove that folder to start anew"
+                f"{_short(wanted.get(key))}; {remedy}"
             )
         return
     write_json(path, wanted)

@@ -11,6 +11,8 @@ CONVERSATION_SCHEMAS = ("conversation", "completion", "instruction")
 """Layouts of `data.train.schema` whose rows have no rejected answer."""
 IN_EVERY_LAYOUT = ("prompt_id", "id", "system", "history", "tools", "chat_template_kwargs")
 """Columns that have the same meaning in every layout."""
+ABOUT_OWN_PAIRS = ("score_chosen", "score_rejected", "tokens_chosen", "tokens_rejected", "candidates")
+"""Columns in which `nemo-lmpo pairs` keeps how a pair came about. A row that has all of them is one of its rows."""
 ROW_FIELDS = (
     *(*PAIR_FIELDS, *COMPLETION_FIELDS, *CONVERSATION_FIELDS, *INSTRUCTION_FIELDS),
     *(*ANSWER_LISTS, *SCORE_LISTS, *RANK_LISTS, *IN_EVERY_LAYOUT),

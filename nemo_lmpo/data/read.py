@@ -143,7 +143,8 @@ def _found(path: str, split: str, limit: int | None, form: TextFormat) -> Source
 def _pairs_within(folder: Path) -> Path | None:
     """The file of a folder that `nemo-lmpo pairs` made.
 
-    Not by `datasets`: it takes a folder whose files were written again for the one that it has in its cache.
+    The pairs alone are the data. As a folder of `datasets`, the stages' journals and the page would count as its
+    content, too: a run could not resume once the sampled model's files were copied, whose times `work/` notes.
     """
     if not (folder / PAIRS_SUMMARY).is_file():
         return None

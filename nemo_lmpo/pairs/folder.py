@@ -29,3 +29,9 @@ STAYS_HERE = (f"{WORK}/*", ".*")
 def pairs_file(folder: Path, form: str) -> Path:
     """Where the pairs lie."""
     return folder / f"pairs.{form}"
+
+
+def is_begun(work: Path, *journals: str) -> bool:
+    """Whether a stage has left rows."""
+    paths = [work / name for name in journals]
+    return any(path.is_file() and path.stat().st_size > 0 for path in paths)

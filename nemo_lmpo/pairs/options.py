@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,11 @@ PUBLISHED_TEMPERATURE, PUBLISHED_TOP_P, PUBLISHED_TOKENS = 0.8, 0.95, 4096
 """Of SimPO's sets of own answers."""
 PATHS = ("pooling", "classify", "score")
 SAMPLE, SCORE, CHOOSE = "sample", "score", "choose"
+DECIDE_NOTHING = (
+    *("quiet", "concurrency", "requests_per_minute", "retries", "key", "judge_key", "reward_key"),
+    *("judge_endpoint", "reward_endpoint"),
+)
+"""Options that may differ between commands that continue the same rounds: pace, keys, and where servers are."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def words_of(options: argparse.Namespace) -> list[str]:
-    """The options that :func:`add_options` adds as words of a command line, those at their defaults left out."""
+def words_of(options: argparse.Namespace, leave_out: Sequence[str] = ()) -> list[str]:
+    """The options that :func:`add_options` adds as words of a command line, those at their defaults left out.
+
+    Args:
+        options: of a command line.
+        leave_out: names of further ones.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     add_options(parser)
     words: list[str] = []
     for action in parser._actions:
         value = getattr(options, action.dest)
-        if value == action.default:
+        if value == action.default or action.dest in leave_out:
             continue
         values = value if isinstance(value, list) else [value]
         words += [action.option_strings[0], *([] if value is True else map(str, values))]

@@ -94,11 +94,12 @@ def _run_stages(
 ) -> None:
     folder: Path = options.output
     work = folder / files.WORK
+    # Before the first sample: what is wrong with a scorer is told now, not after hours of sampling.
+    scorer = None if options.until == SAMPLE else choose_scorer(options, asked.prompts, work)
     answered = collect_candidates(plan, work, quiet=options.quiet)
-    if options.until == SAMPLE:
+    if scorer is None:
         _logger.info("sampled: %s", work / files.SAMPLES)
         return
-    scorer = choose_scorer(options, asked.prompts, work)
     scored = collect_scores(answered, scorer, work, quiet=options.quiet)
     if options.until == SCORE:
         _logger.info("scored: %s", work / files.SCORES)
@@ -107,10 +108,14 @@ def _run_stages(
     made_of = content_hash(
         json.loads(json.dumps([plan.identity(), scorer.identity(), _rule(options, rule), options.format, FORMAT]))
     )
-    if _is_complete(folder, options.format, made_of):
+    complete = _is_complete(folder, options.format, made_of)
+    if complete and not options.push_to_hub:
         _logger.info("%s is complete; remove it to choose again", folder / files.SUMMARY)
         return
     chosen = choose_pairs(scored, rule, length_control=options.length_control)
+    if complete:  # but its card may not have the name on the hub
+        _describe(folder, options, read_json(folder / files.SUMMARY), chosen)
+        return
     summary = _summary(options, plan, scorer, rule, asked, not_asked, chosen)
     write_pairs(folder, options, chosen, [model["name"] for model in summary["models"]])
     _describe(folder, options, summary, chosen)

@@ -61,7 +61,8 @@ def collect_candidates(plan: SamplePlan, work: Path, *, quiet: bool) -> list[Ans
         ConfigError: the folder holds candidates of other models, prompts or settings.
         UserError: a model cannot answer; what was answered is kept.
     """
-    claim_folder(work, files.SAMPLE_SETTINGS, plan.identity(), "candidates")
+    begun = files.is_begun(work, files.SAMPLES)
+    claim_folder(work, files.SAMPLE_SETTINGS, plan.identity(), "candidates", begun=begun)
     wanted = sum(len(model.prompts) for model in plan.models) * len(plan.seeds)
     with Journal(work / files.SAMPLES, "id") as journal:
         done = len(journal.rows)

@@ -70,7 +70,9 @@ def collect_scores(answered: Sequence[Answered], scorer: Scorer, work: Path, *, 
         DataError: not one candidate has a finite score.
         UserError: the scorer cannot score; what it scored is kept.
     """
-    claim_folder(work, files.SCORE_SETTINGS, scorer.identity(), "scores")
+    begun = files.is_begun(work, files.SCORES, files.CALLS)
+    remedy = f"choose another --output, or remove {files.SCORES} and {files.CALLS} there to score these answers anew"
+    claim_folder(work, files.SCORE_SETTINGS, scorer.identity(), "scores", begun=begun, remedy=remedy)
     candidates = [(one.prompt, usable) for one in answered if len(usable := one.usable()) > 1]
     with Journal(work / files.SCORES, "id") as journal:
         names = [candidate.name for _, usable in candidates for candidate in usable]

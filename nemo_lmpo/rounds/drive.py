@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +11,23 @@ from pathlib import Path
 from nemo_lmpo.answers.identity import claim_folder
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.pairs.options import checked_counts, sampling_of, words_of
+from nemo_lmpo.pairs import folder as pairs_files
+from nemo_lmpo.pairs.options import DECIDE_NOTHING, checked_counts, sampling_of, words_of
 from nemo_lmpo.pairs.scorer_choice import check_one_scorer
 from nemo_lmpo.report.read import read_run
 from nemo_lmpo.rounds.numbers import write_numbers
 from nemo_lmpo.rounds.page import write_page
-from nemo_lmpo.rounds.plan import SETTINGS, Rounds
+from nemo_lmpo.rounds.plan import SETTINGS, TRAINING, Rounds
 from nemo_lmpo.runtime import run_files
+from nemo_lmpo.runtime.children import start_following
 from nemo_lmpo.runtime.files import directory_lock
 from nemo_lmpo.runtime.interruption import Interrupted
+from nemo_lmpo.training.preflight import preflight
 
 _OURS = ("model.restore_from_path", "data.train.path", "run_dir", "model.reference_from_path")
 """Settings that differ by round."""
+_STANDIN_PAIRS = "builtin:tiny"
+"""Rows of the kind that rounds train on, for a first look before there are any."""
 _logger = logging.getLogger("nemo_lmpo")
 
 
@@ -49,6 +53,7 @@ def plan_rounds(options: argparse.Namespace) -> Rounds:
             "model.restore_from_path is not set, and random weights answer nothing; give the model to start from, for "
             "example model.restore_from_path=runs/sft_tiny"
         )
+    _check_training(options)
     where = ["--config-dir", str(options.config_dir)] if options.config_dir else []
     others = [word for word in options.overrides if word.partition("=")[0].lstrip("+") != _OURS[0]]
     return Rounds(
@@ -57,9 +62,21 @@ def plan_rounds(options: argparse.Namespace) -> Rounds:
         ["--config-name", options.config_name, *where, *others],
         config.model.restore_from_path,
         words_of(options),
+        words_of(options, leave_out=DECIDE_NOTHING),
         config.loss.needs_reference,
         options.reference,
     )
+
+
+def _check_training(options: argparse.Namespace) -> None:
+    """See before anything is sampled that a training can start, but for its pairs.
+
+    Raises:
+        UserError: settings, model, tokenizer, template or validation data cannot be used.
+    """
+    overrides = [*options.overrides, f"data.train.path={_STANDIN_PAIRS}"]
+    config = load_recipe(options.config_name, overrides, config_dir=options.config_dir)
+    preflight(config, options.processes, fetch=False, owns_directory=False)
 
 
 def run_rounds(options: argparse.Namespace) -> None:
@@ -74,7 +91,7 @@ def run_rounds(options: argparse.Namespace) -> None:
     except OSError as error:
         raise ConfigError(f"--output {rounds.folder} cannot be made ({error.strerror}); choose another one") from None
     with directory_lock(rounds.folder, option="--output "):
-        claim_folder(rounds.folder, SETTINGS, _identity(rounds), "rounds")
+        _claim(rounds)
         for number in range(1, rounds.count + 1):
             if is_finished(rounds.run_dir(number)):
                 continue
@@ -92,14 +109,20 @@ def run_rounds(options: argparse.Namespace) -> None:
     _logger.info("all rounds are done: %s", page)
 
 
-def _identity(rounds: Rounds) -> dict[str, object]:
-    """More rounds may be asked for later."""
-    return {
-        "recipe": list(rounds.recipe),
-        "start": rounds.start,
-        "pairs": list(rounds.pair_words),
-        "reference": rounds.reference,
-    }
+def _claim(rounds: Rounds) -> None:
+    """Note what the rounds are made of, or see that it is as before. More of them may be asked for later.
+
+    Nothing binds before it was used: a training that cannot start is corrected without sampling anew.
+
+    Raises:
+        ConfigError: other rounds were begun there.
+    """
+    sampled = pairs_files.is_begun(rounds.pairs_dir(1) / pairs_files.WORK, pairs_files.SAMPLES)
+    pairs = {"start": rounds.start, "pairs": list(rounds.deciding_words)}
+    claim_folder(rounds.folder, SETTINGS, pairs, "rounds", begun=sampled)
+    trained = any((rounds.run_dir(1) / run_files.CHECKPOINTS).glob("step_*"))
+    training = {"recipe": list(rounds.recipe), "reference": rounds.reference}
+    claim_folder(rounds.folder, TRAINING, training, "rounds", begun=trained)
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -118,7 +141,7 @@ def run_command(name: str, arguments: Sequence[str], processes: int) -> None:
     if processes > 1:
         launcher = Path(sys.executable).with_name("torchrun")
         command = [str(launcher), "--standalone", "--nproc-per-node", str(processes), "-m", module, *arguments]
-    with subprocess.Popen(command) as process:
+    with start_following(command) as process:
         try:
             status = process.wait()
         except Interrupted:

@@ -2,7 +2,8 @@
 
 A rounds folder::
 
-    settings.json      what decides every round
+    settings.json      what decides the pairs of every round
+    training.json      what decides the trainings
     round_1/pairs/     a pairs folder of the start model's answers
     round_1/run/       the run directory of the training on them
     round_2/ ...       the same from round_1's policy
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FIRST, PREVIOUS = "first", "previous"
-SETTINGS, NUMBERS, PAGE, PICTURE, LAST = "settings.json", "rounds.json", "rounds.html", "rounds.png", "last"
+SETTINGS, TRAINING = "settings.json", "training.json"
+NUMBERS, PAGE, PICTURE, LAST = "rounds.json", "rounds.html", "rounds.png", "last"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Rounds:
     """The first model."""
     pair_words: Sequence[str]
     """Options of `pairs` but for model and output."""
+    deciding_words: Sequence[str]
+    """Those of them that decide the pairs."""
     needs_reference: bool
     reference: str = FIRST
 

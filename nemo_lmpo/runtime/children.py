@@ -1,4 +1,4 @@
-"""Forked processes that end with the run, however it ends."""
+"""Processes that end with the one that started them, however it ends."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before it could be followed
         os._exit(1)
+
+
+def start_following(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command that is asked to end (SIGTERM) when this process ends, even by a kill.
+
+    It has a process group of its own: Ctrl-C in a terminal reaches this process alone, which passes on one signal. Two
+    would end the command before it has saved. Start it from the main thread: Linux ties the command to the thread.
+    """
+    parent = os.getpid()
+    return subprocess.Popen(command, process_group=0, preexec_fn=lambda: _die_with(parent, signal.SIGTERM))
 
 
 class _Forks:

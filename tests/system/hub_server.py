@@ -48,11 +48,11 @@ def _answer(hub: Hub, path: str, request: bytes) -> tuple[int, Any]:
     if path == "/api/validate-yaml":
         head = json.loads(request)["content"].split("---\n")
         return (200, {"errors": [], "warnings": []}) if len(head) >= 3 and not head[0] else (400, {"errors": []})
-    if found := re.fullmatch(r"/api/models/(.+?)/preupload/main", path):
+    if found := re.fullmatch(r"/api/(?:models|datasets)/(.+?)/preupload/main", path):
         return 200, {"files": [_mode(hub, found[1], one) for one in json.loads(request)["files"]]}
     if path.endswith(".git/info/lfs/objects/batch"):
         return 200, {"transfer": "basic", "objects": [_lfs(hub, one) for one in json.loads(request)["objects"]]}
-    if found := re.fullmatch(r"/api/models/(.+?)/commit/main", path):
+    if found := re.fullmatch(r"/api/(?:models|datasets)/(.+?)/commit/main", path):
         return _commit(hub, found[1], [json.loads(line) for line in request.splitlines()])
     return 404, {"error": f"the stand-in does not know {path}"}
 
@@ -63,7 +63,7 @@ def _create(hub: Hub, asked: dict[str, Any]) -> tuple[int, Any]:
     name = f"{asked['organization']}/{asked['name']}"
     status = 409 if name in hub.repositories else 200
     hub.repositories.setdefault(name, asked)
-    return status, {"url": f"{hub.url}/{name}"}
+    return status, {"url": f"{hub.url}/{'datasets/' if asked.get('type') == 'dataset' else ''}{name}"}
 
 
 def _mode(hub: Hub, repository: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _handler(hub: Hub) -> type[JsonHandler]:
         """What the hub says in a header, from where its client takes it."""
 
         def do_GET(self) -> None:
-            name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+            name = "/".join(self.path.split("/")[3:5])  # /api/models/OWNER/NAME, or datasets
             known = name in hub.repositories
             if self._may():
                 self.send_json(200 if known else 404, {"id": name, "sha": _COMMIT} if known else {"error": "not found"})

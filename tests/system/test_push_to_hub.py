@@ -86,8 +86,8 @@ def note(event, arguments):
         with open({path!r}, "a") as file:
             file.write(repr((event, arguments[:2])) + "\\n")
 sys.addaudithook(note)
-sys.argv = ["nemo-lmpo export", *{arguments!r}]
-runpy.run_module("nemo_lmpo.export", run_name="__main__")
+sys.argv = ["nemo-lmpo {module}", *{arguments!r}]
+runpy.run_module("nemo_lmpo.{module}", run_name="__main__")
 """
 
 
@@ -98,7 +98,8 @@ def test_the_token_is_in_no_file_no_line_and_no_argument(run: Path, hub: Hub, tm
     home = tmp_path / "home"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_HUB_VERBOSITY": "debug"}
-    program = SEEN_IN_PROCESSES.format(path=str(tmp_path / "processes"), arguments=[str(run), "--push-to-hub", NAME])
+    words = [str(run), "--push-to-hub", NAME]
+    program = SEEN_IN_PROCESSES.format(path=str(tmp_path / "processes"), module="export", arguments=words)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) is accepted, done.stderr

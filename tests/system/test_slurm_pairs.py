@@ -59,6 +59,17 @@ def test_the_server_is_gone_when_answers_are_scored(job: Job) -> None:
         assert "--served-name /models/served --output pairs/mine --prompts x y.jsonl --reward-model rm" in line
 
 
+def test_nothing_is_served_where_the_pairs_are_there(job: Job) -> None:
+    (job.folder / "pairs" / "mine").mkdir(parents=True)
+    (job.folder / "pairs" / "mine" / "pairs.json").touch()
+    said = run(job, "--model", "runs/a", *OPTIONS)
+    assert "server" not in said
+    assert said.splitlines()[-1] == "slurm: the pairs are done"
+    (asked,) = (job.folder / "asked").read_text().splitlines()
+    assert asked.startswith("gone ")
+    assert "--until" not in asked
+
+
 def test_what_fails_can_be_submitted_again(job: Job) -> None:
     said = run(job, "--model=runs/a", *OPTIONS, status=1, TEST_SAMPLE="3")
     assert "sampling failed; see above, and submit the same line again to resume" in said
@@ -71,6 +82,8 @@ def test_what_fails_can_be_submitted_again(job: Job) -> None:
         (OPTIONS, "give --model"),
         (("--model", "a", "--model", "b"), "give one --model a job"),
         (("--model", "a", "--endpoint", "http://x"), "--endpoint is the job's own; leave it out"),
+        (("--model", "a", "--until", "sample"), "--until is the job's own; leave it out"),
+        (("--model", "a", "--prompts", "x"), "give --output"),
     ],
 )
 def test_what_a_job_cannot_do(job: Job, options: tuple[str, ...], said: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_lmpo.config.row_fields import ANSWER_LISTS, IN_EVERY_LAYOUT
+from nemo_lmpo.config.row_fields import ABOUT_OWN_PAIRS, ANSWER_LISTS, IN_EVERY_LAYOUT
 from nemo_lmpo.data.messages import Message, RowError, is_list, kind, label, row_inputs, text, text_of
 from nemo_lmpo.data.rows.conversations import (
     conversation_field,
@@ -177,7 +177,8 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[Row, set[str]]]] = {
 
 def _with_columns(parsed: Row, row: Mapping[str, Any], used: set[str]) -> Row:
     """The row with what its other columns say."""
-    known = used.union(IN_EVERY_LAYOUT)
+    of_own_pairs = ABOUT_OWN_PAIRS if row.keys() >= set(ABOUT_OWN_PAIRS) else ()
+    known = used.union(IN_EVERY_LAYOUT, of_own_pairs)
     unused = [str(name) for name, value in row.items() if name not in known and not _is_empty(value)]
     unused = sorted(unused, key=lambda name: (name not in MEANINGFUL_COLUMNS, name))[:_MOST_COLUMNS]
     columns, inputs = tuple(map(label, unused)), row_inputs(row)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.answers.sampling import NEUTRAL
+from nemo_lmpo.config.row_fields import ABOUT_OWN_PAIRS
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.builtin.tiny_tokenizer import tiny_tokenizer
 from nemo_lmpo.data.preference import load_preference_dataset
+from nemo_lmpo.data.read import open_source
 from nemo_lmpo.errors import ConfigError, DataError, UserError
 from nemo_lmpo.pairs import run as pairs_run
 from nemo_lmpo.pairs.__main__ import main
@@ -85,6 +88,28 @@ def test_training_reads_the_folder(whole: Path, tmp_path: Path) -> None:
             tiny_tokenizer().decode(data[place].responses[0].ids, skip_special_tokens=True) for place in range(3)
         ]
         assert sorted(map(str.strip, decoded)) == sorted(row["chosen"] for row in rows[:3])
+        assert not data.summary.columns  # each column of ours is known
+    strict = replace(config, on_unused_fields="error")
+    assert len(load_preference_dataset(strict, DatasetConfig(path=str(whole / "pairs")), tiny_tokenizer())) == len(rows)
+    assert {*rows[0]} == {"prompt_id", "prompt", "chosen", "rejected", *ABOUT_OWN_PAIRS}
+    # A column of another set that has the name of one of ours is told of as before.
+    other = [{**row, "candidates": "x"} for row in rows]
+    del other[0]["tokens_chosen"]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    data = load_preference_dataset(config, DatasetConfig(path=str(tmp_path / "other.jsonl")), tiny_tokenizer())
+    assert data.summary.columns == dict.fromkeys(("candidates", "score_chosen", "score_rejected", "tokens_rejected"), 1)
+
+
+def test_what_is_noted_beside_the_pairs_is_not_their_content(whole: Path, tmp_path: Path) -> None:
+    """A run resumes on the same pairs whatever became of the model's files, whose times `work/` notes."""
+    shutil.copytree(whole / "pairs", tmp_path / "pairs")
+    before = open_source(str(tmp_path / "pairs"), "train").fingerprint
+    (tmp_path / "pairs" / "work" / "weights_0.json").write_text("{}")
+    (tmp_path / "pairs" / "report.html").write_text("drawn anew")
+    assert open_source(str(tmp_path / "pairs"), "train").fingerprint == before
+    with (tmp_path / "pairs" / "pairs.jsonl").open("a") as file:
+        file.write("\n")
+    assert open_source(str(tmp_path / "pairs"), "train").fingerprint != before
 
 
 def test_parquet_holds_the_same(whole: Path, policy: Path, tmp_path: Path) -> None:
@@ -291,12 +316,82 @@ def base(policy: Path, tmp_path: Path) -> list[str]:
         (["--reward", FUNCTION, "--endpoint", "http://a", "--endpoint", "http://b"], "1 --model have 2 --endpoint"),
         (["--reward", FUNCTION, "--prompts", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--scores", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--reward", "nowhere:f"], "--reward nowhere:f cannot be imported"),
+        (["--reward-model", "nowhere"], "--reward-model nowhere does not exist"),
+        (["--reward-model", "MODEL"], "--reward-model MODEL has 2 labels; a reward model has one (num_labels: 1)"),
+        (["--reward-endpoint", "http://127.0.0.1:9", "--retries", "0"], "--reward-endpoint http://127.0.0.1:9"),
+        (["--judge-endpoint", "http://127.0.0.1:9", "--retries", "0"], "--judge-endpoint http://127.0.0.1:9"),
     ],
 )
 def test_bad_input_is_one_sentence(
     base: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in refused([*base, *more], capsys)
+    """Before anything is sampled."""
+    more = [base[1] if word == "MODEL" else word for word in more]
+    assert said.replace("MODEL", base[1]) in refused([*base, *more], capsys)
+    assert not list(Path(base[3]).rglob("samples.jsonl"))
+
+
+def function_file(folder: Path, value: str) -> str:
+    """A reward that gives each answer this."""
+    (folder / "own_reward.py").write_text(f"def own(prompt, answers):\n    return [{value} for answer in answers]\n")
+    return f"{folder}/own_reward.py:own"
+
+
+def test_a_scorer_is_corrected_and_the_same_command_goes_on(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a scorer that has kept no score, nothing binds; of one that has, the samples stay."""
+    given, work = [*base, "--reward", function_file(tmp_path, "1 / 0")], tmp_path / "pairs" / "work"
+    said = refused(given, capsys)
+    assert "fails on prompt" in said
+    assert "correct it and run the same command again" in said
+    sampled = (work / "samples.jsonl").read_bytes()
+    function_file(tmp_path, "float('nan')")
+    said = refused(given, capsys)
+    assert "answers has a score (not finite); correct the scorer, remove that file" in said
+    function_file(tmp_path, "float(len(answer))")
+    said = refused(given, capsys)
+    assert "holds scores with code" in said
+    assert "or remove scores.jsonl and judge_calls.jsonl there to score these answers anew" in said
+    (work / "scores.jsonl").unlink()
+    assert main(given) == 0
+    assert (work / "samples.jsonl").read_bytes() == sampled
+
+
+def test_an_endpoint_that_is_down_binds_to_nothing(
+    base: list[str], policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing was sampled over it, so the same folder may be sampled in another way."""
+    down = ["--endpoint", "http://127.0.0.1:9", "--served-name", "m", "--retries", "0"]
+    assert "127.0.0.1:9" in refused([*base, "--reward", FUNCTION, *down], capsys)
+    assert main([*base, "--reward", FUNCTION]) == 0
+
+
+def test_scores_that_are_not_finite_are_counted(base: list[str], tmp_path: Path) -> None:
+    reward = function_file(tmp_path, "float('inf') if answer.startswith(tuple('abcdefghi')) else float(len(answer))")
+    assert main([*base, "--limit", "12", "--reward", reward]) == 0
+    summary = json.loads((tmp_path / "pairs" / "pairs.json").read_text())
+    scores = [json.loads(line) for line in (tmp_path / "pairs" / "work" / "scores.jsonl").read_text().splitlines()]
+    not_finite = sum(row["score"] is None and row["why"] == "not finite" for row in scores)
+    assert summary["counts"]["answers_left_out"]["without a score"] == not_finite > 0
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert not any(row[side].startswith(tuple("abcdefghi")) for row in rows for side in ("chosen", "rejected"))
+
+
+def test_prompts_that_change_between_stages_are_refused(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "sort b a"}\n{"prompt": "sort d c"}\n')
+    given = [*base, "--prompts", str(source), "--reward", FUNCTION]
+    assert main([*given, "--until", "sample"]) == 0
+    sampled = (tmp_path / "pairs" / "work" / "samples.jsonl").read_bytes()
+    source.write_text('{"prompt": "sort b a"}\n{"prompt": "sort d e"}\n')
+    assert "holds candidates with prompts" in refused(given, capsys)
+    source.write_text('{"prompt": "sort b a", "source": "x"}\n{"prompt": "sort d c"}\n')
+    assert main(given) == 0  # what the model sees is as before
+    assert (tmp_path / "pairs" / "work" / "samples.jsonl").read_bytes() == sampled
 
 
 def test_a_folder_of_something_else_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.errors import ConfigError, UserError
-from nemo_lmpo.pairs.options import words_of
+from nemo_lmpo.pairs.options import DECIDE_NOTHING, add_options, words_of
 from nemo_lmpo.rounds import drive
 from nemo_lmpo.rounds.command import build_parser
+from tests.unit.pairs.models import save_policy
 
 PAIRS = (
     "--prompts",
@@ -172,6 +174,62 @@ def test_a_folder_of_other_rounds_is_refused(tmp_path: Path, monkeypatch: pytest
         run(tmp_path, "--rule", "margin:1")
     with pytest.raises(ConfigError, match="holds rounds with start"):
         run(tmp_path, start="model.restore_from_path=other")
+
+
+def test_a_training_that_cannot_start_is_told_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = Stages(monkeypatch)
+    other = str(save_policy(tmp_path / "other"))
+    for more, said in (
+        (("data.validation.path=nowhere.jsonl",), "nowhere.jsonl does not exist"),
+        (("model.global_batch_size=7", "--processes", "2"), "does not divide by the data-parallel size 2"),
+        (("loss.beta=-1",), r"loss.beta=-1"),
+        ((f"model.restore_from_path={other}",), "is another model than the recipe is laid out for"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_with_overrides(tmp_path, *more)
+    assert not stages.asked
+    assert not (tmp_path / "out").exists()
+
+
+def run_with_overrides(folder: Path, *more: str) -> None:
+    options, rest = build_parser("rounds").parse_known_args(arguments(folder, *more))
+    options.overrides = [*options.overrides, *rest]
+    drive.run_rounds(options)
+
+
+def test_a_training_is_corrected_without_sampling_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first checkpoint is there, the recipe may change; the answers bind as soon as there are some."""
+    Stages(monkeypatch, fails_at=1)
+    with pytest.raises(UserError, match="killed"):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match="holds rounds with pairs"):
+        run(tmp_path, "--temperature", "0.5")
+    run_with_overrides(tmp_path, "data.row_tokens=512")
+    (tmp_path / "out" / "round_1" / "run" / "checkpoints" / "step_0000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds rounds with recipe"):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match="holds rounds with reference"):
+        run_with_overrides(tmp_path, "data.row_tokens=512", "--reference", "previous")
+    run_with_overrides(tmp_path, "data.row_tokens=512")
+
+
+def test_pace_and_place_of_servers_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Stages(monkeypatch, fails_at=3)
+    judged = ("--judge-mode", "pairwise")
+    with pytest.raises(UserError, match="killed"):
+        run(tmp_path, *judged)
+    run(tmp_path, *judged, "--concurrency", "2", "--retries", "1", "--requests-per-minute", "9", "--quiet")
+    assert {"--concurrency", "--retries", "--requests-per-minute", "--quiet"} <= set(stages.asked[-1][1])
+    with pytest.raises(ConfigError, match="holds rounds with pairs"):
+        run(tmp_path)
+
+
+def test_what_decides_nothing_are_options() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert set(DECIDE_NOTHING) <= {action.dest for action in parser._actions}
 
 
 def test_words_are_the_options_again(tmp_path: Path) -> None:
