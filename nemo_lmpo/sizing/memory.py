@@ -116,6 +116,8 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
     # attention's output, and around the fused SwiGLU its two inputs and its output.
     outside = 4 * hidden * tokens * size / split
     inside = (query + key_value + 2 * query) * tokens * size / tensor
+    if architecture.family.qk_norm:
+        inside += (query + key_value / 2) * tokens * size / tensor  # laid out for the norms over heads
     if architecture.experts is None:
         inside += 3 * ffn * tokens * size / tensor
     else:
@@ -138,12 +140,12 @@ def activation_bytes(architecture: Architecture, config: Config, row_tokens: int
 def _expert_bytes(experts: Experts, hidden: int, config: Config, tokens: float) -> float:
     """Bytes that a layer's router and experts keep for backward of ``tokens`` with even loads, on a rank.
 
-    Around each expert's activation its two inputs, its output, and that output weighed; a choice's token before and
-    behind the experts; and of the router the float32 logits, softmaxes and maps of choices.
+    Around each expert's activation, which weighs its output by the choice, two inputs and that output; a choice's token
+    before the experts; and of the router the float32 logits, softmaxes and maps of choices.
     """
     size, tensor = number_bytes(config), config.model.expert_tensor_parallel_size
     rows = tokens * experts.per_token * tensor
-    return (4 * experts.ffn_hidden_size / tensor + 2 * hidden) * rows * size + 12 * experts.number * tokens
+    return (3 * experts.ffn_hidden_size / tensor + hidden) * rows * size + 12 * experts.number * tokens
 
 
 def layers_per_chunk(architecture: Architecture, model: ModelConfig) -> int:

@@ -214,17 +214,36 @@ def experts_work(shape: Shape, split: Split, tokens: int, forwards: int) -> Work
     inner = (shape.fc1 + shape.ffn) // split.expert_tensor
     work.moved["activation"] = SIZE * rows * (inner * (forwards + 1) + shape.fc1 // split.expert_tensor)
     layings = 2 if local == 1 or split.expert * split.expert_tensor == 1 else 4
+    if not split.fused:
+        layings *= 2  # the experts' outputs are put together, and rows that meet are added up by two kernels
     work.moved["dispatch"] = SIZE * 2 * layings * (forwards + 1) * tokens * shape.chosen * shape.hidden
     # The softmax, the choice and its map, and what statistics read.
     work.moved["router"] = 4 * 16 * (forwards + 1) * tokens * shape.experts
-    work.kernels["experts"] = 60 * (forwards + 1)
-    sent = SIZE * tokens * shape.chosen * shape.hidden
-    if split.expert > 1:
-        work.send("all-to-all", "expert", sent, split.expert, 2 * forwards + 2)
-    if split.expert_tensor > 1:
-        work.send("all-gather", "expert tensor", sent * split.expert_tensor, split.expert_tensor, forwards + 1)
-        work.send("reduce-scatter", "expert tensor", sent * split.expert_tensor, split.expert_tensor, forwards + 1)
+    # A launch for each expert's product, which is what Transformer Engine's grouped layers do, too; without it also for
+    # its activation and for adding each of its gradients.
+    each_expert = 2 * forwards + 4 if split.fused else 3 * forwards + 7
+    work.kernels["experts"] = 38 + 21 * forwards + local * each_expert
+    _dispatch(work, shape, split, tokens, forwards)
     return work
+
+
+def _dispatch(work: Work, shape: Shape, split: Split, tokens: int, forwards: int) -> None:
+    """What experts' tokens, and the float32 weights of their choices, take to travel there and back."""
+    choices = tokens * shape.chosen
+    sent = choices * shape.hidden
+    if split.expert > 1:
+        work.send("all-to-all", "expert", SIZE * sent, split.expert, 2 * forwards + 2)
+        work.send("all-to-all", "expert", 4 * choices, split.expert, forwards + 1)
+    if split.expert_tensor > 1:
+        # Outputs of parts of an expert are added up in float32, and so are their gradients gathered.
+        cut, group = split.expert_tensor, "expert tensor"
+        work.send("all-gather", group, SIZE * sent * cut, cut, forwards)
+        work.send("all-gather", group, 4 * sent * cut, cut)
+        work.send("all-gather", group, 4 * choices * cut, cut, forwards)
+        work.send("reduce-scatter", group, 4 * sent * cut, cut, forwards)
+        work.send("reduce-scatter", group, SIZE * sent * cut, cut)
+        work.send("reduce-scatter", group, 4 * choices * cut, cut)
+        work.moved["dispatch"] += (SIZE + 4) * (cut + 1) * sent * (forwards + 1)
 
 
 def _tensor_parallel(work: Work, shape: Shape, split: Split, tokens: int, forwards: int) -> None:

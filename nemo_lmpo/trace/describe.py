@@ -26,6 +26,11 @@ def describe_trace(layout: ParallelLayout) -> str:
         warnings.simplefilter("ignore")  # they are about running, which this does not
         traces = [trace_rank(layout, rank, transformer_engine=engine) for rank, engine in _subjects(layout)]
     lines = _head(layout) + _memory(layout, traces) + _work(traces) + _times(layout, traces)
+    if layout.architecture.experts is not None:
+        lines += [
+            "",
+            "Experts get equally many tokens here. Where they do not, the fullest rank takes longer and needs more.",
+        ]
     return "\n".join([*lines, "", "Executed on fake tensors: nothing was trained, read or written."])
 
 

@@ -49,6 +49,7 @@ _KINDS = {
     "_allgather": "all-gather",
     "reduce_scatter": "reduce-scatter",
     "_reduce_scatter": "reduce-scatter",
+    "alltoall": "all-to-all",
     "broadcast": "broadcast",
     "send": "send",
 }
@@ -74,6 +75,8 @@ class Meter(TorchDispatchMode):
         """The one mode of all tensors: those of another would be taken for new ones."""
         self.group_names = group_names or {}
         """What to call a process group, by its ``group_name``."""
+        self.selected: int | None = None
+        """How many elements the next masks select, where that is known."""
         self.now = 0
         """Bytes of memory that is alive."""
         self.peak = 0
@@ -99,6 +102,8 @@ class Meter(TorchDispatchMode):
         if name == "nonzero" and isinstance(args[0], FakeTensor):
             self.work.host_reads += 1
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
+        if name == "masked_select" and self.selected is not None:
+            return self._select(*args)
         if func.namespace == "prim":  # asks where a tensor is
             return func(*args, **kwargs)
         if func.namespace == "c10d":
@@ -110,6 +115,15 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, FakeTensor):
                 self._follow(tensor)
         return out
+
+    def _select(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """As many elements as are known to be selected, which the host waits for."""
+        assert self.selected is not None
+        chosen = tensor.new_empty(self.selected)
+        self.work.host_reads += 1
+        self._count("masked_select", (tensor, mask), (chosen,))
+        self._follow(chosen)
+        return chosen
 
     def _follow(self, tensor: Tensor) -> None:
         """Count a tensor's memory until it is freed."""

@@ -101,13 +101,8 @@ def trace_rank(layout: ParallelLayout, rank: int, *, transformer_engine: bool) -
         transformer_engine: with the fused forms that Transformer Engine brings.
 
     Raises:
-        ConfigError: a mixture of experts, or what only Transformer Engine's own layers do.
+        ConfigError: what only Transformer Engine's own layers do.
     """
-    if layout.architecture.experts is not None:
-        raise ConfigError(
-            f"a {layout.architecture.model_type} cannot be traced: where its tokens go depends on values, which fake "
-            f"tensors have none of; use dry_run=plan, or dry_run=true"
-        )
     _refuse_layers_of_transformer_engine(layout.config)
     micro_batches = micro_batches_to_run(layout)
     with fake_world(layout.world_size, rank):

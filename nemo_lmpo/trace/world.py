@@ -26,10 +26,13 @@ from nemo_lmpo.model import fully_sharded
 from nemo_lmpo.model.kernels import Device, Kernels, choose_kernels
 from nemo_lmpo.parallel.groups import ParallelGroups, destroy_groups
 from nemo_lmpo.runtime.cpu_adapter import on_cpu
+from nemo_lmpo.trace.experts import expert_patches
 from nemo_lmpo.trace.meter import Meter
 
 COMPILED = {
-    "megatron.core.fusions.fused_bias_swiglu": ("swiglu", "swiglu_back", "bias_swiglu", "bias_swiglu_back"),
+    "megatron.core.fusions.fused_bias_swiglu": (
+        *("swiglu", "swiglu_back", "bias_swiglu", "bias_swiglu_back", "weighted_swiglu", "weighted_swiglu_back"),
+    ),
     "megatron.core.fusions.fused_bias_dropout": ("bias_dropout_add_fused_train", "bias_dropout_add_fused_inference"),
 }
 """Functions that megatron-core gives to torch.compile, which makes one kernel of each."""
@@ -128,6 +131,7 @@ def _kernel_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
         (torch.nn.Module, "to", lambda self, *args, **kwargs: self),
         (importlib.import_module("nemo_lmpo.model.norm"), "rms_norm", rms_norm),
         *_sharding_patches(meter),
+        *expert_patches(meter, transformer_engine),
     ]
     if transformer_engine:
         attention = importlib.import_module("megatron.core.transformer.attention")

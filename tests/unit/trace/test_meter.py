@@ -70,13 +70,18 @@ def test_a_fused_region_is_one_kernel_and_keeps_what_it_returns(meter: Meter) ->
 
 
 def test_bytes_that_a_rank_sends(meter: Meter) -> None:
-    """In a ring of 4 each rank sends 3/4 of the whole; an all-reduce is a reduce-scatter and an all-gather."""
+    """In a ring of 4 each rank sends 3/4 of the whole; an all-reduce is a reduce-scatter and an all-gather.
+
+    In an all-to-all it keeps a quarter of what it has.
+    """
     part, whole = torch.empty(KILO), torch.empty(4 * KILO)
     dist.all_reduce(whole)
     dist.all_gather_into_tensor(whole, part)
     dist.reduce_scatter_tensor(part, whole)
+    dist.all_to_all_single(torch.empty(4 * KILO), whole)
     sent = {kind: number for (kind, _), number in meter.work.sent.items()}
-    assert sent == {"all-reduce": 2 * 12 * KILO, "all-gather": 12 * KILO, "reduce-scatter": 12 * KILO}
+    wanted = {"all-reduce": 2 * 12 * KILO, "all-gather": 12 * KILO, "reduce-scatter": 12 * KILO}
+    assert sent == {**wanted, "all-to-all": 12 * KILO}
     assert set(meter.work.calls.values()) == {1}
 
 
