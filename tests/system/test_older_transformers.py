@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_lmpo.convert.command import nemo_to_hf
 from nemo_lmpo.data.builtin.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from nemo_lmpo.export.__main__ import main as export
 from nemo_lmpo.train import main as train
@@ -19,7 +20,9 @@ from tests.system import read_model
 from tests.system.processes import SMALL
 from tests.unit.formats import tiny_models as tiny
 
-FAMILIES = ("llama31", "mistral_v02", "qwen25", "qwen3")
+FAMILIES = ("llama31", "mistral_v02", "qwen25", "qwen3", "mixtral", "qwen3_moe")
+MIXTURES = FAMILIES[4:]
+LORA = ("model.peft.name=lora", "model.peft.rank=4", "model.peft.alpha=32", "optim.lr=1e-2")
 RANDOM = "random weights"
 VARIABLE = "NEMO_LMPO_TRANSFORMERS_4"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +65,10 @@ def exports(older: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for family in FAMILIES:
         start = start_model(family, root / f"start_{family}")
         runs[family] = [f"model.restore_from_path={start}", "model.architecture=null", "model.tokenizer=null"]
+        if family in MIXTURES:
+            # On the export: what transformers 5 saves of a mixture, 4.57 takes for one of 128 experts.
+            base = f"model.restore_from_path={root / family / 'huggingface'}"
+            runs[f"{family} merged"] = [base, *runs[family][1:], *LORA]
     rest = [setting for setting in SMALL if "architecture" not in setting]
     for name, settings in runs.items():
         directory = root / name.replace(" ", "_")
@@ -73,7 +80,12 @@ def exports(older: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             == 0
         )
         assert export([str(directory)]) == 0
-    return {name: root / name.replace(" ", "_") / "huggingface" for name in runs}
+    found = {name: root / name.replace(" ", "_") / "huggingface" for name in runs}
+    for family in MIXTURES:
+        found[f"{family} adapter"] = root / f"{family}_adapter"
+        command = ["--input", str(root / f"{family}_merged"), "--output", str(found[f"{family} adapter"]), "--adapter"]
+        assert nemo_to_hf([*command, "--quiet"]) == 0
+    return found
 
 
 def test_exports_in_transformers_4(older: Path, exports: dict[str, Path]) -> None:
@@ -84,12 +96,18 @@ def test_exports_in_transformers_4(older: Path, exports: dict[str, Path]) -> Non
     assert ended.returncode == 0, ended.stderr
     there = json.loads(ended.stdout.splitlines()[-1])
     assert there["version"].startswith("4.57.")
+    logits_here: dict[str, torch.Tensor] = {}
     for name, directory in exports.items():
         here, found = read_model.read_model(str(directory)), there["found"][str(directory)]
         expected, logits = torch.tensor(here.pop("logits")), torch.tensor(found.pop("logits"))
+        logits_here[name] = expected
         assert found == here, name
         assert expected.std() > 0.01, name
         torch.testing.assert_close(
             logits, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+    for family in MIXTURES:
+        merged, adapted, other = (logits_here[f"{family}{kind}"] for kind in (" merged", " adapter", ""))
+        torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
+        assert (merged - other).abs().max() > 1e-2  # without adapters the run learned something else
     assert "rope_parameters" in (exports["llama31"].parent.parent / "start_llama31" / "config.json").read_text()
