@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ SMALL = (
     *("trainer.max_steps=2", "trainer.val_check_interval=2", "data.validation.limit=8", "model.global_batch_size=8"),
     *("model.architecture.num_hidden_layers=2", "logging.tensorboard=false"),
 )
+
+COUNT = "def count(prompt, answers):\n    return [float(len(one)) for one in answers]\n"
 
 
 def tell(story: str, folder: Path, *settings: str, **variables: str) -> str:
@@ -90,11 +93,40 @@ def test_two_nodes_are_submitted(tmp_path: Path) -> None:
     assert "trainer.max_steps=2" in line
 
 
+def test_a_format_is_counted() -> None:
+    bullet_points = runpy.run_path(str(EXAMPLES / "bullet_points.py"))["bullet_points"]
+    kept = ["- a\n- b\n- c", "* a\n\n\u2022 b\n  - c\n"]
+    half = ["- a\n- b", "a\nb\nc", "Here:\n- b\n- c"]
+    none = ["", "a, b, c", "Three:\n- a\n- b\n- c", "-a\n-b"]
+    assert bullet_points("List 3 things.", kept + half + none) == [1.0] * 2 + [0.5] * 3 + [0.0] * 4
+
+
+def test_follow_a_format(own_pairs: Path, tmp_path: Path) -> None:
+    """The reward is the test's own, as in the story below; the mean of the script's own is printed for both models."""
+    (tmp_path / "lengths.py").write_text(COUNT)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    said = tell(
+        "follow_a_format",
+        tmp_path,
+        *SMALL,
+        "model.global_batch_size=2",
+        PYTHONPATH=path,
+        RECIPE="lmpo_tiny",
+        MODEL=str(own_pairs / "model"),
+        SAMPLES="3",
+        SAMPLING="--limit 24 --max-new-tokens 24 --quiet",
+        REWARD="lengths:count",
+    )
+    work = tmp_path / "follow_a_format"
+    for name in ("model", "run"):
+        answers = [json.loads(line) for line in (work / f"answers_{name}.jsonl").read_text().splitlines()]
+        assert len(answers) == 48
+        assert f"answers_{name}.jsonl: mean reward 0.000; 0 of 48 as asked for" in said
+
+
 def test_pairs_of_its_own(tmp_path: Path) -> None:
     """A function of the test is the reward: it tells all answers apart, so that small samples make pairs."""
-    (tmp_path / "lengths.py").write_text(
-        "def count(prompt, answers):\n    return [float(len(one)) for one in answers]\n"
-    )
+    (tmp_path / "lengths.py").write_text(COUNT)
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     variables = {"SAMPLES": "3", "SAMPLING": "--limit 24 --max-new-tokens 24 --quiet", "REWARD": "lengths:count"}
     tell("pairs_of_its_own", tmp_path, *SMALL, "model.global_batch_size=2", PYTHONPATH=path, **variables)

@@ -76,12 +76,18 @@ def judge(claim: Claim, values: Values) -> Judgement:
     return Judgement(claim, _verdict(difference), *estimates, difference)
 
 
-def _verdict(difference: Estimate) -> str:
-    if difference.mean == 0:
-        return NO_DIFFERENCE
+def interval_of(difference: Estimate) -> Interval | None:
+    """Student's 95 % interval of a mean; None for a single value, which has none."""
     if difference.error is None:
-        return UNDECIDED
+        return None
     from scipy.stats import t as student
 
     half = float(student.ppf(0.975, difference.count - 1)) * difference.error
-    return verdict_of(Interval(difference.mean - half, difference.mean + half))
+    return Interval(difference.mean - half, difference.mean + half)
+
+
+def _verdict(difference: Estimate) -> str:
+    if difference.mean == 0:
+        return NO_DIFFERENCE
+    interval = interval_of(difference)
+    return UNDECIDED if interval is None else verdict_of(interval)
