@@ -224,7 +224,7 @@ def _write_file(
             if isinstance(content, Tensor):
                 torch.save(_on_host(content), cast(IO[bytes], file))
             else:
-                file.write(content.getbuffer())
+                file.write(content.getvalue())  # no copy, and no view that a traceback keeps
             length = file.size - begin
             places.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
         return places, file.finish(), file.size
