@@ -1,7 +1,10 @@
 # Everything runs in a virtual environment of its own, made on first use; see README.md for plain pip commands.
 PYTHON ?= python3
 VENV ?= .venv
+# What `make test-latest` runs on; its environment is made by the same rule as the other.
 LATEST_PYTHON ?= python3.12
+LATEST_VENV ?= .venv-latest
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Processes that share the tests; each imports torch and megatron-core, and starts up to four more.
@@ -21,16 +24,16 @@ SITE := build/site
 NODE := build/node
 
 .PHONY: actionlint api benchmark clean constraints demo docs docs-publish docs-serve eval-env format fuzz help install lint llama-cpp system-packages \
-	te-python test test-distributed test-latest test-models test-slurm test-system test-te test-unit transformers-4 wheel
+	te-python test test-distributed test-latest test-models test-newest test-slurm test-system test-te test-unit transformers-4 wheel
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,dev]'
 	@touch $@
 
 install: $(STAMP)  ## make the environment
@@ -98,12 +101,11 @@ test-te: $(TE_STAMP) $(TE_PYTHON_LATEST)  ## layers of the oldest and the newest
 	for python in $(TE_PYTHON) $(TE_PYTHON_LATEST); do \
 		NEMO_LMPO_TE_PYTHON=$$PWD/$$python $(PYTEST) tests/te_emulation || exit 1; done
 
-test-latest: $(TE_PYTHON_LATEST)  ## unit, distributed and Transformer Engine's tests, all of the newest, on Python 3.12
-	$(LATEST_PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --upgrade pip
-	.venv-latest/bin/python -m pip install --quiet -c constraints-latest.txt -e '.[test]'
-	NEMO_LMPO_TE_PYTHON=$$PWD/$(TE_PYTHON_LATEST) .venv-latest/bin/python -m pytest -n $(TEST_WORKERS) \
-		--dist loadfile tests/unit tests/distributed tests/te_emulation
+test-latest:  ## unit, distributed and Transformer Engine's tests, all of the newest (LATEST_PYTHON=python3.12)
+	$(MAKE) test-newest VENV=$(LATEST_VENV) PYTHON=$(LATEST_PYTHON) CONSTRAINTS=constraints-latest.txt
+
+test-newest: $(STAMP) $(TE_PYTHON_LATEST)
+	NEMO_LMPO_TE_PYTHON=$$PWD/$(TE_PYTHON_LATEST) $(PYTEST) tests/unit tests/distributed tests/te_emulation
 
 lint: $(STAMP)  ## style, types, shell scripts
 	$(BIN)/ruff check .
@@ -147,4 +149,4 @@ wheel: $(STAMP)  ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove environments, builds and caches, not runs
-	rm -rf .venv .venv-latest .venv-eval $(DOCS_VENV) $(OLDER) $(TE_PYTHON) $(TE_PYTHON_LATEST) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LATEST_VENV) .venv-eval $(DOCS_VENV) $(OLDER) $(TE_PYTHON) $(TE_PYTHON_LATEST) $(LLAMA_CPP) build dist .pytest_cache .mypy_cache .ruff_cache
