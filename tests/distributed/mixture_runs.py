@@ -15,6 +15,7 @@ from tests.distributed.workers import run_workers
 STEPS = 3
 TP = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
 EP = ("model.expert_model_parallel_size=2",)
+FSDP = ("model.fsdp=true", "optim.use_distributed_optimizer=true", "optim.overlap_grad_reduce=true")
 SMALL = ("model.architecture.num_hidden_layers=2", "model.architecture.moe_intermediate_size=48")
 RELATIVE = 1e-5
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.mixture_runs import EP, TP, assert_equal_runs, balance, run
+from tests.distributed.mixture_runs import EP, FSDP, TP, assert_equal_runs, balance, run
 
 LAYOUTS = {
     # Whole experts on the ranks of tensor parallelism, which each compute other tokens.
@@ -25,6 +25,8 @@ LAYOUTS = {
         (*EP, "model.context_parallel_size=2", "model.activations_checkpoint_granularity=full"),
         "sequence",
     ),
+    # torch's fully sharded weights, on ranks that hold parts of the same experts.
+    "tp2_dp2_etp2_fsdp": (4, (*TP, *FSDP, "model.expert_tensor_parallel_size=2"), "global_batch"),
     "pp2_dp2_ep2": (4, (*EP, "model.pipeline_model_parallel_size=2"), "sequence"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.mixture_runs import EP, TP, assert_equal_runs, balance, run
+from tests.distributed.mixture_runs import EP, FSDP, TP, assert_equal_runs, balance, run
 
 CP, PP = ("model.context_parallel_size=2",), ("model.pipeline_model_parallel_size=2",)
 VPP = (*PP, "model.virtual_pipeline_model_parallel_size=2")
@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2_dp2_ep4_optimizer": (4, (*TP, "model.expert_model_parallel_size=4", *OPTIMIZER)),
     "tp2_dp2_etp2_ep2_overlap": (4, (*TP, *EP, *ETP, *OVERLAP)),
     "dp2_etp2": (2, ETP),
+    "dp2_fsdp": (2, FSDP),
+    "tp2_dp2_etp2_fsdp_recompute": (4, (*TP, *ETP, *FSDP, *RECOMPUTE)),
     "cp2": (2, CP),
     "cp2_ep2_optimizer": (2, (*CP, *EP, *OPTIMIZER)),
     "cp2_tp2_ep4": (4, (*CP, *TP, "model.expert_model_parallel_size=4")),

@@ -38,11 +38,16 @@ def experts(layout: ParallelLayout) -> Iterator[str]:
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} of a mixture of experts needs "
             f"model.sequence_parallel=true, without which every rank would send the same tokens to the experts; set it"
         )
-    if model.fsdp:
+    if model.fsdp and model.peft.name is not None:
         yield (
-            "model.fsdp=true does not go with a mixture of experts: it shares weights over the data-parallel ranks, "
-            "among which experts lie apart; set it to false, with optim.use_distributed_optimizer=true and "
-            "model.expert_model_parallel_size"
+            f"model.peft.name={model.peft.name} of a mixture of experts does not go with model.fsdp=true, which nobody "
+            f"has tried; set it to false"
+        )
+    if model.fsdp and (expert > 1 or tensor != model.tensor_model_parallel_size):
+        yield (
+            f"model.fsdp=true shares weights over the data-parallel ranks, which have to hold the same parts of the "
+            f"same experts: set model.expert_model_parallel_size=1 and model.expert_tensor_parallel_size="
+            f"{model.tensor_model_parallel_size}, or model.fsdp=false with optim.use_distributed_optimizer=true"
         )
     yield from _adapters(model, layout)
 

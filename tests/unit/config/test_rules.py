@@ -206,7 +206,11 @@ BAD: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("model.fp8=tensorwise", "mixture of experts", "remove it"),
     ),
-    "mixture_fsdp": (("model.fsdp=true",), 1, ("model.fsdp=true", "experts lie apart", "set it to false")),
+    "mixture_fsdp": (
+        ("model.fsdp=true", "model.expert_model_parallel_size=2"),
+        2,
+        ("model.fsdp=true", "same experts", "model.expert_model_parallel_size=1", "or model.fsdp=false"),
+    ),
     "mixture_adapters": (
         ("model.peft.name=lora", "model.peft.target_modules=[q_proj,up_proj,gate_proj]"),
         1,
