@@ -21,10 +21,10 @@ import xxhash
 
 from nemo_lmpo.checkpoint.progress import FORMAT_VERSION, DamageError, Progress, check_version, read_train_state
 from nemo_lmpo.errors import CheckpointError, first_line, printable, shown
+from nemo_lmpo.formats.archive import read_piece
 from nemo_lmpo.formats.distributed_reader import (
     METADATA_FILE,
     as_saved,
-    read_piece,
     state_metadata,
     stored_pieces,
 )

@@ -17,18 +17,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import xxhash
 from torch import Tensor
 
 from nemo_lmpo.checkpoint.agreement import on_main_rank
+from nemo_lmpo.formats.torch_archive import save_into
 from nemo_lmpo.runtime import run_files
 from nemo_lmpo.runtime.threads import thread_pool
 
 WORTH_TWO_WRITERS = 2**28
 """Bytes of a rank's share; of less, one file is written before a second writer has begun."""
-_BLOCK = 2**20
 """Bytes that are summed up and then written while the processor's cache still holds them."""
 
 
@@ -98,25 +98,11 @@ class SummedFile:
         self._file = path.open("wb")
         self._digest = xxhash.xxh3_128()
         self.size = 0
-        self.failure: OSError | None = None
-        """What a write raised: torch's archives only tell that a position was unexpected."""
 
-    def write(self, content: Any) -> int:
+    def write(self, content: memoryview) -> None:
         """Append bytes; all of them."""
-        view = memoryview(content).cast("B")
-        try:
-            for start in range(0, len(view), _BLOCK):
-                block = view[start : start + _BLOCK]
-                self._digest.update(block)
-                self._file.write(block)
-        except OSError as error:
-            self.failure = error
-            raise
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """For torch's archives."""
+        self._digest.update(content)
+        self.size += self._file.write(content)
 
     def finish(self) -> str:
         """Bring the file to the disk and close it; its checksum."""
@@ -212,7 +198,6 @@ def _write_file(
     path: Path, name: str, objects: Sequence[Any], tensors: Sequence[tuple[Any, Tensor]]
 ) -> tuple[list[Any], str, int]:
     """Write one file as torch's distributed checkpoints are: the places of its items, its checksum and its size."""
-    import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.storage import WriteResult
 
@@ -222,14 +207,12 @@ def _write_file(
         for item, content in [*objects, *tensors]:
             begin = file.size
             if isinstance(content, Tensor):
-                torch.save(_on_host(content), cast(IO[bytes], file))
+                save_into(file.write, _on_host(content))
             else:
                 file.write(content.getvalue())  # no copy, and no view that a traceback keeps
             length = file.size - begin
             places.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
         return places, file.finish(), file.size
-    except (OSError, RuntimeError) as error:
-        raise file.failure or error from None
     finally:
         file.abandon()
 

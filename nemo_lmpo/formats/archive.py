@@ -28,6 +28,10 @@ class CheckpointFiles(ABC):
     def open(self, name: str) -> IO[bytes]:
         """A seekable stream; close it after use."""
 
+    @abstractmethod
+    def read_piece(self, name: str, offset: int, length: int) -> bytes:
+        """A part of a large file; less than ``length`` bytes where it ends before."""
+
     def read(self, name: str) -> bytes:
         """The whole content of a small file."""
         with self.open(name) as stream:
@@ -77,6 +81,11 @@ class DirectoryFiles(CheckpointFiles):
         """A stream of the file."""
         return (self._directory / name).open("rb")
 
+    def read_piece(self, name: str, offset: int, length: int) -> bytes:
+        """A part of a file."""
+        with self.open(name) as stream:
+            return read_piece(stream, offset, length)
+
     def read_own(self, name: str) -> bytes:
         """The whole content of a file in the directory itself."""
         return own_file(self._directory, name).read_bytes()
@@ -116,6 +125,12 @@ class TarFiles(CheckpointFiles):
         assert stream is not None, "only plain files are members"
         return stream
 
+    def read_piece(self, name: str, offset: int, length: int) -> bytes:
+        """A part of a member, straight from the archive: `tarfile`'s stream would copy it twice."""
+        member = self._members[name]
+        with self._path.open("rb") as stream:
+            return read_piece(stream, member.offset_data + offset, max(0, min(length, member.size - offset)))
+
     def _add(self, member: tarfile.TarInfo) -> None:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
@@ -138,3 +153,9 @@ class TarFiles(CheckpointFiles):
         if "unexpected end" in str(error):
             return f"{self._path} is cut off in the middle of a member; copy it again"
         return f"{self._path} is not a NeMo file: it is not a readable tar archive ({error})"
+
+
+def read_piece(stream: IO[bytes], offset: int, length: int) -> bytes:
+    """A part of a file; less than ``length`` bytes where it ends before."""
+    stream.seek(offset)
+    return stream.read(length)

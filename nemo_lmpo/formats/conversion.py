@@ -127,11 +127,11 @@ def _write_nemo_tree(sink: Sink, plan: Conversion, hub_name: str | None, progres
     model = plan.model
     section, artifacts = _nemo_tokenizer(model, hub_name)
     config = nemo_config(model.architecture, _PRECISION[plan.dtype], section)
-    sink.add(NEMO_CONFIG, [yaml.safe_dump(config, sort_keys=False).encode()])
+    sink.add(NEMO_CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
     for name, content in artifacts.items():
-        sink.add(name, [content])
+        sink.add(name, content)
     for name, content in hf_files(plan).items():
-        sink.add(f"{EMBEDDED_FOLDER}/{name}", [content])
+        sink.add(f"{EMBEDDED_FOLDER}/{name}", content)
     write_distributed_checkpoint(
         sink,
         NEMO_WEIGHTS,
@@ -192,11 +192,11 @@ def write_huggingface(
     with complete_or_not_at_all(plan.output, overwrite=overwrite) as temporary:
         sink = DirectorySink(temporary)
         for name, content in hf_files(plan).items():
-            sink.add(name, [content])
-        write_safetensors(
+            sink.add(name, content)
+        written = write_safetensors(
             temporary, plan.model.source, dtype=plan.dtype, max_shard_bytes=max_shard_bytes, progress=progress
         )
-        write_record(temporary)
+        write_record(temporary, written=written)
         add_files(temporary)
         sink.close()
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_lmpo.errors import CheckpointError, counted
 from nemo_lmpo.formats.architecture import parse_json
-from nemo_lmpo.formats.archive import CheckpointFiles
+from nemo_lmpo.formats.archive import CheckpointFiles, read_piece
 from nemo_lmpo.formats.safe_metadata import read_metadata
 
 CHECKSUMS_FILE = "checksums.json"
@@ -97,8 +97,7 @@ class DistributedCheckpoint:
         info = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if info is None:
             raise self._unreadable(key, "its place is not recorded")
-        with self._files.open(self._at + info.relative_path) as stream:
-            content = read_piece(stream, info.offset, info.length)
+        content = self._files.read_piece(self._at + info.relative_path, info.offset, info.length)
         name, expected = info.relative_path, self._checksums.get((info.relative_path, info.offset))
         if not (as_saved(content) if expected is None else xxhash.xxh3_64_hexdigest(content) == expected):
             raise self._unreadable(key, f"{name} was changed after it was written: its checksum differs")
@@ -162,12 +161,6 @@ class DistributedCheckpoint:
         if self._at + name not in self._names:
             return None
         return parse_json(self._files.read(self._at + name), f"{self.origin}/{name}")
-
-
-def read_piece(stream: IO[bytes], offset: int, length: int) -> bytes:
-    """A saved tensor or object of a data file; less than ``length`` bytes where the file ends before."""
-    stream.seek(offset)
-    return stream.read(length)
 
 
 def as_saved(content: bytes) -> bool:

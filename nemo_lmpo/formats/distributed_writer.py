@@ -39,6 +39,9 @@ from nemo_lmpo.formats.mapping import (
 )
 from nemo_lmpo.formats.sinks import Sink
 from nemo_lmpo.formats.source import TensorSource, get_fitting
+from nemo_lmpo.formats.steady_file import SteadyFile
+from nemo_lmpo.formats.torch_archive import save_into
+from nemo_lmpo.runtime.threads import one_ahead
 
 Progress = Callable[[str], None]
 """Called with the name of every tensor that is done."""
@@ -65,81 +68,88 @@ def write_distributed_checkpoint(
 ) -> None:
     """Write all tensors of ``source`` into ``folder`` of ``sink``, with ``prefix`` before the keys.
 
-    One stored chunk (a layer's matrix, or a block of the vocabulary) is in memory at a time, beside its bytes.
+    Two stored chunks (a layer's matrix, or a block of the vocabulary) are in memory at a time: one is read while the
+    other is written.
     Vocabulary padding is not stored: loading a padded model fills it with zeros. Each chunk's checksum is kept in a
     file that only this project reads.
 
     Raises:
         CheckpointError: a number of the source is not finite, or ``dtype`` does not hold it.
     """
-    catalog = _Catalog(TensorProperties(dtype=dtype))
-
-    def content() -> Iterator[bytes]:
+    with sink.open(f"{folder}/{_DATA_FILE}") as file:
+        catalog = _Catalog(TensorProperties(dtype=dtype), file)
         for key in _extra_states(architecture, prefix):
-            yield catalog.add_object(key)
-        for rule, place in rules_by_place(architecture):
+            catalog.add_object(key)
+        for rule, place, (row, tensor, done) in one_ahead(_pieces(source, architecture, dtype), "reader"):
             size, lead = megatron_shape(rule, architecture), stacked(rule, architecture)
-            for row, tensor, done in _pieces(rule, place, source, architecture, dtype):
-                offsets = (*rule.index(place), row, *(0 for _ in size[1:]))
-                yield catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
-                for name in done:
-                    progress(name)
-
-    sink.add(f"{folder}/{_DATA_FILE}", content())
+            offsets = (*rule.index(place), row, *(0 for _ in size[1:]))
+            catalog.add_chunk(prefix + rule.megatron, (*lead, *size), offsets, tensor)
+            for name in done:
+                progress(name)
     metadata = pickle.dumps(catalog.metadata)
-    sink.add(f"{folder}/.metadata", [metadata])
-    sink.add(f"{folder}/common.pt", [_saved({})])
-    sink.add(f"{folder}/metadata.json", [json.dumps(_BACKEND).encode()])
+    common = io.BytesIO()
+    torch.save({}, common)
+    sink.add(f"{folder}/.metadata", metadata)
+    sink.add(f"{folder}/common.pt", common.getvalue())
+    sink.add(f"{folder}/metadata.json", json.dumps(_BACKEND).encode())
     checksums = {
         "algorithm": CHECKSUM,
         "metadata": xxhash.xxh3_64_hexdigest(metadata),
         "chunks": {_DATA_FILE: catalog.checksums},
     }
-    sink.add(f"{folder}/{CHECKSUMS_FILE}", [json.dumps(checksums).encode()])
+    sink.add(f"{folder}/{CHECKSUMS_FILE}", json.dumps(checksums).encode())
 
 
 class _Catalog:
     """What lies where in the data file."""
 
-    def __init__(self, properties: TensorProperties) -> None:
+    def __init__(self, properties: TensorProperties, file: SteadyFile) -> None:
         self._properties = properties
+        self._file = file
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._end = 0
         self.metadata = Metadata({}, storage_data=self._storage, version=CURRENT_DCP_VERSION)
         self.checksums: dict[int, str] = {}
 
-    def add_object(self, key: str) -> bytes:
-        """The bytes of an object's place; megatron-core keeps a list of its shards, None in a module without FP8."""
+    def add_object(self, key: str) -> None:
+        """Write an object's place; megatron-core keeps a list of its shards, None in a module without FP8."""
         self.metadata.state_dict_metadata[key] = BytesStorageMetadata()
-        return self._place(MetadataIndex(key), [None])
+        self._write(MetadataIndex(key), [None])
 
-    def add_chunk(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> bytes:
-        """The bytes of a piece, at ``offsets`` of the tensor ``key`` of ``size``; ``tensor`` may lack leading ones."""
+    def add_chunk(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> None:
+        """Write a piece, at ``offsets`` of the tensor ``key`` of ``size``; ``tensor`` may lack leading ones."""
         entry = self.metadata.state_dict_metadata.setdefault(
             key, TensorStorageMetadata(self._properties, torch.Size(size), [])
         )
         assert isinstance(entry, TensorStorageMetadata)
         tensor = tensor.reshape(*(1 for _ in range(len(size) - tensor.dim())), *tensor.shape)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
-        return self._place(MetadataIndex(key, torch.Size(offsets), len(entry.chunks) - 1), tensor)
+        self._write(MetadataIndex(key, torch.Size(offsets), len(entry.chunks) - 1), tensor)
 
-    def _place(self, index: MetadataIndex, value: object) -> bytes:
-        content = _saved(value)
-        self._storage[index] = _StorageInfo(_DATA_FILE, self._end, len(content))
-        self.checksums[self._end] = xxhash.xxh3_64_hexdigest(content)
-        self._end += len(content)
-        return content
+    def _write(self, index: MetadataIndex, value: object) -> None:
+        digest, size = xxhash.xxh3_64(), 0
 
+        def take(block: memoryview) -> None:
+            nonlocal size
+            digest.update(block)
+            size += self._file.write(block)
 
-def _saved(value: object) -> bytes:
-    # Through memory: torch turns an error of the stream it writes to, such as a full disk, into one of its own.
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    # Copies nothing. A view that outlives its stream ends Python 3.12.1 when the garbage collector finds both.
-    return stream.getvalue()
+        save_into(take, value)
+        self._storage[index] = _StorageInfo(_DATA_FILE, self._end, size)
+        self.checksums[self._end] = digest.hexdigest()
+        self._end += size
 
 
 def _pieces(
+    source: TensorSource, architecture: Architecture, dtype: torch.dtype
+) -> Iterator[tuple[Rule, Place, tuple[int, Tensor, tuple[str, ...]]]]:
+    """Everything that is stored, in its order."""
+    for rule, place in rules_by_place(architecture):
+        for piece in _pieces_of(rule, place, source, architecture, dtype):
+            yield rule, place, piece
+
+
+def _pieces_of(
     rule: Rule, at: Place, source: TensorSource, architecture: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, tuple[str, ...]]]:
     """What is stored together of a parameter at a place: its first row, its content, and the tensors done by it.

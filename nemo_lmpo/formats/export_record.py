@@ -28,14 +28,18 @@ EDITABLE = ("generation_config.json", PEFT_CONFIG)
 _logger = logging.getLogger(__name__)
 
 
-def write_record(directory: Path, coming: Mapping[str, bytes] = MappingProxyType({})) -> None:
+def write_record(
+    directory: Path,
+    coming: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    written: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """List what ``directory`` holds; the last file of an export.
-
-    Reads the weights again, while the system still has them in memory.
 
     Args:
         directory: the export.
         coming: content by name of files that are written after this: until they are there, the export is refused.
+        written: checksums by name that were made while the files were written; others are read again.
     """
     present = _small_files(directory) + _weight_files(directory)
     names = list(dict.fromkeys([*present, *(name for name in coming if not name.startswith(_TEXTS))]))
@@ -44,7 +48,8 @@ def write_record(directory: Path, coming: Mapping[str, bytes] = MappingProxyType
         "algorithm": CHECKSUM,
         "files": {name: len(coming[name]) if name in coming else (directory / name).stat().st_size for name in names},
         "checksums": {
-            name: checksum(coming[name]) if name in coming else file_checksum(directory / name) for name in names
+            name: checksum(coming[name]) if name in coming else written.get(name) or file_checksum(directory / name)
+            for name in names
         },
     }
     replace_file(directory / RECORD, json.dumps(content, indent=1) + "\n")

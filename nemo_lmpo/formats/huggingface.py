@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_lmpo.errors import CheckpointError, counted
@@ -19,6 +17,7 @@ from nemo_lmpo.formats.architecture import parse_json
 from nemo_lmpo.formats.families import ExpertNames
 from nemo_lmpo.formats.fused_experts import Selection, separate_experts
 from nemo_lmpo.formats.mapping import HF_EMBEDDING, HF_OUTPUT
+from nemo_lmpo.formats.safetensors_file import write_tensors
 from nemo_lmpo.formats.source import TensorSource, get_fitting
 
 SINGLE_FILE = "model.safetensors"
@@ -163,8 +162,11 @@ def write_safetensors(
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Write all tensors of ``source`` in ``dtype``; the tensors of one file are in memory at a time.
+) -> dict[str, str]:
+    """Write all tensors of ``source`` in ``dtype``; two of them are in memory at a time, beside what the source keeps.
+
+    Returns:
+        The checksum of each file, as :func:`~nemo_lmpo.runtime.files.file_checksum` gives it.
 
     Raises:
         CheckpointError: a file cannot be written, for example because the disk is full; or a number of the source is
@@ -174,31 +176,11 @@ def write_safetensors(
 
     sizes = {name: torch.empty(source.shape(name), dtype=dtype, device="meta") for name in source.names()}
     shards = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
+    checksums = {}
     for file, names in shards.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensors[name] = _on_its_own(get_fitting(source, name, dtype).to(dtype))
-            progress(name)
-        _save(directory / file, tensors)
+        tensors = ((name, get_fitting(source, name, dtype).to(dtype)) for name in sorted(names))
+        checksums[file] = write_tensors(directory / file, {name: sizes[name] for name in names}, tensors, progress)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _on_its_own(tensor: Tensor) -> Tensor:
-    """Contiguous, and without others in its storage, which safetensors would take for tied weights."""
-    shares = tensor.untyped_storage().nbytes() != tensor.nbytes
-    return tensor.clone(memory_format=torch.contiguous_format) if shares else tensor.contiguous()
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written ({error}); free some space or choose another disk") from None
-    mask = os.umask(0)
-    os.umask(mask)
-    # safetensors makes files that only their owner can read.
-    path.chmod(0o666 & ~mask)
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    return checksums

@@ -69,7 +69,8 @@ class MegatronSource(TensorSource):
             for rule, place in rules_by_place(architecture)
             for part, name in enumerate(rule.hf_names(place))
         }
-        self._last: tuple[tuple[str, tuple[int, ...]], tuple[Tensor, ...]] | None = None
+        self._near: tuple[Place, dict[str, tuple[Tensor, ...]]] | None = None
+        """What was read of one layer, or of one expert, by key."""
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
@@ -81,11 +82,14 @@ class MegatronSource(TensorSource):
         """The tensor, read from the file."""
         rule, place, part = self._places[name]
         key, index = self._key(rule, place)
-        # Neighbours (q, k, v; gate, up) come from the same stored tensor and are asked for in turn.
-        if self._last is None or self._last[0] != (key, index):
-            self._last = None
-            self._last = (key, index), separate(rule, self._checkpoint.read(key, index), self._architecture)
-        return self._last[1][part]
+        # Neighbours (q, k, v; gate, up) come from the same stored tensor; others of the layer are asked for between.
+        if self._near is None or self._near[0] != place:
+            self._near = None
+            self._near = place, {}
+        read = self._near[1]
+        if key not in read:
+            read[key] = separate(rule, self._checkpoint.read(key, index), self._architecture)
+        return read[key][part]
 
     def _key(self, rule: Rule, place: Place) -> tuple[str, tuple[int, ...]]:
         """Key of the stored tensor, and the place on the axes over which layers and experts are stacked in it."""

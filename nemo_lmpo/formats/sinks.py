@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from nemo_lmpo.formats.outputs import make_durable
-
-Content = Iterable[bytes | bytearray | memoryview]
-"""A file's bytes in pieces, so that a large one is never whole in memory."""
+from nemo_lmpo.formats.steady_file import SteadyFile
 
 
 class Sink(Protocol):
     """Takes files one after another; names are relative, with forward slashes."""
 
-    def add(self, name: str, content: Content) -> None:
+    def open(self, name: str) -> AbstractContextManager[SteadyFile]:
+        """A new file to append to, which is never whole in memory; it is complete when the context ends."""
+
+    def add(self, name: str, content: bytes) -> None:
         """Write a new file."""
 
     def close(self) -> None:
@@ -31,15 +32,16 @@ class DirectorySink:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    def add(self, name: str, content: Content) -> None:
-        """Write a new file and make it durable."""
+    def open(self, name: str) -> SteadyFile:
+        """A new file, durable when its context ends."""
         path = self._directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
-            for piece in content:
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
+        return SteadyFile(path)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a new file and make it durable."""
+        with self.open(name) as file:
+            file.write(content)
 
     def close(self) -> None:
         """Make the directory's entries durable."""
@@ -54,16 +56,16 @@ class TarSink:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._file = SteadyFile(path)
         self._directories: set[str] = set()
 
-    def add(self, name: str, content: Content) -> None:
-        """Write a new member, and its directories where they are new."""
+    @contextmanager
+    def open(self, name: str) -> Iterator[SteadyFile]:
+        """A new member, and its directories where they are new."""
         self._add_directories(name)
         header_at = self._file.tell()
         start = header_at + self._file.write(self._header(name, tarfile.REGTYPE, 0))
-        for piece in content:
-            self._file.write(piece)
+        yield self._file
         size = self._file.tell() - start
         self._file.write(bytes(-size % tarfile.BLOCKSIZE))
         end = self._file.tell()
@@ -71,13 +73,16 @@ class TarSink:
         self._file.write(self._header(name, tarfile.REGTYPE, size))
         self._file.seek(end)
 
+    def add(self, name: str, content: bytes) -> None:
+        """Write a new member."""
+        with self.open(name) as file:
+            file.write(content)
+
     def close(self) -> None:
         """End the archive and make it durable."""
-        self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file as file:
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
+            file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
 
     def _add_directories(self, name: str) -> None:
         parts = name.split("/")[:-1]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def current_gpu() -> int | None:
@@ -51,6 +53,19 @@ class Thread(threading.Thread):
 def thread_pool(workers: int, name: str) -> ThreadPoolExecutor:
     """Threads that take turns, on the GPU of the thread that makes them."""
     return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=use_gpu, initargs=(current_gpu(),))
+
+
+def one_ahead(items: Iterator[T], name: str) -> Iterator[T]:
+    """The items, each made in a thread while the one before it is used; an error comes where its item would.
+
+    Two items exist at a time.
+    """
+    end = object()
+    with thread_pool(1, name) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]  # which is not the end
 
 
 def timer(seconds: float, function: Callable[..., object], *arguments: Any) -> threading.Timer:

@@ -141,7 +141,7 @@ def test_no_default_remembers_the_environment() -> None:
 
 
 def test_no_view_of_a_stream_outlives_it() -> None:
-    """`BytesIO.getvalue` copies nothing either; a view in a traceback's cycle ended Python 3.12.1 (a full disk)."""
+    """`BytesIO.getvalue` copies nothing either; a view that outlives its stream is an error when that is freed."""
     for path in FILES:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert "getbuffer" not in names, path
