@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nemo_lmpo.formats.architecture import Architecture, Experts, architecture_to_hf
 
-_SHAPE = Architecture(
+LLAMA = Architecture(
     model_type="llama",
     vocab_size=128256,
     hidden_size=2048,
@@ -38,7 +38,7 @@ _SHAPE = Architecture(
 )
 
 _MIXTURE = replace(
-    _SHAPE,
+    LLAMA,
     model_type="mixtral",
     vocab_size=32000,
     ffn_hidden_size=3584,
@@ -55,8 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         directory = Path(name)
-        shape = _MIXTURE if options.mixture else _SHAPE
-        architecture = _sized(shape, int(options.gigabytes * 1e9))
+        shape = _MIXTURE if options.mixture else LLAMA
+        architecture = sized(shape, int(options.gigabytes * 1e9))
         size = 2 * architecture.num_parameters()
         # Apart, because the kernel counts the memory of the starting process as its children's.
         maker = multiprocessing.get_context("spawn").Process(target=_make, args=(directory / "hf", architecture))
@@ -75,7 +75,7 @@ def main() -> None:
         _measure("HF -> .nemo, float32", "hf-to-nemo", "--input", directory / "hf", "--output", wide, "--dtype", "fp32")
 
 
-def _sized(shape: Architecture, target: int) -> Architecture:
+def sized(shape: Architecture, target: int) -> Architecture:
     """As many layers as come closest to ``target`` bytes in bfloat16."""
     one, two = (2 * replace(shape, num_layers=layers).num_parameters() for layers in (1, 2))
     return replace(shape, num_layers=max(1, round((target - one) / (two - one)) + 1))
