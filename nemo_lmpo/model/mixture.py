@@ -14,6 +14,7 @@ where it is laid twice; padding belongs to none.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,10 @@ def _fused_permutation() -> bool:
 
 def use_balanced_routers(spec: ModuleSpec) -> None:
     """Give a layer's spec routers of this project; and its norm, fused with nothing, one name whatever the kernels."""
-    spec.submodules.mlp.submodules.router = BalancedRouter
+    mlp = spec.submodules.mlp
+    # megatron-core 0.16 describes the layer by a spec, 0.19 by its class with arguments.
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    submodules.router = BalancedRouter
     names = dict(spec.submodules.sharded_state_dict_keys_map)
     names.pop("pre_mlp_layernorm.", None)
     spec.submodules.sharded_state_dict_keys_map = names

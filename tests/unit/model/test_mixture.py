@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from nemo_lmpo.formats.families import FAMILIES
 from nemo_lmpo.formats.fused_experts import separate_experts
 from nemo_lmpo.formats.mapping import separate
 from nemo_lmpo.model.load_weights import _targets
+from nemo_lmpo.model.mixture import BalancedRouter, use_balanced_routers
 from nemo_lmpo.model.packed_gpt import PackedGPTModel
 from nemo_lmpo.parallel.groups import ParallelGroups
 from nemo_lmpo.training.batches import MicroBatch, StepBatch, localize, sequence_membership
@@ -180,3 +183,16 @@ def test_a_frozen_router(directory: Path, one_process: ParallelGroups) -> None:
     )
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == [f"decoder.layers.{layer}.mlp.router.weight" for layer in range(2)]
+
+
+@pytest.mark.parametrize("described", [SimpleNamespace, functools.partial(functools.partial, dict)])
+def test_each_megatron_core_gets_the_router(described: Any) -> None:
+    """A mixture's layer is described by a spec in megatron-core 0.16, and by a class with arguments in 0.19."""
+    submodules = SimpleNamespace(router=None, experts="kept")
+    names: Any = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_", "input_layernorm.": "kept"}
+    spec: Any = SimpleNamespace(
+        submodules=SimpleNamespace(mlp=described(submodules=submodules), sharded_state_dict_keys_map=names)
+    )
+    use_balanced_routers(spec)
+    assert vars(submodules) == {"router": BalancedRouter, "experts": "kept"}
+    assert spec.submodules.sharded_state_dict_keys_map == {"input_layernorm.": "kept"}
