@@ -25,9 +25,9 @@ def start_process_group(launch: LaunchInfo, *, use_cuda: bool, timeout_minutes: 
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     backend = "nccl" if use_cuda else "gloo"
     if launch.world_size == 1:
-        options["store"] = dist.HashStore()  # type: ignore[attr-defined]
+        options["store"] = dist.HashStore()
     elif launch.store_path is not None:
-        options["store"] = dist.FileStore(launch.store_path, launch.world_size)  # type: ignore[attr-defined]
+        options["store"] = dist.FileStore(launch.store_path, launch.world_size)
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, **options)  # type: ignore[arg-type]
 
 

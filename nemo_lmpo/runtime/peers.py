@@ -131,7 +131,7 @@ def _key(rank: int) -> str:
     return f"nemo_lmpo/ended/{rank}"
 
 
-def _store() -> dist.Store:  # type: ignore[name-defined]  # torch exports it only where it is built with it
+def _store() -> dist.Store:  # torch exports it only where it is built with it
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()

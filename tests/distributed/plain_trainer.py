@@ -29,7 +29,8 @@ def tokenize(rows: list[dict[str, Any]], tokenizer: Any) -> list[Pair]:
 
     def ids(messages: list[dict[str, str]], *, open_turn: bool) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
 
     pairs = []
     for row in rows:

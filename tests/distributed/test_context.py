@@ -39,7 +39,7 @@ def on_rank(launch: LaunchInfo) -> dict[str, Any]:
         *parts, uses = (whole[held] for whole in states())
         leaves = [part.requires_grad_() for part in parts]
         config: Any = SimpleNamespace(window_size=None)
-        attention = PackedSDPA(config, 1, pg_collection=SimpleNamespace(cp=dist.group.WORLD))  # type: ignore[arg-type]
+        attention = PackedSDPA(config, 1, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
         attended = attention(*leaves, attention_bias=plan_attention(spans, TOKENS, cp_size=launch.world_size))
         (attended * uses.reshape(attended.shape)).sum().backward()
         partial = torch.tensor([1.0 + launch.rank, -2.0], requires_grad=True)

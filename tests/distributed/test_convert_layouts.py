@@ -115,16 +115,14 @@ def _expected(name: str, layer: int, architecture: Architecture, tp: int, rank: 
     return hf[prefix + ("input" if "input" in name else "post_attention") + "_layernorm.weight"]
 
 
-class _OddNorms:
+class _OddNorms(RandomSource):
     """Random start weights whose norms are not all ones, which would hide a mix-up."""
 
     def __init__(self, architecture: Architecture) -> None:
-        self._inner = RandomSource(architecture, 3)
-        self.origin = self._inner.origin
-        self.names, self.shape, self.dtype = self._inner.names, self._inner.shape, self._inner.dtype
+        super().__init__(architecture, 3)
 
     def get(self, name: str) -> Tensor:
-        tensor = self._inner.get(name)
+        tensor = super().get(name)
         return tensor + torch.arange(len(tensor)) + sum(map(ord, name)) / 1000 if tensor.dim() == 1 else tensor
 
 

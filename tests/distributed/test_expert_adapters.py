@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_gradients_by_the_chain_rule(family: str, tmp_path: Path) -> None:
             assert (ours - exact).norm() <= 2e-5 * exact.norm() + 1e-8, f"{key}{side} of expert {expert}"
 
 
-def places(sides: dict[str, torch.Tensor]):
+def places(sides: dict[str, torch.Tensor]) -> Iterator[tuple[int, str, int, tuple[int, ...]]]:
     """Layer, projection, expert, and where in the stacked tensor, of every adapter."""
     for name, tensor in sides.items():
         _, layer, projection, side = name.split(".")

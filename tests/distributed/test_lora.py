@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def peft_steps(launch: LaunchInfo, recipe: str, overrides: tuple[str, ...]) -> d
             "adapters": {name: parameter.detach().numpy() for name, parameter, _ in named},
             "gradients": {name: parameter.main_grad.numpy() for name, parameter, _ in named},
             "frozen": [name for name, p in session.policy.models[0].named_parameters() if not p.requires_grad],
-            "buffers": sum(b.grad_data.numel() for b in session.policy.chunks[0].buffers),
+            "buffers": sum(b.grad_data.numel() for b in cast(Any, session.policy.chunks[0]).buffers),
             "pairs": [(pair.prompt_ids, *(response.ids for response in pair.responses)) for pair in pairs],
         }
 

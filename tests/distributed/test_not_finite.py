@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ def train_and_break(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]
     from nemo_lmpo.training.session import open_session
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "trainer.num_threads=1", SAVING, *overrides])
-    seen, optimizer_step = [0], trainer.clip_and_step
+    seen = [0]
+    module: Any = trainer
+    optimizer_step = module.clip_and_step
     with open_session(config, launch) as session:
 
-        def step_and_spoil(*arguments: object) -> None:
+        def step_and_spoil(*arguments: Any) -> None:
             optimizer_step(*arguments)
             seen[0] += 1
             if seen[0] == 3 and launch.rank == broken:
@@ -38,7 +41,7 @@ def train_and_break(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...]
                 with torch.no_grad():
                     own_part(state.get(what, main)).local.view(-1)[0] = math.nan
 
-        trainer.clip_and_step = step_and_spoil
+        module.clip_and_step = step_and_spoil
         try:
             session.train(0.0)
         except TrainingError as error:

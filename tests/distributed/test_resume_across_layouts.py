@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,9 @@ CHANGES = {
 }
 
 
-def resume_elsewhere(directory: Path, first: tuple, second: tuple, extra: tuple[str, ...] = ()) -> Path:
+def resume_elsewhere(
+    directory: Path, first: tuple[Any, ...], second: tuple[Any, ...], extra: tuple[str, ...] = ()
+) -> Path:
     """Two steps in one layout, two more in another, in the same run directory."""
     (world, overrides), (other_world, other_overrides) = first, second
     run = directory / "moved"

@@ -64,8 +64,9 @@ def loaded_moments(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...])
 
 
 def in_order(tensors: list[torch.Tensor]) -> np.ndarray:
-    values = torch.cat([tensor.reshape(-1) for tensor in tensors]).float().sort().values.numpy()
-    return values[values != 0]  # the vocabulary's padding has moments too, which are zero and not saved
+    values: np.ndarray = torch.cat([tensor.reshape(-1) for tensor in tensors]).float().sort().values.numpy()
+    moved: np.ndarray = values[values != 0]  # the vocabulary's padding has moments too, which are zero and not saved
+    return moved
 
 
 def test_moments_go_from_one_dtype_to_the_other_on_purpose_only(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nemo_lmpo.answers.engine import load_generator
 from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.runtime.launch import LaunchInfo
+from nemo_lmpo.training.example_table import ExampleTable
 from tests.distributed.training_runs import metrics_of, train, weights_of
 from tests.distributed.workers import run_workers
 
@@ -103,7 +104,7 @@ def broken(fault: str) -> Iterator[None]:
             first = SimpleNamespace(all_reduce=lambda tokens, group: dist.broadcast(tokens, group_src=0, group=group))
             patch.setattr(samples, "dist", first)
         elif fault == "data":  # the other replica's answers are not collected
-            patch.setattr(samples.ExampleTable, "share", lambda *_: None)
+            patch.setattr(ExampleTable, "share", lambda *_: None)
         yield
 
 

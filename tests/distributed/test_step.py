@@ -32,7 +32,8 @@ def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str
 
     config = load_recipe("lmpo_tiny", [*COMMON, f"run_dir={run_dir}", "checkpoint.save_interval=1", *overrides])
     with open_session(config, launch) as session:
-        finish, steps = session.policy.finish_training_step, 0
+        policy: Any = session.policy
+        finish, steps = policy.finish_training_step, 0
         parameters = [
             parameter
             for chunk in session.policy.models
@@ -48,9 +49,9 @@ def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str
                     parameter.main_grad.fill_(float("inf"))
             finish()
 
-        session.policy.finish_training_step = finish_and_spoil
+        policy.finish_training_step = finish_and_spoil
         if what == "loss":
-            prepare, begun = session.policy.prepare_for_training_step, 0
+            prepare, begun = policy.prepare_for_training_step, 0
 
             def spoil_and_prepare() -> None:
                 nonlocal begun
@@ -61,7 +62,7 @@ def fail(launch: LaunchInfo, run_dir: str, overrides: tuple[str, ...], what: str
                             parameter.fill_(float("nan"))
                 prepare()
 
-            session.policy.prepare_for_training_step = spoil_and_prepare
+            policy.prepare_for_training_step = spoil_and_prepare
         try:
             session.train(time.time())
         except TrainingError as error:

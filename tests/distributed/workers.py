@@ -84,7 +84,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+        ready: list[Any] = multiprocessing.connection.wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
         if not ready:
             raise WorkerError(f"ranks {sorted(waiting.values())} did not finish in time")
         for pipe in ready:

@@ -39,7 +39,7 @@ MODELS = ("llama3", "llama31", "mistral_v01", "qwen25", "qwen3", "smollm2")
 LENGTH = 300
 """Tokens of the prompt: beyond every window (16), original context (64) and context (256) of the tiny models."""
 TOLERANCE = 1e-4
-SHARDED = {"max_shard_size": "100KB"}
+SHARDED: dict[str, Any] = {"max_shard_size": "100KB"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -103,7 +104,7 @@ def _copy(model: Path, directory: Path) -> Path:
     return target
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
     "hf": ("config.json", json.loads, json.dumps),
     "foreign": ("model_config.yaml", yaml.safe_load, yaml.safe_dump),
     "nemo2": ("context/model.yaml", yaml.safe_load, yaml.safe_dump),

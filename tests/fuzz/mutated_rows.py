@@ -158,7 +158,7 @@ def error_job(tokenizer: PreTrainedTokenizerFast) -> tuple[RowsToPairs, Source]:
     return RowsToPairs(encoder, RowForm(), "rows.jsonl", stop_at=source.places), source
 
 
-def load(path: str, cache: Path, tokenizer: PreTrainedTokenizerFast, mode: str) -> Any:
+def load(path: str, cache: Path, tokenizer: PreTrainedTokenizerFast, mode: Any) -> Any:
     """The data at a path as a run would load it."""
     config = DataConfig(
         train=DatasetConfig(path=path),

@@ -33,7 +33,7 @@ SMALL = {
     "logging.report": False,
     "logging.tensorboard": False,
 }
-ODD = (
+ODD: tuple[Any, ...] = (
     -1,
     0,
     1,

@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,23 @@ def cases(directory: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Names of damages, and what does them to a checkpoint's directory."""
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     for name in names:
-        yield f"{name} gone", lambda d, name=name: (d / name).unlink()
+        yield f"{name} gone", partial(_remove, name=name)
         for number, damage in enumerate(DAMAGE):
-            yield f"{name} {damage.__name__} {number}", lambda d, n=name, k=number: _damage(d / n, DAMAGE[k], k)
+            yield f"{name} {damage.__name__} {number}", partial(_damage, name=name, seed=number)
     for key, values in EDITS.items():
         for value in values:
-            yield f"{key}={value!r}", lambda d, k=key, v=value: _edit(d, k, v)
+            yield f"{key}={value!r}", partial(_edit, key=key, value=value)
 
 
-def _damage(path: Path, damage: Damage, seed: int) -> None:
+def _remove(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+
+
+def _damage(directory: Path, name: str, seed: int) -> None:
+    """Do to a file what the damage of that number does."""
+    path = directory / name
     data = bytearray(path.read_bytes())
-    damage(data, random.Random(f"{path.name}{seed}"))
+    DAMAGE[seed](data, random.Random(f"{path.name}{seed}"))
     path.write_bytes(data)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data.template_walk import WRONG, judged
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
-from template_walk import WRONG, judged  # noqa: E402
 
 NEEDS_FUNCTIONS = {"fireworks-ai-llama-3-firefunction-v2"}
 """Templates that read a variable of their own, and say so."""
@@ -27,14 +26,15 @@ def templates() -> dict[str, str]:
         pytest.skip(f"needs the source archive of llama-cpp-python in {folder}: make .llama-cpp")
     with tarfile.open(archives[-1]) as archive:
         members = [m for m in archive.getmembers() if "models/templates/" in m.name and m.name.endswith(".jinja")]
-        return {Path(m.name).stem: archive.extractfile(m).read().decode() for m in members}  # type: ignore[union-attr]
+        return {Path(m.name).stem: archive.extractfile(m).read().decode() for m in members}
 
 
 @pytest.mark.parametrize("prompt_from", ["conversation", "generation_prompt"])
 def test_every_pair_is_right_or_clearly_different(prompt_from: str) -> None:
     found = templates()
     assert len(found) >= 60
-    wrong, refused = {}, set()
+    wrong: dict[str, Any] = {}
+    refused: set[str] = set()
     for name, template in found.items():
         try:
             verdicts = judged(template, prompt_from=prompt_from)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,8 @@ class Chain:
 
     def submit(self) -> list[str]:
         """All four jobs; their numbers."""
-        model, jobs = str(self.folder / "policy"), []
+        model = str(self.folder / "policy")
+        jobs: list[str] = []
         for number in (1, 2):
             pairs, run = f"rounds/pairs_{number}", f"rounds/run_{number}"
             asked = ("--limit", str(PROMPTS), "--samples", str(SAMPLES), "--max-new-tokens", "60", "--quiet")
@@ -45,7 +47,7 @@ class Chain:
         options = ["--parsable", "--gpus-per-node=1", "--ntasks-per-node=1", "--nodelist=node1"]
         if before:
             options += [f"--dependency=afterok:{before[-1]}", "--kill-on-invalid-dep=yes"]
-        variables = {
+        variables: dict[str, Any] = {
             "NEMO_LMPO_PYTHON": sys.executable,
             "NEMO_LMPO_SLURM_DIR": str(SLURM),
             "NEMO_LMPO_SERVE": f"{sys.executable} {ROOT}/tests/slurm/model_server.py",

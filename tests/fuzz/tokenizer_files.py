@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def changes() -> Iterator[Change]:
                     yield Change(f"{name}: {field}={json.dumps(value)[:40]}", fast, _edit(name, field, value))
         for name in ("tokenizer_config.json", *OTHERS, *(("tokenizer.json",) if fast else ("tokenizer.model",))):
             for number, text in enumerate(TEXT):
-                yield Change(f"{name} is text {number}", fast, lambda d, n=name, t=text: _write(d / n, t))
+                yield Change(f"{name} is text {number}", fast, partial(_write, name=name, text=text))
         for field in ("content", "special", "lstrip", "rstrip", "single_word", "normalized"):
             for value in VALUES:
                 decoder = {**_DECODER, "401": {"content": made.START, field: value}}
@@ -89,8 +90,8 @@ def changes() -> Iterator[Change]:
                 yield Change(f"added_tokens_decoder: {field}={json.dumps(value)[:40]}", fast, make)
 
 
-def _write(path: Path, text: bytes) -> None:
-    path.write_bytes(text)
+def _write(directory: Path, name: str, text: bytes) -> None:
+    (directory / name).write_bytes(text)
 
 
 class Judge:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_lmpo.runtime.launch import LaunchInfo
 from tests.distributed.workers import run_workers
@@ -77,7 +78,7 @@ class Stories:
         python = folder / "python"
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm/held_python.py "$@"\n')
         python.chmod(0o755)
-        self.variables = {
+        self.variables: dict[str, Any] = {
             "NEMO_LMPO_PYTHON": str(python),
             "NEMO_LMPO_SLURM_DIR": str(SLURM),
             "PYTHONPATH": str(ROOT),
@@ -119,7 +120,8 @@ class Stories:
     def submit(self, template: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
         """Submit a template; the job's number."""
         command = ("sbatch", "--parsable", *options, str(SLURM / template), *arguments)
-        return self.cluster.run(*command, cwd=self.folder, **{**self.variables, **variables}).strip()
+        given: dict[str, Any] = {**self.variables, **variables}
+        return self.cluster.run(*command, cwd=self.folder, **given).strip()
 
     def finish(self, job_id: str, **notes: str) -> Job:
         """Wait for a job's end."""

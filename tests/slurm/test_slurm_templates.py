@@ -74,5 +74,5 @@ def test_shellcheck_finds_nothing() -> None:
     command = ["shellcheck", "-x", "-P", str(ROOT), *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    done = subprocess.run(["shellcheck", "-s", "bash", str(SLURM / "cluster.env.example")], check=False)
-    assert done.returncode == 0
+    example = subprocess.run(["shellcheck", "-s", "bash", str(SLURM / "cluster.env.example")], check=False)
+    assert example.returncode == 0

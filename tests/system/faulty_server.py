@@ -150,7 +150,7 @@ FAULTS: dict[str, Fault] = {
     "drip of the head": _drips(b"HTTP/1.1 200 OK\r\nX:"),
     "drip of the body": _drips(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"),
 }
-_VALUES = (None, 1, -1, 2.5, "x", "", [], [None], {}, True, 10**400, "\ud800")
+_VALUES: tuple[Any, ...] = (None, 1, -1, 2.5, "x", "", [], [None], {}, True, 10**400, "\ud800")
 _GONE = object()
 
 

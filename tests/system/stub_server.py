@@ -113,7 +113,9 @@ def chat(stub: Stub, body: dict[str, Any]) -> dict[str, Any]:
         first, second = re.findall(r'"output": """(.*?)"""', text, re.DOTALL)
         chance = 1 / (1 + math.exp(-6 * (quality(first) - quality(second))))
         top = {"x": -0.1, "y": -3.0} if neither else {"m": math.log(chance), "M": math.log1p(-chance)}
-        tokens = [{"token": token, "logprob": value, "bytes": None} for token, value in top.items()]
+        tokens: list[dict[str, Any]] = [
+            {"token": token, "logprob": value, "bytes": None} for token, value in top.items()
+        ]
         best = max(tokens, key=lambda token: token["logprob"])
         choice = {"message": {"role": "assistant", "content": best["token"]}}
         if not stub.faults.no_logprobs:

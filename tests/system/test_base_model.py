@@ -100,7 +100,8 @@ def test_the_grown_model_goes_through_nemo_and_back(form: str, exported: Path, t
 
 def test_llama_cpp_stops_behind_the_answer(exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
-    from tests.system.test_llama_cpp import ask, served, write_gguf
+    from tests.system.llama_cpp_server import served, write_gguf
+    from tests.system.test_llama_cpp import ask
 
     write_gguf(exported / "hf", tmp_path / "model.gguf")
     with served(tmp_path / "model.gguf") as address:

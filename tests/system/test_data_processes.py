@@ -91,4 +91,4 @@ def test_workers_that_die(data_config: Callable[..., DataConfig], monkeypatch: p
 
 
 class DyingJob(tokenize.RowsToPairs):
-    __call__ = _die
+    __call__: Any = _die

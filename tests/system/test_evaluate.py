@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,8 +62,9 @@ def command(data: Path, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return run
 
 
-def result_of(suite: str, folder: Path = Path("out")) -> dict:
-    return json.loads((folder / suite / "result.json").read_text())
+def result_of(suite: str, folder: Path = Path("out")) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / suite / "result.json").read_text())
+    return result
 
 
 def test_published_rows_are_recomputed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +124,7 @@ def test_alpaca_eval_through_kills_of_both_servers(
     assert not stub.requests  # complete: nothing is asked
 
 
-def check_wins(found: dict) -> None:
+def check_wins(found: dict[str, Any]) -> None:
     import gzip
     import math
 
@@ -165,7 +167,16 @@ def test_arena_hard_of_an_anchor(command: Command, stub: Stub, data: Path) -> No
 
 def test_answers_in_process(command: Command, smollm2_dir: Path) -> None:
     # Of the two suites the one whose scoring takes no process; sampled as in the other.
-    arguments = ("--model", str(smollm2_dir), "--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu")
+    arguments: tuple[str, ...] = (
+        "--model",
+        str(smollm2_dir),
+        "--max-new-tokens",
+        "6",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    )
     arguments += ("--temperature", "0.7")
     assert command("arena_hard", *arguments, limit=4) == 0
     found = result_of("arena_hard")
@@ -226,7 +237,7 @@ class Ten:
 
     folder: Path
     """With the tasks' `rows` and the results in `out`."""
-    requests: list[tuple[str, dict]]
+    requests: list[tuple[str, dict[str, Any]]]
     """To the server."""
     first: int
     """How many of them were of the first command."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -91,7 +92,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with serve(Hub) as url:
+    with serve(cast(Any, Hub)) as url:
         yield url
 
 

@@ -103,7 +103,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> User:
     """The wheel, built and installed without a network; its dependencies are those of this environment."""
     pytest.importorskip("hatchling", reason="builds the wheel; pip install -e '.[test]'")
     place = tmp_path_factory.mktemp("first_hour")
-    quiet = {"check": True, "capture_output": True, "text": True}
+    quiet: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(place / "dist"), str(ROOT)]
     subprocess.run([*pip, *build], **quiet)

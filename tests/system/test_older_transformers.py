@@ -103,9 +103,7 @@ def test_exports_in_transformers_4(older: Path, exports: dict[str, Path]) -> Non
         logits_here[name] = expected
         assert found == here, name
         assert expected.std() > 0.01, name
-        torch.testing.assert_close(
-            logits, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4, msg=f"{name}: {{}}".format)
     for family in MIXTURES:
         merged, adapted, other = (logits_here[f"{family}{kind}"] for kind in (" merged", " adapter", ""))
         torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)

@@ -99,7 +99,7 @@ def test_nothing_leaves_a_page(tmp_path: Path, asked: tuple[str, list[str]]) -> 
     assert {"/picture", "/script", "/frame", "/style"} <= set(paths)
 
 
-def look(page: Path, *, width: int, dark: bool) -> dict:
+def look(page: Path, *, width: int, dark: bool) -> dict[str, Any]:
     text = re.sub('<meta http-equiv="Content-Security[^>]*>', "", page.read_text(encoding="utf-8"))
     text = re.sub("<details>", "<details open>", text)
     shown, around = page.with_name(f"look_{page.name}"), page.with_name(f"around_{page.name}")
@@ -112,7 +112,8 @@ def look(page: Path, *, width: int, dark: bool) -> dict:
     dom = browse(around, "--virtual-time-budget=3000", width=1400, dark=dark)
     found = re.search(r'<pre id="found">(.+?)</pre>', dom, re.DOTALL)
     assert found is not None
-    return json.loads(unescape(found[1]))
+    looked: dict[str, Any] = json.loads(unescape(found[1]))
+    return looked
 
 
 LONG = "a setting with words, and_one_without_any_place_to_break_it=" + "x" * 60

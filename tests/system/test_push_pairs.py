@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import DatasetCard
@@ -83,8 +84,9 @@ def test_the_command_pushes_the_pairs_and_a_card_that_says_where_they_are(
     # The pairs were made before there was a name on the hub, and the card has it nevertheless.
     card = DatasetCard(hub.files[f"{NAME}/README.md"].decode())
     assert re.search(rf"load_dataset\(['\"]{NAME}['\"], split=\"train\"\)", card.text)
-    assert card.data.configs[0]["data_files"] == "pairs.jsonl"
-    assert "preference-optimization" in card.data.tags
+    data: Any = card.data
+    assert data.configs[0]["data_files"] == "pairs.jsonl"
+    assert "preference-optimization" in data.tags
     assert str(made) not in card.content
     # Whoever downloads it reads the same pairs.
     for name, content in hub.files.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,7 +218,7 @@ def test_a_controller_that_does_not_answer_at_the_end_is_no_cancellation(job: Jo
 
 def test_variables_of_another_job_are_not_believed(job: Job) -> None:
     """A job submitted from inside a task of an array inherits that task's variables, restarts and end."""
-    stale = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
+    stale: dict[str, Any] = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
     said = job.run(
         "run_training", "r", TEST_OUTCOME="stopped SIGUSR1", TEST_JOB="7", SLURM_RESTART_COUNT="3",
         SLURM_JOB_END_TIME="1", **stale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -202,7 +203,7 @@ def follow_with_wandb(launch: object, run_dir: str, phase: str, number: int) -> 
     observer.CLOSE_SECONDS, observer.START_SECONDS = 5.0, 60.0
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     logging.getLogger("nemo_lmpo").addHandler(handler)
     stopped: list[psutil.Process] = []
 
@@ -228,13 +229,14 @@ def test_the_wandb_service_is_killed_or_stopped(phase: str, number: signal.Signa
 def test_a_slow_tracker_does_not_hold_up_steps(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "MOST_WAITING", 3)
     monkeypatch.setattr(observer, "CALL_SECONDS", 0.0)
-    watching, made = Observer("slow"), []
+    watching = Observer("slow")
+    made: list[int] = []
     go = threading.Event()
     watching.tell(go.wait)
     while watching._calls:
         time.sleep(0.001)
     for number in range(10):
-        watching.tell(lambda number=number: made.append(number))
+        watching.tell(functools.partial(made.append, number))
     go.set()
     watching.finish(lambda: made.append(-1))
     watching.wait(time.monotonic() + 10)

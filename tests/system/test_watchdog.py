@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -74,7 +75,7 @@ def test_progress_and_what_is_within_begin_the_time_anew(monkeypatch: pytest.Mon
         def cancel(self) -> None:
             running.remove(self.arguments)
 
-    monkeypatch.setattr(watchdog.threading, "Timer", Timer)
+    monkeypatch.setattr(threading, "Timer", Timer)
     with watched("the export", 60.0):
         assert running == [("the export", 60.0)]
         first = watchdog._TIMERS[0]

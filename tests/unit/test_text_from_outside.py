@@ -18,6 +18,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from nemo_lmpo.evaluate.bootstrap import Interval
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, read_result, write_result
 from nemo_lmpo.evaluate.suites import ALPACA_EVAL
 from nemo_lmpo.export.card import build_card
@@ -119,10 +120,11 @@ def comparison_pages(folder: Path, text: str) -> list[Path]:
 
 
 def evaluated(folder: Path, text: str, **row: str) -> Result:
+    named: dict[str, Any] = {"setting": text, "method": text, "variant": text, **row}
     result = Result(
         suite=ALPACA_EVAL,
-        model=Model(text, text, "run", **{"setting": text, "method": text, "variant": text, **row}),
-        values={name: Value(1.0, 1.0, {BY_INSTRUCTION: (0.5, 1.5)}) for name in ("lc", "wr", "length")},
+        model=Model(text, text, "run", **named),
+        values={name: Value(1.0, 1.0, {BY_INSTRUCTION: Interval(0.5, 1.5)}) for name in ("lc", "wr", "length")},
         n=3,
         of=3,
         judge=Judge(text, {text: 3}, text, text),

@@ -164,7 +164,7 @@ def test_keys_are_never_shown() -> None:
     assert endpoint.shown == "https://host:8/v1"
 
 
-def ask(gateway: Gateway, body: dict) -> Any:
+def ask(gateway: Gateway, body: dict[str, Any]) -> Any:
     import requests
 
     headers = {"Authorization": f"Bearer {gateway.token}"}

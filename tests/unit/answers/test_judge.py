@@ -53,7 +53,7 @@ def answering(answers: Callable[[dict[str, Any]], Reply]) -> AbstractContextMana
 
 def said(content: Any, **more: Any) -> Reply:
     """A chat completion."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
     choice["message"].update(more.pop("message", {}))
     choice.update(more)
     return 200, {"model": "judge-1", "choices": [choice]}
@@ -282,7 +282,7 @@ def test_who_asks_to_wait_for_days_is_not_waited_for(tmp_path: Path) -> None:
                 self.send_header(name, value)
             original(self)
 
-        JsonHandler.end_headers = end_headers  # type: ignore[method-assign]
+        JsonHandler.end_headers = end_headers  # type: ignore[method-assign, assignment]
         try:
             with pytest.raises(UserError, match=r"says 429 and asks to wait for 100000 seconds"):
                 arena(server, tmp_path, 20)

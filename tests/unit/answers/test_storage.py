@@ -11,6 +11,7 @@ import pytest
 from nemo_lmpo.answers.identity import claim_folder
 from nemo_lmpo.answers.journal import Journal
 from nemo_lmpo.errors import ConfigError, DataError
+from nemo_lmpo.evaluate.bootstrap import Interval
 from nemo_lmpo.evaluate.result import (
     Judge,
     Model,
@@ -64,7 +65,7 @@ def result(**changes: object) -> Result:
     made = Result(
         suite="arena_hard",
         model=Model("m", "runs/m", "training", "tiny", "LMPO"),
-        values={"wr": Value(50.0, 1.0, {"bootstrap over instructions, 95 %": (48.0, 52.0)})},
+        values={"wr": Value(50.0, 1.0, {"bootstrap over instructions, 95 %": Interval(48.0, 52.0)})},
         n=500,
         of=500,
         unparsed=0,

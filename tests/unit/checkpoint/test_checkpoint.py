@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_lmpo.checkpoint import manager as manager_module
 from nemo_lmpo.checkpoint.background import saves_in_background
 from nemo_lmpo.checkpoint.manifest import find_damage, write_manifest
 from nemo_lmpo.checkpoint.progress import Progress
@@ -85,7 +84,7 @@ def save(session: TrainingSession, step: int, **metrics: float) -> None:
     ],
 )
 def test_newest_and_best_are_kept(
-    options: dict, losses: list[float], kept: list[int], place: Any, run: Path, tmp_path: Path
+    options: dict[str, Any], losses: list[float], kept: list[int], place: Any, run: Path, tmp_path: Path
 ) -> None:
     settings = [f"checkpoint.{name}={value}" for name, value in options.items()]
     session = going_on(place, run, *settings, root=tmp_path / "checkpoints")
@@ -368,7 +367,7 @@ def test_what_an_interrupted_save_leaves_is_removed(place: Any, run: Path) -> No
 def test_too_little_disk_is_told_before_writing(place: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = going_on(place, run)
     session.checkpoints.state_bytes = 5 * 2**20
-    monkeypatch.setattr(manager_module.shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * 2**10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 3 * 2**10))
     with pytest.raises(TrainingError) as caught:
         save(session, 4)
     message = str(caught.value)
@@ -403,7 +402,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
     try:
         session = going_on(place, run, root=root / "checkpoints")
         save(session, 1)
-        monkeypatch.setattr(manager_module.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
         filler = root / "filler"
         with pytest.raises(OSError, match="No space left"):
             filler.write_bytes(b"0" * 2**20)

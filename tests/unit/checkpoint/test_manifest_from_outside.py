@@ -103,8 +103,9 @@ def test_odd_small_files(checkpoint: Path, name: str, kind: str) -> None:
 
 
 def test_a_state_that_names_files_elsewhere(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nemo_lmpo.checkpoint.manifest as module
+    import nemo_lmpo.checkpoint.manifest as manifest
 
+    module: Any = manifest
     read = module.state_metadata
 
     def elsewhere(*arguments: Any) -> Any:

@@ -27,13 +27,15 @@ def place() -> Iterator[Any]:
 
 
 def weight(session: TrainingSession) -> torch.Tensor:
-    return dict(session.policy.models[0].named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+    found: torch.Tensor = dict(session.policy.models[0].named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+    return found
 
 
 def moment(name: str) -> Callable[[TrainingSession], torch.Tensor]:
     def find(session: TrainingSession) -> torch.Tensor:
         (inner,) = session.optimizer.chained_optimizers
-        return inner.optimizer.state[inner.optimizer.param_groups[0]["params"][-1]][name]
+        found: torch.Tensor = inner.optimizer.state[inner.optimizer.param_groups[0]["params"][-1]][name]
+        return found
 
     return find
 
@@ -43,7 +45,8 @@ PLACES = {"weight": weight, "exp_avg": moment("exp_avg"), "exp_avg_sq": moment("
 
 def break_after(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[], None]) -> None:
     """Spoil the policy as soon as it has finished a step."""
-    seen, optimizer_step = [0], trainer_module.clip_and_step
+    module: Any = trainer_module
+    seen, optimizer_step = [0], module.clip_and_step
 
     def step_and_spoil(*arguments: Any) -> None:
         optimizer_step(*arguments)

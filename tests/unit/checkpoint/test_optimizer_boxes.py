@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,5 +41,5 @@ def test_boxes_hold_the_range_in_order(shape: tuple[int, ...], data: st.DataObje
         (7, 7, []),
     ],
 )
-def test_a_matrix_of_three_rows_of_four(start: int, stop: int, boxes: list) -> None:
+def test_a_matrix_of_three_rows_of_four(start: int, stop: int, boxes: list[Any]) -> None:
     assert list(boxes_of_range((3, 4), start, stop)) == boxes

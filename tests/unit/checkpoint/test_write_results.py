@@ -89,13 +89,14 @@ def test_files_are_written_together_and_reported_apart(tmp_path: Path) -> None:
     """In a fork, as saves in the background are."""
     found, engine = WriteResults(), WriteResults()
     names = ["__0_0.distcp", "__0_1.distcp"]
-    items = [([], [(item(number), torch.full((9,), float(number)))]) for number in (0, 1)]
+    items: list[Any] = [([], [(item(number), torch.full((9,), float(number)))]) for number in (0, 1)]
     buckets = [(str(tmp_path / name), name, of_file) for name, of_file in zip(names, items, strict=True)]
     child = os.fork()
     if not child:
         writers._Writers(found)(0, buckets, engine)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+    places: Any
     written, places = found.get_nowait(), engine.get_nowait()
     assert isinstance(written, Written)
     assert written.checksums == {name: file_checksum(tmp_path / name) for name in names}
@@ -107,8 +108,8 @@ def test_files_are_written_together_and_reported_apart(tmp_path: Path) -> None:
 def test_the_reason_of_a_failed_write_is_kept(tmp_path: Path) -> None:
     """Torch's archive would say that a position was unexpected, and megatron-core 0.19 nothing."""
     found, engine = WriteResults(), WriteResults()
-    full = ("/dev/full", "__0_1.distcp", ([], [(item(1), torch.zeros(10**5))]))
-    fine = (str(tmp_path / "fine"), "fine", ([], [(item(0), torch.zeros(3))]))
+    full: Any = ("/dev/full", "__0_1.distcp", ([], [(item(1), torch.zeros(10**5))]))
+    fine: Any = (str(tmp_path / "fine"), "fine", ([], [(item(0), torch.zeros(3))]))
     writers._Writers(found)(0, [fine, full], engine)
     error = engine.get_nowait()
     assert isinstance(error, OSError)

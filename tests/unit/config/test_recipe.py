@@ -237,7 +237,7 @@ def plain_types(hint: object) -> Iterator[object]:
 
 
 def test_every_setting_has_a_type_that_values_are_checked_against() -> None:
-    groups = {value for value in vars(schema).values() if dataclasses.is_dataclass(value)}
+    groups: set[typing.Any] = {value for value in vars(schema).values() if dataclasses.is_dataclass(value)}
     for cls in [*groups, *(entry.config for entry in LOSSES.values())]:
         for name, hint in types_of(cls).items():
             for kind in plain_types(hint):

@@ -383,7 +383,7 @@ def shape_of(case: str) -> Architecture:
 
 
 def test_every_rule_is_in_the_table() -> None:
-    tripped = set()
+    tripped: set[Any] = set()
     for case, (overrides, world_size, _) in BAD.items():
         config, problems = collected(*overrides)
         tripped.update(rule for rule in SETTING_RULES if list(as_far_as_known(rule(config))))
@@ -466,9 +466,10 @@ def test_a_good_layout_knows_its_replicas() -> None:
     assert layout.data_parallel_size == 4
 
 
-def groups() -> dict[str, type]:
+def groups() -> dict[str, Any]:
     """The configuration's groups by dotted name."""
-    found, waiting = {}, [("", Config)]
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Any]] = [("", Config)]
     while waiting:
         prefix, cls = waiting.pop()
         for name, kind in types_of(cls).items():

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,12 @@ def test_what_is_said_of_nemos_scaling(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_what_nemo2_loses_is_said(
-    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str, settings: dict, said: str
+    models: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    form: str,
+    settings: dict[str, Any],
+    said: str,
 ) -> None:
     tree = _copy(models, form, tmp_path)
     _set(tree / "context" / "model.yaml", **settings)

@@ -52,7 +52,7 @@ def _error(command: Callable[[list[str]], int], given: Path | str, output: Path,
     return message
 
 
-def _change(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def _change(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pair_rows import package_file
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
 from nemo_lmpo.data.tokenizer import load_tokenizer
+from tests.unit.data.pair_rows import package_file
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +90,7 @@ def data_config(tmp_path: Path) -> Callable[..., Any]:
         *,
         split: str = "train",
         weights: list[Any] | None = None,
-        schema: str = "auto",
+        schema: Any = "auto",
         limit: int | None = None,
         **changes: Any,
     ) -> DataConfig:

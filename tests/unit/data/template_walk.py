@@ -81,9 +81,10 @@ def _shared_end(one: str, other: str) -> str:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]], generate: bool = False
 ) -> str | None:
-    return tokenizer.apply_chat_template(
+    rendered: str | None = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=generate
     )
+    return rendered
 
 
 def judged(template: str, **settings: Any) -> dict[str, Any] | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from token_directories import DIRECTORIES, END, START, texts, train_pieces, write
 
 from nemo_lmpo.data.tokenizer import load_tokenizer
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data.token_directories import DIRECTORIES, END, START, texts, train_pieces, write
 
 
 @pytest.fixture(scope="module")

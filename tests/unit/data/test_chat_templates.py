@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from template_walk import DIFFERENT, REFUSED, RIGHT, WRONG, byte_tokenizer, judged, templates_in
 
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data.template_walk import DIFFERENT, REFUSED, RIGHT, WRONG, byte_tokenizer, judged, templates_in
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -65,6 +65,7 @@ def test_every_pair_is_on_the_generation_prompt_if_wanted(templates: dict[str, s
         encoder = PairEncoder(
             tokenizer, template, max_length=9000, max_prompt_length=8000, prompt_from="generation_prompt"
         )
+        row: Any
         (row,) = encoder.encode(
             [PreferenceRow([USER], "<think>\nHm.\n</think>\n\nGood.", "<think>\nAh.\n</think>\n\nBad.")]
         )
@@ -76,9 +77,8 @@ def test_every_pair_is_on_the_generation_prompt_if_wanted(templates: dict[str, s
         assert "<think>Hm.</think>Good." in whole, name
 
 
-def texts(
-    template: str, prompt: list[dict[str, Any]], chosen: str, rejected: str, **settings: Any
-) -> str | tuple[Any, ...]:
+def texts(template: str, prompt: list[dict[str, Any]], chosen: str, rejected: str, **settings: Any) -> Any:
+    """The texts of prompt and answers and the notes, or why there are none."""
     tokenizer = byte_tokenizer(template)
     encoder = PairEncoder(tokenizer, template, max_length=900, max_prompt_length=800, **settings)
     (row,) = encoder.encode([PreferenceRow(prompt, chosen, rejected)])
@@ -135,7 +135,7 @@ def test_a_prompt_that_changes_with_the_answer_is_refused() -> None:
 def test_end_of_turn_has_every_token_that_ends_it(tail: str, end: str) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m['content'] }}" + tail + "{% endfor %}"
     tokenizer = byte_tokenizer(template + "{{ eos_token }}")
-    row = PairEncoder(tokenizer, template, max_length=900, max_prompt_length=800).encode(
+    row: Any = PairEncoder(tokenizer, template, max_length=900, max_prompt_length=800).encode(
         [PreferenceRow([USER], "Good.", "Bad.")]
     )[0]
     assert tokenizer.decode(row.chosen_ids).endswith("Good." + end)
@@ -154,5 +154,6 @@ def test_a_real_bos_that_is_eos_too_stays_in_front_of_a_cut_prompt() -> None:
     tokenizer = byte_tokenizer(template)
     tokenizer.bos_token = "</s>"
     encoder = PairEncoder(tokenizer, template, max_length=12, max_prompt_length=6)
+    row: Any
     (row,) = encoder.encode([PreferenceRow([{"role": "user", "content": "abcdefghijkl"}], "Good", "Bad")])
     assert tokenizer.decode(row.prompt_ids) == "</s>ijkl</s>"

@@ -7,12 +7,10 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-import template_walk as walk
-from pair_rows import package_file
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig
-from nemo_lmpo.data.encode import EncodedRow, PairEncoder
+from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.schema import ConversationRow, PreferenceRow
@@ -20,34 +18,12 @@ from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.data.turns import MESSAGES_LEFT_OUT, REWRITTEN
 from nemo_lmpo.errors import DataError
+from tests.unit.data import template_walk as walk
+from tests.unit.data.conversation_rows import LONG, PLAIN, SYSTEM, THOUGHTS, encoded, mask, said
+from tests.unit.data.pair_rows import package_file
 
-LONG = {"max_length": 4000, "max_prompt_length": 2000}
-
-
-def said(*texts: Any) -> list[dict[str, Any]]:
-    """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
-
-
-PLAIN = said("What is it?", "Two things.", "Which ones?", " Good answer.", "And?", "A")
-THOUGHTS = said("What?", "<think>\nHm.\n</think>\n\nGood.", "And?", "<think>\nWell.\n</think>\n\nFine.")
-SYSTEM = [{"role": "system", "content": "Be kind."}, *PLAIN]
 # Templates that TRL marks: BOS or none, ends of turn of one token and more, thoughts that are dropped or kept.
 MARKED = ("llama3", "qwen2_5", "qwen3", "cohere", "glm4moe", "gemma3", "phi3", "deepseek_r1_distill", "qwen3_6")
-
-
-def encoded(encoder: PairEncoder, messages: list[dict[str, Any]], **fields: Any) -> EncodedRow | RowError:
-    (row,) = encoder.encode([ConversationRow(messages, **fields)])
-    return row
-
-
-def mask(row: EncodedRow) -> list[bool]:
-    """Which ids of a row are predicted."""
-    spans = row.spans or [0, len(row.chosen_ids)]
-    flags = [False] * len(row.chosen_ids)
-    for start, stop in zip(spans[::2], spans[1::2], strict=True):
-        flags[start:stop] = [True] * (stop - start)
-    return [False] * len(row.prompt_ids) + flags
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], flags: list[Any]) -> list[str]:
@@ -195,5 +171,6 @@ def test_a_data_set_of_conversations(
 
 def test_rows_keep_their_order() -> None:
     _, encoder = chatml()
-    rows = [ConversationRow(PLAIN), PreferenceRow(PLAIN[:1], "x", "y"), ConversationRow(PLAIN[:2])]
-    assert [row.rejected_ids is None for row in encoder.encode(rows)] == [True, False, True]
+    rows: list[Any] = [ConversationRow(PLAIN), PreferenceRow(PLAIN[:1], "x", "y"), ConversationRow(PLAIN[:2])]
+    encoded_rows: list[Any] = encoder.encode(rows)
+    assert [row.rejected_ids is None for row in encoded_rows] == [True, False, True]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pair_rows import package_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -17,11 +16,12 @@ from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.special_tokens import SpecialTokens
 from nemo_lmpo.data.templates import TEMPLATES
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data.pair_rows import package_file
 
 USER = {"role": "user", "content": "Hi there"}
 SYSTEM = {"role": "system", "content": "Be kind."}
 HISTORY = [SYSTEM, USER, {"role": "assistant", "content": "Yo."}, {"role": "user", "content": "Go on"}]
-LONG = {"max_length": 4000, "max_prompt_length": 2000}
+LONG: dict[str, Any] = {"max_length": 4000, "max_prompt_length": 2000}
 
 
 def said(text: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def encode(
     chosen: str = "Good.",
     rejected: str = "Bad",
     **settings: Any,
-) -> EncodedRow | RowError | None:
+) -> Any:
     encoder = PairEncoder(tokenizer, TEMPLATES.get(template, template), **{**LONG, **settings})
     return encoder.encode([PreferenceRow(prompt, chosen, rejected)])[0]
 
@@ -118,6 +118,7 @@ def test_real_pairs_have_one_bos_one_end_and_decode_to_their_texts(
             PreferenceRow(row["chosen"][:-1], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
             for row in real_pairs[:60]
         ]
+        encoded: Any
         for row, encoded in zip(rows, encoder.encode(rows), strict=True):
             assert encoded.prompt_ids[0] == tokenizer.bos_token_id
             assert encoded.prompt_ids[1] != tokenizer.bos_token_id
@@ -356,7 +357,7 @@ def test_prompts_are_tokenized_once_and_long_texts_in_part(
     encoder = PairEncoder(tokenizer, TEMPLATES[template], max_length=9000, max_prompt_length=8000, special=special)
     special.letters = 0
     prompt = [{"role": "user", "content": text[:20_000]}]
-    row = encoder.encode([PreferenceRow(prompt, "Good.", "Bad, " + text[:3000])])[0]
+    row: Any = encoder.encode([PreferenceRow(prompt, "Good.", "Bad, " + text[:3000])])[0]
     assert special.letters < 20_000 + 3000 + 4 * 600, "the prompt once, its end and the responses"
     for ids, response in ((row.chosen_ids, "Good."), (row.rejected_ids, "Bad, " + text[:3000])):
         prompt_ids, whole = whole_ids(tokenizer, TEMPLATES[template], prompt, response)

@@ -89,7 +89,8 @@ pairs = st.builds(Example.pair, st.just("p"), ids, ids, ids)
 @st.composite
 def conversations(draw: Callable[..., Any]) -> Example | None:
     """One response of several spans with gaps between them; it begins and ends with what is predicted."""
-    said, spans = [], []
+    said: list[int] = []
+    spans: list[tuple[int, int]] = []
     for number in range(draw(st.integers(1, 3))):
         said += draw(ids) if number else []
         turn = draw(ids)
@@ -149,7 +150,7 @@ lengths_lists = st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_s
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=lengths_lists,
+    pairs=lengths_lists,
     dp_size=st.integers(1, 4),
     multiple=st.integers(1, 3),
     max_pairs=st.one_of(st.none(), st.integers(1, 5)),
@@ -157,12 +158,12 @@ lengths_lists = st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_s
     extra=st.integers(0, 200),
 )
 def test_plan_holds_every_pair_once_within_all_limits(
-    lengths: list[Any], dp_size: int, multiple: int, max_pairs: int | None, share_prompt: bool, extra: int
+    pairs: list[Any], dp_size: int, multiple: int, max_pairs: int | None, share_prompt: bool, extra: int
 ) -> None:
-    lengths = np.array(lengths)
+    lengths = np.array(pairs)
     costs = example_tokens(lengths, share_prompt)
     budget = int(costs.max()) + extra
-    options = {
+    options: dict[str, Any] = {
         "dp_size": dp_size, "row_tokens": budget, "max_examples_per_row": max_pairs,
         "share_prompt": share_prompt, "multiple_of_rows": multiple,
     }  # fmt: skip

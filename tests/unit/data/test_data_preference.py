@@ -10,7 +10,6 @@ from typing import Any, Never
 import datasets
 import numpy as np
 import pytest
-from pair_rows import message_row
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig, DatasetConfig
@@ -21,6 +20,7 @@ from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset
 from nemo_lmpo.data.summary import DataSummary, SourceSummary
 from nemo_lmpo.errors import ConfigError, DataError
 from nemo_lmpo.runtime.files import file_lock
+from tests.unit.data.pair_rows import message_row
 
 GOOD = [message_row(f"sort b a {'cdefghij'[i]}", "a b", "b a", prompt_id=f"p{i}") for i in range(8)]
 

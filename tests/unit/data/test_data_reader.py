@@ -14,12 +14,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pair_rows import message_row
 
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.read import Source, open_source
 from nemo_lmpo.data.text import TextFormat
 from nemo_lmpo.errors import DataError
+from tests.unit.data.pair_rows import message_row
 
 ROWS = [message_row(f"Q{i}", f"good {i}", f"bad {i}", prompt_id=f"p{i}") for i in range(5)]
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pair_rows import message_row
 
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.rows.pairs import pair_schema
 from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.data.schema import PreferenceRow
+from tests.unit.data.pair_rows import message_row
 
 USER = {"role": "user", "content": "Q"}
 SYSTEM = {"role": "system", "content": "S"}

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pair_rows import package_file
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.data.templates import TEMPLATES
@@ -18,6 +17,7 @@ from nemo_lmpo.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data.pair_rows import package_file
 
 
 def test_directory_loads_as_saved(tiny: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo import cli
 from nemo_lmpo.data.messages import RowError
@@ -24,8 +28,18 @@ PAIR = {"id": "pair", "prompt": "sort f e", "chosen": "e f", "rejected": "f e so
 
 
 @pytest.fixture
-def load(tiny, data_config, write_jsonl):
-    def load(rows, name="rows.jsonl", *, takes=KTO, kind=None, path=None, **settings):
+def load(
+    tiny: PreTrainedTokenizerBase, data_config: Callable[..., Any], write_jsonl: Callable[..., Any]
+) -> Callable[..., Any]:
+    def load(
+        rows: list[Any],
+        name: str = "rows.jsonl",
+        *,
+        takes: Any = KTO,
+        kind: Any = None,
+        path: str | None = None,
+        **settings: Any,
+    ) -> Any:
         config = data_config(path or write_jsonl(rows, name), **settings)
         return load_preference_dataset(config, config.train, tiny, takes=takes, kind=kind)
 
@@ -33,20 +47,20 @@ def load(tiny, data_config, write_jsonl):
 
 
 @pytest.mark.parametrize("label", [None, "good", 2, -1, "", [True], float("nan")])
-def test_other_labels_are_named(label):
+def test_other_labels_are_named(label: Any) -> None:
     with pytest.raises(RowError, match=r"the field 'label' is .*, not true or false") as error:
         parse_judged({**ROW, "label": label})
     assert error.value.reason == "not a label"
     assert ("null" in str(error.value)) == (label is None)
 
 
-def test_no_label_at_all():
+def test_no_label_at_all() -> None:
     with pytest.raises(RowError, match="nobody judged"):
         parse_judged({"prompt": "Q", "completion": "A"})
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations"])
-def test_a_conversation_with_a_label_is_its_last_answer(name):
+def test_a_conversation_with_a_label_is_its_last_answer(name: str) -> None:
     turns = [USER, GOOD, {"role": "user", "content": "sort d c"}, {"role": "assistant", "content": "c d"}]
     row = {name: turns, "label": False, "source": "x"}
     expected = UnpairedRow(turns[:3], turns[3], False)
@@ -57,17 +71,17 @@ def test_a_conversation_with_a_label_is_its_last_answer(name):
         parse_judged({name: turns[:3], "label": True})
 
 
-def test_an_empty_answer_cannot_be_judged():
+def test_an_empty_answer_cannot_be_judged() -> None:
     with pytest.raises(RowError, match="the answer is empty"):
         parse_judged({**ROW, "completion": [{"role": "assistant", "content": " "}]})
 
 
-def test_losses_of_pairs_say_who_takes_labels():
+def test_losses_of_pairs_say_who_takes_labels() -> None:
     with pytest.raises(RowError, match="loss=kto trains on such rows"):
         parse_preference(ROW)
 
 
-def test_answers_are_laid_as_those_of_pairs(load):
+def test_answers_are_laid_as_those_of_pairs(load: Callable[..., Any]) -> None:
     """Ids of a pair's answers, whether they come in it, as two rows with labels, or among such rows."""
     pairs = load([PAIR], "pairs.jsonl")
     assert (pairs.kind, pairs[0].desirable) == ("pairs", None)
@@ -92,7 +106,9 @@ def test_answers_are_laid_as_those_of_pairs(load):
     assert "answer with the label true" in mixed.example_text()
 
 
-def test_labels_count_as_often_as_rows_come(tiny, data_config, write_jsonl):
+def test_labels_count_as_often_as_rows_come(
+    tiny: PreTrainedTokenizerBase, data_config: Callable[..., Any], write_jsonl: Callable[..., Any]
+) -> None:
     paths = [write_jsonl([ROW, BAD, BAD], "a.jsonl"), write_jsonl([PAIR], "b.jsonl")]
     config = data_config(paths, weights=[2.0, 1.0])
     data = load_preference_dataset(config, config.train, tiny, takes=KTO)
@@ -100,14 +116,14 @@ def test_labels_count_as_often_as_rows_come(tiny, data_config, write_jsonl):
     assert (data.summary.pairs, data.summary.desirable) == (8, 3) == (len(labels), sum(labels))
 
 
-def test_labels_are_part_of_the_data(load):
+def test_labels_are_part_of_the_data(load: Callable[..., Any]) -> None:
     """A resume with other labels would train on something else."""
     one, other = load([ROW, BAD], "a/b.jsonl".replace("/", "_")), load([ROW, {**BAD, "label": 1}], "c.jsonl")
     assert one.token_hash() != other.token_hash()
     assert load([PAIR], "d.jsonl", kind="answers").token_hash() != load([PAIR], "d.jsonl").token_hash()
 
 
-def test_a_long_answer_of_a_pair_is_left_out_alone(load):
+def test_a_long_answer_of_a_pair_is_left_out_alone(load: Callable[..., Any]) -> None:
     """Of a pair that fits no row, the answer that fits one stays."""
     long = {**PAIR, "rejected": " ".join("abcdefgh" * 3)}
     data = load([ROW, long], "long.jsonl", row_tokens=20, on_bad_row="skip")
@@ -117,7 +133,7 @@ def test_a_long_answer_of_a_pair_is_left_out_alone(load):
         load([ROW, long], "long.jsonl", row_tokens=20)
 
 
-def test_training_and_validation_are_of_one_kind(load):
+def test_training_and_validation_are_of_one_kind(load: Callable[..., Any]) -> None:
     assert load([PAIR], "a.jsonl", kind="answers").kind == "answers"
     with pytest.raises(DataError, match=r"holds answers with a label and data.train.path pairs"):
         load([ROW], "b.jsonl", kind="pairs")
@@ -127,7 +143,7 @@ def test_training_and_validation_are_of_one_kind(load):
         load([ROW], "d.jsonl", compat="released_code")
 
 
-def test_labels_of_parquet(load, tmp_path):
+def test_labels_of_parquet(load: Callable[..., Any], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list([ROW, {**ROW, "label": False}]).to_parquet(str(path))
@@ -135,7 +151,9 @@ def test_labels_of_parquet(load, tmp_path):
     assert [data[place].desirable for place in range(2)] == [True, False]
 
 
-def test_the_command_shows_labels(write_jsonl, capsys, monkeypatch, tmp_path):
+def test_the_command_shows_labels(
+    write_jsonl: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_jsonl([ROW, BAD, PAIR])
     assert cli.main(["data", path, "--tokenizer", "builtin:tiny", "--rows", "4"]) == 0
@@ -147,7 +165,7 @@ def test_the_command_shows_labels(write_jsonl, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "size"), [(12, 4), (14, 4), (7, 3), (3, 4), (5, 1), (4, 4), (1, 4)])
-def test_every_answer_goes_to_one_other_prompt_of_its_batch(number, size):
+def test_every_answer_goes_to_one_other_prompt_of_its_batch(number: int, size: int) -> None:
     order = epoch_order(number, 3, 0)
     found = partners(order, size)
     assert sorted(found.tolist()) == list(range(number))
@@ -158,7 +176,7 @@ def test_every_answer_goes_to_one_other_prompt_of_its_batch(number, size):
             assert [found[place] for place in batch] == [batch[-1], *batch[:-1]]
 
 
-def test_mismatched_answers(load):
+def test_mismatched_answers(load: Callable[..., Any]) -> None:
     rows = [ROW, {**BAD, "completion": " ".join("abcdefghij")}, {**ROW, "prompt": "sort " + " ".join("klmnop")}]
     data = load(rows, "rows.jsonl")
     found = np.array([1, 2, 0], dtype=np.int32)
@@ -180,7 +198,7 @@ def test_mismatched_answers(load):
     assert [mismatched[place].responses[0].reference_logp for place in range(3)] == [-1.0, -2.0, -3.0]
 
 
-def test_the_builtin_set_is_in_trl_form(load):
+def test_the_builtin_set_is_in_trl_form(load: Callable[..., Any]) -> None:
     from nemo_lmpo.data.builtin.tiny_task import builtin_rows, is_right
 
     rows = builtin_rows("tiny_unpaired", "test")

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pair_rows import package_file
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data.preference import pair_encoder
 from nemo_lmpo.data.schema import PreferenceRow
+from tests.unit.data.pair_rows import package_file
 
 PROMPT, GOOD, BAD = "Name a fruit.", "An apple.", "No"
-LENGTHS = {"max_length": 2048, "max_prompt_length": 1800}
+LENGTHS: dict[str, Any] = {"max_length": 2048, "max_prompt_length": 1800}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def turn(role: str, text: str) -> dict[str, str]:
 
 
 HISTORY = [turn("user", "Hi"), turn("assistant", "Yo."), turn("user", PROMPT)]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     # name: tokenizer, settings of the recipe, then (prompt, what follows the chosen text and stands before it) of
     # ours and of the released trainer
     "mistral_7b_instruct": (
@@ -111,11 +111,12 @@ SETTINGS["llama3_8b_base"] = SETTINGS["llama3_8b"]
 
 @pytest.mark.parametrize("compat", [None, "released_code"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_ids_of_the_four_settings(setting: str, compat: str | None, request: pytest.FixtureRequest) -> None:
+def test_ids_of_the_four_settings(setting: str, compat: Any, request: pytest.FixtureRequest) -> None:
     name, fields, ours, released = SETTINGS[setting]
     prompt, response = ours if compat is None else released
     ids = request.getfixturevalue(f"{name}_ids")
     encoder = pair_encoder(DataConfig(compat=compat, **LENGTHS, **fields), request.getfixturevalue(name))
+    row: Any
     (row,) = encoder.encode([PreferenceRow(HISTORY, GOOD, BAD)])
     before = ids(prompt)
     assert row.prompt_ids == before
@@ -130,15 +131,19 @@ def test_tokens_that_the_released_layout_adds(
     mistral: PreTrainedTokenizerBase, llama3: PreTrainedTokenizerBase
 ) -> None:
     """Llama 3's header is four tokens; Mistral's blank is one; zephyr's header, newline and second EOS are more."""
-    for tokenizer, fields, more in (
+    ours: Any
+    theirs: Any
+    compats: list[Any] = [None, "released_code"]
+    cases: list[tuple[PreTrainedTokenizerBase, dict[str, Any], int]] = [
         (llama3, {"chat_template": "llama3"}, 4),
         (mistral, {"chat_template": "mistral"}, 1),
-    ):
+    ]
+    for tokenizer, fields, more in cases:
         ours, theirs = (
             pair_encoder(DataConfig(compat=compat, **LENGTHS, **fields), tokenizer).encode(
                 [PreferenceRow([turn("user", PROMPT)], GOOD, BAD)]
             )[0]
-            for compat in (None, "released_code")
+            for compat in compats
         )
         assert len(theirs.chosen_ids) == len(ours.chosen_ids) + more
         assert len(theirs.rejected_ids) == len(ours.rejected_ids) + more
@@ -162,7 +167,8 @@ def test_lengths_as_the_released_trainer_cuts_them(
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     config = DataConfig(compat="released_code", max_length=length, max_prompt_length=prompt)
     llama3_plain = ReplacedTemplate(llama3, template)
-    (row,) = pair_encoder(config, llama3_plain).encode([PreferenceRow([turn("user", words[0])], *words[1:])])
+    row: Any
+    (row,) = pair_encoder(config, llama3_plain).encode([PreferenceRow([turn("user", words[0])], words[1], words[2])])
     assert (len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)) == left
     assert (row.prompt_ids[0] == 128000) == (left[0] == uncut[0]), "a cut prompt has lost its BOS"
     assert row.prompt_cut == (left[0] < uncut[0])
@@ -188,6 +194,7 @@ class ReplacedTemplate:
 def test_a_last_prompt_token_that_merges_belongs_to_the_response(llama3: PreTrainedTokenizerBase) -> None:
     config = DataConfig(compat="released_code", **LENGTHS)
     encoder = pair_encoder(config, ReplacedTemplate(llama3, "{% for m in messages %}{{ m['content'] }}{% endfor %}"))
+    row: Any
     (row,) = encoder.encode([PreferenceRow([turn("user", "Say Hel")], "lo", "p")])
     assert llama3.decode(row.prompt_ids) == "<|begin_of_text|>Say"
     assert llama3.decode(row.chosen_ids) == " Hello<|eot_id|>"

@@ -56,7 +56,7 @@ PAIRS = {
         "scores": [0, 1],
     },
 }
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, dict[str, Any]] = {
     "messages": {"messages": TURNS},
     "UltraChat": {"prompt": "Q", "prompt_id": "x", "messages": TURNS},
     "ShareGPT": {"conversations": [turn("human", "Q"), turn("gpt", "A"), turn("human", "Q2"), turn("gpt", "good")]},

@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from template_walk import byte_tokenizer, templates_in
 
 from nemo_lmpo.config.schema import DataConfig
 from nemo_lmpo.data import template_day
 from nemo_lmpo.data.preference import PreferenceDataset, load_preference_dataset, pair_encoder
 from nemo_lmpo.data.schema import PreferenceRow
 from nemo_lmpo.data.template_day import with_day, without_day, writes_day
+from tests.unit.data.template_walk import byte_tokenizer, templates_in
 
 USER = {"role": "user", "content": "Hi"}
 DATED = "<today {{ strftime_now('%d %b %Y') }}>{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
 def rendered(template: str) -> str:
-    return byte_tokenizer(template).apply_chat_template([USER], chat_template=template, tokenize=False)
+    text: str = byte_tokenizer(template).apply_chat_template([USER], chat_template=template, tokenize=False)
+    return text
 
 
 def test_real_templates_write_what_they_would_on_that_day() -> None:
@@ -77,7 +78,7 @@ def test_pairs_and_the_cache_depend_on_the_day_and_the_run_keeps_it(
 def test_prompts_of_generation_have_the_day_of_the_template(
     data_config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = pair_encoder(data_config("x"), byte_tokenizer(DATED), with_day(DATED, "2026-12-01"))
+    encoder: Any = pair_encoder(data_config("x"), byte_tokenizer(DATED), with_day(DATED, "2026-12-01"))
     monkeypatch.setattr(template_day, "today", lambda: "2027-01-01")
     (ids,) = encoder.encode_prompts([([USER], PreferenceRow([USER], "", "").inputs)])
     assert encoder.tokenizer.decode(ids) == "<today 01 Dec 2026>Hi</s>"

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import template_walk as walk
-from pair_rows import package_file
-from test_conversations import LONG, PLAIN, SYSTEM, THOUGHTS, encoded, mask, said
 
 from nemo_lmpo.data.encode import PairEncoder
 from nemo_lmpo.data.marks import MARKS_HOLD_LESS, MARKS_HOLD_MORE, differences
 from nemo_lmpo.data.messages import RowError
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.errors import ConfigError
+from tests.unit.data import template_walk as walk
+from tests.unit.data.conversation_rows import LONG, PLAIN, SYSTEM, THOUGHTS, encoded, mask, said
+from tests.unit.data.pair_rows import package_file
 
 CASES = {"plain": PLAIN, "system": SYSTEM, "thoughts": THOUGHTS}
 PICTURES = ("idefics3", "llava_next", "smolvlm")

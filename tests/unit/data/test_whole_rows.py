@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from template_walk import byte_tokenizer, templates_in
 from transformers import PreTrainedTokenizerBase
 
 from nemo_lmpo.config.schema import DataConfig
@@ -20,6 +19,7 @@ from nemo_lmpo.data.raw import raw_rows
 from nemo_lmpo.data.rows.parse import parse_preference
 from nemo_lmpo.data.templates import CHATML
 from nemo_lmpo.errors import DataError
+from tests.unit.data.template_walk import byte_tokenizer, templates_in
 
 USER = {"role": "user", "content": "Rome?"}
 CALLS = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]
@@ -38,7 +38,7 @@ def said(text: str | None, **fields: Any) -> dict[str, Any]:
 
 
 HISTORY = [USER, said("", tool_calls=CALLS), {"role": "tool", "name": "get_weather", "content": "sunny"}]
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "call": {"prompt": [USER], "chosen": [said(None, tool_calls=CALLS)], "rejected": said("No idea."), "tools": [TOOL]},
     "text and call": {
         "prompt": [USER],
@@ -67,7 +67,8 @@ def templates() -> dict[str, str]:
     return templates_in(Path(trl.__file__).parent / "chat_templates")
 
 
-def encoder(template: str) -> tuple[PreTrainedTokenizerBase, PairEncoder]:
+def encoder(template: str) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The second is a pair encoder; what it gives may be a row or why there is none, which a test knows."""
     tokenizer = byte_tokenizer(template)
     return tokenizer, PairEncoder(tokenizer, template, max_length=9000, max_prompt_length=8000)
 
@@ -194,7 +195,7 @@ def test_system_and_history_columns_become_messages() -> None:
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_messages_in_a_table_are_read_as_messages(write: Callable[..., Any]) -> None:
-    row = {"chosen": [USER, said("Yes")], "rejected": [USER, said("No")]}
+    row: dict[str, Any] = {"chosen": [USER, said("Yes")], "rejected": [USER, said("No")]}
     assert parse_preference({name: write(value) for name, value in row.items()}) == parse_preference(row)
     row = {"prompt": [USER], "chosen": said("Yes"), "rejected": said("No"), "tools": [TOOL]}
     as_text = {name: write(value) for name, value in row.items()} | {"tools": json.dumps([TOOL])}

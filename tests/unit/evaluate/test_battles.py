@@ -33,7 +33,14 @@ def random_verdicts(count: int, seed: int = 0) -> dict[str, list[str | None]]:
 def test_win_rate_is_the_bradley_terry_fit_of_expanded_battles() -> None:
     verdicts = random_verdicts(80)
     # In the first game A is the baseline. By hand: what the model got, and how often the battle counts.
-    first = {"A>>B": [0] * 3, "A>B": [0], "A=B": [0.5], "B>A": [1], "B>>A": [1] * 3, None: []}
+    first: dict[str | None, list[float]] = {
+        "A>>B": [0] * 3,
+        "A>B": [0],
+        "A=B": [0.5],
+        "B>A": [1],
+        "B>>A": [1] * 3,
+        None: [],
+    }
     second = {name: [1 - score for score in scores] for name, scores in first.items()}
     scores = [*itertools.chain.from_iterable(first[one] + second[two] for one, two in verdicts.values())]
     assert collect_battles(verdicts).win_rate == pytest.approx(bradley_terry(scores), abs=1e-4)

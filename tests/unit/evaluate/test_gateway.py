@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -124,7 +125,9 @@ def test_the_token_is_another_one_each_time(gateway: Gateway, tmp_path: Path) ->
         *((501, {"method": method}) for method in ("GET", "PUT", "OPTIONS", "DELETE", "HEAD")),
     ],
 )
-def test_others_are_refused_and_nothing_is_asked(gateway: Gateway, stub: Stub, status: int, changes: dict) -> None:
+def test_others_are_refused_and_nothing_is_asked(
+    gateway: Gateway, stub: Stub, status: int, changes: dict[str, Any]
+) -> None:
     answered, content = request(gateway, **changes)
     assert answered == status
     assert gateway.token.encode() not in content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ from tests.unit.formats.tiny_models import save
         ({}, (None, None, None)),
     ],
 )
-def test_rows_of_runs(config: dict, row: tuple) -> None:
+def test_rows_of_runs(config: dict[str, Any], row: tuple[Any, ...]) -> None:
     assert trained_row(config) == row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def relay(server: FaultyServer, *left_out: str) -> Relay:
 
 
 @pytest.mark.parametrize("body", [ECHO, TEXTS], ids=["echo", "texts"])
-def test_good_replies_pass_unchanged(body: dict, server: FaultyServer) -> None:
+def test_good_replies_pass_unchanged(body: dict[str, Any], server: FaultyServer) -> None:
     assert relay(server, "min_p").respond(body) == good_reply("/v1/completions", body)
     (_, sent) = server.asked[0]
     assert {**sent, **body} == sent
@@ -37,7 +38,7 @@ def test_good_replies_pass_unchanged(body: dict, server: FaultyServer) -> None:
 
 
 @pytest.mark.parametrize("body", [ECHO, TEXTS], ids=["echo", "texts"])
-def test_a_slice_of_all_faults(body: dict, server: FaultyServer) -> None:
+def test_a_slice_of_all_faults(body: dict[str, Any], server: FaultyServer) -> None:
     """A reply passes if the harness can read it; else there is a sentence, and nothing more is asked."""
     cases = [*FAULTS.items(), *damaged(good_reply("/v1/completions", body))]
     said: list[str] = []

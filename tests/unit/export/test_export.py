@@ -13,10 +13,12 @@ import torch
 import yaml
 
 from nemo_lmpo.errors import CheckpointError
+from nemo_lmpo.evaluate.bootstrap import Interval
 from nemo_lmpo.evaluate.result import BY_INSTRUCTION, Judge, Model, Result, Value, write_result
 from nemo_lmpo.export.card import build_card
-from nemo_lmpo.export.origin import Origin, hub_names, origin_of, public_config
+from nemo_lmpo.export.origin import Origin, origin_of, public_config
 from nemo_lmpo.export.write import export_run
+from nemo_lmpo.formats.public_names import hub_names
 from nemo_lmpo.report.read import read_run
 from nemo_lmpo.train import main
 from tests.system.processes import SMALL
@@ -34,7 +36,7 @@ def evaluated(folder: Path) -> Path:
     result = Result(
         suite="arena_hard",
         model=Model("lmpo_small", "runs/lmpo_small", "training", "tiny", "LMPO"),
-        values={"wr": Value(41.5, 1.0, {BY_INSTRUCTION: (39.0, 44.0)})},
+        values={"wr": Value(41.5, 1.0, {BY_INSTRUCTION: Interval(39.0, 44.0)})},
         n=500,
         of=500,
         unparsed=0,

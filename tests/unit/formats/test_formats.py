@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from tests.unit.formats import tiny_models as tiny
 
 def _convert_back(source: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
     assert nemo_to_hf(["--input", str(source), "--output", str(output), "--quiet", *more]) == 0
-    return load_file(output / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(output / "model.safetensors")
+    return tensors
 
 
 @pytest.mark.parametrize("name", ["nemo1_llama_bf16/llama_bf16.nemo", "nemo2_llama_bf16"])
@@ -110,15 +112,15 @@ def test_sample_gives_a_model_that_transformers_loads(shared_dir: Path, tmp_path
         ]
     assert torch.equal(*logits)
     text = "a text with several words"
-    ids = [
+    tokens = [
         AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (samples / "hf_llama_bf16", tmp_path / "hf")
     ]
-    assert ids[0] == ids[1]
+    assert tokens[0] == tokens[1]
 
 
 def _plain_torch_read(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors, by torch's own reader."""
-    entries = FileSystemReader(directory).read_metadata().state_dict_metadata
+    entries: dict[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in entries.items()

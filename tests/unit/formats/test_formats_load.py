@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ class _Wrapper(Float16Module):
 
 def test_layers_go_by_their_number_and_through_wrappers() -> None:
     source = RandomSource(_ARCHITECTURE, 0)
-    chunks = [_Wrapper(_Wrapper(_Model([2]).to(torch.bfloat16))), _Wrapper(_Model([4, 1]))]
+    chunks: list[Any] = [_Wrapper(_Wrapper(_Model([2]).to(torch.bfloat16))), _Wrapper(_Model([4, 1]))]
     load_model_weights(list(chunks), source, _ARCHITECTURE, tp_rank=0, tp_size=1)
     for parameter, layer in (
         (chunks[0].module.module.decoder.layers[0], 1),
@@ -120,7 +121,7 @@ def test_loading_lists_everything_that_does_not_fit() -> None:
 
 def test_source_of_another_model_is_refused_before_anything_is_written() -> None:
     other = architecture_from_hf(tiny.config("llama2").to_dict())
-    model = _Model([1])
+    model: Any = _Model([1])
     before = model.decoder.layers[0].self_attention.linear_qkv.weight.clone()
     with pytest.raises(CheckpointError, match="tensors of the wrong shape"):
         load_model_weights([model], RandomSource(other, 0), _ARCHITECTURE, tp_rank=0, tp_size=1)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from nemo_lmpo.formats.peft import PeftAdapter
 from tests.unit.formats import tiny_models as tiny
 
 
-def adapted(base: Path, directory: Path, **settings: object) -> torch.nn.Module:
+def adapted(base: Path, directory: Path, **settings: Any) -> torch.nn.Module:
     """Save an adapter as peft does; the model as peft merges it."""
     torch.manual_seed(5)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **settings})

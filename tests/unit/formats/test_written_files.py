@@ -23,7 +23,7 @@ from nemo_lmpo.formats.torch_archive import save_into
 from nemo_lmpo.runtime.files import file_checksum
 from nemo_lmpo.runtime.threads import one_ahead
 
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 
 
@@ -70,8 +70,14 @@ def test_a_full_disk_names_the_file() -> None:
 def test_a_steady_file_is_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the disk is asked for a stretch."""
     monkeypatch.setattr(steady_file, "_STRETCH_BYTES", 1000)
-    asked, real = [], os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda number: (asked.append(number), real(number)))
+    asked: list[int] = []
+    real = os.fdatasync
+
+    def ask(number: int) -> None:
+        asked.append(number)
+        real(number)
+
+    monkeypatch.setattr(os, "fdatasync", ask)
     content = os.urandom(100_000)
     with SteadyFile(tmp_path / "file") as file:
         for start in range(0, len(content), 777):

@@ -16,6 +16,7 @@ import pytest
 
 from nemo_lmpo.answers import engine
 from nemo_lmpo.answers.answer import Answer
+from nemo_lmpo.answers.sampling import Sampling
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.generate.__main__ import main
 from nemo_lmpo.generate.kept import SUFFIX
@@ -131,7 +132,7 @@ def test_answers_do_not_depend_on_what_was_done_before(command: Command) -> None
     """Each batch has a seed of its own: the last prompts alone are answered as together with the others."""
     generator = engine.load_generator(command.model)
     prompts = [[5, 6, 7 + index % 3][: 2 + index % 2] for index in range(6)]
-    sampling = engine.Sampling(max_new_tokens=8, temperature=2.0, seed=3, batch_size=2)
+    sampling = Sampling(max_new_tokens=8, temperature=2.0, seed=3, batch_size=2)
     every = generator.respond(prompts, sampling)
     for done in (set(), {0, 2}, {0, 1, 2, 4}):
         found: dict[int, Answer] = {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def make_inputs() -> MakeInputs:
         parts = [torch.tensor(list(values), dtype=dtype) for values in shared]
         for tensor in parts[:2]:
             tensor.requires_grad_()
+        columns: Any = (*tensors, *reference, *parts)
         mean_length = sum(n_w) / len(n_w)
-        return LossInputs(
-            *tensors, *reference, *parts, mean_chosen_length=mean_length, statistics=statistics or Statistics()
-        )
+        known: dict[str, Any] = {"mean_chosen_length": mean_length, "statistics": statistics or Statistics()}
+        return LossInputs(*columns, **known)
 
     return make

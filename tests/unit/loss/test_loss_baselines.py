@@ -177,11 +177,11 @@ def test_numbers_worked_by_hand(make_inputs: Callable[..., LossInputs]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_against_finite_differences(case: str) -> None:
     loss = build_loss(parse_loss(CASES[case][0]))
-    fixed = [torch.tensor(v, dtype=torch.float64) for v in (N_W, N_L, REF_W, REF_L)]
+    fixed: Any = [torch.tensor(v, dtype=torch.float64) for v in (N_W, N_L, REF_W, REF_L)]
 
     def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        statistics = Statistics(KL, 1.0, 2)
-        inputs = LossInputs(chosen, rejected, *fixed, mean_chosen_length=MEAN_N_W, statistics=statistics)
+        known: dict[str, Any] = {"mean_chosen_length": MEAN_N_W, "statistics": Statistics(KL, 1.0, 2)}
+        inputs = LossInputs(chosen, rejected, *fixed, **known)
         return loss(inputs).losses.sum()
 
     sums = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (S_W, S_L)]

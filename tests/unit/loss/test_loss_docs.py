@@ -46,7 +46,7 @@ def test_the_example_of_a_new_loss_works(
     options_of, module, entry, elsewhere = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr(options, "CDPOConfig", None, raising=False)  # taken away again at the end
     exec(compile(options_of, "options.py", "exec", dont_inherit=True), options.__dict__)
-    monkeypatch.setitem(options.OPTIONS, "cdpo", options.CDPOConfig)
+    monkeypatch.setitem(options.OPTIONS, "cdpo", vars(options)["CDPOConfig"])
     cdpo = types.ModuleType("cdpo")
     monkeypatch.setitem(sys.modules, "cdpo", cdpo)
     exec(compile(module, "cdpo.py", "exec", dont_inherit=True), cdpo.__dict__)

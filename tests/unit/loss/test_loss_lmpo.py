@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_numbers_worked_by_hand(make_inputs: Callable[..., LossInputs]) -> None:
 @pytest.mark.parametrize("average_length", [True, False])
 @pytest.mark.parametrize("statistics", ["known", "empty", "off"])
 def test_every_variant_against_the_printed_equations(
-    make_inputs: Callable[..., LossInputs], margin: str, average_length: bool, statistics: str
+    make_inputs: Callable[..., LossInputs], margin: Any, average_length: bool, statistics: str
 ) -> None:
     config = LMPOConfig(
         beta=BETA,
@@ -124,8 +124,9 @@ def test_every_variant_against_the_printed_equations(
 
 def test_margin_constants_are_used(make_inputs: Callable[..., LossInputs]) -> None:
     pair = (S_W[0], S_L[0], N_W[0], N_L[0])
-    for margin, options in (("log", {"alpha": 2.0}), ("sigmoid", {"beta_s": 0.7})):
-        config = LMPOConfig(beta=BETA, log_h=LOG_H, lam=LAM, margin=margin, **options)
+    cases: list[tuple[str, dict[str, Any]]] = [("log", {"alpha": 2.0}), ("sigmoid", {"beta_s": 0.7})]
+    for margin, options in cases:
+        config = LMPOConfig(beta=BETA, log_h=LOG_H, lam=LAM, margin=cast(Any, margin), **options)
         inputs = make_inputs(*([v] for v in pair), statistics=Statistics(A, B, 3))
         check(lmpo_loss(inputs, config), [expected(*pair, margin=margin, **options)])
 
@@ -210,12 +211,12 @@ def test_gradient_by_the_chain_rule(make_inputs: Callable[..., LossInputs]) -> N
 @pytest.mark.parametrize("margin", ["power5", "cube", "log", "sigmoid"])
 @pytest.mark.parametrize("z_score", [True, False])
 @pytest.mark.parametrize("average_length", [True, False])
-def test_gradient_against_finite_differences(margin: str, z_score: bool, average_length: bool) -> None:
+def test_gradient_against_finite_differences(margin: Any, z_score: bool, average_length: bool) -> None:
     config = LMPOConfig(lam=0.3, margin=margin, z_score=z_score, average_length_normalization=average_length)
     lengths = [torch.tensor(n, dtype=torch.float64) for n in (N_W, N_L)]
 
     def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        inputs = LossInputs(chosen, rejected, *lengths, statistics=Statistics(A, 0.3, 3))
+        inputs = LossInputs(chosen, rejected, lengths[0], lengths[1], statistics=Statistics(A, 0.3, 3))
         return lmpo_loss(inputs, config).losses
 
     sums = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in (S_W, S_L)]
@@ -239,7 +240,7 @@ EXTREMES = {
 @pytest.mark.parametrize("compat", ["paper", "released_code"])
 @pytest.mark.parametrize("statistics", [Statistics(), Statistics(0.7, 0.0, 1), Statistics(0.7, 0.2, 1)])
 def test_extremes_stay_finite_in_float32(
-    make_inputs: Callable[..., LossInputs], case: str, margin: str, compat: str, statistics: Statistics
+    make_inputs: Callable[..., LossInputs], case: str, margin: Any, compat: Any, statistics: Statistics
 ) -> None:
     inputs = make_inputs(*EXTREMES[case], statistics=statistics, dtype=torch.float32)
     config = LMPOConfig(margin=margin, compat=compat, lam=1.0)

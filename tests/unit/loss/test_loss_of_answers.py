@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def inputs(mean: float = 0.0, count: int = 1, logps: torch.Tensor = LOGPS) -> Re
 
 
 @pytest.mark.parametrize(("mean", "count"), [(1.5, 5), (-1.5, 5), (1.5, 0)])
-def test_the_papers_formula(mean, count):
+def test_the_papers_formula(mean: float, count: int) -> None:
     """V of Eq. 7: the loss is lambda_y - v, with z0 clipped at 0 and no gradient through it."""
     logps = LOGPS.clone().requires_grad_()
     found = build_loss(parse_loss(OPTIONS)).of_responses(inputs(mean, count, logps))
@@ -46,7 +47,7 @@ def test_the_papers_formula(mean, count):
     assert set(found.metrics["kto/z"].tolist()) == {0.2 * z0}
 
 
-def test_what_is_observed_is_the_log_ratio():
+def test_what_is_observed_is_the_log_ratio() -> None:
     loss = build_loss(parse_loss(OPTIONS))
     running = RunningStatistics(loss.statistics)
     running.update(loss.observe_responses(inputs()))
@@ -54,7 +55,7 @@ def test_what_is_observed_is_the_log_ratio():
     assert loss.needs_mismatched
 
 
-def test_zero_is_apo_zero():
+def test_zero_is_apo_zero() -> None:
     loss = build_loss(parse_loss({**OPTIONS, "reference_point": "zero"}))
     assert loss.statistics is None
     assert not loss.needs_mismatched
@@ -63,23 +64,23 @@ def test_zero_is_apo_zero():
     assert torch.equal(loss.of_responses(inputs()).losses, expected)
 
 
-def test_a_pair_weighs_as_its_two_answers():
+def test_a_pair_weighs_as_its_two_answers() -> None:
     loss = build_loss(parse_loss(OPTIONS))
-    of_pair = loss(
-        LossInputs(*LOGPS[:2, None], *LENGTHS[:2, None], *REFERENCE[:2, None], statistics=Statistics(0.7, 1, 1))
-    )
+    columns: Any = (*LOGPS[:2, None], *LENGTHS[:2, None], *REFERENCE[:2, None])
+    known: dict[str, Any] = {"statistics": Statistics(0.7, 1, 1)}
+    of_pair = loss(LossInputs(*columns, **known))
     labels = torch.tensor([True, False])
     answers = ResponseInputs(LOGPS[:2], LENGTHS[:2], None, REFERENCE[:2], labels, Statistics(0.7, 1, 1))
     assert of_pair.losses.mean().item() == pytest.approx(loss.of_responses(answers).losses.mean().item(), rel=1e-15)
 
 
-def test_only_good_answers_are_held_up():
+def test_only_good_answers_are_held_up() -> None:
     plain, held = (build_loss(parse_loss({**OPTIONS, "sft_weight": weight})) for weight in (0.0, 0.5))
     more = held.of_responses(inputs()).losses - plain.of_responses(inputs()).losses
     assert torch.allclose(more, torch.where(LABELS, -0.5 * LOGPS / LENGTHS, torch.zeros_like(LOGPS)))
 
 
-def test_metrics_of_answers():
+def test_metrics_of_answers() -> None:
     loss = build_loss(parse_loss(OPTIONS))
     table = AnswerMetrics(answer_columns(loss), 5, torch.device("cpu"))
     outputs = loss.of_responses(inputs(1.0))
@@ -120,7 +121,7 @@ def test_metrics_of_answers():
         ((10, 30), (4.1, 1), False),
     ],
 )
-def test_advice_on_weights(counts, weights, good):
+def test_advice_on_weights(counts: tuple[int, int], weights: tuple[float, float], good: bool) -> None:
     """KTO's Eq. 8: lambda_D n_D / (lambda_U n_U) from 1 to 4/3. What is advised is within it."""
     desirable, undesirable = counts
     config = KTOConfig(desirable_weight=weights[0], undesirable_weight=weights[1])
@@ -137,5 +138,5 @@ def test_advice_on_weights(counts, weights, good):
 
 
 @pytest.mark.parametrize("counts", [(0, 4), (4, 0)])
-def test_one_label_alone_is_told(counts):
-    assert "all answers are" in str(weights_advice(*counts, KTOConfig()))
+def test_one_label_alone_is_told(counts: tuple[int, int]) -> None:
+    assert "all answers are" in str(weights_advice(counts[0], counts[1], KTOConfig()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_it_is_a_loss_like_any_other(folder: Path) -> None:
         config = load_recipe(name, [*overrides, "loss.width=0.5", "loss.sft_weight=0.25"])
         assert vars(config.loss) == {"name": "hinge", "width": 0.5, "sft_weight": 0.25}
     loss = build_loss(config.loss)
-    sums = [
+    sums: Any = [
         torch.tensor(values, dtype=torch.float64) for values in ([-4.0, -9.0], [-6.0, -3.0], [4.0, 3.0], [3.0, 3.0])
     ]
     # Averages -1, -3 and -2, -1: max(0, 0.5 - 1), max(0, 0.5 + 2), and a quarter of the chosen answer's likelihood.

@@ -27,8 +27,9 @@ KNOWN = Statistics(mean=0.7, std=0.2, count=3)
 
 
 def as_inputs(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -> LossInputs:
-    columns = [torch.tensor(column, dtype=dtype) for column in zip(*rows, strict=True)]
-    return LossInputs(*columns, mean_chosen_length=float(columns[2].mean()), statistics=KNOWN)
+    columns: Any = [torch.tensor(column, dtype=dtype) for column in zip(*rows, strict=True)]
+    known: dict[str, Any] = {"mean_chosen_length": float(columns[2].mean()), "statistics": KNOWN}
+    return LossInputs(*columns, **known)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics as stdlib_statistics
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ EMA = StatisticsConfig(kind="ema", update="after_step")
 RELEASED = StatisticsConfig(kind="ema", update="before_step", bias_correction=False, in_evaluation=True, group_size=2)
 CUMULATIVE = StatisticsConfig(kind="cumulative", update="after_step")
 BATCH_MEAN = StatisticsConfig(kind="batch_mean", update="before_step")
+
+
+def about(mean: float, std: float, count: int) -> Statistics:
+    """What equals statistics that are nearly these."""
+    near_mean: Any = pytest.approx(mean)
+    near_std: Any = pytest.approx(std)
+    return Statistics(near_mean, near_std, count)
 
 
 def updated(config: StatisticsConfig, *batches: list[float]) -> RunningStatistics:
@@ -36,23 +44,23 @@ def test_ema_with_bias_correction_over_three_steps() -> None:
     # means 2, 5, 1; sample deviations sqrt(2), sqrt(8), 0.
     running = RunningStatistics(EMA)
     running.update(torch.tensor([1.0, 3.0]))
-    assert running.current() == Statistics(pytest.approx(2.0), pytest.approx(math.sqrt(2)), 1)
+    assert running.current() == about(2.0, math.sqrt(2), 1)
     running.update(torch.tensor([3.0, 7.0]))
     # mean: (0.9 * 0.2 + 0.1 * 5) / (1 - 0.81) = 0.68 / 0.19
     # std: (0.09 * sqrt 2 + 0.1 * sqrt 8) / 0.19 = 0.29 sqrt(2) / 0.19
-    assert running.current() == Statistics(pytest.approx(0.68 / 0.19), pytest.approx(0.29 * math.sqrt(2) / 0.19), 2)
+    assert running.current() == about(0.68 / 0.19, 0.29 * math.sqrt(2) / 0.19, 2)
     running.update(torch.tensor([1.0, 1.0, 1.0]))
     # mean: (0.9 * 0.68 + 0.1) / (1 - 0.729) = 0.712 / 0.271; std: 0.9 * 0.29 sqrt(2) / 0.271
-    assert running.current() == Statistics(pytest.approx(0.712 / 0.271), pytest.approx(0.261 * math.sqrt(2) / 0.271), 3)
+    assert running.current() == about(0.712 / 0.271, 0.261 * math.sqrt(2) / 0.271, 3)
 
 
 def test_one_value_moves_the_mean_only() -> None:
     running = updated(EMA, [1.0, 3.0], [12.0])
     # mean: (0.9 * 0.2 + 0.1 * 12) / 0.19 = 1.38 / 0.19; the deviation still rests on one update, corrected by 0.1.
-    assert running.current() == Statistics(pytest.approx(1.38 / 0.19), pytest.approx(math.sqrt(2)), 1)
+    assert running.current() == about(1.38 / 0.19, math.sqrt(2), 1)
     running.update(torch.tensor([0.0, 2.0]))
     # mean: (0.9 * 1.38 + 0.1) / 0.271; std: (0.09 + 0.1) sqrt(2) / 0.19 = sqrt(2), with its own count of two
-    assert running.current() == Statistics(pytest.approx(1.342 / 0.271), pytest.approx(math.sqrt(2)), 2)
+    assert running.current() == about(1.342 / 0.271, math.sqrt(2), 2)
 
 
 def test_only_single_values_give_no_deviation() -> None:
@@ -64,14 +72,14 @@ def test_only_single_values_give_no_deviation() -> None:
 def test_released_code_starts_at_zero_without_correction() -> None:
     running = updated(RELEASED, [0.2, 0.4])
     # 0.1 * 0.3 and 0.1 * sqrt(0.02)
-    assert running.current() == Statistics(pytest.approx(0.03), pytest.approx(0.1 * math.sqrt(0.02)), 1)
+    assert running.current() == about(0.03, 0.1 * math.sqrt(0.02), 1)
     running.update(torch.tensor([0.6]))
-    assert running.current() == Statistics(pytest.approx(0.087), pytest.approx(0.1 * math.sqrt(0.02)), 1)
+    assert running.current() == about(0.087, 0.1 * math.sqrt(0.02), 1)
 
 
 def test_momentum_zero_is_the_last_batch() -> None:
     running = updated(StatisticsConfig("ema", "after_step", momentum=0.0), [0.0, 9.0], [1.0, 3.0])
-    assert running.current() == Statistics(pytest.approx(2.0), pytest.approx(math.sqrt(2)), 2)
+    assert running.current() == about(2.0, math.sqrt(2), 2)
 
 
 def test_deviation_is_floored() -> None:
@@ -114,32 +122,36 @@ class TestGroups:
     def test_by_hand(self) -> None:
         # Means 0.3, 0.6, 1; deviations sqrt(0.02), sqrt(0.02) and none for the last pair alone.
         running = RunningStatistics(RELEASED)
-        found = running.update_in_groups(torch.tensor([0.2, 0.4, 0.5, 0.7, 1.0], dtype=torch.float64))
+        found: Any = running.update_in_groups(torch.tensor([0.2, 0.4, 0.5, 0.7, 1.0], dtype=torch.float64))
         first, second = 0.1 * math.sqrt(0.02), 0.19 * math.sqrt(0.02)
         assert found.mean.tolist() == pytest.approx([0.03, 0.03, 0.087, 0.087, 0.1783])
         assert found.std.tolist() == pytest.approx([first, first, second, second, second])
         assert found.count.tolist() == [1, 1, 2, 2, 2]
-        assert running.current() == Statistics(pytest.approx(0.1783), pytest.approx(second), 2)
+        assert running.current() == about(0.1783, second, 2)
 
     def test_evaluation_has_groups_of_its_own(self) -> None:
         config = StatisticsConfig("ema", "before_step", group_size=2, evaluation_group_size=4)
         values = torch.tensor([0.1, 0.2, 0.6, 0.9], dtype=torch.float64)
-        found = RunningStatistics(config).update_in_groups(values, evaluation=True)
+        found: Any = RunningStatistics(config).update_in_groups(values, evaluation=True)
         assert found.mean.tolist() == pytest.approx([0.45] * 4)
-        assert RunningStatistics(config).update_in_groups(values).mean[0] == pytest.approx(0.15)
+        trained: Any = RunningStatistics(config).update_in_groups(values)
+        assert trained.mean[0] == pytest.approx(0.15)
 
     def test_without_a_size_the_batch_is_one_group(self) -> None:
-        found = RunningStatistics(BATCH_MEAN).update_in_groups(torch.tensor([1.0, 2.0, 6.0]))
+        found: Any = RunningStatistics(BATCH_MEAN).update_in_groups(torch.tensor([1.0, 2.0, 6.0]))
         assert (found.mean.tolist(), found.count.tolist()) == ([3.0] * 3, [3] * 3)
 
     def test_no_pairs_change_nothing(self) -> None:
         running = updated(RELEASED, [1.0, 3.0])
         before = running.state_dict()
-        assert running.update_in_groups(torch.empty(0)).mean.numel() == 0
+        nothing: Any = running.update_in_groups(torch.empty(0))
+        assert nothing.mean.numel() == 0
         assert running.state_dict() == before
 
     def test_pairs_pick_their_own(self) -> None:
-        found = Statistics(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.tensor([1, 1, 2])).of_pairs(torch.tensor([2, 0]))
+        found: Any = Statistics(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.tensor([1, 1, 2])).of_pairs(
+            torch.tensor([2, 0])
+        )
         assert (found.mean.tolist(), found.std, found.count.tolist()) == ([3.0, 1.0], 0.5, [2, 1])
 
 

@@ -53,12 +53,13 @@ class Batch:
         lengths = self.lengths.double().chunk(2)
         common = torch.minimum(*self.lengths.chunk(2)).repeat(2)
         shared = (torch.arange(self.tokens.shape[1]) < PROMPT - 1 + common[:, None]).double()
-        return LossInputs(
+        columns: Any = (
             *(chosen, rejected, *lengths, *self.reference.chunk(2)),
             *(self.tokens * shared).sum(1).chunk(2),
             *(self.reference_tokens * shared).sum(1).chunk(2),
-            mean_chosen_length=lengths[0].mean().item(),
         )
+        known: dict[str, Any] = {"mean_chosen_length": lengths[0].mean().item()}
+        return LossInputs(*columns, **known)
 
     def pair(self, number: int) -> Batch:
         """One of the pairs as a batch of its own, on the same tokens."""
@@ -93,7 +94,7 @@ def trainer(**settings: Any) -> SimpleNamespace:
 
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
     metrics: Any = defaultdict(lambda: defaultdict(list))
-    model = torch.nn.Module().eval()
+    model: Any = torch.nn.Module().eval()
     model.is_gradient_checkpointing = False
     return SimpleNamespace(
         model=model,
@@ -199,7 +200,10 @@ def cpo_trainer_loss(batch: Batch, logits: torch.Tensor, **settings: Any) -> tor
         given[f"{side}_input_ids"] = batch.input_ids[half]
         given[f"{side}_attention_mask"] = batch.attention_mask[half]
         given[f"{side}_labels"] = labels[half]
-    return CPOTrainer.get_batch_loss_metrics(fake, lambda *_, **__: SimpleNamespace(logits=logits), given)[0]
+    total: torch.Tensor = CPOTrainer.get_batch_loss_metrics(
+        fake, lambda *_, **__: SimpleNamespace(logits=logits), given
+    )[0]
+    return total
 
 
 class TestWholeCPOObjective:

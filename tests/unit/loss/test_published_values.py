@@ -16,7 +16,7 @@ DOCS = Path(nemo_lmpo.__file__).parent.parent / "docs" / "losses.md"
 # SimPO's README, "For DPO, the best hyperparameters for each setting are as follows".
 DPO_RATES = (5e-7, 5e-7, 5e-7, 7e-7)
 # SimPO's appendix: what it searched, and what it fixed.
-SEARCHED = {
+SEARCHED: dict[str, dict[str, tuple[float, ...]]] = {
     "cpo": {"beta": (0.01, 0.05, 0.1), "lam": (1.0,)},
     "slic": {"delta": (0.5, 1.0, 2.0, 10.0), "lam": (0.1, 0.5, 1.0, 10.0)},
     "ipo": {"tau": (0.01, 0.1, 0.5, 1.0)},

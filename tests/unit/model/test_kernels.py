@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -37,11 +39,11 @@ def choose(
     precision: str = "bf16",
     head_dim: int = 128,
     flash_attn: bool = False,
-    **model: object,
+    **model: Any,
 ) -> Kernels:
     monkeypatch.setattr(kernels, "find_transformer_engine", lambda: engine)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object() if flash_attn else None)
-    return choose_kernels(ModelConfig(**model), precision=precision, head_dim=head_dim, device=device)  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if flash_attn else None)
+    return choose_kernels(ModelConfig(**model), precision=precision, head_dim=head_dim, device=device)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +72,13 @@ def choose(
 def test_choice(
     device: Device,
     engine: TransformerEngine,
-    options: dict[str, object],
+    options: dict[str, Any],
     layers: bool,
     attention: str,
     te_kernel: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = choose(monkeypatch, device, engine, **options)  # type: ignore[arg-type]
+    found = choose(monkeypatch, device, engine, **options)
     assert (found.transformer_engine, found.attention, found.te_attention) == (layers, attention, te_kernel)
     assert found.gpu is device.gpu
 
@@ -111,12 +113,12 @@ def test_choice(
 def test_what_cannot_run_is_refused_with_the_reason(
     device: Device,
     engine: TransformerEngine,
-    options: dict[str, object],
+    options: dict[str, Any],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        choose(monkeypatch, device, engine, **options)  # type: ignore[arg-type]
+        choose(monkeypatch, device, engine, **options)
 
 
 def test_switches_of_the_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,4 +157,4 @@ def test_fp8_and_overlapped_collectives_need_transformer_engine_and_fp8_an_h100(
         (CPU, NONE, {"fp8": "tensorwise"}, r"model\.fp8=tensorwise needs Transformer Engine's layers: there is no GPU"),
     ):
         with pytest.raises(ConfigError, match=expected):
-            choose(monkeypatch, device, engine, **options)  # type: ignore[arg-type]
+            choose(monkeypatch, device, engine, **options)

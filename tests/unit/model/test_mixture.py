@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_lmpo.config.schema import ModelConfig
-from nemo_lmpo.data.example import Example
+from nemo_lmpo.data.example import PAIRS, Example
 from nemo_lmpo.data.pack import pack_examples
 from nemo_lmpo.formats.architecture import read_architecture
 from nemo_lmpo.formats.families import FAMILIES
@@ -42,7 +42,7 @@ def rows_with_membership(pairs: list[Example], *, share_prompt: bool) -> list[Mi
 
 
 def step_of(rows: list[MicroBatch]) -> StepBatch:
-    return StepBatch(rows, ["a", "b", "c"], 2, 0, 0, 0, 0.0, 1.0)
+    return StepBatch(rows, ["a", "b", "c"], PAIRS, 0, 0, 0, 0.0, 1.0)
 
 
 def run_rows(model: PackedGPTModel, rows: list[MicroBatch]) -> list[Tensor]:

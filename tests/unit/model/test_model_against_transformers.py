@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def exact_gradients(model: torch.nn.Module, pairs: list[Example], seen: Tensor) 
     ]
     torch.stack(losses).mean().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    experts = getattr(FAMILY_TABLE[model.config.model_type], "experts", None)
+    experts = getattr(FAMILY_TABLE[cast(Any, model).config.model_type], "experts", None)
     if experts is None:
         return found
     return {
@@ -126,7 +126,7 @@ def our_gradients(
     for row in rows:
         hidden, finish = step.forward_step(iter([row]), model)
         finish(hidden)[0].backward()
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     for _, parameter, rule, layer in _targets(model, model.architecture):
         assert rule is not None
         parts = separate(rule, parameter.grad, model.architecture)

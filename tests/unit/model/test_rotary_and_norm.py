@@ -101,4 +101,5 @@ def test_norm(kind: type[RMSNorm], dtype: torch.dtype, eps: float) -> None:
 def test_norm_is_marked_for_sequence_parallelism() -> None:
     for on in (True, False):
         config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=on)
-        assert RMSNorm(config, 4).weight.sequence_parallel is on
+        weight: Any = RMSNorm(config, 4).weight
+        assert weight.sequence_parallel is on

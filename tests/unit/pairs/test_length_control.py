@@ -59,8 +59,8 @@ def test_what_is_left_is_uncorrelated_and_keeps_the_prompts_mean() -> None:
     left = [(lengths, (np.asarray(scores) - control.removed(lengths)).tolist()) for lengths, scores in prompts]
     regressors = [(np.tanh((np.asarray(one) - np.mean(one)) / control.sigma).tolist(), rest) for one, rest in left]
     assert within_correlation(regressors) == pytest.approx(0.0, abs=1e-9)
-    assert within_correlation(prompts) > 0.5  # type: ignore[operator]
-    assert abs(within_correlation(left)) < 0.1  # type: ignore[arg-type]
+    assert within_correlation(prompts) > 0.5
+    assert abs(within_correlation(left)) < 0.1
     assert [np.mean(rest) for _, rest in left] == pytest.approx([np.mean(scores) for _, scores in prompts])
 
 

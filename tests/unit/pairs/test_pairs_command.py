@@ -177,9 +177,12 @@ def test_kills_at_every_write_change_nothing(
     from nemo_lmpo.answers.engine import Generator
 
     batches = Generator._batch
-    monkeypatch.setattr(
-        Generator, "_batch", lambda self, ids, *more: generated.append(len(ids)) or batches(self, ids, *more)
-    )
+
+    def counted(self: Generator, ids: Any, *more: Any) -> Any:
+        generated.append(len(ids))
+        return batches(self, ids, *more)
+
+    monkeypatch.setattr(Generator, "_batch", counted)
     folder = tmp_path / "pairs"
     for _ in range(60):
         try:

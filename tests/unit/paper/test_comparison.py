@@ -180,7 +180,7 @@ def test_list_prints_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert all(line.startswith("torchrun --nproc-per-node 4 -m nemo_lmpo.train --config-name") for line in lines)
 
 
-def comparison(table: dict[str, Any]) -> Comparison:
+def comparison(table: dict[Any, Any]) -> Comparison:
     return Comparison(TINY, [FIGURE2], 2, "command", table, {}, {LMPO: "lmpo_tiny"}, missing=["SimPO (seed 43)"])
 
 

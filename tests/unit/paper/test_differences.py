@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ JUDGE = Judge("judge", {"judge-1": 10}, "http://localhost/v1", "prompt")
 def made(
     folder: Path,
     suite: str,
-    units: dict,
+    units: dict[str, Any],
     *,
-    row: tuple = ("tiny", "LMPO", None),
+    row: tuple[Any, ...] = ("tiny", "LMPO", None),
     judge_: Judge | None = JUDGE,
     **values: float,
 ) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_torchrun_is_asked_to_end_with_its_run(tmp_path: Path, monkeypatch: pyte
         def terminate(self) -> None:
             events.append("terminated")
 
-    monkeypatch.setattr(execute.subprocess, "Popen", Launcher)
+    monkeypatch.setattr(subprocess, "Popen", Launcher)
     plan = RunPlan(LMPO, "lmpo_llama3_8b", (), 1, tmp_path, 4)
     assert execute._train_separately(plan) == 128 + signal.SIGTERM
     assert events == [["--nproc-per-node", "4"], "terminated", "waited", "closed"]

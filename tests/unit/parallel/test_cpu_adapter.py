@@ -20,7 +20,8 @@ def test_uninstall_restores_everything() -> None:
         assert adapter.installed
         during = state()
         assert all(one is not other for one, other in zip(before, during, strict=True))
-        assert torch.cuda.current_device() == torch.device("cpu")
+        device: object = torch.cuda.current_device()
+        assert device == torch.device("cpu")
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.zeros(2).cuda().device.type == "cpu"
         assert torch.zeros(2).to("cuda:0").device.type == "cpu"

@@ -34,7 +34,7 @@ def test_no_group_is_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None
 
     def new_group(*given: Any, backend: object = None, **options: Any) -> Any:
         backends.append(backend)
-        return make(*given, backend=backend, **options)
+        return make(*given, **{"backend": backend, **options})
 
     monkeypatch.setattr(dist, "new_group", new_group)
     with on_cpu():

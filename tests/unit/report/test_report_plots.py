@@ -95,7 +95,7 @@ def test_smoothing_keeps_constants_and_does_not_lag() -> None:
     np.testing.assert_allclose(smooth([3.0] * 100), 3.0)
     # A symmetric average of a straight line is the line, away from the ends.
     line = np.arange(200.0)
-    np.testing.assert_allclose(smooth(line)[20:-20], line[20:-20])
+    np.testing.assert_allclose(smooth(line.tolist())[20:-20], line[20:-20])
 
 
 def test_smoothing_by_hand() -> None:

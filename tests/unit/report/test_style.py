@@ -9,7 +9,7 @@ import pytest
 
 from nemo_lmpo.report.blocks import Text, to_html
 
-STYLE = re.search(r"<style>(.*?)</style>", to_html("a", [Text("a")]), re.DOTALL)[1]  # type: ignore[index]
+STYLE = re.search(r"<style>(.*?)</style>", to_html("a", [Text("a")]), re.DOTALL)[1]
 TEXTS, SURFACES = ("text", "muted", "good", "open"), ("bg", "card")
 
 

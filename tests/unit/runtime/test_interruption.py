@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def from_a_terminal() -> Iterator[None]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_raised_once_and_the_next_one_ends_the_process(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    after = []
+    after: list[Any] = []
 
     def work() -> None:
         with raising_when_interrupted():

@@ -48,7 +48,8 @@ def setting(recipe: str, *overrides: str) -> tuple[Config, Architecture]:
 
 def activations(**model: Any) -> float:
     overrides = [f"model.{name}={value}" for name, value in model.items()]
-    return activation_bytes(*reversed(setting("lmpo_llama3_8b", *overrides)), ROW)
+    config, architecture = setting("lmpo_llama3_8b", *overrides)
+    return activation_bytes(architecture, config, ROW)
 
 
 def test_tensor_parallel_four() -> None:
@@ -101,7 +102,8 @@ def test_fsdp_shares_a_reference_and_a_frozen_base() -> None:
     with_reference = estimate(*alone, "model.reference_in_memory=true", recipe="dpo_llama3_8b")
     assert with_reference.reference == pytest.approx(2 * parameters / 4)
     lora = estimate(*alone, "model.peft.name=lora")
-    adapters = adapter_parameters(*reversed(setting("lmpo_llama3_8b", *alone)))
+    config, architecture = setting("lmpo_llama3_8b", *alone)
+    adapters = adapter_parameters(architecture, config)
     assert lora.parameters == pytest.approx((2 * parameters + 4 * adapters) / 4)
     assert lora.optimizer == 8 * adapters / 4
 

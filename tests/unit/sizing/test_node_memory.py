@@ -23,7 +23,8 @@ def layout_of(nodes: int, *overrides: str) -> ParallelLayout:
 
 def blocks(size: int, cut: int) -> float:
     """Bytes of all blocks where each tensor lies in so many parts; a norm is cut in no part, and counts for nothing."""
-    return sum(cut * 2 ** math.ceil(math.log2(number * size / cut)) * times for number, times in TENSORS)
+    total: float = sum(cut * 2 ** math.ceil(math.log2(number * size / cut)) * times for number, times in TENSORS)
+    return total
 
 
 @pytest.mark.parametrize(

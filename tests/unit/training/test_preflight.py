@@ -60,8 +60,8 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", BAD)
 def test_a_dry_run_refuses_what_a_start_would(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     override, expected = BAD[case]
-    extra = {"model": ["model.architecture=null"], "template_that_refuses_rows": ["data.train.path=good.jsonl"]}
-    extra = extra.get(case, [])
+    more = {"model": ["model.architecture=null"], "template_that_refuses_rows": ["data.train.path=good.jsonl"]}
+    extra = more.get(case, [])
     assert main(["--config-name", "lmpo_tiny", "dry_run=true", override, *extra]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert expected in line

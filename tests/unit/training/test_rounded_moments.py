@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from nemo_lmpo.training import rounded_moments
 from nemo_lmpo.training.rounded_moments import RoundedMomentsAdamW, round_at_random
 
-SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = ((7, 5), (11,), (40, 3))
 STEPS = 5
 
@@ -21,7 +23,8 @@ def rounded(values: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """
     apart = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 1e-300))) - 7)
     below, rest = np.floor(np.abs(values) / apart), np.abs(values) / apart % 1.0
-    return np.sign(values) * (below + (np.floor(rest * 65536) + noise >= 65536)) * apart
+    rounded: np.ndarray = np.sign(values) * (below + (np.floor(rest * 65536) + noise >= 65536)) * apart
+    return rounded
 
 
 class ByEquations:

@@ -19,7 +19,7 @@ from nemo_lmpo.training.optimizer import build_scheduler
 RATE = 3e-4
 
 
-def our_rates(name: str, total: int, warmup: float, min_lr: float = 0.0, resume_at: int = 0) -> list[float]:
+def our_rates(name: Any, total: int, warmup: float, min_lr: float = 0.0, resume_at: int = 0) -> list[float]:
     group: dict[str, Any] = {"lr": 0.0, "params": []}
     optimizer: Any = SimpleNamespace(param_groups=[group])
     config = OptimConfig(lr=RATE, sched=ScheduleConfig(name=name, warmup_fraction=warmup, min_lr=min_lr))
