@@ -84,6 +84,10 @@ _COUNTERPARTS: dict[str, str] = {
     "pipeline_parallel_size": "model.pipeline_model_parallel_size",
     "pp_size": "model.pipeline_model_parallel_size",
     "cp_size": "model.context_parallel_size",
+    "expert_parallel_size": "model.expert_model_parallel_size",
+    "ep_size": "model.expert_model_parallel_size",
+    "etp_size": "model.expert_tensor_parallel_size",
+    "freeze_moe_router": "model.moe_freeze_router",
     "use_cpu": "trainer.accelerator",
     "no_cuda": "trainer.accelerator",
     "full_determinism": "trainer.deterministic",
@@ -152,6 +156,7 @@ _HUB = "models are pushed by `nemo-lmpo export RUN --push-to-hub OWNER/NAME`"
 _REFERENCE = "the reference model is the start model and stays fixed"
 _LOADER = "pairs are tokenized before training, by data.num_workers processes"
 _QUANTIZED = "the base model is not quantized; model.peft.name=lora trains adapters on bf16 weights"
+_BALANCED = "set model.moe_aux_loss to global_batch or sequence, and its weight by model.moe_aux_loss_coefficient"
 _LOGGED = "metrics.jsonl has every step"
 _ADAM = "the optimizer is AdamW: optim.lr, optim.weight_decay, optim.betas, optim.eps"
 _VALIDATES = "set data.validation.path and trainer.val_check_interval"
@@ -197,7 +202,13 @@ _WITHOUT: dict[str, str] = {
     "model_revision revision": "download the revision, and give its directory as model.restore_from_path",
     "dataset_config dataset_streaming": "data.train.path takes files, directories and hub datasets as they are, "
     "read before training",
-    "router_aux_loss_coef": "mixture-of-experts models are not supported",
+    "router_aux_loss_coef moe_aux_loss_coeff moe_router_load_balancing_type output_router_logits": _BALANCED,
+    "moe_grouped_gemm moe_permute_fusion moe_token_dispatcher_type moe_router_dtype moe_shared_expert_overlap": "how "
+    "tokens reach experts follows from the machine; routers compute in float32",
+    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy": "experts have no capacity, "
+    "so no token is dropped",
+    "moe_z_loss_coeff router_z_loss_coef": "routers have no z-loss; model.moe_aux_loss balances experts",
+    "moe_per_layer_logging": "metrics.jsonl has moe/max_over_mean_worst, the worst layer's, in every step",
     "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
     "quantization": _QUANTIZED,
     "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora modules_to_save "

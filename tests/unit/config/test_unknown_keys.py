@@ -101,10 +101,20 @@ def test_what_is_suggested_exists() -> None:
         ("data.train.pth", "data.train.path"),
         ("data.path", "data.train.path or data.validation.path"),
         ("dryrun", "dry_run"),
+        ("policy.megatron_cfg.freeze_moe_router", "model.moe_freeze_router"),
+        ("ep_size", "model.expert_model_parallel_size"),
     ],
 )
 def test_the_setting_that_was_meant(key: str, meant: str) -> None:
     assert f"; did you mean {meant}?" in about_unknown_key(key, 1, "lmpo")
+
+
+@pytest.mark.parametrize("key", ["router_aux_loss_coef", "policy.megatron_cfg.moe_router_load_balancing_type"])
+def test_balancing_is_two_settings(key: str) -> None:
+    """The weight alone, named as the counterpart, would balance nothing."""
+    said = about_unknown_key(key, 1, "dpo")
+    assert "set model.moe_aux_loss to global_batch or sequence" in said
+    assert "model.moe_aux_loss_coefficient" in said
 
 
 @pytest.mark.parametrize("key", ["trainer.bananas", "data.bananas", "bananas", "fruit.bananas", "loss.bananas", "x"])
