@@ -124,13 +124,13 @@ def test_alpaca_eval_through_kills_of_both_servers(
     assert not stub.requests  # complete: nothing is asked
 
 
-def check_wins(found: dict[str, Any]) -> None:
+def check_wins(found: dict[str, Any], folder: Path = Path("out")) -> None:
     import gzip
     import math
 
     shared = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "evaluation"
     every = json.loads(gzip.decompress((shared / "alpaca_eval2_eval_set.json.gz").read_bytes()))
-    rows = [json.loads(line) for line in Path("out/alpaca_eval/answers.jsonl").read_text().split("\n") if line]
+    rows = [json.loads(line) for line in (folder / "alpaca_eval" / "answers.jsonl").read_text().split("\n") if line]
     wins = [
         1 / (1 + math.exp(-6 * (quality(row["output"]) - quality(every[int(row["id"])]["output"])))) for row in rows
     ]
