@@ -130,6 +130,11 @@ def in_single_matrices(experts: Any) -> Any:
 @pytest.mark.parametrize("form", ["sequential", "grouped_gemm"])
 def test_what_megatron_core_saves(form: str, tmp_path: Path) -> None:
     """All of its experts are stored in one form, that of Transformer Engine's grouped ones."""
+    from megatron.core.transformer.moe import experts
+
+    if form == "grouped_gemm" and not hasattr(experts, "GroupedMLP"):
+        pytest.skip("this megatron-core has no experts of a single matrix; 0.16 has")
+
     from nemo_lmpo.formats.archive import DirectoryFiles
     from nemo_lmpo.formats.distributed_reader import DistributedCheckpoint
     from nemo_lmpo.formats.megatron import MegatronSource
