@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from nemo_lmpo.convert.command import hf_to_nemo, nemo_to_hf, verify
 from nemo_lmpo.formats.distributed_reader import state_metadata
 from tests.distributed.test_layouts import STEPS, assert_same_metrics
 from tests.distributed.training_runs import metrics_of
@@ -120,6 +123,19 @@ def test_checkpoints_are_those_of_bf16(host: Host, reference: Reference, tmp_pat
     on = ("checkpoint.allow_changes=[model.fp8]", f"trainer.max_steps={STEPS + 1}")
     host.run(1, runs.train_local, str(tmp_path), (*BF16, *STEADY, *on))
     assert len([line for line in metrics_of(tmp_path) if "loss" in line]) == STEPS + 1
+
+
+def test_exports_are_those_of_any_run(reference: Reference, tmp_path: Path) -> None:
+    """A Hugging Face directory and a `.nemo` file of a run in FP8 hold its tensors in BF16, and nothing of scales."""
+    run = reference("hybrid")
+    assert nemo_to_hf(["--input", str(run), "--output", str(tmp_path / "hf"), "--quiet"]) == 0
+    assert verify(["--hf", str(tmp_path / "hf"), "--nemo", str(run), "--quiet"]) == 0
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
+    assert not [name for name in found if "_extra_state" in name or "scale" in name]
+    assert (
+        hf_to_nemo(["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "m.nemo"), "--verify", "--quiet"]) == 0
+    )
 
 
 @pytest.mark.parametrize("kind", [None, "hybrid"])
