@@ -80,14 +80,24 @@ def test_export_is_what_transformers_loads(one_process: Path, tmp_path: Path) ->
     assert torch.equal(layer.gate.weight, weights["model.layers.1.mlp.gate.weight"])
 
 
+OF_DPO = {
+    "ep2": (2, EP),
+    "tp2_sequence": (2, TP),
+    "pp2": (2, ("model.pipeline_model_parallel_size=2",)),
+    "dp2_ep2_etp2": (4, (*EP, "model.expert_tensor_parallel_size=2")),
+}
+
+
+@pytest.mark.parametrize("layout", OF_DPO)
 @pytest.mark.parametrize("memory", [True, False])
-def test_first_loss_of_dpo(memory: bool, tmp_path: Path) -> None:
+def test_first_loss_of_dpo(memory: bool, layout: str, tmp_path: Path) -> None:
     """Policy and reference choose the same experts, whether the reference is computed before or beside."""
     settings = ("loss=dpo", "trainer.precision=bf16", f"model.reference_in_memory={str(memory).lower()}")
+    size, overrides = OF_DPO[layout]
     found = run(
-        2,
+        size,
         tmp_path / "run",
-        (*settings, *EP, "trainer.max_steps=1", "data.train.limit=30", f"data.cache_dir={tmp_path}"),
+        (*settings, *overrides, "trainer.max_steps=1", "data.train.limit=30", f"data.cache_dir={tmp_path}"),
     )
     assert metrics_of(found)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
