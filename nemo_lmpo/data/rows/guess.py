@@ -16,6 +16,8 @@ _ANSWERS = {
     *("answer", "response", "completion", "output", "solution", "reply", "generation", "target", "assistant"),
     *("answers", "responses", "completions", "outputs", "generations", "candidates"),
 }
+_VERDICTS = {*("preference", "winner", "win", "preferred", "better", "best", "chosen", "choice", "label", "verdict")}
+"""Words of a column that says which of two answers is better."""
 _SCORES = {"score", "scores", "rating", "ratings", "reward", "rewards"}
 _RANKS = {"rank", "ranks", "ranking", "rankings"}
 _SYSTEMS = ("system_prompt", "system_message")
@@ -102,9 +104,9 @@ def _prompt(fields: _Fields) -> str | None:
 def _pair(fields: _Fields) -> _Guess | None:
     chosen, rejected = (_named(fields, words, _is_said) for words in (_BETTER, _WORSE))
     kind = "a pair"
-    if chosen is None and rejected is None:
+    if chosen is None or rejected is None:
         chosen, rejected = _two_alike(fields)
-        kind = f"a pair, if `{chosen}` is the better answer"
+        kind = f"a pair, if `{chosen}` is the better answer{_verdict(fields)}"
     if chosen is None or rejected is None:
         return None
     prompt = _prompt({name: value for name, value in fields.items() if name not in (chosen, rejected)})
@@ -114,11 +116,19 @@ def _pair(fields: _Fields) -> _Guess | None:
     return ({"prompt": prompt, **both} if prompt is not None else both), kind
 
 
+def _verdict(fields: _Fields) -> str:
+    """What to do where another column says which of two answers is better, row by row."""
+    names = (name for name, value in fields.items() if isinstance(value, int | float | str))
+    name = next((name for name in names if _words(name) & _VERDICTS), None)
+    return "" if name is None else f" in every row; where `{name}` says it, write `chosen` and `rejected` by it"
+
+
 def _two_alike(fields: _Fields) -> tuple[str | None, str | None]:
-    """Two texts or conversations whose names differ in `a` and `b`, or `1` and `2`."""
-    for name in fields:
+    """Two conversations, or else texts, whose names differ in `a` and `b`, or `1` and `2`."""
+    for name in sorted(fields, key=lambda name: isinstance(fields[name], str)):
         for first, second in _FIRST_AND_SECOND:
-            wanted = re.sub(rf"(?<![a-z\d]){first}(?![a-z\d])", second, name, flags=re.IGNORECASE).lower()
+            apart = r"\d" if first.isdecimal() else r"[a-z\d]"  # `response1`, but not the `a` of `response_at`
+            wanted = re.sub(f"(?<!{apart}){first}(?!{apart})", second, name, flags=re.IGNORECASE).lower()
             other = next((known for known in fields if known.lower() == wanted and known != name), None)
             if other is not None and _is_said(fields[name]) and _is_said(fields[other]):
                 return name, other
