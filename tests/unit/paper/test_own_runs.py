@@ -68,6 +68,15 @@ def test_seeds_of_the_same_settings_are_one_column(tmp_path: Path) -> None:
     assert (tmp_path / "page" / "figures" / "loss.png").is_file()
 
 
+@pytest.mark.parametrize("kind", ["conversations", "answers"])
+def test_speed_is_the_median_of_what_a_run_trains_on(kind: str, tmp_path: Path) -> None:
+    place = run(tmp_path, "kto", 1, 0.7, loss="kto")
+    log = place / "metrics.jsonl"
+    log.write_text(log.read_text().replace("pairs_per_second", f"{kind}_per_second"))
+    (numbers,) = measured(read_groups([place, run(tmp_path, "dpo", 1, 0.7)])[:1]).values()
+    assert numbers == {"val/rewards/accuracies": 0.7, f"{kind}_per_second": 5.5}
+
+
 def test_one_seed_decides_nothing_and_other_data_is_said(tmp_path: Path) -> None:
     one = run(tmp_path, "dpo", 1, 0.7)
     two = run(tmp_path, "dpo", 2, 0.9, data={"validation": {"path": "others.jsonl"}}, trainer={"max_steps": 20})
