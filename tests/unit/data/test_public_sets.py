@@ -1,6 +1,7 @@
 """First rows in the exact columns of public data sets: read as they are, or refused with the line that maps them.
 
-Columns are those of the sets' cards on the Hugging Face hub in November 2026, contents are ours.
+Columns are the sets' as they were known in December 2026: those of OpenHermes and argilla's original set, and
+HelpSteer3's main ones, stand in public code that reads them; the others from memory. Contents are ours.
 """
 
 from __future__ import annotations
