@@ -8,6 +8,7 @@ the real ones otherwise.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,12 @@ def expert_patches(meter: Meter, transformer_engine: bool) -> list[Patch]:
     if not transformer_engine:
         return [*patches, (dispatchers, "permute", _with_known_number(meter, dispatchers.permute))]
 
+    # megatron-core 0.19 can pad what an expert gets, and says how; nothing is padded here.
+    padding = (None, None) if "align_size" in inspect.signature(dispatchers.permute).parameters else ()
+
     def permute(tokens: Tensor, routing: Tensor, probs: Tensor, num_out_tokens: int, **_: object) -> Any:
-        return _FusedPermute.apply(tokens, probs, routing, num_out_tokens, meter)  # type: ignore[no-untyped-call]  # torch's
+        laid = _FusedPermute.apply(tokens, probs, routing, num_out_tokens, meter)  # type: ignore[no-untyped-call]  # torch's
+        return (*laid, *padding)
 
     def unpermute(tokens: Tensor, rows: Tensor, restore_shape: torch.Size, **_: object) -> Any:
         return _FusedMove.apply(tokens, rows, restore_shape, meter)  # type: ignore[no-untyped-call]  # torch's
