@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from megatron.core.transformer.moe import moe_utils
 
 from nemo_lmpo.config.recipe import load_recipe
 from nemo_lmpo.config.rules import ParallelLayout, validate
@@ -133,10 +135,11 @@ def test_experts_compute_what_is_routed_to_them() -> None:
 
 
 def test_each_layer_waits_once_for_its_loads() -> None:
-    """Beside what the end of a step reads; without Transformer Engine masks are counted, too."""
+    """Beside what the end of a step reads; without Transformer Engine megatron-core 0.16 counts masks, 0.19 sorts."""
     fused, plain = (trace("mixtral", "ep4", transformer_engine=engine).forward_backward for engine in (True, False))
     passes = LAYERS * trace("mixtral", "ep4").micro_batches
-    assert plain.host_reads - fused.host_reads == 2 * passes
+    masks = 0 if "align_size" in inspect.signature(moe_utils.permute).parameters else 2
+    assert plain.host_reads - fused.host_reads == masks * passes
     assert fused.host_reads >= passes
 
 
