@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -47,8 +47,7 @@ def within_limits(render: Callable[[], _Rendered]) -> _Rendered:
     """
     _limit_environment()
     try:
-        with _watchdog().watching():
-            return render()
+        return _watchdog().watch(render)
     except _LimitReachedError:
         raise TemplateFailed(
             f"it takes longer than {MAX_SECONDS:g} seconds or more than {MAX_BYTES / (1 << 30):g} GiB"
@@ -66,7 +65,8 @@ class _Watchdog:
     """A thread that raises an error in another one which takes too long, again and again until that is out."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._watched: int | None = None
         """The thread that renders."""
         self._raised = False
@@ -74,26 +74,33 @@ class _Watchdog:
         self._size = 0
         Thread(self._watch, name="template-watchdog").start()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch this thread within the block; a render inside of another is watched by the outer one."""
-        with self._changed:
-            if self._watched is not None:
-                inner = True
-            else:
-                inner, self._watched, self._raised = False, threading.get_ident(), False
+    def watch(self, render: Callable[[], _Rendered]) -> _Rendered:
+        """Call it and watch this thread meanwhile; a render inside of another is watched by the outer one.
+
+        The error can arrive on the way out, too, so there is a second try to leave. It cannot arrive between taking the
+        lock and leaving: that is why the lock is taken by itself, not by the condition, whose code is Python's.
+        """
+        with self._lock:
+            inner = self._watched is not None
+            if not inner:
+                self._watched, self._raised = threading.get_ident(), False
                 self._until, self._size = time.monotonic() + MAX_SECONDS, _resident_bytes()
                 self._changed.notify()
         if inner:
-            yield
-            return
+            return render()
         try:
-            yield
+            try:
+                return render()
+            finally:
+                self._leave()
         finally:
-            with self._changed:
-                thread, self._watched = self._watched, None
-                if self._raised:
-                    _take_what_was_raised(thread)
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            thread, self._watched = self._watched, None
+            if thread is not None and self._raised:
+                _take_what_was_raised(thread)
 
     def _watch(self) -> None:
         while True:

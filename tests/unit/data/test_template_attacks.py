@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -198,6 +199,42 @@ def test_the_watchdog_leaves_others_alone() -> None:
     time.sleep(0.2)
     other.join()
     assert len(counted) > 50
+
+
+def test_an_error_on_the_way_out_does_not_leave_the_thread_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it did, the error was raised for ever, in whatever the thread did later."""
+    leave, tries = template_limits._Watchdog._leave, []
+
+    def interrupted(watchdog: template_limits._Watchdog) -> None:
+        tries.append(watchdog)
+        if len(tries) == 1:
+            raise template_limits._LimitReachedError
+        leave(watchdog)
+
+    monkeypatch.setattr(template_limits._Watchdog, "_leave", interrupted)
+    with pytest.raises(TemplateFailed, match="longer than"):
+        within_limits(lambda: "fine")
+    assert len(tries) == 2
+    assert tries[0]._watched is None
+
+
+def test_renders_that_end_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About half of them are ended; one in forty left the watchdog stuck, or a lock with it."""
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.02)
+    monkeypatch.setattr(template_limits, "_POLL_SECONDS", 0.001)
+    until = 0.0
+
+    def render() -> None:
+        while time.monotonic() < until:
+            pass
+
+    for turn in range(100):
+        until = time.monotonic() + 0.0195 + turn % 20 * 0.0001
+        with suppress(TemplateFailed):
+            within_limits(render)
+        assert template_limits._watchdog()._watched is None
+    with pytest.raises(TemplateFailed, match="longer than"):
+        within_limits(lambda: [None for _ in iter(int, 1)])
 
 
 def test_a_profiler_may_look_at_rendering() -> None:
