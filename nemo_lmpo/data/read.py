@@ -9,9 +9,11 @@ import glob
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,7 @@ PAIRS_SUMMARY = "pairs.json"
 """What tells a folder of own pairs, beside the file of the same stem that holds them."""
 _FORMATS = "JSON lines, JSON, CSV or TSV (also .gz and .zst), Parquet"
 _READ_ROWS = 1024
+_LINES_FILE = "lines.arrow"
 _LONGEST_NAME = 200
 _LONGEST_REASON = 300
 
@@ -55,8 +58,8 @@ class Source:
     """`line` or `row`: what ``RawRow.number`` counts."""
     fingerprint: str
     """Changes whenever the content does."""
-    load: Callable[[str | None], datasets.Dataset]
-    """The rows, memory-mapped; those of files are converted into the directory given (None: the libraries' cache)."""
+    load: Callable[[str], datasets.Dataset]
+    """The rows, memory-mapped; those of files are converted into the directory given."""
     files: tuple[str, ...] = ()
     """As :attr:`Places.files`."""
     form: TextFormat = PLAIN_TEXT
@@ -71,7 +74,7 @@ class Source:
         """How messages name a row."""
         return self.places(number)
 
-    def rows(self, directory: str | None = None) -> datasets.Dataset:
+    def rows(self, directory: str) -> datasets.Dataset:
         """The rows as :func:`raw_rows` takes them.
 
         Args:
@@ -84,8 +87,6 @@ class Source:
 
     def read(self) -> Iterator[RawRow]:
         """All rows, one after the other."""
-        import tempfile
-
         with tempfile.TemporaryDirectory() as directory:
             with progress_bars(show=False):
                 rows = self.rows(directory)
@@ -227,27 +228,22 @@ def _hash_files(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _load_text(paths: tuple[str, ...], limit: int | None, form: TextFormat, directory: str | None) -> datasets.Dataset:
+def _load_text(paths: tuple[str, ...], limit: int | None, form: TextFormat, directory: str) -> datasets.Dataset:
     import datasets
-    from datasets.exceptions import DatasetGenerationError
+    import pyarrow as pa
 
-    features = datasets.Features({"number": datasets.Value("int64"), "line": datasets.Value("large_binary")})
-    if next(read_lines(paths, limit, form), None) is None:  # which `datasets` takes for an error
-        return datasets.Dataset.from_dict({"number": [], "line": []}, features=features)
-    try:
-        return datasets.Dataset.from_generator(
-            read_lines,
-            features=features,
-            cache_dir=directory,
-            gen_kwargs={"paths": paths, "limit": limit, "form": form},
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError | OSError):
-            raise error.__cause__ from None
-        raise
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([("number", pa.int64()), ("line", pa.large_binary())])
+    rows = read_lines(paths, limit, form)
+    # `datasets.from_generator` writes the same file, but checks and copies each row in Python
+    with pa.OSFile(str(folder / _LINES_FILE), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while batch := list(islice(rows, _READ_ROWS)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    return datasets.Dataset.from_file(str(folder / _LINES_FILE))
 
 
-def _load_parquet(path: str, files: list[Path], limit: int | None, directory: str | None) -> datasets.Dataset:
+def _load_parquet(path: str, files: list[Path], limit: int | None, directory: str) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
 

@@ -101,7 +101,8 @@ class SpecialTokens:
         if not texts:
             return []
         if self._renamed is None:
-            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False, **ids_only)
             ids: list[list[int]] = encoded["input_ids"]
             return ids
         renamed = [self._unnamed(self._marked(text, _REAL)) for text in texts]

@@ -157,8 +157,8 @@ def pairs_schema() -> pa.Schema:
     )
 
 
-def summarize_store(directory: Path) -> None:
-    """Write what stands beside the tokenized rows in ``directory``: see :class:`Store`."""
+def summarize_store(directory: Path) -> StoreMeta:
+    """Write what stands beside the tokenized rows in ``directory`` (see :class:`Store`), and give it."""
     import xxhash
 
     # It brings torch, whose second of imports the processes that tokenize do without.
@@ -198,6 +198,7 @@ def summarize_store(directory: Path) -> None:
     meta.checksums = {path.name: file_checksum(path) for path in _files(directory)}
     meta.checksum = _own_checksum(meta)
     (directory / META_FILE).write_text(json.dumps(asdict(meta)), encoding="utf-8")
+    return meta
 
 
 def _own_checksum(meta: StoreMeta) -> str:

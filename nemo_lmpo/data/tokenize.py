@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +20,23 @@ from nemo_lmpo.data.raw import Places, RawRow, raw_rows
 from nemo_lmpo.data.read import Source
 from nemo_lmpo.data.rows.form import RowForm
 from nemo_lmpo.data.schema import Row
-from nemo_lmpo.data.store import PAIRS_FILE, pairs_schema, summarize_store
+from nemo_lmpo.data.store import PAIRS_FILE, StoreMeta, pairs_schema, summarize_store
 from nemo_lmpo.errors import DataError, shown
+from nemo_lmpo.runtime.threads import in_order
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
+
 CHUNK_ROWS = 256
 """Rows that are tokenized in one call."""
 BATCH_ROWS = 4096
 """Rows of one record batch on disk; each costs every process some kilobytes as long as the file is open."""
+THREADS = 3
+"""Threads of one process that read, render and hand texts to the tokenizer: one of its calls waits for the next."""
+_TOKENIZER_THREADS = "RAYON_NUM_THREADS"
 SMALL_DATA_ROWS = 50_000
 """Up to so many rows one process suffices: the tokenizer's own threads use the other cores (about a minute)."""
 MOST_WORKERS = 32
@@ -55,9 +64,15 @@ class RowsToPairs:
         import pyarrow as pa
 
         starts = range(0, table.num_rows, CHUNK_ROWS)
-        chunks = (raw_rows(table.slice(at, CHUNK_ROWS), indices[at : at + CHUNK_ROWS]) for at in starts)
-        schema = pairs_schema()
-        return pa.concat_tables([pa.Table.from_pylist(list(self._pairs(chunk)), schema=schema) for chunk in chunks])
+        return pa.concat_tables(
+            [self.chunk(table.slice(at, CHUNK_ROWS), indices[at : at + CHUNK_ROWS]) for at in starts]
+        )
+
+    def chunk(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        """As the call, for as few rows as may be tokenized at once; several threads may be in it."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(list(self._pairs(raw_rows(table, indices))), schema=pairs_schema())
 
     def _pairs(self, rows: list[RawRow]) -> Iterator[dict[str, Any]]:
         rows = [self.form.named(raw) for raw in rows]
@@ -106,15 +121,25 @@ def tokenize_source(
     """
     stop_at = source.places if on_bad_row == "error" else None
     job = RowsToPairs(encoder, form, source.short_name, stop_at, on_unused_fields)
-    rows_directory = directory / "rows"
+    rows_directory, started = directory / "rows", time.monotonic()
     try:
         with progress_bars(show=False):
             rows = source.rows(str(rows_directory))
         if len(rows):
             _map(rows, job, directory, num_workers)
-        summarize_store(directory)
+        meta = summarize_store(directory)
+        _log_rate(source, meta, time.monotonic() - started)
     finally:
         shutil.rmtree(rows_directory, ignore_errors=True)
+
+
+def _log_rate(source: Source, meta: StoreMeta, seconds: float) -> None:
+    rows, tokens = meta.rows_read, sum(count * place for part in meta.histograms for place, count in enumerate(part))
+    logger.info(
+        "tokenized %s: %s rows and %s tokens in %.1f s (%s rows/s, %s tokens/s)",
+        *(source.name, f"{rows:,}", f"{tokens:,}", seconds),
+        *(f"{number / max(seconds, 1e-3):,.0f}" for number in (rows, tokens)),
+    )
 
 
 def unused_field_error(lost: Sequence[str]) -> RowError:
@@ -138,14 +163,54 @@ def example_id(raw: RawRow, short_name: str) -> str:
 
 
 def _map(rows: datasets.Dataset, job: RowsToPairs, directory: Path, num_workers: int | None) -> None:
-    import datasets
 
     large = len(rows) > SMALL_DATA_ROWS
     if num_workers is None:
         num_workers = min(_cpu_cores(), MOST_WORKERS) if large else 1
     num_workers = min(num_workers, len(rows))
+    with progress_bars(show=large and on_terminal()):
+        if num_workers > 1:
+            _in_processes(rows, job, directory, num_workers)
+        else:
+            _in_threads(rows, job, directory)
+
+
+def _in_threads(rows: datasets.Dataset, job: RowsToPairs, directory: Path) -> None:
+    """All rows in this process: while the tokenizer's own threads work on one chunk, others are read and rendered.
+
+    The tokenizer holds no lock of Python meanwhile. This thread writes.
+    """
+    import datasets
+    import pyarrow as pa
+    from datasets.arrow_writer import ArrowWriter
+
+    def chunk(start: int) -> pa.Table:
+        indices = range(start, min(start + CHUNK_ROWS, len(rows)))
+        return job.chunk(rows[indices.start : indices.stop], indices)
+
+    job.encoder.special_tokens.tokenize(["a"])  # sets the tokenizer's state, which no thread may change for another
+    threads = THREADS if job.encoder.tokenizer.is_fast else 1
+    features = datasets.Features.from_arrow_schema(pairs_schema())
+    tables = in_order(chunk, range(0, len(rows), CHUNK_ROWS), workers=threads, name="tokenize")
+    with (
+        contextlib.closing(tables),
+        datasets.utils.tqdm(total=len(rows), unit=" examples", desc="tokenizing") as bar,
+        ArrowWriter(
+            path=str(directory / PAIRS_FILE), features=features, writer_batch_size=BATCH_ROWS, fingerprint="pairs"
+        ) as writer,
+    ):
+        while batch := list(islice(tables, BATCH_ROWS // CHUNK_ROWS)):
+            writer.write_table(pa.concat_tables(batch))
+            bar.update(sum(map(len, batch)))
+        writer.finalize()
+
+
+def _in_processes(rows: datasets.Dataset, job: RowsToPairs, directory: Path, num_workers: int) -> None:
+    """All rows in several processes, each with as many of the tokenizer's threads as there are cores for it."""
+    import datasets
+
     try:
-        with progress_bars(show=large and on_terminal()), _spawned_workers():
+        with _spawned_workers(num_workers):
             rows.map(
                 job,
                 with_indices=True,
@@ -154,7 +219,7 @@ def _map(rows: datasets.Dataset, job: RowsToPairs, directory: Path, num_workers:
                 writer_batch_size=BATCH_ROWS,
                 remove_columns=rows.column_names,
                 features=datasets.Features.from_arrow_schema(pairs_schema()),
-                num_proc=num_workers if num_workers > 1 else None,
+                num_proc=num_workers,
                 load_from_cache_file=False,
                 cache_file_name=str(directory / PAIRS_FILE),
                 new_fingerprint="pairs",
@@ -175,13 +240,19 @@ def _cpu_cores() -> int:
 
 
 @contextlib.contextmanager
-def _spawned_workers() -> Iterator[None]:
-    """Inside, `datasets` starts its workers anew: the threads of torch and of a process group survive no fork."""
+def _spawned_workers(number: int) -> Iterator[None]:
+    """Inside, `datasets` starts its workers anew: the threads of torch and of a process group survive no fork.
+
+    Each tokenizes with its share of the cores, unless the user says how many threads it may have.
+    """
     import multiprocess
 
-    before = multiprocess.get_start_method(allow_none=True)
+    before, threads = multiprocess.get_start_method(allow_none=True), os.environ.get(_TOKENIZER_THREADS)
     multiprocess.set_start_method("spawn", force=True)
+    os.environ[_TOKENIZER_THREADS] = threads or str(max(1, _cpu_cores() // number))
     try:
         yield
     finally:
         multiprocess.set_start_method(before, force=True)
+        if threads is None:
+            del os.environ[_TOKENIZER_THREADS]

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import cache, wraps
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ MAX_BYTES = 2 << 30
 MAX_SIZE = 10**6
 """Largest number that an operator or a function makes something of that size with."""
 _POLL_SECONDS = 0.05
+_RENDERING = threading.RLock()
+"""Held by the thread that renders, as one is watched at a time. Jinja is Python: two would take turns in any case."""
 _WIDE_FIELD = re.compile(r"\d{7,}")
 _Rendered = TypeVar("_Rendered")
 
@@ -45,9 +47,10 @@ def within_limits(render: Callable[[], _Rendered]) -> _Rendered:
     Raises:
         TemplateFailed: the template raises whatever it be, or goes beyond the limits.
     """
-    _limit_environment()
     try:
-        return _watchdog().watch(render)
+        with _RENDERING:
+            _limit_environment()
+            return _watchdog().watch(render)
     except _LimitReachedError:
         raise TemplateFailed(
             f"it takes longer than {MAX_SECONDS:g} seconds or more than {MAX_BYTES / (1 << 30):g} GiB"
@@ -255,7 +258,13 @@ def _limit_environment() -> None:
             self.filters = _Filters(self.filters)
             self.globals["lipsum"] = limited_lipsum
 
+        def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
+            """Each render copies them: of one dictionary that takes a fraction of the time it takes of Jinja's two."""
+            return {**self.globals, **(d or {})}
+
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+" and type(left) is type(right) is str and len(left) + len(right) <= _LONGEST:
+                return left + right  # what templates do most
             check_operator(operator, left, right)
             return super().call_binop(context, operator, left, right)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def current_gpu() -> int | None:
@@ -66,6 +69,30 @@ def one_ahead(items: Iterator[T], name: str) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item  # type: ignore[misc]  # which is not the end
+
+
+def in_order(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, workers: int, name: str
+) -> Generator[_Result, None, None]:
+    """What ``function`` makes of each item, in the items' order, while threads work on the next ones.
+
+    Args:
+        function: called in the threads. What it raises is raised where its result would come, and nothing new begins.
+        items: taken as they are needed, by the thread that asks for results: at most one more than there are threads.
+        workers: threads.
+        name: of the threads, in tracebacks and debuggers.
+    """
+    pool = thread_pool(workers, name)
+    pending: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def timer(seconds: float, function: Callable[..., object], *arguments: Any) -> threading.Timer:

@@ -235,6 +235,21 @@ def test_renders_that_end_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert template_limits._watchdog()._watched is None
     with pytest.raises(TemplateFailed, match="longer than"):
         within_limits(lambda: [None for _ in iter(int, 1)])
+def test_every_thread_that_renders_is_watched() -> None:
+    failed: list[TemplateFailed] = []
+
+    def render() -> None:
+        try:
+            within_limits(lambda: [None for _ in iter(int, 1)])
+        except TemplateFailed as error:
+            failed.append(error)
+
+    rendering = [threading.Thread(target=render, daemon=True) for _ in range(2)]
+    for thread in rendering:
+        thread.start()
+    for thread in rendering:
+        thread.join(60)
+    assert len(failed) == 2
 
 
 def test_a_profiler_may_look_at_rendering() -> None:

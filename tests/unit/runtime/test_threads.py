@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,37 @@ def test_no_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("it looks"))
     assert threads.current_gpu() is None
     threads.use_gpu(None)
+
+
+def test_results_come_in_the_order_of_their_items() -> None:
+    second_ended = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 0:
+            assert second_ended.wait(30), "the second item does not run beside the first"
+        if item == 1:
+            second_ended.set()
+        return 10 * item
+
+    taken: list[int] = []
+    items = (taken.append(item) or item for item in range(6))  # type: ignore[func-returns-value]
+    results = threads.in_order(work, items, workers=2, name="test")
+    assert next(results) == 0
+    assert taken == [0, 1, 2], "no more is taken than threads can use"
+    assert list(results) == [10, 20, 30, 40, 50]
+
+
+def test_an_error_comes_in_its_items_place_and_nothing_new_begins() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item >= 1:
+            raise ValueError(item)
+        return item
+
+    results = threads.in_order(work, range(100), workers=2, name="test")
+    assert next(results) == 0
+    with pytest.raises(ValueError, match=r"^1$"):
+        list(results)
+    assert set(begun) <= {0, 1, 2, 3}
