@@ -299,10 +299,11 @@ class PairEncoder(Encoder):
         starts = [self._tail_start(prompt) for prompt in prompts]
         tails = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
         distinct = list(dict.fromkeys(tails))  # most often the header of an answer, the same for all
-        alone = dict(zip(distinct, self._tokenize(distinct), strict=True))
+        of_text = dict(zip(distinct, self._tokenize(distinct), strict=True))
+        alone = [of_text[tail] for tail in tails]
         return [
             (tail, tail_ids) if prompt_ids[len(prompt_ids) - len(tail_ids) :] == tail_ids else (prompt, prompt_ids)
-            for prompt, prompt_ids, tail, tail_ids in zip(prompts, ids, tails, map(alone.get, tails), strict=True)
+            for prompt, prompt_ids, tail, tail_ids in zip(prompts, ids, tails, alone, strict=True)
         ]
 
     def _tail_start(self, prompt: str) -> int:

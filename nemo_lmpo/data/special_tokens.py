@@ -101,8 +101,13 @@ class SpecialTokens:
         if not texts:
             return []
         if self._renamed is None:
-            ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
-            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False, **ids_only)
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
             ids: list[list[int]] = encoded["input_ids"]
             return ids
         renamed = [self._unnamed(self._marked(text, _REAL)) for text in texts]
