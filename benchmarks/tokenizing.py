@@ -66,7 +66,7 @@ def trl(tokenizer: Any, path: Path, workers: int) -> None:
         )
         rows = rows.map(_as_messages)
         settings = DPOConfig(output_dir=cache, dataset_num_proc=workers, max_length=2048, use_cpu=True, bf16=False)
-        DPOTrainer._prepare_dataset(SimpleNamespace(), rows, tokenizer, settings, "train")  # type: ignore[arg-type]
+        DPOTrainer._prepare_dataset(SimpleNamespace(), rows, tokenizer, settings, "train")
 
 
 def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
