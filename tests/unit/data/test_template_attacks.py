@@ -235,6 +235,8 @@ def test_renders_that_end_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert template_limits._watchdog()._watched is None
     with pytest.raises(TemplateFailed, match="longer than"):
         within_limits(lambda: [None for _ in iter(int, 1)])
+
+
 def test_every_thread_that_renders_is_watched() -> None:
     failed: list[TemplateFailed] = []
 
