@@ -275,7 +275,9 @@ def tables() -> Iterator[tuple[str, str, str]]:
     yield page, "cards", cards()
     yield "flags.md", "worth", worth()
     yield "flags.md", "one GPU", one_gpu()
-    yield "mixtures.md", "mixtures", mixtures()
+    of_mixtures = mixtures()
+    for page in ("mixtures.md", "performance.md"):
+        yield page, "mixtures", of_mixtures
 
 
 def place(page: str, name: str, content: str) -> str:

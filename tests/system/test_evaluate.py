@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -165,11 +166,27 @@ def test_arena_hard_of_an_anchor(command: Command, stub: Stub, data: Path) -> No
     assert "gpt-3.5-turbo-0125" in Path("page/tables.html").read_text()
 
 
-def test_answers_in_process(command: Command, smollm2_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def mixture_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mixture of experts with SmolLM2's tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("mixture") / "hf"
+    shutil.copytree(smollm2_dir, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(vocab_size=49152, max_position_embeddings=2048, **sizes, **heads, **experts)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["smollm2_dir", "mixture_dir"])
+def test_answers_in_process(command: Command, model: str, request: pytest.FixtureRequest) -> None:
     # Of the two suites the one whose scoring takes no process; sampled as in the other.
     arguments: tuple[str, ...] = (
         "--model",
-        str(smollm2_dir),
+        str(request.getfixturevalue(model)),
         "--max-new-tokens",
         "6",
         "--batch-size",
