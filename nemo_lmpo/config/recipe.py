@@ -32,8 +32,8 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-OF_CONVERSATIONS = "_ultrachat"
-"""How settings end whose data are conversations: SFT alone trains on them."""
+_ONE_LOSS = {"_ultrachat": "sft", "_unpaired": "kto"}
+"""How settings end whose data one loss alone trains on: conversations, and answers with a label."""
 
 
 def recipe_names(config_dir: Path | None = None) -> list[str]:
@@ -136,7 +136,7 @@ def _products(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
         f"{loss}_{setting}": (loss, setting)
         for loss in losses
         for setting in _choices(SETTING, folders)
-        if loss == "sft" or not setting.endswith(OF_CONVERSATIONS)
+        if all(loss == only or not setting.endswith(end) for end, only in _ONE_LOSS.items())
     }
 
 

@@ -76,7 +76,7 @@ def refused(program: str, variables: dict[str, str], scontrol: str | None, tmp_p
     environment = make_workplace(tmp_path, scontrol)
     before = contents(tmp_path)
     done = subprocess.run(
-        ["bash", f"slurm/{program}", "lmpo_tiny", "loss.lam=0.1,0.2", "--model=m"],
+        ["bash", f"slurm/{program}", "lmpo_tiny", "loss.lam=0.1,0.2", "--model=m", "--output=p"],
         cwd=tmp_path,
         env={"SLURM_ARRAY_TASK_ID": "0", **environment, **variables},
         capture_output=True,
