@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -529,6 +530,7 @@ def test_an_engine_that_writes_no_file_of_plain_values(
 
     ordinary, run = dist_checkpointing.save, tmp_path / "run"
 
+    @functools.wraps(ordinary)  # ours asks for its arguments
     def save_without(state: Any, directory: str, **options: Any) -> Any:
         request = ordinary(state, directory, **options)
         (Path(directory) / "common.pt").unlink(missing_ok=True)
