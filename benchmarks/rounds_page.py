@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan_tables import place
 from nemo_lmpo.paper.comparison.results import Values, estimate, interval_of, judge
 from nemo_lmpo.paper.comparison.suites import START, Claim, Variant
 from nemo_lmpo.report.plots import RUN_COLORS, one_panel
@@ -169,18 +169,6 @@ def figure(results: Mapping[str, Any], measure: str, label: str) -> bytes:
         axes.plot([], [], color="black", linestyle="--", label="with length control")
 
     return one_panel(label, draw, xlabel="round", from_zero=False)
-
-
-def place(page: str, name: str, content: str) -> str:
-    """The page's text with a table in its place.
-
-    Raises:
-        ValueError: the page has no such place.
-    """
-    pattern = re.compile(rf"(<!-- {re.escape(name)}: .*? -->\n)(?:\|.*\n)*", re.MULTILINE)
-    if not pattern.search(page):
-        raise ValueError(f"the page has no place for the table {name!r}")
-    return pattern.sub(lambda found: found[1] + content + "\n", page)
 
 
 def _mean(values: Sequence[float]) -> str:
