@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from nemo_lmpo.evaluate.local_server import JsonHandler, serve
 
 TOKEN, READER, OWNER = "hf_writer", "hf_reader", "me"
@@ -160,3 +162,14 @@ def serving() -> Iterator[Hub]:
     hub = Hub()
     with serve(_handler(hub)) as hub.url:
         yield hub
+
+
+@contextmanager
+def in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Let the hub's own client of this process, with a token, find the stand-in for a block."""
+    with serving() as running:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running

@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 
 from nemo_lmpo.data.read import open_source
 from nemo_lmpo.pairs.__main__ import main as pairs
-from tests.system.hub_server import OWNER, READER, TOKEN, Hub, serving
+from tests.system.hub_server import OWNER, READER, Hub, in_place_of_the_hub
 from tests.system.test_push_to_hub import SEEN_IN_PROCESSES
 from tests.unit.pairs.models import save_policy
 
@@ -46,11 +46,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with in_place_of_the_hub(monkeypatch) as running:
         yield running
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_lmpo.export.__main__ import main as export
 from nemo_lmpo.train import main as train
-from tests.system.hub_server import OWNER, READER, TOKEN, Hub, serving
+from tests.system.hub_server import OWNER, READER, TOKEN, Hub, in_place_of_the_hub, serving
 from tests.system.processes import SMALL
 
 NAME = f"{OWNER}/lmpo_small"
@@ -29,11 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with in_place_of_the_hub(monkeypatch) as running:
         yield running
 
 
